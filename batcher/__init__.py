@@ -1,0 +1,1 @@
+"""How many rows may live now, and why."""

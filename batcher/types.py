@@ -1,0 +1,97 @@
+"""What a batching policy sees and what it says: plain values, no torch, no clock, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """One finished step: what ran in it and how long it took."""
+
+    rows: int
+    """Rows that decoded one token."""
+    kv_tokens: int
+    """Tokens of context that those rows attended to, summed over rows."""
+    prefill_tokens: int
+    """Prompt tokens that were prefilled in the same step."""
+    ms: float
+    """Wall time of the step in milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRow:
+    """Lengths of a row that ended; policies learn from them."""
+
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """The state of one worker between two steps.
+
+    Arrays have one entry a live row, oldest row first; a row that is still being prefilled is live.
+    """
+
+    prompt_tokens: IntArray
+    generated_tokens: IntArray
+    max_new_tokens: IntArray
+    waiting_rows: int
+    """Rows known to wait for admission (a stream of prompts may hold more)."""
+    waiting_prompt_tokens: int
+    """Prompt tokens of those waiting rows, prompts shared by several rows counted once."""
+    kv_tokens_held: int
+    """Tokens that the pages now in use can hold; shared pages count once."""
+    kv_tokens_free: int
+    """Tokens that could be held besides: free pages, and what headroom lets the pool grow by."""
+    headroom_bytes: int
+    """Device memory that may still be taken, after the reserve."""
+    bytes_per_token: int
+    """KV bytes of one token, over all layers."""
+    steps: tuple[StepSample, ...] = ()
+    """Steps since the last decision."""
+    finished: tuple[FinishedRow, ...] = ()
+    """Rows that ended since the last decision."""
+
+    @property
+    def live_rows(self) -> int:
+        return len(self.prompt_tokens)
+
+    @property
+    def kv_tokens_total(self) -> int:
+        """The paper's eta: all tokens that memory can hold now."""
+        return self.kv_tokens_held + self.kv_tokens_free
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How many rows may live now, how many prompt tokens may be prefilled in the next step, and why."""
+
+    rows: int
+    prefill_tokens: int
+    reason: str
+    """One word, e.g. ``memory``, ``latency``, ``cap``, ``hold``."""
+
+
+class Policy(Protocol):
+    """Decides before each step. May keep state of its own, which only observations change."""
+
+    def decide(self, observation: Observation) -> Decision: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the user allows, whatever the policy: live rows and the budget of a step."""
+
+    min_rows: int = 1
+    max_rows: int = 1024
+    latency_budget_ms: float | None = None
+    prefill_tokens: int = field(default=2048)
+    """Most prompt tokens prefilled in one step."""

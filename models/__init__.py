@@ -1,0 +1,1 @@
+"""The model side: loading, paged KV memory, attention, sampling."""

@@ -1,0 +1,1 @@
+"""Offline batch generation for RL rollouts and bulk inference."""

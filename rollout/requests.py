@@ -1,0 +1,41 @@
+"""What goes in: one prompt, tokenised, with all that its samples depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rollout.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and the samples wanted of it.
+
+    A sample's noise depends on ``seed``, ``row_id``, its index and the position alone.
+    """
+
+    row_id: str
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+    seed: int = 0
+    samples: Sequence[int] | None = None
+    """Which samples to draw; all ``params.n`` of them when None. A resumed job asks for the missing ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step of the engine as seen from outside: what metrics and progress lines are made of."""
+
+    step: int
+    live_rows: int
+    waiting_rows: int
+    row_target: int
+    reason: str
+    kv_tokens: int
+    kv_bytes: int
+    headroom_bytes: int
+    prefill_tokens: int
+    new_tokens: int
+    preempted_rows: int
+    step_ms: float
