@@ -1,0 +1,85 @@
+"""A live module on loan: switched to the engine's attention, in eval mode, and given back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rollout.models import attention
+from rollout.models.errors import UnsupportedModel
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside of PEFT, DDP or torch.compile wrappers.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
+    seen: nn.Module = model
+    while not isinstance(seen, PreTrainedModel):
+        inner = getattr(seen, "get_base_model", None)
+        if callable(inner):
+            seen = inner()
+        elif isinstance(getattr(seen, "module", None), nn.Module):
+            seen = seen.module
+        elif isinstance(getattr(seen, "_orig_mod", None), nn.Module):
+            seen = seen._orig_mod
+        else:
+            raise UnsupportedModel(f"{type(seen).__name__} is not a transformers model.")
+    return seen
+
+
+class Loan:
+    """Switches a module to the engine and back, as often as needed.
+
+    What is switched: the attention implementation of every configuration in the module, and the training
+    flag of every submodule. Both are restored one by one, since a trainer may have set them one by one.
+    Nothing else is touched: gradients are off inside by ``no_grad`` (not ``inference_mode``, whose tensors
+    would stay in rotary buffers), no global random generator is read, and ambient autocast stays in force.
+
+    Raises:
+        UnsupportedModel: the module does not call attention through transformers' interface.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        base = unwrap(model)
+        if not base._can_set_attn_implementation():
+            raise UnsupportedModel(
+                f"{type(base).__name__} (model type {base.config.model_type!r}) computes attention on its own "
+                "instead of through transformers' attention interface."
+            )
+        self._model = model
+        self._configs = list(
+            {
+                id(module.config): module.config
+                for module in model.modules()
+                if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
+            }.values()
+        )
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self.implementation(attention.NAME), torch.no_grad():
+            yield
+
+    @contextmanager
+    def implementation(self, name: str | None) -> Iterator[None]:
+        """Eval mode, and the attention implementation ``name`` (the module's own when None)."""
+        training = [module for module in self._model.modules() if module.training]
+        implementations = [config._attn_implementation_internal for config in self._configs]
+        try:
+            for module in training:
+                module.training = False
+            if name is not None:
+                for config in self._configs:
+                    config._attn_implementation_internal = name
+            yield
+        finally:
+            for config, implementation in zip(self._configs, implementations, strict=True):
+                config._attn_implementation_internal = implementation
+            for module in training:
+                module.training = True

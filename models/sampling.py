@@ -1,0 +1,143 @@
+"""From logits to tokens and their log-probabilities, for rows that each have their own parameters.
+
+Gumbel-max in two levels: first over blocks of the vocabulary by their log-sum-exp, then over the tokens
+of the winning block. This draws exactly from the softmax, needs a few hundred random numbers a row instead
+of one a vocabulary entry, and rounding noise in the logits flips a draw only about as often as it moves
+probability mass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from rollout.models.philox import gumbel
+
+_BLOCK = 256
+#: On a CPU, rows are sampled a few at a time, so that their logits stay in cache between the passes.
+_CPU_ROWS = 16
+#: Top-p first looks among this many tokens, and sorts the vocabulary only where their mass is too small.
+_TOP_P_CANDIDATES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """Sampling parameters of B rows, as tensors of shape [B] on the logits' device."""
+
+    temperature: torch.Tensor
+    """float32; 0 is greedy."""
+    top_k: torch.Tensor
+    """int64; 0 is off."""
+    top_p: torch.Tensor
+    """float32; 1 is off."""
+    min_p: torch.Tensor
+    """float32; 0 is off."""
+    keys: torch.Tensor
+    """[B, 2] int64, see `rollout.models.philox.gumbel`."""
+    samples: torch.Tensor
+    """int64."""
+    # Known on the host, so that no step asks the device:
+    most_top_k: int
+    """The largest top_k of any row; 0 where it is off for all."""
+    any_top_p: bool
+    any_min_p: bool
+    any_greedy: bool
+
+    @property
+    def filtered(self) -> bool:
+        return self.most_top_k > 0 or self.any_top_p or self.any_min_p
+
+    def rows(self, part: slice) -> RowSampling:
+        """The parameters of some of the rows."""
+        names = ("temperature", "top_k", "top_p", "min_p", "keys", "samples")
+        return replace(self, **{name: getattr(self, name)[part] for name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One token for each row, all of shape [B]."""
+
+    tokens: torch.Tensor
+    """int64."""
+    logprobs: torch.Tensor
+    """float32: of the token under ``log_softmax(logits / temperature)``; of raw logits where greedy."""
+    sampler_logprobs: torch.Tensor
+    """float32: the same after the filters renormalised."""
+
+
+def sample(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
+    """Draws a token for each row.
+
+    Args:
+        logits: [B, V], any float dtype.
+        rows: parameters of the B rows.
+        positions: [B] int64, how many tokens each completion has already.
+    """
+    if logits.device.type != "cpu" or len(logits) <= _CPU_ROWS:
+        return _sample(logits, rows, positions)
+    parts = [slice(start, start + _CPU_ROWS) for start in range(0, len(logits), _CPU_ROWS)]
+    done = [_sample(logits[part], rows.rows(part), positions[part]) for part in parts]
+    return Sampled(
+        torch.cat([part.tokens for part in done]),
+        torch.cat([part.logprobs for part in done]),
+        torch.cat([part.sampler_logprobs for part in done]),
+    )
+
+
+def _sample(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
+    scores = logits.float() / torch.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    kept = keep(scores, rows) if rows.filtered else scores
+    blocks = F.pad(kept, (0, -kept.shape[1] % _BLOCK), value=-torch.inf).unflatten(1, (-1, _BLOCK))
+    sums = blocks.logsumexp(-1)
+    noise = gumbel(sums.shape[1] + _BLOCK, rows.keys, rows.samples, positions)
+    block = (sums + noise[:, : sums.shape[1]]).argmax(-1)
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), block]
+    tokens = block * _BLOCK + (inside + noise[:, sums.shape[1] :]).argmax(-1)
+    if rows.any_greedy:
+        tokens = torch.where(rows.temperature > 0, tokens, kept.argmax(-1))
+    total = sums.logsumexp(-1)
+    chosen = scores.gather(1, tokens[:, None])[:, 0]
+    everything = scores.logsumexp(-1) if rows.filtered else total
+    return Sampled(tokens, chosen - everything, chosen - total)
+
+
+def keep(scores: torch.Tensor, rows: RowSampling) -> torch.Tensor:
+    """``scores`` [B, V] with -inf where top-k, then top-p, then min-p drop a token.
+
+    Each filter is a threshold on the score, so that tokens with equal scores are kept or dropped together.
+    """
+    if rows.most_top_k:
+        scores = scores.masked_fill(scores < _top_k_threshold(scores, rows.top_k, rows.most_top_k), -torch.inf)
+    if rows.any_top_p:
+        scores = scores.masked_fill(scores < _top_p_threshold(scores, rows.top_p), -torch.inf)
+    if rows.any_min_p:
+        scores = scores.masked_fill(scores < _min_p_threshold(scores, rows.min_p), -torch.inf)
+    return scores
+
+
+def _top_k_threshold(scores: torch.Tensor, top_k: torch.Tensor, most: int) -> torch.Tensor:
+    """[B, 1] the k-th largest score; -inf where top-k is off."""
+    largest = scores.topk(min(most, scores.shape[1]), dim=-1).values
+    at = largest.gather(1, (top_k.clamp(1, largest.shape[1]) - 1)[:, None])
+    return torch.where(top_k[:, None] > 0, at, -torch.inf)
+
+
+def _min_p_threshold(scores: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """[B, 1] the score of min_p times the largest probability (Nguyen et al., arXiv 2407.01082)."""
+    return scores.amax(-1, keepdim=True) + min_p[:, None].log()
+
+
+def _top_p_threshold(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """[B, 1] the smallest score in the smallest set of largest scores whose mass reaches top_p."""
+    total = scores.logsumexp(-1, keepdim=True)
+    wanted = torch.where(top_p < 1, top_p, 2.0)[:, None]
+    candidates = min(_TOP_P_CANDIDATES, scores.shape[1])
+    largest = scores.topk(candidates, dim=-1).values
+    mass = (largest - total).exp().cumsum(-1)
+    if candidates < scores.shape[1] and bool(((mass[:, -1:] < wanted) & (wanted <= 1)).any()):
+        largest = scores.sort(dim=-1, descending=True).values
+        mass = (largest - total).exp().cumsum(-1)
+    reached = (mass < wanted).sum(-1, keepdim=True).clamp(max=largest.shape[1] - 1)
+    return torch.where(wanted <= 1, largest.gather(1, reached), -torch.inf)
