@@ -161,19 +161,20 @@ class PagePool:
         """One more row holds ``pages``."""
         self._references[pages] += 1
 
-    def release(self, pages: IntArray) -> None:
-        """One row fewer holds ``pages``; those that nobody holds are free again."""
+    def release(self, pages: IntArray, scrub: bool = False) -> None:
+        """One row fewer holds ``pages``; those that nobody holds are free again.
+
+        With ``scrub`` those are zeroed: after a row with non-finite values, lest a later holder multiplies
+        a weight of 0 by NaN.
+        """
         self._references[pages] -= 1
         for page in pages[self._references[pages] == 0].tolist():
-            self._free[page // self.slab_pages].append(page)
+            slab, offset = divmod(page, self.slab_pages)
+            self._free[slab].append(page)
             self._free_count += 1
-
-    def scrub(self, pages: IntArray) -> None:
-        """Zeroes ``pages``: after a row with non-finite values, lest a later holder multiplies 0 by NaN."""
-        for page in pages.tolist():
-            slab = self.slab(page // self.slab_pages)
-            for tensor in (*slab.keys, *slab.values):
-                tensor[page % self.slab_pages].zero_()
+            if scrub:
+                for tensor in (*self.slab(slab).keys, *self.slab(slab).values):
+                    tensor[offset].zero_()
 
     def copy(self, source: IntArray, target: IntArray) -> None:
         """Copies the contents of pages, all sites."""

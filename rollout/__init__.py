@@ -1,1 +1,26 @@
-"""Offline batch generation for RL rollouts and bulk inference."""
+"""Offline batch generation for RL rollouts and bulk inference.
+
+`Engine` generates on a live transformers module; ``python -m rollout`` runs whole jobs with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rollout.engine import Engine
+    from rollout.params import SamplingParams
+    from rollout.records import Batch, Record
+
+__all__ = ["Batch", "Engine", "Record", "SamplingParams"]
+
+_HOMES = {"Batch": "records", "Engine": "engine", "Record": "records", "SamplingParams": "params"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: a job refuses bad input before torch and transformers are imported."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rollout' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"rollout.{_HOMES[name]}"), name)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from rollout.stats import Stats
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -32,3 +38,60 @@ class Record:
     seed: int = 0
     weight_version: int = 0
     attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """A batch as tensors: prompts left-padded to P, completions right-padded to R."""
+
+    prompt_ids: torch.Tensor
+    """[B, P] int64."""
+    prompt_mask: torch.Tensor
+    """[B, P] int64, 1 on prompt tokens."""
+    completion_ids: torch.Tensor
+    """[B, R] int64."""
+    completion_mask: torch.Tensor
+    """[B, R] int64, 1 on completion tokens, the end-of-sequence id included."""
+    logprobs: torch.Tensor
+    """[B, R] float32, 0 on padding."""
+    sampler_logprobs: torch.Tensor
+    """[B, R] float32, 0 on padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The records of one call, in prompt order, then sample order."""
+
+    records: tuple[Record, ...]
+    stats: Stats
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.records[index]
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def to_padded(self, pad_token_id: int) -> Padded:
+        """The batch as tensors on the CPU; error records are rows like others, with what they have."""
+        import torch
+
+        prompts = [record.prompt_ids for record in self.records]
+        completions = [record.completion_ids for record in self.records]
+
+        def padded(
+            rows: list[list[int]] | list[list[float]], fill: float, dtype: torch.dtype, side: Literal["left", "right"]
+        ) -> torch.Tensor:
+            tensors = [torch.tensor(row, dtype=dtype) for row in rows]
+            return torch.nn.utils.rnn.pad_sequence(tensors, True, fill, padding_side=side)
+
+        return Padded(
+            prompt_ids=padded(prompts, pad_token_id, torch.int64, "left"),
+            prompt_mask=padded([[1] * len(row) for row in prompts], 0, torch.int64, "left"),
+            completion_ids=padded(completions, pad_token_id, torch.int64, "right"),
+            completion_mask=padded([[1] * len(row) for row in completions], 0, torch.int64, "right"),
+            logprobs=padded([record.logprobs for record in self.records], 0.0, torch.float32, "right"),
+            sampler_logprobs=padded([record.sampler_logprobs for record in self.records], 0.0, torch.float32, "right"),
+        )

@@ -1,0 +1,55 @@
+"""A check at start that pages give the model's own numbers: what the probe cannot see must not pass silently."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from rollout.models.errors import UnsupportedModel
+from rollout.models.layout import KVLayout
+from rollout.models.loan import Loan, unwrap
+from rollout.models.paged import Segment
+from rollout.models.pages import PagePool
+from rollout.models.runner import Runner
+
+_TOKENS = 24
+_CUT = 18
+#: Largest distance of logits, relative to their size. A model whose state is not in pages is off by its whole
+#: size; a mixture of experts in half precision can route a token differently.
+_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}
+_HALF_TOLERANCE = 0.3
+
+
+def check_pages(model: nn.Module, loan: Loan, layout: KVLayout) -> None:
+    """Compares a prompt computed in two prefills and a decode with one forward of the model's own attention.
+
+    Raises:
+        UnsupportedModel: they differ by more than rounding.
+    """
+    base = unwrap(model)
+    ids = np.arange(3, 3 + _TOKENS) * 7 % int(base.get_input_embeddings().weight.shape[0])
+    with loan.implementation(None), torch.no_grad():
+        own = model(
+            input_ids=torch.from_numpy(ids[None]).to(base.device),
+            position_ids=torch.arange(_TOKENS, device=base.device)[None],
+            use_cache=False,
+        ).logits[0, -3:]
+    pages = np.arange((_TOKENS + layout.page_size - 1) // layout.page_size)
+    pool = PagePool(layout, len(pages), base.device)
+    pool.grow()
+    runner, last = Runner(model, pool), _TOKENS - 1
+    with loan():
+        first = runner.prefill([ids[:_CUT]], [Segment(pages, 0, _CUT)])
+        second = runner.prefill([ids[_CUT:last]], [Segment(pages, _CUT, last - _CUT)])
+        third = runner.decode(ids[last:], pages[None], np.array([_TOKENS]))
+    del first
+    ours = torch.cat([second, third]).float()
+    theirs = own[-2:].float()
+    distance = float((ours - theirs).norm() / theirs.norm())
+    tolerance = _TOLERANCE.get(layout.dtype, _HALF_TOLERANCE)
+    if not distance <= tolerance:
+        raise UnsupportedModel(
+            f"{type(base).__name__} (model type {base.config.model_type!r}) gives other logits over pages than in its "
+            f"own forward (relative distance {distance:.2g}, at most {tolerance} is rounding)."
+        )

@@ -1,0 +1,222 @@
+"""The library: generation on a live transformers module."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rollout.batcher.registry import make_policy
+from rollout.batcher.types import Bounds, Policy
+from rollout.errors import InputError
+from rollout.headroom import Headroom, headroom_for
+from rollout.loop import Loop
+from rollout.memory import Memory
+from rollout.models.check import check_pages
+from rollout.models.context import context_limit
+from rollout.models.loan import Loan, unwrap
+from rollout.models.probe import probe
+from rollout.models.runner import Runner
+from rollout.params import SamplingParams
+from rollout.queue import Queue
+from rollout.records import Batch, Record
+from rollout.requests import Request, StepReport
+from rollout.stats import Stats
+from rollout.stops import Text
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+"""A text, a list of chat messages, or token ids."""
+
+
+class Engine:
+    """Generates with a live module: its own weights, no copy, and it is given back as it was.
+
+    Args:
+        model: a transformers causal LM, PEFT-wrapped or not, on one device.
+        tokenizer: for text prompts, chat messages and the text of completions; None when prompts are
+            token ids and no text is wanted.
+        policy: how many rows live, by name or as an object of your own.
+        latency_budget_ms: what a step may take; None is no budget.
+        max_rows, min_rows: bounds on live rows.
+        max_kv_bytes: never more KV bytes than this; None uses all headroom.
+        reserve_fraction: share of the device's total memory that is always left free.
+        headroom: telemetry to follow instead of the device's own.
+
+    Raises:
+        UnsupportedModel: the model cannot be served; the message says why.
+        InputError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        policy: str | Policy = "paper",
+        latency_budget_ms: float | None = None,
+        max_rows: int = 1024,
+        min_rows: int = 1,
+        max_kv_bytes: int | None = None,
+        reserve_fraction: float = 0.05,
+        headroom: Headroom | None = None,
+    ) -> None:
+        _check_arguments(latency_budget_ms, max_rows, min_rows, max_kv_bytes, reserve_fraction)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.weight_version = 0
+        """Stamped on records; set it when the weights change."""
+        base = unwrap(model)
+        self._device = base.device
+        self._loan = Loan(model)
+        check_pages(model, self._loan, probe(model, self._loan))
+        bounds = Bounds(min_rows, max_rows, latency_budget_ms)
+        self._policy = make_policy(policy, bounds) if isinstance(policy, str) else policy
+        self._max_kv_bytes = max_kv_bytes
+        self._reserve_fraction = reserve_fraction
+        self._headroom = headroom_for(self._device) if headroom is None else headroom
+        self.context_limit = context_limit(base.config)
+        """Most tokens of prompt and completion together; None when the model states none."""
+        self._vocabulary = int(base.get_input_embeddings().weight.shape[0])
+        self._text = Text(tokenizer)
+        self._eos = _eos_ids(base.generation_config)
+        _warn_of_unapplied(base.generation_config)
+        self.stats: Stats | None = None
+        """Totals of the last call that ran to its end or was closed."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        seed: int = 0,
+        row_ids: Sequence[str] | None = None,
+    ) -> Batch:
+        """Completions of all prompts: records in prompt order, then sample order.
+
+        Args:
+            prompts: texts, chat message lists or token-id lists.
+            params: one for all, or one a prompt.
+            seed: with the row id, the sample and the position, all that a draw depends on.
+            row_ids: strings that key the draws; the prompt's index by default.
+
+        Raises:
+            InputError: lists differ in length, ids repeat, or a prompt cannot be tokenised.
+        """
+        prompts = list(prompts)
+        ids = [str(i) for i in range(len(prompts))] if row_ids is None else list(row_ids)
+        if len(ids) != len(prompts):
+            raise InputError(f"row_ids has {len(ids)} entries, but there are {len(prompts)} prompts.")
+        if len(set(ids)) != len(ids):
+            raise InputError("row_ids must differ from each other.")
+        order = {row_id: i for i, row_id in enumerate(ids)}
+        records = list(self.stream(prompts, params, seed=seed, row_ids=ids))
+        records.sort(key=lambda record: (order[record.row_id], record.sample))
+        assert self.stats is not None
+        return Batch(tuple(records), self.stats)
+
+    def stream(
+        self,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        seed: int = 0,
+        row_ids: Iterable[str] | None = None,
+    ) -> Iterator[Record]:
+        """Like `generate`, but yields records as they finish, and reads ``prompts`` only as rows are admitted."""
+        many = params if isinstance(params, Sequence) else None
+        if many is not None and isinstance(prompts, Sequence) and len(many) != len(prompts):
+            raise InputError(f"params has {len(many)} entries, but there are {len(prompts)} prompts.")
+        one = params if isinstance(params, SamplingParams) else SamplingParams()
+        ids = (str(i) for i in count()) if row_ids is None else iter(row_ids)
+        requests = (
+            Request(next(ids), self.encode(prompt), one if many is None else many[i], seed)
+            for i, prompt in enumerate(prompts)
+        )
+        return self.run(requests)
+
+    def run(
+        self, requests: Iterable[Request], *, on_step: Callable[[StepReport], None] | None = None
+    ) -> Iterator[Record]:
+        """Generates for a stream of requests; records come as they finish.
+
+        Between records the module is its owner's: it is switched to the engine only while steps run.
+        """
+        started = time.perf_counter()
+        self.stats = None
+        layout = probe(self.model, self._loan)  # again: dtypes depend on the caller's autocast
+        memory = Memory(layout, self._headroom, self._device, self._max_kv_bytes, self._reserve_fraction)
+        queue = Queue(requests, self.context_limit, self._vocabulary)
+        runner = Runner(self.model, memory.pool)
+        loop = Loop(runner, memory, self._policy, self._text, self._eos, queue, self.weight_version, on_step)
+        try:
+            while True:
+                loop.refill()
+                with self._loan():
+                    records = loop.advance()
+                if records is None:
+                    return
+                yield from records
+        finally:
+            loop.close()
+            seconds = time.perf_counter() - started
+            self.stats = loop.tally.stats(memory.pool.peak_bytes, memory.pool.bytes_held, seconds)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: chat messages go through the chat template, text is used as it is.
+
+        Raises:
+            InputError: there is no tokenizer, or no chat template for messages.
+        """
+        if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
+            return [int(i) for i in prompt]  # type: ignore[call-overload]
+        if self.tokenizer is None:
+            raise InputError("The engine has no tokenizer, so prompts must be lists of token ids.")
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if self.tokenizer.chat_template is None:
+            raise InputError("The prompt is a list of chat messages, but the tokenizer has no chat template.")
+        encoded = self.tokenizer.apply_chat_template(
+            [dict(message) for message in prompt],  # type: ignore[arg-type]
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )
+        return [int(i) for i in encoded["input_ids"]]
+
+
+def _check_arguments(
+    latency_budget_ms: float | None, max_rows: int, min_rows: int, max_kv_bytes: int | None, reserve_fraction: float
+) -> None:
+    checks = (
+        ("latency_budget_ms", latency_budget_ms is None or latency_budget_ms > 0, latency_budget_ms, "above 0 or None"),
+        ("min_rows", min_rows >= 1, min_rows, "at least 1"),
+        ("max_rows", max_rows >= min_rows, max_rows, f"at least min_rows ({min_rows})"),
+        ("max_kv_bytes", max_kv_bytes is None or max_kv_bytes > 0, max_kv_bytes, "above 0 or None"),
+        ("reserve_fraction", 0 <= reserve_fraction < 1, reserve_fraction, "at least 0 and below 1"),
+    )
+    for name, right, value, wanted in checks:
+        if not right:
+            raise InputError(f"{name} is {value!r}, but must be {wanted}.")
+
+
+def _eos_ids(generation_config: Any) -> list[int]:
+    """End-of-sequence ids; a model may have several."""
+    eos = getattr(generation_config, "eos_token_id", None)
+    return [] if eos is None else [int(i) for i in (eos if isinstance(eos, list | tuple) else [eos])]
+
+
+def _warn_of_unapplied(generation_config: Any) -> None:
+    """Says which of the model's default logits processors ``generate`` would apply and this engine does not."""
+    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None, "bad_words_ids": None}
+    neutral |= {"begin_suppress_tokens": None, "min_length": 0, "min_new_tokens": None, "forced_eos_token_id": None}
+    for name, value in neutral.items():
+        found = getattr(generation_config, name, value)
+        if found not in (None, value):
+            logger.warning("The model's generation_config has %s=%r, which is not applied.", name, found)

@@ -1,0 +1,190 @@
+"""The live batch: one slot for each row that decodes, as arrays, so that a step costs no Python per row."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rollout.models.sampling import RowSampling
+from rollout.rows import Completion, IntArray, Row, noise_key
+
+_GROWTH = 16
+_T = TypeVar("_T", bound=np.generic)
+
+
+class LiveRows:
+    """Rows that decode. Arrays are indexed by slot; ``active`` lists the slots in use, oldest row first."""
+
+    def __init__(self, page_size: int, device: torch.device) -> None:
+        self._page_size = page_size
+        self._device = device
+        self._rows: list[Row | None] = []
+        self._free: list[int] = []
+        self._sampling: RowSampling | None = None
+        self.active: IntArray = np.zeros(0, np.int64)
+        self.tables: IntArray = np.zeros((0, _GROWTH), np.int64)
+        """[slots, pages] page ids."""
+        self.page_counts: IntArray = np.zeros(0, np.int64)
+        self.prompt_lengths: IntArray = np.zeros(0, np.int64)
+        self.generated: IntArray = np.zeros(0, np.int64)
+        self.limits: IntArray = np.zeros(0, np.int64)
+        self.ignore_eos: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self.has_stops: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Whether the row has stop strings or stop ids of its own."""
+        self._temperature: NDArray[np.float32] = np.zeros(0, np.float32)
+        self._top_k: IntArray = np.zeros(0, np.int64)
+        self._top_p: NDArray[np.float32] = np.zeros(0, np.float32)
+        self._min_p: NDArray[np.float32] = np.zeros(0, np.float32)
+        self._keys: IntArray = np.zeros((0, 2), np.int64)
+        self._samples: IntArray = np.zeros(0, np.int64)
+        self._tokens: IntArray = np.zeros((0, _GROWTH), np.int64)
+        self._logprobs: NDArray[np.float32] = np.zeros((0, _GROWTH), np.float32)
+        self._sampler_logprobs: NDArray[np.float32] = np.zeros((0, _GROWTH), np.float32)
+
+    def __len__(self) -> int:
+        return len(self.active)
+
+    def row(self, slot: int) -> Row:
+        """The row in ``slot``."""
+        row = self._rows[slot]
+        assert row is not None, f"slot {slot} is free"
+        return row
+
+    @property
+    def lengths(self) -> IntArray:
+        """[active] tokens of each row; the last one is not in its pages yet."""
+        return self.prompt_lengths[self.active] + self.generated[self.active]
+
+    def last_tokens(self) -> IntArray:
+        """[active] the token that each row decodes from."""
+        return self._tokens[self.active, self.generated[self.active] - 1]
+
+    def pages(self, slot: int) -> IntArray:
+        """The pages that a row holds, in order."""
+        return self.tables[slot, : self.page_counts[slot]]
+
+    def all_pages(self) -> list[IntArray]:
+        """The pages of every row, as views that may be rewritten."""
+        return [self.pages(slot) for slot in self.active.tolist()]
+
+    # -- coming and going ----------------------------------------------------------------------------
+
+    def add(self, row: Row, pages: IntArray) -> int:
+        """Gives ``row`` a slot; it goes on after the tokens of ``row.completion``."""
+        if not self._free:
+            self._grow_slots()
+        slot = self._free.pop()
+        done = len(row.completion)
+        self._widen(len(pages), done + 1)
+        self._rows[slot] = row
+        self.tables[slot, : len(pages)] = pages
+        self.page_counts[slot] = len(pages)
+        self.prompt_lengths[slot] = len(row.group.prompt_ids)
+        self.generated[slot] = done
+        self.limits[slot] = row.limit
+        params = row.request.params
+        self.ignore_eos[slot] = params.ignore_eos
+        self.has_stops[slot] = bool(params.stop or params.stop_token_ids)
+        self._temperature[slot] = params.temperature
+        self._top_k[slot], self._top_p[slot], self._min_p[slot] = params.top_k, params.top_p, params.min_p
+        self._keys[slot] = noise_key(row.request.seed, row.request.row_id)
+        self._samples[slot] = row.sample
+        self._tokens[slot, :done] = row.completion.tokens
+        self._logprobs[slot, :done] = row.completion.logprobs
+        self._sampler_logprobs[slot, :done] = row.completion.sampler_logprobs
+        self.active = np.append(self.active, slot)
+        self._sampling = None
+        return slot
+
+    def remove(self, slots: IntArray) -> None:
+        """Frees the slots; the caller has released their pages."""
+        self.active = self.active[~np.isin(self.active, slots)]
+        self._sampling = None
+        for slot in slots.tolist():
+            self._rows[slot] = None
+            self.tables[slot] = 0
+            self._free.append(slot)
+
+    def _grow_slots(self) -> None:
+        old = len(self._rows)
+        new = max(_GROWTH, 2 * old)
+        self._rows.extend([None] * (new - old))
+        self._free.extend(range(new - 1, old - 1, -1))
+        for name, array in list(vars(self).items()):
+            if isinstance(array, np.ndarray) and name != "active":
+                grown = np.zeros((new, *array.shape[1:]), array.dtype)
+                grown[:old] = array
+                setattr(self, name, grown)
+
+    def _widen(self, pages: int, tokens: int) -> None:
+        """Makes room for so many pages and tokens a row."""
+        self.tables = _widened(self.tables, pages)
+        self._tokens = _widened(self._tokens, tokens)
+        self._logprobs = _widened(self._logprobs, tokens)
+        self._sampler_logprobs = _widened(self._sampler_logprobs, tokens)
+
+    # -- a step --------------------------------------------------------------------------------------
+
+    def without_page(self) -> IntArray:
+        """Slots whose next token needs a page that they do not hold."""
+        return self.active[self.page_counts[self.active] * self._page_size < self.lengths]
+
+    def give_pages(self, slots: IntArray, pages: IntArray) -> None:
+        """One more page for each of ``slots``."""
+        self._widen(int(self.page_counts[slots].max()) + 1, 0)
+        self.tables[slots, self.page_counts[slots]] = pages
+        self.page_counts[slots] += 1
+
+    def append(
+        self, slots: IntArray, tokens: IntArray, logprobs: NDArray[np.float32], sampler: NDArray[np.float32]
+    ) -> None:
+        """One more token for each of ``slots``."""
+        at = self.generated[slots]
+        self._widen(0, int(at.max()) + 1)
+        self._tokens[slots, at] = tokens
+        self._logprobs[slots, at] = logprobs
+        self._sampler_logprobs[slots, at] = sampler
+        self.generated[slots] += 1
+
+    def completion(self, slot: int) -> Completion:
+        """All that the row has generated, copied."""
+        done = slice(0, int(self.generated[slot]))
+        arrays = (self._tokens, self._logprobs, self._sampler_logprobs)
+        tokens, logprobs, sampler = (array[slot, done].copy() for array in arrays)
+        return Completion(tokens, logprobs, sampler)
+
+    def sampling(self, slots: IntArray) -> RowSampling:
+        """Sampling parameters of the rows in ``slots``; those of ``active`` are kept until it changes."""
+        if slots is not self.active:
+            return self._make_sampling(slots)
+        if self._sampling is None:
+            self._sampling = self._make_sampling(slots)
+        return self._sampling
+
+    def _make_sampling(self, slots: IntArray) -> RowSampling:
+        def tensor(array: NDArray[Any]) -> torch.Tensor:
+            return torch.from_numpy(array[slots]).to(self._device)
+
+        return RowSampling(
+            temperature=tensor(self._temperature),
+            top_k=tensor(self._top_k),
+            top_p=tensor(self._top_p),
+            min_p=tensor(self._min_p),
+            keys=tensor(self._keys),
+            samples=tensor(self._samples),
+            most_top_k=int(self._top_k[slots].max()),
+            any_top_p=bool((self._top_p[slots] < 1).any()),
+            any_min_p=bool((self._min_p[slots] > 0).any()),
+            any_greedy=bool((self._temperature[slots] == 0).any()),
+        )
+
+
+def _widened(array: NDArray[_T], columns: int) -> NDArray[_T]:
+    if columns <= array.shape[1]:
+        return array
+    wider = np.zeros((array.shape[0], max(columns, 2 * array.shape[1])), array.dtype)
+    wider[:, : array.shape[1]] = array
+    return wider

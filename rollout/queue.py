@@ -1,0 +1,95 @@
+"""Rows that wait: a stream of requests, read no further ahead than needed, and rows that were preempted."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from rollout.requests import Request
+from rollout.rows import Group, Row
+
+
+class Queue:
+    """First in, first out; preempted rows come back to the front, oldest first.
+
+    Args:
+        requests: the stream.
+        context_limit: most tokens of a row, None when the model has no limit.
+        vocabulary: token ids are below this.
+    """
+
+    def __init__(self, requests: Iterable[Request], context_limit: int | None, vocabulary: int) -> None:
+        self._requests: Iterator[Request] = iter(requests)
+        self._context_limit = context_limit
+        self._vocabulary = vocabulary
+        self._rows: deque[Row] = deque()
+        self._last_group: Group | None = None
+        self._ended = False
+        self.refused: list[tuple[Request, str, str]] = []
+        """Requests that cannot run, with error class and message; the loop takes them out."""
+
+    def __len__(self) -> int:
+        """Rows known to wait."""
+        return len(self._rows)
+
+    def __bool__(self) -> bool:
+        return bool(self._rows) or not self._ended
+
+    def wants(self, rows: int) -> bool:
+        """Whether the stream should be read for ``rows`` rows to be known."""
+        return not self._ended and len(self._rows) < rows
+
+    def fill(self, rows: int) -> None:
+        """Reads the stream until ``rows`` rows wait, or it ends."""
+        while self.wants(rows):
+            request = next(self._requests, None)
+            if request is None:
+                self._ended = True
+            else:
+                self._enter(request)
+
+    def _enter(self, request: Request) -> None:
+        refusal = self._refusal(request.prompt_ids)
+        if refusal is not None:
+            self.refused.append((request, *refusal))
+            return
+        prompt = np.asarray(request.prompt_ids, np.int64)
+        if self._last_group is None or not np.array_equal(self._last_group.prompt_ids, prompt):
+            self._last_group = Group(prompt)
+        limit = request.params.max_new_tokens
+        if self._context_limit is not None:
+            limit = min(limit, self._context_limit - len(prompt))
+        samples = range(request.params.n) if request.samples is None else request.samples
+        self._rows.extend(Row(request, sample, self._last_group, limit) for sample in samples)
+
+    def _refusal(self, prompt_ids: Sequence[int]) -> tuple[str, str] | None:
+        count = len(prompt_ids)
+        if count == 0:
+            return "empty_prompt", "The prompt has no tokens."
+        if self._context_limit is not None and count >= self._context_limit:
+            return (
+                "prompt_too_long",
+                f"The prompt has {count} tokens; the model's context of {self._context_limit} leaves none to generate.",
+            )
+        if min(prompt_ids) < 0 or max(prompt_ids) >= self._vocabulary:
+            return "bad_prompt", f"The prompt has token ids outside of the vocabulary of {self._vocabulary}."
+        return None
+
+    def first(self) -> Row | None:
+        """The row to be admitted next."""
+        return self._rows[0] if self._rows else None
+
+    def pop(self) -> Row:
+        """Takes out the row to be admitted next."""
+        return self._rows.popleft()
+
+    def put_back(self, rows: Sequence[Row]) -> None:
+        """Preempted rows, oldest first, go before all that wait."""
+        self._rows.extendleft(reversed(rows))
+
+    @property
+    def waiting_prompt_tokens(self) -> int:
+        """Prompt tokens of the rows known to wait, each prompt counted once."""
+        return sum(len(group.prompt_ids) for group in {id(r.group): r.group for r in self._rows}.values())

@@ -1,0 +1,83 @@
+"""Samples on their way through the engine, before and between their lives in the batch."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollout.requests import Request
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a sample has generated so far; arrays of equal length."""
+
+    tokens: IntArray
+    logprobs: FloatArray
+    sampler_logprobs: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+NOTHING = Completion(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32))
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """Rows with the same prompt: the samples of one request, and of equal requests that follow it.
+
+    While any of them lives, ``pages`` holds the prompt's full pages, which all of them read.
+    """
+
+    prompt_ids: IntArray
+    pages: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    holders: int = 0
+    prefill: Prefill | None = None
+    """The prefill of the prompt that is under way, which further samples may join."""
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One sample of one request."""
+
+    request: Request
+    sample: int
+    group: Group
+    limit: int
+    """Most tokens that it may generate: ``max_new_tokens``, or what the context leaves."""
+    completion: Completion = NOTHING
+    """What it had generated when it was preempted."""
+
+    @property
+    def context(self) -> IntArray:
+        """The tokens whose keys and values it needs before its next token."""
+        return np.concatenate([self.group.prompt_ids, self.completion.tokens])
+
+
+@dataclass(eq=False, slots=True)
+class Prefill:
+    """A context whose keys and values are being computed, for the rows that will go on from it."""
+
+    group: Group
+    context: IntArray
+    pages: IntArray
+    computed: int
+    """Tokens whose keys and values are in ``pages`` already."""
+    rows: list[Row]
+
+    @property
+    def remaining(self) -> int:
+        return len(self.context) - self.computed
+
+
+def noise_key(seed: int, row_id: str) -> tuple[int, int]:
+    """Two 32-bit words that stand for (seed, row id); samples and positions go into the counter."""
+    digest = hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

@@ -1,0 +1,103 @@
+"""Tiny random models of many families: what the contract tests run on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 199
+
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_WINDOW = 12
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+#: Families that must work, and what their tiny configuration needs besides the common fields. Windows are
+#: shorter than the texts, so that a layer that ignores its window fails.
+SERVED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": _WINDOW},
+    "gemma": {},
+    "gemma2": {"sliding_window": _WINDOW, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"sliding_window": _WINDOW, "query_pre_attn_scalar": 16},
+    "phi3": {"sliding_window": _WINDOW},
+    "gpt2": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "starcoder2": {"sliding_window": _WINDOW},
+    "stablelm": {},
+    "cohere2": {"sliding_window": _WINDOW},
+    "granite": {"attention_multiplier": 0.2},
+    "olmo2": {},
+    "smollm3": {},
+    "glm4": {"partial_rotary_factor": 0.5},
+    "mixtral": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "olmoe": _EXPERTS,
+    "gpt_oss": _EXPERTS | {"sliding_window": _WINDOW, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "deepseek_v3": {
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 12,
+        "head_dim": 8,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 2,
+        "moe_intermediate_size": 48,
+    },
+    # Spans that only the masks tell, not the arguments:
+    "qwen2_moe": _EXPERTS
+    | {"sliding_window": _WINDOW, "use_sliding_window": True, "max_window_layers": 2, "decoder_sparse_step": 2}
+    | {"shared_expert_intermediate_size": 48},
+    "phimoe": _EXPERTS | {"sliding_window": _WINDOW},
+    "llama4_text": _EXPERTS | {"attention_chunk_size": _WINDOW, "intermediate_size_mlp": 96},
+}
+
+#: Families that must be refused, and a word of the reason.
+REFUSED: dict[str, str] = {
+    "bloom": "interface",
+    "falcon": "interface",
+    "mpt": "interface",
+    "mamba": "",
+    "falcon_h1": "recurrent",
+    "recurrent_gemma": "",
+}
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A model of ``family`` with seeded random weights, in eval mode; the same on every call."""
+    fields = _BASE | SERVED.get(family, {}) | changes
+    config = AutoConfig.for_model(family, **fields)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+    finally:
+        torch.random.set_rng_state(state)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Larger than a fresh initialisation, so that attention matters to the next token.
+            if parameter.ndim > 1 and "embed" not in name:
+                parameter.mul_(4.0)
+    return model.to(dtype).eval()
