@@ -9,9 +9,10 @@ import warnings
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -87,7 +88,8 @@ def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
     model = _placed(model, device)
     if source.adapter is not None:
         model = _merged(model, Path(source.adapter).expanduser(), device)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -155,7 +157,7 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
     _check_causal(config, source)
     dtype = resolve_dtype(source.dtype, device, _stored_dtype(config))
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype="auto" if dtype is None else dtype,
@@ -165,16 +167,16 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
         )
     except Exception as error:
         raise ValueError(f"model.path {source.path!r} cannot be loaded ({first_line(error)}).") from error
+    model: PreTrainedModel = loaded[0]
     # transformers would fill them with random numbers and go on.
-    missing = sorted(report["missing_keys"])
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         raise ValueError(
             f"model.path {source.path!r} lacks {len(missing)} weights of {type(model).__name__} ({shown}): "
             "the checkpoint is incomplete, or of another kind of model."
         )
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def _from_gguf(source: ModelSource, path: Path, device: torch.device) -> PreTrainedModel:
@@ -220,7 +222,7 @@ def _check_causal(config: PreTrainedConfig, source: ModelSource) -> None:
             f"model.path {source.path!r} is of model_type {config.model_type!r}, which is no causal language model."
         )
     known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    names = {cls.__name__ for cls in (known if isinstance(known, tuple | list) else (known,))}
+    names = {cls.__name__ for cls in (known if isinstance(known, tuple | list) else (known,)) if cls is not None}
     declared = config.architectures or []
     if declared and not any(name in names or any(part in name for part in CAUSAL_NAMES) for name in declared):
         raise UnsupportedModel(
@@ -235,21 +237,19 @@ def _stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     try:
-        placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]  # transformers types it for one overload
+        cast(nn.Module, model).to(device)  # transformers' wrapper of it is not typed as a method
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"model.path needs more memory for its weights than {device} has free: "
             "take a device with more, a smaller model, or model.dtype=bfloat16."
         ) from error
-    return placed
+    return model
 
 
 def _require_peft(adapter: str) -> None:
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
-        raise ValueError(
-            f"model.adapter {adapter!r} is no folder here: give a folder that PEFT's save_pretrained wrote."
-        )
+        raise ValueError(f"model.adapter {adapter!r} is no folder here: give one that PEFT's save_pretrained wrote.")
     check_adapter(folder)
     if util.find_spec("peft") is None:
         raise ValueError("model.adapter needs the package peft: `pip install 'rollout[peft]'`.")
@@ -261,18 +261,19 @@ def _merged(model: PreTrainedModel, adapter: Path, device: torch.device) -> PreT
 
     try:
         config = PeftConfig.from_pretrained(str(adapter))
-        if config.is_prompt_learning:
-            raise UnsupportedModel(
-                f"model.adapter {str(adapter)!r} is of type {config.peft_type.value}, "
-                "which learns prompts instead of weights and so cannot be merged."
-            )
+    except Exception as error:
+        raise ValueError(f"model.adapter {str(adapter)!r} cannot be read ({first_line(error)}).") from error
+    if config.is_prompt_learning:
+        raise UnsupportedModel(
+            f"model.adapter {str(adapter)!r} is of type {config.peft_type.value}, "
+            "which learns prompts instead of weights and so cannot be merged."
+        )
+    try:
         with warnings.catch_warnings():
             # PEFT warns of weights that it did not find, and goes on without them.
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             wrapped = PeftModel.from_pretrained(model, str(adapter), config=config, torch_device=str(device))
         merged: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)
-    except UnsupportedModel:
-        raise
     except Exception as error:
         raise ValueError(
             f"model.adapter {str(adapter)!r} does not fit model.path ({first_line(error)}): "

@@ -16,6 +16,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from rollout.models.gguf_file import read_model, read_tokenizer
 
@@ -106,28 +107,23 @@ def _convert(model: PackagedModel, source: Path, folder: Path) -> None:
 
     Processes that start together each convert into a folder of their own, and the first to finish wins.
     """
-    log.info("Converting %s into %s, once; this takes about half a minute.", model.name, folder)
+    log.info("Converting %s into %s, once; which takes about half a minute.", model.name, folder)
     began = time.monotonic()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder.parent)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
+            # One level down, so that there is always a folder left for the context manager to remove.
+            made = Path(work) / folder.name
+            _save(model, source, made)
+            for file in made.iterdir():
+                _flush(file)
+            _publish(made, folder)
+    except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"The default model cannot be kept in {folder.parent} ({error.strerror}): "
-            "set XDG_CACHE_HOME to a folder that can be written."
+            f"The default model cannot be kept in {folder.parent} ({error}): "
+            "set XDG_CACHE_HOME to a folder that can be written and has 600 MB free."
         ) from error
-    try:
-        _save(model, source, work)
-        for file in work.iterdir():
-            _flush(file)
-        try:
-            work.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     log.info("Converted %s in %.0f s.", model.name, time.monotonic() - began)
 
 
@@ -138,7 +134,8 @@ def _save(model: PackagedModel, source: Path, folder: Path) -> None:
     vars(config).pop("_model_name_or_path", None)
     config.name_or_path = model.name
     # A module read from GGUF refuses to be saved, so a fresh one takes over its weights.
-    fresh = type(loaded)(config).to(torch.bfloat16)
+    fresh = type(loaded)(config)
+    fresh.bfloat16()
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config
     fresh.save_pretrained(folder)
@@ -152,6 +149,14 @@ def _save(model: PackagedModel, source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _publish(made: Path, folder: Path) -> None:
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+
+
 def _flush(file: Path) -> None:
     """Bring a file to the disk: a power cut after the rename must not leave a folder of empty files."""
     with file.open("rb") as handle:
@@ -162,4 +167,5 @@ def _sweep(root: Path) -> None:
     """Remove what killed conversions left."""
     for left in root.glob(".*-format*"):
         if left.stat().st_mtime < time.time() - STALE_SECONDS:
+            # Another process may be at the same.
             shutil.rmtree(left, ignore_errors=True)
