@@ -12,6 +12,9 @@ from rollout.batcher.types import Bounds, Decision, Observation
 
 Form = Literal["buffer", "eq12"]
 
+# Lengths grow by a token a decision: estimating them at each one costs more than it tells.
+_DECISIONS_PER_ESTIMATE = 16
+
 
 def rows_by_eq12(eta: int, lengths: Moments, theta: float) -> int:
     """Most rows b with mu*b + theta*sigma*sqrt(b) <= eta: equation 12.
@@ -68,7 +71,8 @@ class MemoryPolicy:
     - Each row is charged its final length, as printed. Rows that started at different times hold less on
       average, so the batch is smaller than memory allows when lengths vary little. Samples that share a
       prompt are charged for it once each.
-    - The moments are learned (``LengthMoments``), the paper takes them as given.
+    - The moments are learned (``LengthMoments``) and estimated again every 16 refreshes; the paper takes them
+      as given, "updated online periodically".
     - The floor N^d and the bounds also apply when the last size holds.
     - The first size, which the paper does not give, is ``max_rows``, as in the authors' release.
 
@@ -94,6 +98,8 @@ class MemoryPolicy:
         self._theta = NormalDist().inv_cdf(1 - epsilon_m)
         self._form = form
         self._lengths = LengthMoments(length_window)
+        self._moments: Moments | None = None
+        self._refreshes = 0
         self._rows = bounds.max_rows
 
     def decide(self, observation: Observation) -> Decision:
@@ -105,11 +111,13 @@ class MemoryPolicy:
         return Decision(self._rows, self._bounds.prefill_tokens, self._reason(wanted, observation))
 
     def _fitting_rows(self, observation: Observation) -> int:
-        lengths = self._lengths.estimate(observation)
+        if self._moments is None or self._refreshes % _DECISIONS_PER_ESTIMATE == 0:
+            self._moments = self._lengths.estimate(observation)
+        self._refreshes += 1
         eta = observation.kv_tokens_total
         if self._form == "eq12":
-            return rows_by_eq12(eta, lengths, self._theta)
-        return rows_by_buffer(eta, lengths, self._theta, self._rows)
+            return rows_by_eq12(eta, self._moments, self._theta)
+        return rows_by_buffer(eta, self._moments, self._theta, self._rows)
 
     def _reason(self, wanted: int | None, observation: Observation) -> str:
         if wanted is None:

@@ -73,6 +73,15 @@ def test_forms_differ_where_lengths_vary():
     assert rows == {"eq12": 47, "buffer": 45}
 
 
+def test_lengths_are_estimated_again_every_16_refreshes_and_memory_is_read_at_each():
+    policy = MemoryPolicy(Bounds())
+    seen = observe([1], eta=10_000)
+    assert policy.decide(observe([1], eta=10_000, finished=ROWS_OF_200)).rows == 50
+    longer = observe([1], eta=8_000, finished=[FinishedRow(100, 300)] * 10_000)
+    assert policy.decide(longer).rows == 40
+    assert [policy.decide(seen).rows for _ in range(15)] == [50] * 14 + [25]
+
+
 def test_a_smaller_accepted_overflow_means_fewer_rows():
     finished = [FinishedRow(100, 50), FinishedRow(100, 150)] * 50
     seen = observe([1] * 10, eta=10_000, finished=finished)
