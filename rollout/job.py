@@ -1,0 +1,175 @@
+"""A job: prompts of a dataset through the engine into verified files, resumable at any time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from rollout.claims import FileClaims
+from rollout.config import Config
+from rollout.data import Prompt, Prompts, read_prompts
+from rollout.errors import Exit, InputError
+from rollout.fingerprint import fingerprint_of
+from rollout.metrics import MetricsWriter
+from rollout.models.checkpoint import resolve_path
+from rollout.place import Place, Ranks
+from rollout.progress import Progress
+from rollout.records import Record
+from rollout.requests import Request, StepReport
+from rollout.rewards import Reward, load_reward
+from rollout.run import Run, earlier_run, open_run, prepare, read_run
+from rollout.summary import summarise
+from rollout.work import Work
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+
+
+class Generator(Protocol):
+    """What a job needs of the engine."""
+
+    def run(
+        self, requests: Iterable[Request], *, on_step: Callable[[StepReport], None] | None = None
+    ) -> Iterator[Record]: ...
+
+    def encode(self, prompt: Prompt) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine on a model in memory."""
+
+    engine: Generator
+    dtype: str
+    """What the model computes in."""
+
+
+def load_engine(config: Config, prompts: Prompts, place: Place) -> Loaded:
+    """The model of a job with the engine on it.
+
+    Raises:
+        InputError: the model cannot be loaded or served, or has no chat template that the prompts need.
+    """
+    # Heavy to import, and not needed to refuse bad input.
+    import torch
+    import transformers
+
+    from rollout.engine import Engine
+    from rollout.models.load import ModelSource, load_model, load_tokenizer, resolve_device
+
+    transformers.utils.logging.disable_progress_bar()
+    source = ModelSource(**asdict(config.model))
+    try:
+        device = resolve_device(source.device)
+        if device.type == "cpu" and place.threads is not None:
+            torch.set_num_threads(place.threads)
+        tokenizer = load_tokenizer(source)
+        if prompts.chat_row is not None and tokenizer.chat_template is None:
+            raise InputError(
+                f"Row {prompts.chat_row} is chat messages, but model.path={source.path} has no chat template: take a "
+                "model that has one, or a data.prompt_column of text and data.as_chat=false."
+            )
+        model = load_model(source, device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    engine = Engine(
+        model,
+        tokenizer,
+        policy=config.batcher.policy(),
+        latency_budget_ms=config.batcher.latency_budget_ms,
+        max_rows=config.batcher.max_rows,
+        min_rows=config.batcher.min_rows,
+        max_kv_bytes=config.memory.max_kv_bytes,
+        reserve_fraction=config.memory.reserve_fraction,
+    )
+    return Loaded(engine, str(model.dtype).removeprefix("torch."))
+
+
+Load = Callable[[Config, Prompts, Place], Loaded]
+
+
+def run_job(config: Config, load: Load = load_engine) -> Exit:
+    """Run a job to its end, whoever else works on the same run, and print what it made.
+
+    Raises:
+        InputError: the configuration or the input is wrong; the message is one sentence.
+    """
+    place = Place.of(os.environ)
+    reward = load_reward(config.reward)
+    prompts = read_prompts(config.data, with_columns=reward is not None)
+    paths = prepare(config.output.dir)
+    fingerprint = fingerprint_of(config, prompts.content, _model_path(config))
+    run = earlier_run(paths, fingerprint)
+    with closing(Ranks(place, cpu=config.model.device == "cpu")) as ranks:
+        if not ranks.of_first(run is not None and run.complete()):
+            loaded = load(_of_run(config, run), prompts, place)
+            if place.rank == 0:
+                open_run(paths, config, fingerprint, prompts.row_ids, loaded.dtype, place.workers)
+            ranks.wait()
+            run = read_run(paths)
+            _generate(run, config, prompts, loaded.engine, reward, place)
+        elif place.rank == 0:
+            logger.info("The run in %s is complete already.", paths.root)
+    return _report(run or read_run(paths)) if place.rank == 0 else Exit.COMPLETE
+
+
+def _generate(
+    run: Run, config: Config, prompts: Prompts, engine: Generator, reward: Reward | None, place: Place
+) -> None:
+    """Work on shards until none can be claimed; rank 0 until all are committed, whoever works on them."""
+    claims = FileClaims(run.paths, run.shards, place.workers)
+    work = Work(run, claims, prompts, engine.encode, config.sampling.params(), config.seed, reward)
+    with ExitStack() as stack:
+        stack.enter_context(closing(work))
+        metrics = stack.enter_context(MetricsWriter(run.paths.metrics(place.worker), place.worker, run.attempt))
+        observers = [metrics.step]
+        if place.rank == 0:
+            progress = Progress(run.rows * run.samples, lambda: run.committed_samples() + work.samples_in_open_shards)
+            observers.append(stack.enter_context(progress).step)
+
+        def on_step(report: StepReport) -> None:
+            for observe in observers:
+                observe(report)
+
+        waiting = False
+        while not run.complete():
+            if work.claim():
+                for record in engine.run(work.requests(), on_step=on_step):
+                    work.take(record)
+            elif place.rank == 0:
+                # Should one of the others die, its shards can be claimed here.
+                if not waiting:
+                    logger.info("Waiting for shards that other workers hold.")
+                waiting = True
+                time.sleep(POLL_SECONDS)
+            else:
+                return
+    run.clear_work()
+
+
+def _report(run: Run) -> Exit:
+    summary = summarise(run)
+    print("\n".join(summary.lines()), flush=True)
+    return Exit.ERROR_ROWS if summary.error_rows else Exit.COMPLETE
+
+
+def _model_path(config: Config) -> Path:
+    model = config.model
+    try:
+        return Path(resolve_path(model.path, model.revision, code=model.trust_remote_code))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _of_run(config: Config, run: Run | None) -> Config:
+    """The configuration with the dtype that the run began with: ``auto`` may be another one on this machine."""
+    if run is None or config.model.dtype != "auto":
+        return config
+    return replace(config, model=replace(config.model, dtype=run.dtype))
