@@ -29,6 +29,9 @@ from rollout.requests import Request, StepReport
 from rollout.stats import Stats
 from rollout.stops import Text
 
+#: Rows that are read before the first decision; their size sets the size of a slab.
+_FIRST_ROWS = 64
+
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
@@ -151,8 +154,11 @@ class Engine:
         started = time.perf_counter()
         self.stats = None
         layout = probe(self.model, self._loan)  # again: dtypes depend on the caller's autocast
-        memory = Memory(layout, self._headroom, self._device, self._max_kv_bytes, self._reserve_fraction)
         queue = Queue(requests, self.context_limit, self._vocabulary)
+        queue.fill(_FIRST_ROWS)
+        memory = Memory(
+            layout, self._headroom, self._device, self._max_kv_bytes, self._reserve_fraction, queue.demand
+        )
         runner = Runner(self.model, memory.pool)
         loop = Loop(runner, memory, self._policy, self._text, self._eos, queue, self.weight_version, on_step)
         try:

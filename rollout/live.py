@@ -34,6 +34,7 @@ class LiveRows:
         self.ignore_eos: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.has_stops: NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Whether the row has stop strings or stop ids of its own."""
+        self._joined_with: IntArray = np.zeros(0, np.int64)
         self._temperature: NDArray[np.float32] = np.zeros(0, np.float32)
         self._top_k: IntArray = np.zeros(0, np.int64)
         self._top_p: NDArray[np.float32] = np.zeros(0, np.float32)
@@ -66,6 +67,10 @@ class LiveRows:
         """The pages that a row holds, in order."""
         return self.tables[slot, : self.page_counts[slot]]
 
+    def all_rows(self) -> list[Row]:
+        """The rows, oldest first."""
+        return [self.row(slot) for slot in self.active.tolist()]
+
     def all_pages(self) -> list[IntArray]:
         """The pages of every row, as views that may be rewritten."""
         return [self.pages(slot) for slot in self.active.tolist()]
@@ -84,6 +89,7 @@ class LiveRows:
         self.page_counts[slot] = len(pages)
         self.prompt_lengths[slot] = len(row.group.prompt_ids)
         self.generated[slot] = done
+        self._joined_with[slot] = done
         self.limits[slot] = row.limit
         params = row.request.params
         self.ignore_eos[slot] = params.ignore_eos
@@ -99,14 +105,13 @@ class LiveRows:
         self._sampling = None
         return slot
 
-    def remove(self, slots: IntArray) -> None:
-        """Frees the slots; the caller has released their pages."""
-        self.active = self.active[~np.isin(self.active, slots)]
+    def remove(self, slot: int) -> None:
+        """Frees a slot; the caller has released its pages."""
+        self.active = self.active[self.active != slot]
         self._sampling = None
-        for slot in slots.tolist():
-            self._rows[slot] = None
-            self.tables[slot] = 0
-            self._free.append(slot)
+        self._rows[slot] = None
+        self.tables[slot] = 0
+        self._free.append(slot)
 
     def _grow_slots(self) -> None:
         old = len(self._rows)
@@ -131,6 +136,10 @@ class LiveRows:
     def without_page(self) -> IntArray:
         """Slots whose next token needs a page that they do not hold."""
         return self.active[self.page_counts[self.active] * self._page_size < self.lengths]
+
+    def without_token(self) -> IntArray:
+        """Slots of rows whose first token since they joined was not drawn yet."""
+        return self.active[self.generated[self.active] == self._joined_with[self.active]]
 
     def give_pages(self, slots: IntArray, pages: IntArray) -> None:
         """One more page for each of ``slots``."""

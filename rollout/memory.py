@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from rollout.headroom import Headroom
+from rollout.headroom import Headroom, after_reserve
 from rollout.models.layout import KVLayout
 from rollout.models.pages import PagePool
 
@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 _MOST_SLAB_BYTES = 256 << 20
 #: The pool at its largest is about so many slabs: a slab is the step by which it follows headroom.
 _SLABS = 16
+#: What the first rows ask for is about so many slabs.
+_DEMAND_SLABS = 4
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -32,6 +34,7 @@ class Memory:
         headroom: telemetry of the device.
         max_kv_bytes: never more KV bytes than this; None is no cap.
         reserve_fraction: share of the device's total memory that is always left free.
+        demand_tokens: tokens that the first rows will hold at most; slabs are no larger than they ask for.
     """
 
     def __init__(
@@ -41,19 +44,20 @@ class Memory:
         device: torch.device,
         max_kv_bytes: int | None,
         reserve_fraction: float,
+        demand_tokens: int,
     ) -> None:
         self._headroom = headroom
         self._max_kv_bytes = max_kv_bytes
-        self._reserve_bytes = int(reserve_fraction * headroom.total_bytes)
+        self._reserve_fraction = reserve_fraction
         self.headroom_bytes = 0
         self.read()
         most = max(0, self.headroom_bytes) if max_kv_bytes is None else min(max(0, self.headroom_bytes), max_kv_bytes)
-        slab_bytes = min(most // _SLABS, _MOST_SLAB_BYTES)
+        slab_bytes = min(most // _SLABS, _MOST_SLAB_BYTES, demand_tokens * layout.bytes_per_token // _DEMAND_SLABS)
         self.pool = PagePool(layout, max(1, slab_bytes // layout.bytes_per_page), device)
 
     def read(self) -> None:
         """Reads telemetry: what may still be taken after the reserve; negative when others took too much."""
-        self.headroom_bytes = self._headroom.free_bytes() - self._reserve_bytes
+        self.headroom_bytes = after_reserve(self._headroom, self._reserve_fraction)
 
     @property
     def growable_slabs(self) -> int:
@@ -70,13 +74,18 @@ class Memory:
 
     def could_hold(self, pages: int) -> bool:
         """Whether ``pages`` would fit if nobody but this process used the device."""
-        room = self._headroom.total_bytes - self._reserve_bytes
+        room = int((1 - self._reserve_fraction) * self._headroom.total_bytes)
         if self._max_kv_bytes is not None:
             room = min(room, self._max_kv_bytes)
         return pages <= room // self.pool.slab_bytes * self.pool.slab_pages
 
-    def reserve(self, pages: int) -> bool:
-        """Sees to it that ``pages`` are free, growing as allowed; False when they cannot be."""
+    def reserve(self, pages: int, leaving: int = 0) -> bool:
+        """Sees to it that ``pages`` are free, growing as allowed; False when they cannot be.
+
+        ``leaving`` more must be obtainable besides, but the pool does not grow for them yet.
+        """
+        if self.obtainable_pages < pages + leaving:
+            return False
         while self.pool.free_pages < pages:
             if not self.growable_slabs:
                 return False

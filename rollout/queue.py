@@ -27,8 +27,7 @@ class Queue:
         self._rows: deque[Row] = deque()
         self._last_group: Group | None = None
         self._ended = False
-        self.refused: list[tuple[Request, str, str]] = []
-        """Requests that cannot run, with error class and message; the loop takes them out."""
+        self._refused: list[tuple[Request, str, str]] = []
 
     def __len__(self) -> int:
         """Rows known to wait."""
@@ -50,10 +49,15 @@ class Queue:
             else:
                 self._enter(request)
 
+    def take_refused(self) -> list[tuple[Request, str, str]]:
+        """Requests since the last call that cannot run, with error class and message."""
+        taken, self._refused = self._refused, []
+        return taken
+
     def _enter(self, request: Request) -> None:
         refusal = self._refusal(request.prompt_ids)
         if refusal is not None:
-            self.refused.append((request, *refusal))
+            self._refused.append((request, *refusal))
             return
         prompt = np.asarray(request.prompt_ids, np.int64)
         if self._last_group is None or not np.array_equal(self._last_group.prompt_ids, prompt):
@@ -61,8 +65,7 @@ class Queue:
         limit = request.params.max_new_tokens
         if self._context_limit is not None:
             limit = min(limit, self._context_limit - len(prompt))
-        samples = range(request.params.n) if request.samples is None else request.samples
-        self._rows.extend(Row(request, sample, self._last_group, limit) for sample in samples)
+        self._rows.extend(Row(request, sample, self._last_group, limit) for sample in request.wanted_samples)
 
     def _refusal(self, prompt_ids: Sequence[int]) -> tuple[str, str] | None:
         count = len(prompt_ids)
@@ -88,6 +91,11 @@ class Queue:
     def put_back(self, rows: Sequence[Row]) -> None:
         """Preempted rows, oldest first, go before all that wait."""
         self._rows.extendleft(reversed(rows))
+
+    @property
+    def demand(self) -> int:
+        """Tokens that the rows known to wait would have at their longest."""
+        return sum(len(row.group.prompt_ids) + row.limit for row in self._rows)
 
     @property
     def waiting_prompt_tokens(self) -> int:

@@ -22,6 +22,10 @@ class Request:
     samples: Sequence[int] | None = None
     """Which samples to draw; all ``params.n`` of them when None. A resumed job asks for the missing ones."""
 
+    @property
+    def wanted_samples(self) -> Sequence[int]:
+        return range(self.params.n) if self.samples is None else self.samples
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:

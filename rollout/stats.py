@@ -49,6 +49,7 @@ class Tally:
     recomputed_tokens: int = 0
     out_of_memory_events: int = 0
     steps: int = 0
+    drawn_tokens: int = 0
     live_rows_min: int | None = None
     live_rows_max: int = 0
     deciding_seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""When a completion ends, and what its text is."""
+"""When a completion's text ends, and what that text is."""
 
 from __future__ import annotations
 
@@ -25,16 +25,20 @@ class Text:
         return str(text)
 
     def ends_at_stop(self, ids: Sequence[int], stops: Sequence[str]) -> bool:
-        """Whether the last token of ``ids`` completes one of ``stops``.
+        """Whether a string of ``stops`` is complete in the text of ``ids``.
 
-        Only a tail is decoded: a character is at most four tokens, so the tail holds any stop string
-        whole, with some tokens to spare for a first one that decodes differently at the start.
+        Called after every token, so a tail is looked at first: a character is at most four tokens, so the
+        tail holds any stop string whole, with some to spare for a first token that decodes differently.
         """
-        tail = list(ids[-(4 * max(map(len, stops)) + 8) :])
-        text = self.decode(tail)
-        return any(stop in text for stop in stops) and self.cut(self.decode(ids), stops) is not None
+        tail = self.decode(ids[-(4 * max(map(len, stops)) + 8) :])
+        return any(stop in tail for stop in stops) and _first_stop(self.decode(ids), stops) is not None
 
-    def cut(self, text: str, stops: Sequence[str]) -> str | None:
-        """``text`` before its earliest stop string; None when it has none."""
-        found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-        return text[: min(found)] if found else None
+    def before_stop(self, ids: Sequence[int], stops: Sequence[str]) -> str:
+        """The text of ``ids`` up to its earliest stop string."""
+        text = self.decode(ids)
+        return text[: _first_stop(text, stops)]
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the earliest stop string begins; None when there is none."""
+    return min((at for at in map(text.find, stops) if at >= 0), default=None)

@@ -1,0 +1,219 @@
+"""Rows that hold pages: how they get in, share, make way for each other and leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rollout.live import LiveRows
+from rollout.memory import Memory
+from rollout.models.paged import Segment
+from rollout.queue import Queue
+from rollout.rows import IntArray, Prefill, Row
+from rollout.stats import Tally
+
+_NO_PAGES: IntArray = np.zeros(0, np.int64)
+#: Share of the pool that admission leaves free while rows live, for the tokens they are about to add.
+_WATERMARK = 0.02
+
+
+class Running:
+    """The live batch and the prefills on their way into it, with the pages of both.
+
+    Args:
+        memory: the page pool and what it may grow to.
+        queue: where rows come from, and go back to when they are preempted.
+        tally: counters to keep.
+    """
+
+    def __init__(self, memory: Memory, queue: Queue, tally: Tally) -> None:
+        self._memory, self._queue, self._tally = memory, queue, tally
+        self._pool = memory.pool
+        self._page_size = self._pool.layout.page_size
+        self.live = LiveRows(self._page_size, self._pool.device)
+        self.prefills: list[Prefill] = []
+
+    @property
+    def alive(self) -> int:
+        """Rows that decode or are being prefilled."""
+        return len(self.live) + sum(len(prefill.rows) for prefill in self.prefills)
+
+    # -- admitting -----------------------------------------------------------------------------------
+
+    def admit(self, rows: int, prefill_tokens: int) -> int:
+        """Takes rows from the queue, in order, until ``rows`` live or memory or prefill tokens run out.
+
+        Returns the pages that the next row lacked if it did not fit into an empty device, else 0.
+        """
+        budget = prefill_tokens - sum(prefill.remaining for prefill in self.prefills)
+        while self.alive < rows and (row := self._queue.first()) is not None:
+            group = row.group
+            if group.prefill is not None and not len(row.completion):
+                if not self._memory.reserve(1, leaving=self._spoken_for):
+                    return 0
+                group.prefill.rows.append(self._queue.pop())
+                continue
+            if budget <= 0:
+                return 0
+            context = row.context
+            shared = group.pages[: (len(context) - 1) // self._page_size]
+            # For one token more than the context, so that an admitted row always lives to add one.
+            needed = self._pages_for(len(context) + 1) - len(shared)
+            if not self._memory.reserve(needed, leaving=self._spoken_for):
+                return 0 if self.alive else needed
+            self._pool.share(shared)
+            own = self._pool.allocate(self._pages_for(len(context)) - len(shared))
+            computed = len(shared) * self._page_size
+            prefill = Prefill(group, context, np.concatenate([shared, own]), computed, [self._queue.pop()])
+            self.prefills.append(prefill)
+            if not len(row.completion):
+                group.prefill = prefill
+            budget -= prefill.remaining
+        return 0
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self._page_size)
+
+    @property
+    def _spoken_for(self) -> int:
+        """Pages that admission leaves alone: forks under way, and what live rows are about to add."""
+        if not self.alive:
+            return 0
+        forks = sum(len(prefill.rows) for prefill in self.prefills)
+        return forks + int(_WATERMARK * (self._pool.used_pages + self._memory.obtainable_pages))
+
+    # -- prefilling ----------------------------------------------------------------------------------
+
+    def prefill_parts(self, tokens: int) -> list[tuple[Prefill, Segment]]:
+        """What to prefill next, oldest first, ``tokens`` at most."""
+        parts = []
+        for prefill in self.prefills:
+            length = min(prefill.remaining, tokens)
+            if not length:
+                break
+            tokens -= length
+            pages = prefill.pages[: self._pages_for(prefill.computed + length)]
+            parts.append((prefill, Segment(pages, prefill.computed, length)))
+        return parts
+
+    def go_live(self, prefills: Sequence[Prefill]) -> tuple[IntArray, IntArray]:
+        """Rows of finished prefills join the live batch; they have no token yet.
+
+        Returns their slots, and for each which of ``prefills`` it comes from.
+        """
+        slots: list[int] = []
+        sources: list[int] = []
+        for number, prefill in enumerate(prefills):
+            self._take_out(prefill)
+            group = prefill.group
+            group.pages = prefill.pages[: len(group.prompt_ids) // self._page_size].copy()
+            for row, pages in self._fork(prefill):
+                slots.append(self.live.add(row, pages))
+                sources.append(number)
+                group.holders += 1
+        return np.array(slots), np.array(sources)
+
+    def _take_out(self, prefill: Prefill) -> None:
+        self.prefills.remove(prefill)
+        if prefill.group.prefill is prefill:
+            prefill.group.prefill = None
+
+    def _fork(self, prefill: Prefill) -> list[tuple[Row, IntArray]]:
+        """The prefill's pages for each of its rows: full pages are shared, a last partial one is copied."""
+        full = len(prefill.context) // self._page_size
+        shared, partial = prefill.pages[:full], prefill.pages[full:]
+        fitting = 1
+        while fitting < len(prefill.rows) and self._memory.reserve(fitting * len(partial)):
+            fitting += 1
+        self._queue.put_back(prefill.rows[fitting:])
+        forks = [(prefill.rows[0], prefill.pages)]
+        for row in prefill.rows[1:fitting]:
+            self._pool.share(shared)
+            own = self._pool.allocate(len(partial))
+            self._pool.copy(partial, own)
+            forks.append((row, np.concatenate([shared, own])))
+        return forks
+
+    # -- decoding ------------------------------------------------------------------------------------
+
+    def make_room(self) -> None:
+        """A page for every row whose next token needs one; the youngest rows make way while there is none."""
+        while len(slots := self.live.without_page()):
+            if self._memory.reserve(len(slots)):
+                self.live.give_pages(slots, self._pool.allocate(len(slots)))
+            else:
+                self.preempt_youngest()
+
+    # -- leaving -------------------------------------------------------------------------------------
+
+    def leave(self, slot: int, scrub: bool = False) -> None:
+        """Takes a row out of the live batch and drops its pages, zeroed if they hold non-finite values."""
+        group = self.live.row(slot).group
+        self._pool.release(self.live.pages(slot), scrub)
+        self.live.remove(slot)
+        group.holders -= 1
+        if not group.holders:
+            group.pages = _NO_PAGES
+
+    def preempt_beyond(self, rows: int) -> None:
+        """Preempts the youngest rows until ``rows`` live."""
+        while self.alive > rows and self.preempt_youngest():
+            pass
+
+    def preempt_youngest(self) -> bool:
+        """Puts the youngest row back into the queue; its tokens are kept, its pages dropped. False if there is none."""
+        if self.prefills:
+            prefill = self.prefills[-1]
+            self._queue.put_back([prefill.rows.pop()])
+            self._tally.preempted_rows += 1
+            if not prefill.rows:
+                self._take_out(prefill)
+                self._pool.release(prefill.pages)
+                self._tally.recomputed_tokens += prefill.computed
+            return True
+        if len(self.live):
+            self.preempt(int(self.live.active[-1]))
+            return True
+        return False
+
+    def preempt(self, slot: int) -> None:
+        """Puts a live row back into the queue."""
+        row = self.live.row(slot)
+        row.completion = self.live.completion(slot)
+        self._tally.preempted_rows += 1
+        self._tally.recomputed_tokens += len(row.group.prompt_ids) + max(0, len(row.completion) - 1)
+        self.leave(slot)
+        self._queue.put_back([row])
+
+    # -- giving memory back --------------------------------------------------------------------------
+
+    def shrink(self, slabs: int) -> None:
+        """Gives ``slabs`` slabs back; rows are preempted only when their pages have nowhere to move."""
+        for _ in range(slabs):
+            while not self._pool.shrink(self._page_arrays()):
+                if not self.preempt_youngest():
+                    return
+
+    def drop_free_slabs(self) -> None:
+        """Gives back what is free, moving pages together, with no row the worse."""
+        while self._pool.free_pages >= self._pool.slab_pages and self._pool.shrink(self._page_arrays()):
+            pass
+
+    def held_pages(self) -> list[IntArray]:
+        """The pages of every row and prefill: each names a page once for one reference."""
+        return [*self.live.all_pages(), *(prefill.pages for prefill in self.prefills)]
+
+    def _page_arrays(self) -> list[IntArray]:
+        """All arrays that name pages, to be rewritten when pages move."""
+        groups = {id(row.group): row.group for row in self.live.all_rows()}
+        return [*self.held_pages(), *(group.pages for group in groups.values())]
+
+    def close(self) -> None:
+        """Drops everything."""
+        for slot in self.live.active.tolist():
+            self.leave(slot)
+        for prefill in self.prefills:
+            self._pool.release(prefill.pages)
+        self.prefills.clear()
+        self.drop_free_slabs()
