@@ -1,0 +1,49 @@
+"""transformers' ``generate`` on padded batches: each runs until the longest of its rows is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from engines.harness import Generate, Task, load, main
+
+DEFAULT_ROWS = 32
+
+
+def prepare(task: Task) -> Generate:
+    """The cap is the rows of a batch. Batches are cut in the order of the file: lengths are not known beforehand."""
+    model: Any = load(task)  # generation is mixed into it by its class
+    end, rows = model.generation_config.eos_token_id, task.cap or DEFAULT_ROWS
+    pad = end[0] if isinstance(end, list) else end or 0
+    # The model's own settings would fill in what is left out below.
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+
+    def generate() -> int:
+        useful = 0
+        with torch.inference_mode():
+            for start in range(0, len(task.requests), rows):
+                batch = task.requests[start : start + rows]
+                width, new = max(len(request.ids) for request in batch), max(request.n for request in batch)
+                gaps = [width - len(request.ids) for request in batch]
+                ids = [[pad] * gap + list(request.ids) for gap, request in zip(gaps, batch, strict=True)]
+                mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
+                out = model.generate(
+                    input_ids=torch.tensor(ids, device=task.device),
+                    attention_mask=torch.tensor(mask, device=task.device),
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                )
+                useful += sum(min(request.n, out.shape[1] - width) for request in batch)
+        return useful
+
+    return generate
+
+
+if __name__ == "__main__":
+    main(prepare)
