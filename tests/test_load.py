@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from importlib import metadata, util
 from pathlib import Path
@@ -396,6 +397,17 @@ class TestPackaged:
         with pytest.raises(KeyboardInterrupt):
             resolve_path(PACKAGED)
         assert not list(packaged.cache_root().iterdir())
+
+    def test_what_killed_conversions_left_is_removed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        old, young = (packaged.cache_root() / f".Some-Model-format1-package-1.{name}" for name in ("old", "young"))
+        for left in (old, young):
+            left.mkdir(parents=True)
+        os.utime(old, (0, 0))
+        monkeypatch.setattr(packaged, "_save", lambda model, source, work: work.mkdir())
+        resolve_path(PACKAGED)
+        assert young.exists()
+        assert not old.exists()
 
     def test_a_cache_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").touch()
