@@ -33,7 +33,7 @@ NOTHING = Completion(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0,
 class Group:
     """Rows with the same prompt: the samples of one request, and of equal requests that follow it.
 
-    While any of them lives, ``pages`` holds the prompt's full pages, which all of them read.
+    While any of them lives, the group itself holds the prompt's full pages, for others to join.
     """
 
     prompt_ids: IntArray

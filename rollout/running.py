@@ -107,7 +107,9 @@ class Running:
         for number, prefill in enumerate(prefills):
             self._take_out(prefill)
             group = prefill.group
-            group.pages = prefill.pages[: len(group.prompt_ids) // self._page_size].copy()
+            if not group.holders:
+                group.pages = prefill.pages[: len(group.prompt_ids) // self._page_size].copy()
+                self._pool.share(group.pages)
             for row, pages in self._fork(prefill):
                 slots.append(self.live.add(row, pages))
                 sources.append(number)
@@ -154,6 +156,7 @@ class Running:
         self.live.remove(slot)
         group.holders -= 1
         if not group.holders:
+            self._pool.release(group.pages, scrub)
             group.pages = _NO_PAGES
 
     def preempt_beyond(self, rows: int) -> None:
@@ -191,23 +194,20 @@ class Running:
     def shrink(self, slabs: int) -> None:
         """Gives ``slabs`` slabs back; rows are preempted only when their pages have nowhere to move."""
         for _ in range(slabs):
-            while not self._pool.shrink(self._page_arrays()):
+            while not self._pool.shrink(self.held_pages()):
                 if not self.preempt_youngest():
                     return
 
     def drop_free_slabs(self) -> None:
         """Gives back what is free, moving pages together, with no row the worse."""
-        while self._pool.free_pages >= self._pool.slab_pages and self._pool.shrink(self._page_arrays()):
+        while self._pool.free_pages >= self._pool.slab_pages and self._pool.shrink(self.held_pages()):
             pass
 
     def held_pages(self) -> list[IntArray]:
-        """The pages of every row and prefill: each names a page once for one reference."""
-        return [*self.live.all_pages(), *(prefill.pages for prefill in self.prefills)]
-
-    def _page_arrays(self) -> list[IntArray]:
-        """All arrays that name pages, to be rewritten when pages move."""
+        """All arrays that name pages, each entry for one reference; rewritten in place when pages move."""
         groups = {id(row.group): row.group for row in self.live.all_rows()}
-        return [*self.held_pages(), *(group.pages for group in groups.values())]
+        prefills = [prefill.pages for prefill in self.prefills]
+        return [*self.live.all_pages(), *prefills, *(group.pages for group in groups.values())]
 
     def close(self) -> None:
         """Drops everything."""
