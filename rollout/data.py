@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import logging
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
-from glob import glob, has_magic
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 
-from rollout.arithmetic import DEFAULT_PROBLEMS, problems
 from rollout.config import DataConfig
 from rollout.errors import InputError
+from rollout.sources import find_source, load, refuse
 
 Message = dict[str, Any]
 Prompt = str | list[Message] | list[int]
 """Text as it is, chat messages for the template, or token ids."""
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BATCH = 1000
 
 
@@ -73,10 +66,27 @@ def read_prompts(config: DataConfig, with_columns: bool = False) -> Prompts:
     Raises:
         InputError: there is nothing to read, or it cannot be read as prompts; the message says what to change.
     """
-    dataset = _limited(_load(config), config)
+    source = find_source(config.path)
+    dataset = load(source, config)
     _check_columns(dataset, config)
+    if config.limit is not None:
+        dataset = dataset.select(range(min(config.limit, len(dataset))))
     if not with_columns:
         dataset = dataset.select_columns([c for c in (config.prompt_column, config.id_column) if c is not None])
+    try:
+        prompts = _identified(dataset, config, with_columns)
+    except UnicodeDecodeError as error:
+        # Arrow reads text as it is; only here does it become strings.
+        refuse(source, error)
+    _refuse_duplicates(prompts.row_ids, config)
+    if config.system_prompt is not None and prompts.chat_row is None:
+        raise InputError(
+            "data.system_prompt goes before chat messages, and the prompts are plain: set data.as_chat=true as well."
+        )
+    return prompts
+
+
+def _identified(dataset: datasets.Dataset, config: DataConfig, with_columns: bool) -> Prompts:
     row_ids: list[str] = []
     ordinals: Counter[str] = Counter()
     digest = hashlib.sha256()
@@ -85,18 +95,14 @@ def read_prompts(config: DataConfig, with_columns: bool = False) -> Prompts:
         prompt = _canonical(_without_nulls(columns[config.prompt_column]))
         row_id = _given_id(columns[config.id_column], len(row_ids), config) if config.id_column else None
         if row_id is None:
-            name = hashlib.blake2b(prompt.encode(), digest_size=8).hexdigest()
+            name = hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=8).hexdigest()
             row_id = f"{name}-{ordinals[name]}"
             ordinals[name] += 1
-        digest.update(f"{row_id}\0{_canonical(columns) if with_columns else prompt}\n".encode())
+        content = _canonical(columns) if with_columns else prompt
+        digest.update(f"{row_id}\0{content}\n".encode(errors="surrogatepass"))
         if chat_row is None and _is_chat(_prompt_row(0, row_id, columns, config).prompt):
             chat_row = row_id
         row_ids.append(row_id)
-    _refuse_duplicates(row_ids, config)
-    if config.system_prompt is not None and chat_row is None:
-        raise InputError(
-            "data.system_prompt goes before chat messages, and the prompts are plain: set data.as_chat=true as well."
-        )
     return Prompts(row_ids, digest.hexdigest(), chat_row, dataset, config)
 
 
@@ -181,121 +187,6 @@ def _refuse_duplicates(row_ids: Sequence[str], config: DataConfig) -> None:
                 f"Rows {first[row_id]} and {row} (counted from 0) have the same id {row_id!r} in "
                 f"data.id_column={config.id_column}; make ids unique, or set data.id_column=null."
             )
-
-
-# The dataset
-
-
-def _load(config: DataConfig) -> datasets.Dataset:
-    # The job draws its own progress, and says in one sentence what failed.
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    path = config.path
-    if path.startswith("builtin:"):
-        if path != "builtin:arithmetic":
-            raise InputError(f"data.path is {path}, but the one builtin dataset is builtin:arithmetic.")
-        return datasets.Dataset.from_list(problems(config.limit or DEFAULT_PROBLEMS))
-    if "://" in path:
-        return _read(config, path, [path], builder=_builder(path))
-    if has_magic(path) and not Path(path).exists():
-        files = sorted(file for file in glob(path, recursive=True) if Path(file).is_file())
-        if not files:
-            raise InputError(f"data.path={path} matches no file.")
-        return _read(config, path, files, builder=_builder(files[0]))
-    if Path(path).is_dir():
-        if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
-            return _split(_read(config, path, [], builder=None), config)
-        raise InputError(
-            f"data.path={path} is a folder that save_to_disk did not write; name the files in it, e.g. "
-            f"data.path='{path.rstrip('/')}/*.parquet'."
-        )
-    if Path(path).exists():
-        return _read(config, path, [path], builder=_builder(path))
-    if Path(path).suffix in (*_BUILDERS, ".gz") or not _HUB_ID.fullmatch(path):
-        raise InputError(f"data.path={path} does not exist.")
-    return _read(config, path, [], builder=path)
-
-
-def _builder(path: str) -> str:
-    suffix = Path(path.removesuffix(".gz")).suffix
-    if suffix not in _BUILDERS:
-        raise InputError(f"data.path={path} ends in none of {', '.join(_BUILDERS)}, the files that can be read.")
-    return _BUILDERS[suffix]
-
-
-def _read(config: DataConfig, path: str, files: list[str], builder: str | None) -> Any:
-    if files and all(Path(file).exists() and Path(file).stat().st_size == 0 for file in files):
-        raise InputError(f"data.path={path} is empty.")
-    try:
-        if builder is None:
-            return datasets.load_from_disk(path)
-        if files:
-            # A file has one split, whatever it is called.
-            return datasets.load_dataset(builder, data_files={config.split: files}, split=config.split)
-        return datasets.load_dataset(builder, name=config.name, split=config.split)
-    except Exception as error:
-        for file in files if builder == "json" else []:
-            _name_bad_line(file)
-        raise InputError(f"data.path={path} cannot be read: {_innermost(error)}") from error
-
-
-def _innermost(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") + "." if lines else f"{type(error).__name__}."
-
-
-def _name_bad_line(path: str) -> None:
-    """Find the line of a JSONL file that is to blame.
-
-    Raises:
-        InputError: naming the file and the line.
-    """
-    if not Path(path).exists():
-        return
-    number = rows = 0
-    with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1 and line.lstrip()[:1] == b"[":
-                _name_bad_line_of_array(path, line + file.read())
-                return
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                reason = getattr(error, "msg", "it is not UTF-8")
-                raise InputError(
-                    f"Line {number} of {path} is not a whole JSON object ({reason}); mend or remove it."
-                ) from error
-            if not isinstance(row, dict):
-                raise InputError(f"Line {number} of {path} is {_short(row)}, but must be a JSON object.")
-            rows += 1
-    if not rows:
-        raise InputError(f"The file {path} holds no rows.")
-
-
-def _name_bad_line_of_array(path: str, content: bytes) -> None:
-    try:
-        json.loads(content)
-    except ValueError as error:
-        line, reason = getattr(error, "lineno", 1), getattr(error, "msg", "it is not UTF-8")
-        raise InputError(f"Line {line} of {path} breaks the JSON array ({reason}); mend it.") from error
-
-
-def _split(read: datasets.Dataset | datasets.DatasetDict, config: DataConfig) -> datasets.Dataset:
-    if isinstance(read, datasets.Dataset):
-        return read
-    if config.split not in read:
-        raise InputError(f"data.split={config.split} is not in {config.path}, which has {', '.join(sorted(read))}.")
-    return cast(datasets.Dataset, read[config.split])
-
-
-def _limited(dataset: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
-    if len(dataset) == 0:
-        raise InputError(f"data.path={config.path} holds no rows.")
-    return dataset if config.limit is None else dataset.select(range(min(config.limit, len(dataset))))
 
 
 def _check_columns(dataset: datasets.Dataset, config: DataConfig) -> None:

@@ -17,7 +17,6 @@ from rollout.data import Prompt, Prompts, read_prompts
 from rollout.errors import Exit, InputError
 from rollout.fingerprint import fingerprint_of
 from rollout.metrics import MetricsWriter
-from rollout.models.checkpoint import resolve_path
 from rollout.place import Place, Ranks
 from rollout.progress import Progress
 from rollout.records import Record
@@ -95,8 +94,11 @@ def load_engine(config: Config, prompts: Prompts, place: Place) -> Loaded:
 Load = Callable[[Config, Prompts, Place], Loaded]
 
 
-def run_job(config: Config, load: Load = load_engine) -> Exit:
+def run_job(config: Config, load: Load | None = None) -> Exit:
     """Run a job to its end, whoever else works on the same run, and print what it made.
+
+    Args:
+        load: makes the engine, when it is known that there is work for it; `load_engine` if None.
 
     Raises:
         InputError: the configuration or the input is wrong; the message is one sentence.
@@ -107,9 +109,9 @@ def run_job(config: Config, load: Load = load_engine) -> Exit:
     paths = prepare(config.output.dir)
     fingerprint = fingerprint_of(config, prompts.content, _model_path(config))
     run = earlier_run(paths, fingerprint)
-    with closing(Ranks(place, cpu=config.model.device == "cpu")) as ranks:
+    with closing(Ranks(place)) as ranks:
         if not ranks.of_first(run is not None and run.complete()):
-            loaded = load(_of_run(config, run), prompts, place)
+            loaded = (load or load_engine)(_of_run(config, run), prompts, place)
             if place.rank == 0:
                 open_run(paths, config, fingerprint, prompts.row_ids, loaded.dtype, place.workers)
             ranks.wait()
@@ -117,7 +119,10 @@ def run_job(config: Config, load: Load = load_engine) -> Exit:
             _generate(run, config, prompts, loaded.engine, reward, place)
         elif place.rank == 0:
             logger.info("The run in %s is complete already.", paths.root)
-    return _report(run or read_run(paths)) if place.rank == 0 else Exit.COMPLETE
+    run = run or read_run(paths)
+    if run.complete():
+        run.clear_work()
+    return _report(run) if place.rank == 0 else Exit.COMPLETE
 
 
 def _generate(
@@ -151,7 +156,6 @@ def _generate(
                 time.sleep(POLL_SECONDS)
             else:
                 return
-    run.clear_work()
 
 
 def _report(run: Run) -> Exit:
@@ -161,6 +165,9 @@ def _report(run: Run) -> Exit:
 
 
 def _model_path(config: Config) -> Path:
+    # Imports torch: other bad input is refused before that.
+    from rollout.models.checkpoint import resolve_path
+
     model = config.model
     try:
         return Path(resolve_path(model.path, model.revision, code=model.trust_remote_code))

@@ -57,14 +57,19 @@ class Place:
 
 
 class Ranks:
-    """The ranks of one launch, which start together; a launch of one needs no process group."""
+    """The ranks of one launch, which start together; a launch of one needs no process group.
 
-    def __init__(self, place: Place, cpu: bool) -> None:
+    They only agree on where to begin, so they talk over the CPU, whatever device the model is on.
+    """
+
+    def __init__(self, place: Place) -> None:
         self._state: Any = None
         if place.world_size > 1:
             from accelerate import PartialState
 
-            self._state = PartialState(cpu=cpu)
+            self._state = PartialState(cpu=True)
+            # Without this, ranks that do not see each other would all take themselves for the first.
+            assert self._state.num_processes == place.world_size, self._state
 
     def of_first(self, value: T) -> T:
         """What rank 0 calls it with; all ranks call it."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import pkgutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from hydra.errors import HydraException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 
 from rollout.errors import InputError
 from rollout.records import Record
@@ -28,9 +29,9 @@ def load_reward(config: dict[str, Any] | None) -> Reward | None:
         return None
     target = config["_target_"]
     try:
-        function: Any = (
-            instantiate(config) if isinstance(get_object(target), type) else instantiate(config, _partial_=True)
-        )
+        # Not by Hydra, which would log what is said below.
+        found = pkgutil.resolve_name(target)
+        function: Any = instantiate(config | {"_target_": found, "_partial_": not isinstance(found, type)})
     except (HydraException, ImportError, ValueError, TypeError, AttributeError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
         raise InputError(f"reward._target_={target} cannot be used: {reason}.") from error

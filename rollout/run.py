@@ -84,8 +84,9 @@ def prepare(folder: str) -> RunPaths:
             pass
     except OSError as error:
         raise InputError(f"output.dir={folder} cannot be written ({error.strerror}): choose another folder.") from error
-    if not paths.run.exists() and paths.shards.exists():
-        raise InputError(f"output.dir={folder} has a folder shards but no run.json: choose another folder.")
+    # In this order: another worker may begin the run between the two looks.
+    if paths.shards.exists() and any(paths.shards.iterdir()) and not paths.run.exists():
+        raise InputError(f"output.dir={folder} has files in shards/ but no run.json: choose another folder.")
     return paths
 
 
