@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import warnings
 from dataclasses import dataclass
 from importlib import util
@@ -26,6 +25,7 @@ from transformers import (
 from rollout.models.checkpoint import check_adapter, check_folder, first_line, resolve_path
 from rollout.models.errors import UnsupportedModel
 from rollout.models.gguf_file import read_model, read_tokenizer, require_gguf
+from rollout.models.precision import cpu_multiplies
 
 __all__ = ["ModelSource", "load_model", "load_tokenizer", "resolve_device", "resolve_dtype", "resolve_path"]
 
@@ -131,24 +131,11 @@ def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) 
         return DTYPES[dtype]
     if device.type != "cpu":
         return None
-    if stored in (torch.bfloat16, torch.float16) and _cpu_multiplies(stored):
+    if stored in (torch.bfloat16, torch.float16) and cpu_multiplies(stored):
         return stored
     if stored not in (None, torch.float32):
         log.info("model.dtype=auto: float32, for this CPU has no matrix instructions for the checkpoint's %s.", stored)
     return torch.float32
-
-
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a half precision in hardware.
-
-    oneDNN's own answer for x86 is yes from AVX-512 on, also where it has to emulate.
-    """
-    if platform.machine() in ("x86_64", "AMD64"):
-        if dtype == torch.bfloat16:
-            return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.cpu._is_amx_fp16_supported()
-    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    return bool(getattr(torch.ops.mkldnn, name)())
 
 
 def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> PreTrainedModel:

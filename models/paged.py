@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from rollout.models.attention import Scores
 from rollout.models.layout import IntArray, KVLayout
 from rollout.models.pages import PagePool
+from rollout.models.precision import cpu_multiplies
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +111,7 @@ class PagedStep(ABC):
         """
 
 
-@cache
-def _native_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def _compute_dtype(pool: PagePool) -> torch.dtype:
-    """What attention is computed in: CPUs without bf16 instructions run half precision in slow scalar code."""
-    half = pool.layout.dtype.itemsize == 2
-    return torch.float32 if half and pool.device.type == "cpu" and not _native_bf16() else pool.layout.dtype
+    """What attention is computed in: float32 for half precision that the CPU does not multiply itself."""
+    slow = pool.device.type == "cpu" and not cpu_multiplies(pool.layout.dtype)
+    return torch.float32 if slow else pool.layout.dtype

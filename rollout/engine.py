@@ -19,6 +19,7 @@ from rollout.loop import Loop
 from rollout.memory import Memory
 from rollout.models.check import check_pages
 from rollout.models.context import context_limit
+from rollout.models.linears import WideLinears
 from rollout.models.loan import Loan, unwrap
 from rollout.models.probe import probe
 from rollout.models.runner import Runner
@@ -154,6 +155,7 @@ class Engine:
         started = time.perf_counter()
         self.stats = None
         layout = probe(self.model, self._loan)  # again: dtypes depend on the caller's autocast
+        linears = WideLinears(self.model)  # before memory is read: the copies take their share
         queue = Queue(requests, self.context_limit, self._vocabulary)
         queue.fill(_FIRST_ROWS)
         memory = Memory(
@@ -164,7 +166,7 @@ class Engine:
         try:
             while True:
                 loop.refill()
-                with self._loan():
+                with self._loan(), linears.in_place():
                     records = loop.advance()
                 if records is None:
                     return

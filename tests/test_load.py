@@ -249,7 +249,7 @@ class TestDtype:
     def test_auto_on_a_cpu_follows_its_instructions(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stored: torch.dtype, native: bool
     ) -> None:
-        monkeypatch.setattr(load, "_cpu_multiplies", lambda dtype: native)
+        monkeypatch.setattr(load, "cpu_multiplies", lambda dtype: native)
         with caplog.at_level(logging.INFO):
             assert resolve_dtype("auto", CPU, stored) == (stored if native else torch.float32)
         assert ("model.dtype=auto: float32" in caplog.text) is not native
