@@ -79,15 +79,17 @@ REFUSED: dict[str, str] = {
     "bloom": "interface",
     "falcon": "interface",
     "mpt": "interface",
-    "mamba": "",
+    "mamba": "recurrent",
     "falcon_h1": "recurrent",
-    "recurrent_gemma": "",
+    "recurrent_gemma": "recurrent",
 }
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of ``family`` with seeded random weights, in eval mode; the same on every call."""
     fields = _BASE | SERVED.get(family, {}) | changes
+    if family == "falcon":  # derives it
+        del fields["head_dim"]
     config = AutoConfig.for_model(family, **fields)
     state = torch.random.get_rng_state()
     torch.manual_seed(0)

@@ -1,0 +1,74 @@
+"""What the contract tests share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from rollout import Engine, Record
+from rollout.models.loan import Loan
+from rollout.models.probe import probe
+from rollout.running import Running
+from tests.families import VOCABULARY
+
+
+@pytest.fixture(autouse=True)
+def integrity(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every page is accounted for before each decode of every engine in these tests."""
+    make_room = Running.make_room
+
+    def checked(self: Running) -> None:
+        make_room(self)
+        self._pool.check_integrity(self.held_pages())
+
+    monkeypatch.setattr(Running, "make_room", checked)
+    yield
+
+
+def random_prompts(seed: int, count: int, longest: int = 48) -> list[list[int]]:
+    """Prompts of mixed lengths, the shortest of one token."""
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    lengths = [1, *(rng.randint(1, longest) for _ in range(count - 1))]
+    return [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def page_bytes(model: PreTrainedModel) -> int:
+    """KV bytes of a page of ``model``."""
+    return probe(model, Loan(model)).bytes_per_page
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
+    """The completion that transformers' own generate gives."""
+    ids = torch.tensor([prompt])
+    out: Any = model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, pad_token_id=0
+    )
+    return [int(i) for i in out[0, len(prompt) :]]
+
+
+def teacher_forced(model: PreTrainedModel, record: Record, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of a record's completion under one plain forward of the model."""
+    with torch.no_grad():
+        ids = torch.tensor([record.prompt_ids + record.completion_ids])
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(record.prompt_ids) - 1 : -1].float()
+    logprobs = (logits / temperature).log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(record.completion_ids)[:, None])[:, 0]
+
+
+def worst_logprob(model: PreTrainedModel, records: list[Record], temperature: float = 1.0) -> float:
+    """Largest |difference| between recorded log-probabilities and teacher forcing."""
+    return max(
+        float((teacher_forced(model, record, temperature) - torch.tensor(record.logprobs)).abs().max())
+        for record in records
+    )
+
+
+def tight_engine(model: PreTrainedModel, pages: int, **options: Any) -> Engine:
+    """An engine that must preempt: it starts all rows at once, and has ``pages`` pages."""
+    return Engine(model, None, policy="static", max_kv_bytes=pages * page_bytes(model), **options)
