@@ -30,7 +30,10 @@ class Text:
         Called after every token, so a tail is looked at first: a character is at most four tokens, so the
         tail holds any stop string whole, with some to spare for a first token that decodes differently.
         """
-        tail = self.decode(ids[-(4 * max(map(len, stops)) + 8) :])
+        size = 4 * max(map(len, stops)) + 8
+        tail = self.decode(ids[-size:])
+        if "\ufffd" in tail:  # It may begin within a character, and some decoders then replace all bytes that follow.
+            tail += "".join(self.decode(ids[-size - shift :]) for shift in (1, 2, 3))
         return any(stop in tail for stop in stops) and _first_stop(self.decode(ids), stops) is not None
 
     def before_stop(self, ids: Sequence[int], stops: Sequence[str]) -> str:
