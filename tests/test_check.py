@@ -1,0 +1,130 @@
+"""The check at start: a model whose pages do not give its own numbers does not pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from rollout.models.attention import NAME
+from rollout.models.check import check_pages
+from rollout.models.errors import UnsupportedModel
+from rollout.models.layout import KVLayout, Span
+from rollout.models.loan import Loan
+from rollout.models.probe import probe
+from tests.families import SERVED, tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors are so small here that threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def check(model: PreTrainedModel) -> None:
+    loan = Loan(model)
+    check_pages(model, loan, probe(model, loan))
+
+
+def check_with(model: PreTrainedModel, **changes: Any) -> None:
+    """With another site 1 than the probe found."""
+    loan = Loan(model)
+    layout = probe(model, loan)
+    sites = list(layout.sites)
+    sites[1] = replace(sites[1], **changes)
+    check_pages(model, loan, KVLayout(tuple(sites), layout.dtype, layout.page_size))
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_served_families_pass(family: str) -> None:
+    check(tiny(family))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_rounding_in_half_precision_passes(family: str) -> None:
+    check(tiny(family, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("family", "span"),
+    [
+        ("llama", Span("window", 12)),
+        ("llama", Span("window", 20)),
+        ("llama", Span("chunk", 12)),
+        ("mistral", Span()),
+        ("mistral", Span("window", 11)),
+        ("mistral", Span("chunk", 12)),
+        ("llama4_text", Span()),
+        ("llama4_text", Span("window", 12)),
+    ],
+)
+def test_one_layer_that_sees_something_else_is_refused(family: str, span: Span) -> None:
+    model = tiny(family)
+    check_with(model, span=probe(model, Loan(model)).sites[1].span)
+    with pytest.raises(UnsupportedModel, match="other logits over pages than in its own forward"):
+        check_with(model, span=span)
+
+
+def test_a_model_that_keeps_state_in_secret_is_refused() -> None:
+    """It mixes in what it computed last: a cache of its own, as a convolution or a recurrence has."""
+    model = tiny("llama")
+    last: list[torch.Tensor] = []
+
+    def remember(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        before = last.pop() if last else torch.zeros_like(output[:, -1:])
+        last.append(output[:, -1:].clone())
+        return output + torch.cat([before, output[:, :-1]], 1)
+
+    model.model.layers[1].mlp.register_forward_hook(remember)
+    with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM.*'llama'.*relative distance"):
+        check(model)
+
+
+def test_a_model_that_mixes_neighbours_outside_of_attention_is_refused() -> None:
+    """The state of a causal convolution is not in pages; packed prefills and decodes do not have it."""
+    model = tiny("llama")
+
+    def shift(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output + torch.nn.functional.pad(output[:, :-1], (0, 0, 1, 0))
+
+    model.model.layers[2].mlp.register_forward_hook(shift)
+    with pytest.raises(UnsupportedModel, match="other logits"):
+        check(model)
+
+
+def test_a_model_that_behaves_otherwise_on_loan_is_refused() -> None:
+    model = tiny("llama")
+
+    def scale(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return 1.1 * output if model.config._attn_implementation == NAME else output
+
+    model.model.layers[0].self_attn.v_proj.register_forward_hook(scale)
+    with pytest.raises(UnsupportedModel, match="other logits"):
+        check(model)
+
+
+def test_a_model_whose_numbers_are_not_finite_is_refused() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight[5, 5] = torch.nan
+    with pytest.raises(UnsupportedModel, match="other logits"):
+        check(model)
+
+
+def test_nothing_is_left_behind() -> None:
+    model = tiny("llama").train()
+    state, before = torch.get_rng_state(), model.config._attn_implementation
+    check(model)
+    with pytest.raises(UnsupportedModel):
+        check_with(model, span=Span("window", 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.config._attn_implementation == before
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
