@@ -8,7 +8,7 @@ from torch import nn
 
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import KVLayout
-from rollout.models.loan import Loan, unwrap
+from rollout.models.loan import Loan, unwrap, vocabulary_size
 from rollout.models.paged import Segment
 from rollout.models.pages import PagePool
 from rollout.models.runner import Runner
@@ -28,7 +28,7 @@ def check_pages(model: nn.Module, loan: Loan, layout: KVLayout) -> None:
         UnsupportedModel: they differ by more than rounding.
     """
     base = unwrap(model)
-    ids = np.arange(3, 3 + _TOKENS) * 7 % int(base.get_input_embeddings().weight.shape[0])
+    ids = np.arange(3, 3 + _TOKENS) * 7 % vocabulary_size(model)
     with loan.implementation(None), torch.no_grad():
         own = model(
             input_ids=torch.from_numpy(ids[None]).to(base.device),

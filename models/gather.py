@@ -98,7 +98,14 @@ class GatherDecode(PagedStep):
         self._most_pages = 0
         self._workspace: dict[tuple[str, int], torch.Tensor] = {}
 
-    def read(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
+    def read(
+        self,
+        index: int,
+        q: torch.Tensor,
+        k: torch.Tensor,  # noqa: ARG002 - read back with the others
+        v: torch.Tensor,
+        scores: Scores,
+    ) -> torch.Tensor:
         """See `PagedStep.read`."""
         site = self.layout.sites[index]
         if site.span not in self._groups:

@@ -23,7 +23,7 @@ class WideLinears:
 
     def __init__(self, model: nn.Module) -> None:
         self._layers: list[tuple[nn.Linear, Callable[[torch.Tensor], torch.Tensor]]] = [
-            (layer, _wide(layer)) for layer in model.modules() if _is_slow(layer)
+            (layer, _wide(layer)) for layer in model.modules() if isinstance(layer, nn.Linear) and _is_slow(layer)
         ]
 
     @contextmanager
@@ -31,14 +31,14 @@ class WideLinears:
         """The layers compute from their copies inside this block."""
         try:
             for layer, forward in self._layers:
-                layer.forward = forward  # type: ignore[method-assign]
+                layer.forward = forward  # type: ignore[method-assign, assignment]
             yield
         finally:
             for layer, _ in self._layers:
                 vars(layer).pop("forward", None)
 
 
-def _is_slow(layer: nn.Module) -> bool:
+def _is_slow(layer: nn.Linear) -> bool:
     """Whether ``layer`` is a plain linear, which nobody has patched, in a dtype that its CPU cannot multiply."""
     return (
         type(layer) is nn.Linear
@@ -48,8 +48,7 @@ def _is_slow(layer: nn.Module) -> bool:
     )
 
 
-def _wide(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    assert isinstance(layer, nn.Linear)
+def _wide(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     weight = layer.weight.detach().float()
     bias = None if layer.bias is None else layer.bias.detach().float()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,18 +20,23 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     Raises:
         UnsupportedModel: there is none.
     """
-    seen: nn.Module = model
+    seen: Any = model
     while not isinstance(seen, PreTrainedModel):
-        inner = getattr(seen, "get_base_model", None)
-        if callable(inner):
-            seen = inner()
-        elif isinstance(getattr(seen, "module", None), nn.Module):
+        if hasattr(seen, "get_base_model"):  # PEFT
+            seen = seen.get_base_model()
+        elif isinstance(getattr(seen, "module", None), nn.Module):  # DDP
             seen = seen.module
-        elif isinstance(getattr(seen, "_orig_mod", None), nn.Module):
+        elif isinstance(getattr(seen, "_orig_mod", None), nn.Module):  # torch.compile
             seen = seen._orig_mod
         else:
-            raise UnsupportedModel(f"{type(seen).__name__} is not a transformers model.")
+            raise UnsupportedModel(f"{type(model).__name__} is not a transformers model.")
     return seen
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Token ids that the model can embed: those below this."""
+    embeddings: Any = unwrap(model).get_input_embeddings()
+    return int(embeddings.weight.shape[0])
 
 
 class Loan:
@@ -53,7 +59,7 @@ class Loan:
                 "instead of through transformers' attention interface."
             )
         self._model = model
-        self._configs = list(
+        self._configs: list[Any] = list(
             {
                 id(module.config): module.config
                 for module in model.modules()

@@ -93,7 +93,7 @@ class PagedStep(ABC):
             for memory, new in ((self.keys(part.slab, index), k), (self.values(part.slab, index), v)):
                 rows = new if part.where is None else new.index_select(0, part.where)
                 memory.flatten(0, 1).index_copy_(0, part.inside, rows)
-        return self.read(index, q, k, v, scores).unflatten(0, (b, t))
+        return self.read(index, q, k, v, scores).view(b, t, query.shape[1], -1)
 
     def keys(self, slab: int, index: int) -> torch.Tensor:
         """[pages, page_size, kv_heads, key_dim] of one slab and site."""

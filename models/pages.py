@@ -208,5 +208,5 @@ class PagePool:
         live = [i for i, slab in enumerate(self.slabs) if slab is not None]
         every = {slab * self.slab_pages + offset for slab in live for offset in range(self.slab_pages)}
         held = set(np.flatnonzero(counts).tolist())
-        if len(free) != self._free_count or set(free) | held != every or set(free) & held or len(set(free)) != len(free):
+        if len(free) != self._free_count or sorted([*free, *held]) != sorted(every):
             raise AssertionError("free and held pages do not make up the slabs")

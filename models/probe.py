@@ -20,7 +20,7 @@ from transformers import AttentionMaskInterface
 from rollout.models import attention
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import KVLayout, Site, Span
-from rollout.models.loan import Loan, unwrap
+from rollout.models.loan import Loan, unwrap, vocabulary_size
 
 MaskPredicate = Callable[[Any, Any, Any, Any], Any]
 
@@ -40,7 +40,7 @@ def probe(model: nn.Module, loan: Loan) -> KVLayout:
     if getattr(base, "_is_stateful", False):
         raise UnsupportedModel(f"{family} keeps recurrent state besides keys and values, which is not served yet.")
     step = _Probe()
-    ids = torch.arange(_PROBE_TOKENS, device=base.device)[None] % _vocabulary(base)
+    ids = torch.arange(_PROBE_TOKENS, device=base.device)[None] % vocabulary_size(base)
     with loan(), _masks(step), attention.running(step):
         model(input_ids=ids, position_ids=torch.arange(_PROBE_TOKENS, device=base.device)[None], use_cache=False)
     if not step.sites:
@@ -48,11 +48,6 @@ def probe(model: nn.Module, loan: Loan) -> KVLayout:
     if len(step.dtypes) != 1:
         raise UnsupportedModel(f"{family} has values of several dtypes: {sorted(map(str, step.dtypes))}.")
     return KVLayout(tuple(step.sites), next(iter(step.dtypes)), _PAGE_SIZE)
-
-
-def _vocabulary(base: nn.Module) -> int:
-    embeddings = base.get_input_embeddings()  # type: ignore[operator]
-    return int(embeddings.weight.shape[0])
 
 
 class _Probe:

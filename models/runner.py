@@ -53,9 +53,7 @@ class Runner:
         step = GatherDecode(self._pool, tables, lengths)
         return self._forward(step, tokens[:, None], lengths[:, None] - 1, None)[:, 0]
 
-    def _forward(
-        self, step: PagedStep, ids: IntArray, positions: IntArray, keep: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _forward(self, step: PagedStep, ids: IntArray, positions: IntArray, keep: torch.Tensor | None) -> torch.Tensor:
         with attention.running(step):
             output = self._model(
                 input_ids=self._tensor(ids),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from rollout.memory import Memory
 from rollout.models.check import check_pages
 from rollout.models.context import context_limit
 from rollout.models.linears import WideLinears
-from rollout.models.loan import Loan, unwrap
+from rollout.models.loan import Loan, unwrap, vocabulary_size
 from rollout.models.probe import probe
 from rollout.models.runner import Runner
 from rollout.params import SamplingParams
@@ -87,7 +88,7 @@ class Engine:
         self._headroom = headroom_for(self._device) if headroom is None else headroom
         self.context_limit = context_limit(base.config)
         """Most tokens of prompt and completion together; None when the model states none."""
-        self._vocabulary = int(base.get_input_embeddings().weight.shape[0])
+        self._vocabulary = vocabulary_size(model)
         self._text = Text(tokenizer)
         self._eos = _eos_ids(base.generation_config)
         _warn_of_unapplied(base.generation_config)
@@ -158,9 +159,7 @@ class Engine:
         linears = WideLinears(self.model)  # before memory is read: the copies take their share
         queue = Queue(requests, self.context_limit, self._vocabulary)
         queue.fill(_FIRST_ROWS)
-        memory = Memory(
-            layout, self._headroom, self._device, self._max_kv_bytes, self._reserve_fraction, queue.demand
-        )
+        memory = Memory(layout, self._headroom, self._device, self._max_kv_bytes, self._reserve_fraction, queue.demand)
         runner = Runner(self.model, memory.pool)
         loop = Loop(runner, memory, self._policy, self._text, self._eos, queue, self.weight_version, on_step)
         try:
@@ -182,21 +181,20 @@ class Engine:
         Raises:
             InputError: there is no tokenizer, or no chat template for messages.
         """
-        if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
-            return [int(i) for i in prompt]  # type: ignore[call-overload]
-        if self.tokenizer is None:
-            raise InputError("The engine has no tokenizer, so prompts must be lists of token ids.")
         if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if self.tokenizer.chat_template is None:
-            raise InputError("The prompt is a list of chat messages, but the tokenizer has no chat template.")
-        encoded = self.tokenizer.apply_chat_template(
-            [dict(message) for message in prompt],  # type: ignore[arg-type]
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-        )
-        return [int(i) for i in encoded["input_ids"]]
+            return list(self._tokenizer_for("texts")(prompt)["input_ids"])
+        if any(isinstance(item, Mapping) for item in prompt):
+            tokenizer = self._tokenizer_for("chat messages")
+            if tokenizer.chat_template is None:
+                raise InputError("The prompt is a list of chat messages, but the tokenizer has no chat template.")
+            encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+            return list(encoded["input_ids"])
+        return [operator.index(item) for item in cast(Sequence[int], prompt)]
+
+    def _tokenizer_for(self, kind: str) -> Any:
+        if self.tokenizer is None:
+            raise InputError(f"The engine has no tokenizer for {kind}: give it one, or give lists of token ids.")
+        return self.tokenizer
 
 
 def _check_arguments(

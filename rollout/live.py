@@ -61,11 +61,13 @@ class LiveRows:
 
     def last_tokens(self) -> IntArray:
         """[active] the token that each row decodes from."""
-        return self._tokens[self.active, self.generated[self.active] - 1]
+        tokens: IntArray = self._tokens[self.active, self.generated[self.active] - 1]
+        return tokens
 
     def pages(self, slot: int) -> IntArray:
         """The pages that a row holds, in order."""
-        return self.tables[slot, : self.page_counts[slot]]
+        pages: IntArray = self.tables[slot, : self.page_counts[slot]]
+        return pages
 
     def all_rows(self) -> list[Row]:
         """The rows, oldest first."""
@@ -135,11 +137,13 @@ class LiveRows:
 
     def without_page(self) -> IntArray:
         """Slots whose next token needs a page that they do not hold."""
-        return self.active[self.page_counts[self.active] * self._page_size < self.lengths]
+        slots: IntArray = self.active[self.page_counts[self.active] * self._page_size < self.lengths]
+        return slots
 
     def without_token(self) -> IntArray:
         """Slots of rows whose first token since they joined was not drawn yet."""
-        return self.active[self.generated[self.active] == self._joined_with[self.active]]
+        slots: IntArray = self.active[self.generated[self.active] == self._joined_with[self.active]]
+        return slots
 
     def give_pages(self, slots: IntArray, pages: IntArray) -> None:
         """One more page for each of ``slots``."""
@@ -160,10 +164,8 @@ class LiveRows:
 
     def completion(self, slot: int) -> Completion:
         """All that the row has generated, copied."""
-        done = slice(0, int(self.generated[slot]))
-        arrays = (self._tokens, self._logprobs, self._sampler_logprobs)
-        tokens, logprobs, sampler = (array[slot, done].copy() for array in arrays)
-        return Completion(tokens, logprobs, sampler)
+        done = (slot, slice(0, int(self.generated[slot])))
+        return Completion(self._tokens[done].copy(), self._logprobs[done].copy(), self._sampler_logprobs[done].copy())
 
     def sampling(self, slots: IntArray) -> RowSampling:
         """Sampling parameters of the rows in ``slots``; those of ``active`` are kept until it changes."""

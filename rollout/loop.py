@@ -131,7 +131,9 @@ class Loop:
         if self._oom_rows is not None and self._oom_rows < decision.rows:
             decision = Decision(self._oom_rows, decision.prefill_tokens, "oom")
         if decision.rows != self._target:
-            logger.info("step %d: row target %s -> %d: %s", self.tally.steps, self._target, decision.rows, decision.reason)
+            logger.info(
+                "step %d: row target %s -> %d: %s", self.tally.steps, self._target, decision.rows, decision.reason
+            )
             self._target = decision.rows
         if decision.reason == "over_budget" and not self._told_over_budget:
             self._told_over_budget = True

@@ -31,7 +31,7 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop", _strings(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
         checks = (
             ("n", self.n >= 1, "at least 1"),
@@ -45,3 +45,8 @@ class SamplingParams:
         for name, right, wanted in checks:
             if not right:
                 raise InputError(f"sampling.{name} is {getattr(self, name)!r}, but must be {wanted}.")
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    """One string, or several, as a tuple: ``stop="\\n"`` must not become its characters."""
+    return (value,) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ class Text:
         """The text of ``ids`` without special tokens; empty without a tokenizer."""
         if self._tokenizer is None:
             return ""
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
     def ends_at_stop(self, ids: Sequence[int], stops: Sequence[str]) -> bool:

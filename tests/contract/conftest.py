@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from tests.families import VOCABULARY
 
 
 @pytest.fixture(autouse=True)
-def integrity(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def integrity(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every page is accounted for before each decode of every engine in these tests."""
     make_room = Running.make_room
 
@@ -27,7 +26,6 @@ def integrity(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         self._pool.check_integrity(self.held_pages())
 
     monkeypatch.setattr(Running, "make_room", checked)
-    yield
 
 
 def random_prompts(seed: int, count: int, longest: int = 48) -> list[list[int]]:

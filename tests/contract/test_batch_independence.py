@@ -93,7 +93,9 @@ def test_seed_row_and_sample_all_matter() -> None:
     prompt = random_prompts(6, 2)[1]
     params = SamplingParams(n=3, max_new_tokens=12, ignore_eos=True)
     engine = Engine(model, None)
-    batches = [engine.generate([prompt], params, seed=seed, row_ids=[row]) for seed, row in ((0, "a"), (1, "a"), (0, "b"))]
+    batches = [
+        engine.generate([prompt], params, seed=seed, row_ids=[row]) for seed, row in ((0, "a"), (1, "a"), (0, "b"))
+    ]
     completions = {tuple(record.completion_ids) for batch in batches for record in batch}
     assert len(completions) == 9
 
