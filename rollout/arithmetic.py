@@ -11,10 +11,11 @@ DEFAULT_PROBLEMS = 1024
 
 _NAMES = ("Ada", "Ben", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana")
 _THINGS = ("apples", "books", "coins", "marbles", "pencils", "shells", "stamps", "stickers")
-_ASK = " Work it out, and end with the answer as a number."
 
 # A template, and which of the quantities below is its answer.
 _TEMPLATES = (
+    ("What is {a} plus {b}?", "a_and_b"),
+    ("What is {a} times {b}?", "product"),
     ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "a_and_b"),
     ("{name} has {all} {things} and gives {a} away. How many {things} are left?", "b_and_c"),
     ("{name} fills {a} boxes with {b} {things} each. How many {things} are in the boxes?", "product"),
@@ -35,7 +36,7 @@ def problem(index: int) -> dict[str, str]:
     quantities |= {"product": a * b, "product_and_c": a * b + c}
     template, answer = rng.choice(_TEMPLATES)
     text = template.format(name=rng.choice(_NAMES), things=rng.choice(_THINGS), **quantities)
-    return {"id": f"arithmetic-{index:05d}", "prompt": text + _ASK, "answer": str(quantities[answer])}
+    return {"id": f"arithmetic-{index:05d}", "prompt": text, "answer": str(quantities[answer])}
 
 
 def problems(count: int) -> list[dict[str, str]]:
