@@ -233,18 +233,19 @@ class Loop:
     def _back_off(self) -> None:
         """After an allocator failure: fewer rows, then smaller prefills, and at last an error for the only row."""
         running = self._running
+        alive = running.alive  # before rows whose first token could not be drawn make way: they may be all
         self.tally.out_of_memory_events += 1
         self._calm = 0
-        for slot in running.live.without_token().tolist():
+        for slot in running.live.without_token()[::-1].tolist():  # each goes before those that wait
             running.preempt(slot)
-        logger.warning("Out of memory with %d rows alive; going on with fewer.", running.alive)
+        logger.warning("Out of memory with %d rows alive; going on with fewer.", alive)
         longest = max((prefill.remaining for prefill in running.prefills), default=0)
-        if running.alive > 1:
-            self._oom_rows = running.alive // 2
+        if alive > 1:
+            self._oom_rows = alive // 2
             running.preempt_beyond(self._oom_rows)
         elif longest > 1 and self._oom_prefill != 1:
             self._oom_prefill = min(longest, self._oom_prefill or longest) // 2
-        elif running.preempt_youngest():
+        elif running.preempt_youngest() or alive:
             self._give_up()
         running.drop_free_slabs()
         if self._memory.pool.device.type == "cuda":
