@@ -172,7 +172,8 @@ class Running:
             self._tally.preempted_rows += 1
             if not prefill.rows:
                 self._take_out(prefill)
-                self._pool.release(prefill.pages)
+                # Nobody has looked at its numbers yet, and one that is not finite must not reach a later holder.
+                self._pool.release(prefill.pages, scrub=prefill.computed > 0)
                 self._tally.recomputed_tokens += prefill.computed
             return True
         if len(self.live):
