@@ -85,6 +85,8 @@ class Batch:
             rows: list[list[int]] | list[list[float]], fill: float, dtype: torch.dtype, side: Literal["left", "right"]
         ) -> torch.Tensor:
             tensors = [torch.tensor(row, dtype=dtype) for row in rows]
+            if not tensors:
+                return torch.zeros(0, 0, dtype=dtype)
             return torch.nn.utils.rnn.pad_sequence(tensors, True, fill, padding_side=side)
 
         return Padded(

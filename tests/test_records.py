@@ -1,0 +1,97 @@
+"""Batches as tensors: padded on the right sides, with masks that say what is real."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from rollout.records import Batch, Record
+from rollout.stats import Tally
+
+STATS = Tally().stats(0, 0, 0.0)
+PAD = 77
+
+
+def record(name: str, prompt: list[int], completion: list[int], logprobs: list[float] | None = None) -> Record:
+    values = [-float(i + 1) for i in range(len(completion))] if logprobs is None else logprobs
+    return Record(name, 0, prompt, completion, "", values, [value / 2 for value in values], "length")
+
+
+def test_prompts_are_padded_on_the_left_and_completions_on_the_right() -> None:
+    batch = Batch((record("a", [1, 2, 3], [4]), record("b", [5], [6, 7])), STATS)
+    padded = batch.to_padded(PAD)
+    assert padded.prompt_ids.tolist() == [[1, 2, 3], [PAD, PAD, 5]]
+    assert padded.prompt_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert padded.completion_ids.tolist() == [[4, PAD], [6, 7]]
+    assert padded.completion_mask.tolist() == [[1, 0], [1, 1]]
+    assert padded.logprobs.tolist() == [[-1, 0], [-1, -2]]
+    assert padded.sampler_logprobs.tolist() == [[-0.5, 0], [-0.5, -1]]
+
+
+def test_dtypes_are_those_that_trainers_take() -> None:
+    padded = Batch((record("a", [1], [2]),), STATS).to_padded(PAD)
+    for tensor in (padded.prompt_ids, padded.prompt_mask, padded.completion_ids, padded.completion_mask):
+        assert tensor.dtype == torch.int64
+    assert padded.logprobs.dtype == padded.sampler_logprobs.dtype == torch.float32
+
+
+def test_the_mask_is_of_what_was_generated_not_of_what_is_not_padding() -> None:
+    """The end-of-sequence id is often the padding id too."""
+    padded = Batch((record("a", [PAD, 1], [5, PAD]), record("b", [1], [PAD])), STATS).to_padded(PAD)
+    assert padded.prompt_mask.tolist() == [[1, 1], [0, 1]]
+    assert padded.completion_mask.tolist() == [[1, 1], [1, 0]]
+
+
+def test_error_records_are_rows_like_others() -> None:
+    batch = Batch((record("a", [1, 2], [3]), record("empty", [], []), record("late", [4], [])), STATS)
+    padded = batch.to_padded(PAD)
+    assert padded.prompt_ids.tolist() == [[1, 2], [PAD, PAD], [PAD, 4]]
+    assert padded.completion_ids.tolist() == [[3], [PAD], [PAD]]
+    assert padded.completion_mask.tolist() == [[1], [0], [0]]
+
+
+def test_nothing_generated_at_all_is_a_batch_of_no_columns() -> None:
+    padded = Batch((record("a", [1], []), record("b", [1, 2], [])), STATS).to_padded(PAD)
+    assert padded.completion_ids.shape == padded.logprobs.shape == (2, 0)
+    assert padded.prompt_ids.shape == (2, 2)
+
+
+def test_no_prompts_are_a_batch_of_no_rows() -> None:
+    padded = Batch((), STATS).to_padded(PAD)
+    assert padded.prompt_ids.shape == padded.completion_mask.shape == padded.logprobs.shape == (0, 0)
+    assert (padded.prompt_ids.dtype, padded.logprobs.dtype) == (torch.int64, torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_real_can_be_taken_out_again(seed: int) -> None:
+    print("seed", seed)
+    rng = random.Random(seed)
+
+    def ids(most: int) -> list[int]:
+        return [rng.randrange(100) for _ in range(rng.randint(0, most))]
+
+    records = [record(str(i), ids(9), ids(20)) for i in range(12)]
+    padded = Batch(tuple(records), STATS).to_padded(PAD)
+    for i, one in enumerate(records):
+        prompt, completion = padded.prompt_mask[i].bool(), padded.completion_mask[i].bool()
+        assert padded.prompt_ids[i][prompt].tolist() == one.prompt_ids
+        assert padded.completion_ids[i][completion].tolist() == one.completion_ids
+        assert padded.logprobs[i][completion].tolist() == one.logprobs
+        assert padded.sampler_logprobs[i][completion].tolist() == one.sampler_logprobs
+        assert (padded.prompt_ids[i][~prompt] == PAD).all()
+        assert (padded.completion_ids[i][~completion] == PAD).all()
+        assert not padded.logprobs[i][~completion].any()
+        assert prompt.tolist() == sorted(prompt.tolist())
+        assert completion.tolist() == sorted(completion.tolist(), reverse=True)
+
+
+def test_a_batch_is_a_sequence_of_its_records() -> None:
+    records = (record("a", [1], [2]), record("b", [1], [2]))
+    batch = Batch(records, STATS)
+    assert len(batch) == 2
+    assert batch[1] is records[1]
+    assert batch[-1] is records[1]
+    assert list(batch) == list(records)
+    assert batch.stats is STATS
