@@ -1,0 +1,529 @@
+"""Rows that hold pages: they share, fork, make way and come back, and every page keeps what was computed into it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rollout.headroom import FakeHeadroom
+from rollout.memory import Memory
+from rollout.models.layout import IntArray, KVLayout, Site, Span
+from rollout.params import SamplingParams
+from rollout.queue import Queue
+from rollout.requests import Request
+from rollout.rows import Row
+from rollout.running import Running
+from rollout.stats import Tally
+
+PAGE_SIZE, SLAB_PAGES = 4, 4
+LAYOUT = KVLayout((Site(nn.Identity(), 1, 1, 1, Span()),), torch.float32, PAGE_SIZE)
+ALL = 10**6
+
+
+class World:
+    """Running rows over memory of some slabs, and a model whose keys are token ids and whose values are positions."""
+
+    def __init__(self, requests: Sequence[Request], slabs: int = 50) -> None:
+        self.memory: Memory | None = None
+        slab_bytes = SLAB_PAGES * LAYOUT.bytes_per_page
+        self.headroom = FakeHeadroom(slabs * slab_bytes, held=self.held)
+        self.memory = Memory(LAYOUT, self.headroom, torch.device("cpu"), None, 0.0, 4 * SLAB_PAGES * PAGE_SIZE)
+        self.pool = self.memory.pool
+        # A slab is a share of memory, which is too little for these tests.
+        self.pool.slab_pages = SLAB_PAGES
+        self.queue = Queue(requests, None, ALL)
+        self.queue.fill(ALL)
+        self.tally = Tally()
+        self.running = Running(self.memory, self.queue, self.tally)
+        self.live = self.running.live
+        self.drawn: dict[int, list[int]] = {}
+        """Tokens that were drawn for each row, by the row's identity."""
+
+    def held(self) -> int:
+        return 0 if self.memory is None else self.memory.pool.bytes_held
+
+    # -- what a step does --------------------------------------------------------------------------------
+
+    def admit(self, rows: int = ALL, tokens: int = ALL) -> int:
+        assert self.memory is not None
+        self.memory.read()
+        lacking = self.running.admit(rows, tokens)
+        self.check()
+        return lacking
+
+    def prefill(self, tokens: int = ALL) -> IntArray:
+        parts = self.running.prefill_parts(tokens)
+        for prefill, segment in parts:
+            for position in range(segment.start, segment.end):
+                self.write(int(segment.pages[position // PAGE_SIZE]), position, int(prefill.context[position]))
+            prefill.computed = segment.end
+        ready = [prefill for prefill, _ in parts if not prefill.remaining]
+        self.check()
+        if not ready:
+            return np.zeros(0, np.int64)
+        slots, sources = self.running.go_live(ready)
+        self.check()
+        rows = [row for prefill in ready for row in prefill.rows[: int((sources == ready.index(prefill)).sum())]]
+        assert [self.live.row(slot) for slot in slots.tolist()] == rows
+        self.draw(slots)
+        return slots
+
+    def decode(self) -> None:
+        self.running.make_room()
+        self.check()
+        slots = self.live.active
+        if len(slots):
+            for slot, token, length in zip(slots, self.live.last_tokens(), self.live.lengths, strict=True):
+                self.write(int(self.live.pages(slot)[(length - 1) // PAGE_SIZE]), int(length) - 1, int(token))
+            self.draw(slots)
+
+    def draw(self, slots: IntArray) -> None:
+        tokens = np.array([self.next_token(self.live.row(slot)) for slot in slots.tolist()])
+        self.live.append(slots, tokens, -tokens.astype(np.float32), -tokens.astype(np.float32))
+        self.check()
+
+    def next_token(self, row: Row) -> int:
+        drawn = self.drawn.setdefault(id(row), [])
+        drawn.append(1000 + 100 * row.sample + len(drawn))
+        return drawn[-1]
+
+    def write(self, page: int, position: int, token: int) -> None:
+        slab = self.pool.slab(page // SLAB_PAGES)
+        slab.keys[0][page % SLAB_PAGES, position % PAGE_SIZE] = token
+        slab.values[0][page % SLAB_PAGES, position % PAGE_SIZE] = position
+
+    def read(self, pages: IntArray) -> list[tuple[int, int]]:
+        pairs = []
+        for page in pages.tolist():
+            slab = self.pool.slab(page // SLAB_PAGES)
+            keys, values = (x[0][page % SLAB_PAGES].flatten().tolist() for x in (slab.keys, slab.values))
+            pairs += [(int(key), int(value)) for key, value in zip(keys, values, strict=True)]
+        return pairs
+
+    # -- what must be so ---------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        running, pool = self.running, self.pool
+        pool.check_integrity(running.held_pages())
+        fresh = set(self.live.without_token().tolist())
+        for slot in self.live.active.tolist():
+            row, completion = self.live.row(slot), self.live.completion(slot)
+            assert completion.tokens.tolist() == self.drawn.get(id(row), [])
+            context = [*row.group.prompt_ids.tolist(), *completion.tokens.tolist()]
+            self.holds(self.live.pages(slot), context if slot in fresh else context[:-1])
+            full = len(row.group.prompt_ids) // PAGE_SIZE
+            assert len(row.group.pages) == full
+            self.holds(row.group.pages, row.group.prompt_ids.tolist()[: full * PAGE_SIZE])
+        for prefill in running.prefills:
+            assert prefill.rows
+            self.holds(prefill.pages, prefill.context.tolist()[: prefill.computed])
+        holders: dict[int, int] = {}
+        for row in self.live.all_rows():
+            holders[id(row.group)] = holders.get(id(row.group), 0) + 1
+        assert all(row.group.holders == holders[id(row.group)] for row in self.live.all_rows())
+        assert running.alive == len(self.live) + sum(len(prefill.rows) for prefill in running.prefills)
+
+    def holds(self, pages: IntArray, tokens: list[int]) -> None:
+        assert self.read(pages)[: len(tokens)] == list(zip(tokens, range(len(tokens)), strict=True))
+
+    # -- shorthand ---------------------------------------------------------------------------------------
+
+    def waiting(self) -> list[str]:
+        return [f"{row.request.row_id}{row.sample}" for row in self.queue._rows]
+
+    def alive(self) -> list[str]:
+        return [f"{row.request.row_id}{row.sample}" for row in self.live.all_rows()]
+
+    def all_live(self) -> World:
+        self.admit()
+        self.prefill()
+        assert not self.running.prefills
+        return self
+
+
+def request(name: str, tokens: int, n: int = 1, start: int = 0) -> Request:
+    return Request(name, list(range(start, start + tokens)), SamplingParams(n=n, max_new_tokens=500))
+
+
+# -- sharing ---------------------------------------------------------------------------------------------
+
+
+def test_samples_of_a_prompt_share_its_full_pages_and_copy_the_last() -> None:
+    world = World([request("a", 10, n=4)]).all_live()
+    pages = world.live.all_pages()
+    assert world.alive() == ["a0", "a1", "a2", "a3"]
+    assert {tuple(own[:2].tolist()) for own in pages} == {tuple(pages[0][:2].tolist())}
+    assert len({int(own[2]) for own in pages}) == 4
+    assert world.pool.used_pages == 2 + 4
+    for _ in range(9):
+        world.decode()
+
+
+def test_a_prompt_of_whole_pages_has_nothing_to_copy() -> None:
+    world = World([request("a", 8, n=3)]).all_live()
+    assert world.pool.used_pages == 2
+    world.decode()
+    assert world.pool.used_pages == 2 + 3
+
+
+def test_a_prompt_shorter_than_a_page_is_copied_whole() -> None:
+    world = World([request("a", 3, n=3)]).all_live()
+    assert world.pool.used_pages == 3
+    world.decode()
+    world.decode()
+    assert world.pool.used_pages == 6
+
+
+def test_the_prompt_of_a_group_is_computed_once() -> None:
+    world = World([request("a", 10, n=3), request("b", 10), request("c", 10, start=50)])
+    world.admit()
+    assert [len(prefill.rows) for prefill in world.running.prefills] == [4, 1]
+    assert sum(segment.length for _, segment in world.running.prefill_parts(ALL)) == 20
+    world.prefill()
+    assert world.alive() == ["a0", "a1", "a2", "b0", "c0"]
+
+
+def test_rows_join_a_prefill_that_is_under_way() -> None:
+    world = World([request("a", 10, n=2)])
+    world.admit(rows=1)
+    world.prefill(tokens=6)
+    assert world.running.prefills[0].computed == 6
+    world.admit(rows=2, tokens=6)
+    assert [len(prefill.rows) for prefill in world.running.prefills] == [2]
+    world.prefill(tokens=6)
+    assert world.alive() == ["a0", "a1"]
+
+
+@pytest.mark.parametrize(("tokens", "computed", "used"), [(10, 8, 4), (8, 4, 3), (3, 0, 2), (12, 8, 4)])
+def test_rows_that_come_late_share_full_pages_and_compute_the_rest(tokens: int, computed: int, used: int) -> None:
+    """At least the last token is computed: its logits are needed."""
+    world = World([request("a", tokens, n=2)])
+    world.admit(rows=1)
+    world.prefill()
+    world.admit(rows=2)
+    (prefill,) = world.running.prefills
+    assert prefill.computed == computed
+    assert prefill.remaining == tokens - computed
+    world.prefill()
+    assert world.pool.used_pages == used
+    assert world.alive() == ["a0", "a1"]
+
+
+def test_pages_of_a_prompt_outlive_the_row_that_computed_them() -> None:
+    world = World([request("a", 10, n=3)])
+    world.admit(rows=2)
+    world.prefill()
+    world.running.leave(int(world.live.active[0]))
+    world.check()
+    world.admit(rows=2)
+    assert world.running.prefills[0].computed == 8
+    world.running.leave(int(world.live.active[0]))
+    world.check()
+    world.prefill()
+    assert world.alive() == ["a2"]
+    assert world.pool.used_pages == 3
+    world.running.leave(int(world.live.active[0]))
+    world.check()
+    assert world.pool.used_pages == 0
+
+
+def test_two_prefills_of_one_prompt_do_not_free_each_other_s_pages() -> None:
+    """A preempted row computes its prompt again while a fresh sample of it does so for the first time."""
+    world = World([request("a", 10, n=3)])
+    world.admit(rows=1)
+    world.prefill()
+    world.decode()
+    world.running.preempt(int(world.live.active[0]))
+    assert world.waiting() == ["a0", "a1", "a2"]
+    world.admit(rows=3)
+    assert [len(prefill.rows) for prefill in world.running.prefills] == [1, 2]
+    world.prefill()
+    assert world.alive() == ["a0", "a1", "a2"]
+    for slot in world.live.active.tolist():
+        world.decode()
+        world.running.leave(slot)
+        world.check()
+    assert world.pool.used_pages == 0
+
+
+# -- admitting -------------------------------------------------------------------------------------------
+
+
+def test_rows_are_admitted_in_order_up_to_the_target() -> None:
+    world = World([request(name, 5, start=10 * i) for i, name in enumerate("abcd")])
+    world.admit(rows=3)
+    assert (world.running.alive, world.waiting()) == (3, ["d0"])
+    world.admit(rows=2)
+    assert world.running.alive == 3
+    world.prefill()
+    assert world.alive() == ["a0", "b0", "c0"]
+
+
+def test_admission_stops_when_prefill_tokens_are_spoken_for() -> None:
+    world = World([request(name, 5, start=10 * i) for i, name in enumerate("abcd")])
+    world.admit(tokens=6)
+    assert world.waiting() == ["c0", "d0"], "the second still begins within six tokens"
+    world.admit(tokens=6)
+    assert world.waiting() == ["c0", "d0"]
+    assert [segment.length for _, segment in world.running.prefill_parts(6)] == [5, 1]
+    world.prefill(tokens=6)
+    world.admit(tokens=6)
+    assert world.waiting() == ["d0"]
+
+
+def test_prefill_goes_on_oldest_first_in_parts() -> None:
+    world = World([request("a", 9), request("b", 6, start=20)])
+    world.admit()
+    seen = []
+    while world.running.prefills:
+        parts = world.running.prefill_parts(4)
+        seen.append([(p.rows[0].request.row_id, s.start, s.length, len(s.pages)) for p, s in parts])
+        world.prefill(4)
+    assert seen == [[("a", 0, 4, 1)], [("a", 4, 4, 2)], [("a", 8, 1, 3), ("b", 0, 3, 1)], [("b", 3, 3, 2)]]
+
+
+def test_a_row_that_does_not_fit_says_what_it_lacks_only_on_an_empty_device() -> None:
+    world = World([request("a", 5), request("b", 40, start=50)], slabs=2)
+    assert world.admit() == 0
+    assert world.waiting() == ["b0"]
+    world.prefill()
+    assert world.admit() == 0
+    world.running.leave(int(world.live.active[0]))
+    assert world.admit() == 11, "ten pages, and one for its first token"
+    assert world.pool.used_pages == 0
+
+
+def test_an_admitted_row_always_lives_to_add_a_token() -> None:
+    world = World([request("a", 32)], slabs=2)
+    assert world.admit() == 9
+    world = World([request("a", 31)], slabs=2).all_live()
+    world.decode()
+    assert world.tally.preempted_rows == 0
+    world.decode()
+    assert world.tally.preempted_rows == 1
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(683, True), (684, False)])
+def test_admission_leaves_room_for_what_live_rows_add(tokens: int, fits: bool) -> None:
+    """Of 200 pages 25 are used and four left alone; a row needs room for one token more than its prompt."""
+    world = World([request("a", 97), request("b", tokens, start=1000)])
+    world.admit(rows=1)
+    world.prefill()
+    world.admit()
+    assert (world.waiting() == []) == fits
+
+
+def test_a_fork_that_does_not_fit_waits_its_turn() -> None:
+    """Pages were there at admission, and others took them since."""
+    world = World([request("a", 6, n=6)], slabs=2)
+    world.admit(rows=6)
+    assert len(world.running.prefills[0].rows) == 6
+    taken = world.pool.allocate(world.pool.free_pages - 2)
+    world.headroom.taken_bytes = 10**9
+    assert world.memory is not None
+    world.memory.read()
+    extra = world.running.held_pages
+    world.running.held_pages = lambda: [*extra(), taken]  # type: ignore[method-assign]
+    world.prefill()
+    assert world.alive() == ["a0", "a1", "a2"]
+    assert world.waiting() == ["a3", "a4", "a5"]
+    assert world.pool.free_pages == 0
+
+
+# -- making way ------------------------------------------------------------------------------------------
+
+
+def test_the_youngest_rows_make_way_and_keep_their_tokens() -> None:
+    world = World([request(name, 5, start=10 * i) for i, name in enumerate("abc")]).all_live()
+    for _ in range(3):
+        world.decode()
+    kept = world.live.completion(int(world.live.active[2])).tokens.tolist()
+    world.running.preempt_beyond(1)
+    world.check()
+    assert (world.alive(), world.waiting()) == (["a0"], ["b0", "c0"])
+    assert len(kept) == 4
+    world.admit()
+    assert [prefill.context.tolist()[5:] for prefill in world.running.prefills] == [
+        world.drawn[id(prefill.rows[0])] for prefill in world.running.prefills
+    ]
+    assert world.running.prefills[1].context.tolist() == [20, 21, 22, 23, 24, *kept]
+    world.prefill()
+    world.decode()
+    assert world.alive() == ["a0", "b0", "c0"]
+    assert world.live.completion(int(world.live.active[2])).tokens.tolist()[:4] == kept
+    assert world.tally.preempted_rows == 2
+    assert world.tally.recomputed_tokens == 2 * (5 + 3)
+
+
+def test_prefills_make_way_before_rows_that_decode() -> None:
+    world = World([request("a", 5), request("b", 9, n=2, start=50)])
+    world.admit(rows=1)
+    world.prefill()
+    world.admit()
+    world.prefill(tokens=6)
+    assert world.running.preempt_youngest()
+    world.check()
+    assert (world.waiting(), len(world.running.prefills)) == (["b1"], 1)
+    assert world.tally.recomputed_tokens == 0
+    assert world.running.preempt_youngest()
+    world.check()
+    assert (world.waiting(), len(world.running.prefills)) == (["b0", "b1"], 0)
+    assert world.tally.recomputed_tokens == 6
+    assert world.running.preempt_youngest()
+    assert world.waiting() == ["a0", "b0", "b1"]
+    assert not world.running.preempt_youngest()
+    assert (world.pool.used_pages, world.tally.preempted_rows) == (0, 3)
+    assert world.all_live().alive() == ["a0", "b0", "b1"], "a prompt whose prefill was given up is begun anew"
+
+
+def test_a_step_makes_room_by_preempting_the_youngest() -> None:
+    world = World([request(name, 6, start=10 * i) for i, name in enumerate("abc")], slabs=2).all_live()
+    assert world.alive() == ["a0", "b0", "c0"]
+    for _ in range(30):
+        world.decode()
+        if world.tally.preempted_rows:
+            break
+    assert world.alive()[0] == "a0"
+    while len(world.live) > 1:
+        world.decode()
+    assert (world.alive(), world.waiting()) == (["a0"], ["b0", "c0"])
+    while world.pool.free_pages:
+        world.decode()
+    assert world.alive() == ["a0"]
+    for _ in range(PAGE_SIZE):
+        world.decode()
+    assert world.waiting() == ["a0", "b0", "c0"], "a row that outgrew memory alone goes back too"
+
+
+# -- giving memory back ----------------------------------------------------------------------------------
+
+
+def test_slabs_are_given_back_without_preempting_while_pages_can_move() -> None:
+    world = World([request(name, 12, start=20 * i) for i, name in enumerate("abcdef")]).all_live()
+    for slot in world.live.active.tolist()[::2]:
+        world.running.leave(slot)
+    held, used = world.pool.live_slabs, world.pool.used_pages
+    spare = world.pool.free_pages // SLAB_PAGES
+    assert spare >= 2
+    world.running.shrink(spare)
+    world.check()
+    assert (world.pool.live_slabs, world.pool.used_pages) == (held - spare, used)
+    assert world.alive() == ["b0", "d0", "f0"]
+    world.running.shrink(1)
+    world.check()
+    assert world.alive() == ["b0", "d0"]
+    assert world.waiting() == ["f0"]
+    assert world.pool.live_slabs == held - spare - 1
+    world.running.shrink(99)
+    world.check()
+    assert (world.pool.live_slabs, world.waiting()) == (0, ["b0", "d0", "f0"])
+    assert world.all_live().alive() == ["b0", "d0", "f0"]
+
+
+def test_free_slabs_are_given_back_with_no_row_the_worse() -> None:
+    world = World([request(name, 12, start=20 * i) for i, name in enumerate("abcdef")]).all_live()
+    for slot in world.live.active.tolist()[::2]:
+        world.running.leave(slot)
+    world.running.drop_free_slabs()
+    world.check()
+    assert world.alive() == ["b0", "d0", "f0"]
+    assert world.pool.live_slabs == -(-world.pool.used_pages // SLAB_PAGES)
+
+
+def test_pages_of_prefills_move_too() -> None:
+    world = World([request("a", 16), request("b", 12, start=50)])
+    world.admit(rows=1)
+    world.prefill()
+    world.admit()
+    world.prefill(tokens=7)
+    world.running.leave(int(world.live.active[0]))
+    world.running.drop_free_slabs()
+    world.check()
+    assert world.pool.live_slabs == 1
+    world.prefill()
+    assert world.alive() == ["b0"]
+
+
+def test_leaving_scrubs_what_nobody_else_holds() -> None:
+    world = World([request("a", 10, n=2)]).all_live()
+    first, second = world.live.active.tolist()
+    own = int(world.live.pages(first)[2])
+    shared = world.live.pages(first)[:2].copy()
+    world.running.leave(first, scrub=True)
+    world.check()
+    assert world.read(np.array([own])) == [(0, 0)] * PAGE_SIZE
+    world.running.leave(second, scrub=True)
+    assert world.read(shared) == [(0, 0)] * 2 * PAGE_SIZE
+
+
+def test_what_a_prefill_wrote_and_nobody_looked_at_is_scrubbed() -> None:
+    """It may be NaN, which no log-probability has shown yet."""
+    world = World([request("a", 10)])
+    world.admit()
+    world.prefill(tokens=7)
+    pages = world.running.prefills[0].pages.copy()
+    world.running.preempt_youngest()
+    assert world.read(pages) == [(0, 0)] * 3 * PAGE_SIZE
+
+
+def test_closing_drops_everything() -> None:
+    world = World([request("a", 10, n=2), request("b", 9, start=50), request("c", 30, start=90)])
+    world.admit(rows=2)
+    world.prefill()
+    world.admit()
+    world.prefill(tokens=12)
+    assert len(world.live) == 3
+    assert len(world.running.prefills) == 1
+    world.running.close()
+    world.check()
+    assert (world.pool.used_pages, world.pool.bytes_held, world.running.alive) == (0, 0, 0)
+
+
+# -- all together ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_sequence_keeps_every_row_and_page(seed: int) -> None:
+    """Every operation checks all pages and what is in them; see `World.check`."""
+    print("seed", seed)
+    rng = random.Random(seed)
+    requests = [request(chr(97 + i), rng.randint(1, 25), rng.randint(1, 4), start=30 * i) for i in range(8)]
+    requests += [Request(f"{r.row_id}'", r.prompt_ids, r.params) for r in requests[-1:]]
+    world = World(requests, slabs=rng.randint(12, 20))
+    assert world.memory is not None
+    total = sum(r.params.n for r in requests)
+    left = 0
+    for _ in range(120):
+        operation = rng.choice(
+            ["admit", "admit", "prefill", "prefill", "decode", "leave", "preempt", "shrink", "squeeze"]
+        )
+        if operation == "admit":
+            world.admit(rng.randint(1, 12), rng.randint(1, 40))
+        elif operation == "prefill":
+            world.prefill(rng.randint(1, 30))
+        elif operation == "decode":
+            for _ in range(rng.randint(1, 4)):
+                world.decode()
+        elif operation == "leave" and len(world.live) and rng.random() < 0.5:
+            world.running.leave(rng.choice(world.live.active.tolist()), scrub=rng.random() < 0.5)
+            left += 1
+        elif operation == "preempt":
+            world.running.preempt_beyond(max(0, world.running.alive - rng.randint(1, 3)))
+        elif operation == "shrink":
+            world.running.drop_free_slabs()
+        elif operation == "squeeze":
+            world.headroom.taken_bytes = rng.choice([0, 0, world.headroom.total_bytes // 2])
+            world.memory.read()
+            world.running.shrink(world.memory.excess_slabs)
+            world.memory.read()
+            assert world.memory.excess_slabs == 0
+        world.check()
+        assert left + world.running.alive + len(world.queue) == total, "no row is lost"
+    assert world.tally.preempted_rows > 3
+    world.running.close()
+    assert world.pool.bytes_held == 0
