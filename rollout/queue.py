@@ -28,6 +28,8 @@ class Queue:
         self._last_group: Group | None = None
         self._ended = False
         self._refused: list[tuple[Request, str, str]] = []
+        self.waiting_prompt_tokens = 0
+        """Prompt tokens of the rows known to wait, each prompt counted once."""
 
     def __len__(self) -> int:
         """Rows known to wait."""
@@ -65,7 +67,9 @@ class Queue:
         limit = request.params.max_new_tokens
         if self._context_limit is not None:
             limit = min(limit, self._context_limit - len(prompt))
-        self._rows.extend(Row(request, sample, self._last_group, limit) for sample in request.wanted_samples)
+        rows = [Row(request, sample, self._last_group, limit) for sample in request.wanted_samples]
+        self._rows.extend(rows)
+        self._count(rows)
 
     def _refusal(self, prompt_ids: Sequence[int]) -> tuple[str, str] | None:
         count = len(prompt_ids)
@@ -86,18 +90,24 @@ class Queue:
 
     def pop(self) -> Row:
         """Takes out the row to be admitted next."""
-        return self._rows.popleft()
+        row = self._rows.popleft()
+        row.group.waiting -= 1
+        if not row.group.waiting:
+            self.waiting_prompt_tokens -= len(row.group.prompt_ids)
+        return row
 
     def put_back(self, rows: Sequence[Row]) -> None:
         """Preempted rows, oldest first, go before all that wait."""
         self._rows.extendleft(reversed(rows))
+        self._count(rows)
+
+    def _count(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if not row.group.waiting:
+                self.waiting_prompt_tokens += len(row.group.prompt_ids)
+            row.group.waiting += 1
 
     @property
     def demand(self) -> int:
         """Tokens that the rows known to wait would have at their longest."""
         return sum(len(row.group.prompt_ids) + row.limit for row in self._rows)
-
-    @property
-    def waiting_prompt_tokens(self) -> int:
-        """Prompt tokens of the rows known to wait, each prompt counted once."""
-        return sum(len(group.prompt_ids) for group in {id(r.group): r.group for r in self._rows}.values())

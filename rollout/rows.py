@@ -39,6 +39,9 @@ class Group:
     prompt_ids: IntArray
     pages: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     holders: int = 0
+    """Rows of the group that live."""
+    waiting: int = 0
+    """Rows of the group in the queue."""
     prefill: Prefill | None = None
     """The prefill of the prompt that is under way, which further samples may join."""
 
