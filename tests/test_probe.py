@@ -74,6 +74,7 @@ STRANGE: dict[str, tuple[Sees, int | None]] = {
     "chunks of another size": (lambda q, k: (k <= q) & (k // 13 == q // 13), 12),
     "a window and the first tokens": (lambda q, k: (k <= q) & ((k > q - 12) | (k < 4)), 12),
     "a window, or one's own chunk": (lambda q, k: (k <= q) & ((k > q - 12) | (k // 24 == q // 24)), 12),
+    "chunks that overlap": (lambda q, k: (k <= q) & (k >= q // 12 * 12 - 1), 12),
     "nothing": (lambda q, k: k != k, None),
 }
 

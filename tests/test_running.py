@@ -335,6 +335,14 @@ def test_a_fork_that_does_not_fit_waits_its_turn() -> None:
     assert world.pool.free_pages == 0
 
 
+def test_rows_that_come_later_leave_room_for_the_forks_of_those_before() -> None:
+    world = World([request("a", 6, n=3), *(request(name, 6, start=10 * i) for i, name in enumerate("bcd", 1))], slabs=2)
+    world.admit()
+    assert world.waiting() == ["c0", "d0"]
+    world.prefill()
+    assert world.alive() == ["a0", "a1", "a2", "b0"]
+
+
 # -- making way ------------------------------------------------------------------------------------------
 
 
