@@ -12,11 +12,9 @@ from rollout.models.pages import PagePool
 
 logger = logging.getLogger(__name__)
 
-_MOST_SLAB_BYTES = 256 << 20
+_MOST_SLAB_BYTES = 1 << 30
 #: The pool at its largest is about so many slabs: a slab is the step by which it follows headroom.
 _SLABS = 16
-#: What the first rows ask for is about so many slabs.
-_DEMAND_SLABS = 4
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -52,7 +50,7 @@ class Memory:
         self.headroom_bytes = 0
         self.read()
         most = max(0, self.headroom_bytes) if max_kv_bytes is None else min(max(0, self.headroom_bytes), max_kv_bytes)
-        slab_bytes = min(most // _SLABS, _MOST_SLAB_BYTES, demand_tokens * layout.bytes_per_token // _DEMAND_SLABS)
+        slab_bytes = min(most // _SLABS, _MOST_SLAB_BYTES, demand_tokens * layout.bytes_per_token)
         self.pool = PagePool(layout, max(1, slab_bytes // layout.bytes_per_page), device)
 
     def read(self) -> None:
