@@ -67,7 +67,7 @@ class Loop:
         self._oom_rows: int | None = None
         self._oom_prefill: int | None = None
         self._calm = 0
-        self._squeezed_since: float | None = None
+        self._stuck_since: float | None = None
         self._told_over_budget = False
 
     # -- the loop ------------------------------------------------------------------------------------
@@ -94,6 +94,7 @@ class Loop:
             running.shrink(self._memory.excess_slabs)
             running.preempt_beyond(decision.rows)
             lacking = running.admit(decision.rows, decision.prefill_tokens)
+            alive = running.alive
             prefilled = self._prefill(decision.prefill_tokens)
             rows, kv_tokens = self._decode()
         except (RuntimeError, MemoryError) as error:
@@ -101,10 +102,14 @@ class Loop:
                 raise
             self._back_off()
             return
-        self._wait_or_give_up(lacking)
+        finally:
+            if self.tally.drawn_tokens > tokens:
+                self._stuck_since = None
+        if lacking:
+            self._wait_or_give_up(lacking)
         self._calm_down()
         done = StepSample(rows, kv_tokens, prefilled, 1e3 * (time.perf_counter() - started))
-        self._account(decision, done, self.tally.drawn_tokens - tokens, self.tally.preempted_rows - preempted)
+        self._account(decision, done, alive, self.tally.drawn_tokens - tokens, self.tally.preempted_rows - preempted)
 
     def close(self) -> None:
         """Drops all rows and gives all memory back."""
@@ -231,7 +236,7 @@ class Loop:
     # -- when memory runs out ------------------------------------------------------------------------
 
     def _back_off(self) -> None:
-        """After an allocator failure: fewer rows, then smaller prefills, and at last an error for the only row."""
+        """After an allocator failure: fewer rows, then smaller prefills, then patience with the only row."""
         running = self._running
         alive = running.alive  # before rows whose first token could not be drawn make way: they may be all
         self.tally.out_of_memory_events += 1
@@ -245,11 +250,13 @@ class Loop:
             running.preempt_beyond(self._oom_rows)
         elif longest > 1 and self._oom_prefill != 1:
             self._oom_prefill = min(longest, self._oom_prefill or longest) // 2
-        elif running.preempt_youngest() or alive:
-            self._give_up()
+        else:
+            running.preempt_youngest()
         running.drop_free_slabs()
         if self._memory.pool.device.type == "cuda":
             torch.cuda.empty_cache()
+        if not running.alive:
+            self._wait_or_give_up(1)
 
     def _calm_down(self) -> None:
         self._calm += 1
@@ -258,16 +265,16 @@ class Loop:
             self._oom_prefill = None
 
     def _wait_or_give_up(self, pages: int) -> None:
-        """When the next row lacks ``pages`` on an empty device: others may give memory back, or it never fits."""
-        if not pages:
-            self._squeezed_since = None
-            return
+        """When the next row lacks ``pages``, or room to compute, on an empty device.
+
+        Others may give memory back; a row is given up when it could never fit, or when no token was drawn for long.
+        """
         now = time.monotonic()
-        self._squeezed_since = self._squeezed_since or now
-        if self._memory.could_hold(pages) and now - self._squeezed_since < _PATIENCE_S:
+        self._stuck_since = self._stuck_since or now
+        if self._memory.could_hold(pages) and now - self._stuck_since < _PATIENCE_S:
             time.sleep(_RETRY_S)
             return
-        self._squeezed_since = None
+        self._stuck_since = None
         self._give_up()
 
     def _give_up(self) -> None:
@@ -277,9 +284,9 @@ class Loop:
 
     # -- telling -------------------------------------------------------------------------------------
 
-    def _account(self, decision: Decision, done: StepSample, new_tokens: int, preempted: int) -> None:
-        """One step more in the books of the policy, the totals and whoever listens."""
-        alive, waiting, pool = self._running.alive, len(self._queue), self._memory.pool
+    def _account(self, decision: Decision, done: StepSample, alive: int, new_tokens: int, preempted: int) -> None:
+        """One step more, with ``alive`` rows in it, in the books of the policy, the totals and whoever listens."""
+        waiting, pool = len(self._queue), self._memory.pool
         self._steps.append(done)
         self.tally.steps += 1
         self.tally.saw_live_rows(alive, waiting)

@@ -465,15 +465,30 @@ def test_the_stream_s_end_is_waited_for() -> None:
     assert_same(world.run(), all_expected(requests))
 
 
+@pytest.fixture(autouse=True)
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What never fits is given up soon."""
+    monkeypatch.setattr(loop_module, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(loop_module, "_RETRY_S", 0.002)
+
+
+def test_a_passing_squeeze_of_the_only_row_costs_nothing() -> None:
+    trouble, raised = refuse_at(set(range(20, 35)))
+    requests = plain(40, new=12)
+    world = World(requests, Fixed(rows=1), trouble=trouble)
+    assert_same(world.run(), all_expected(requests))
+    assert len(raised) == 15
+
+
 # -- out of memory ---------------------------------------------------------------------------------------
 
 
 def refuse_at(calls: set[int], error: type[Exception] = torch.OutOfMemoryError) -> tuple[Trouble, list[int]]:
-    """Fails at these calls, but never the decode of one row alone, which is given up as too large."""
+    """Fails at these calls, whatever they compute: a failure that passes must cost no row."""
     raised: list[int] = []
 
     def trouble(call: Call) -> None:
-        if call.number in calls and (call.rows > 1 or (call.kind == "prefill" and call.tokens > 1)):
+        if call.number in calls:
             raised.append(call.number)
             raise error("DefaultCPUAllocator: can't allocate memory: CUDA out of memory")
 
