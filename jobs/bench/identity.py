@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import disable_progress_bars, load_dataset
 
 
 def samples(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
@@ -28,6 +28,7 @@ def main() -> None:
     """Compares the runs that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
+    disable_progress_bars()
     first, *others = parser.parse_args().runs
     expected = samples(first)
     print(f"{'run':32} samples  identical  share     tokens before they part (median)  max |Δ logprob| of identical")
