@@ -94,7 +94,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pre
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     try:
-        model = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     finally:
         torch.random.set_rng_state(state)
     with torch.no_grad():
@@ -102,4 +102,6 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pre
             # Larger than a fresh initialisation, so that attention matters to the next token.
             if parameter.ndim > 1 and "embed" not in name:
                 parameter.mul_(4.0)
-    return model.to(dtype).eval()
+    model.to(dtype)
+    model.eval()
+    return model

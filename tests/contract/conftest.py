@@ -56,7 +56,8 @@ def teacher_forced(model: PreTrainedModel, record: Record, temperature: float = 
         ids = torch.tensor([record.prompt_ids + record.completion_ids])
         logits = model(input_ids=ids, use_cache=False).logits[0, len(record.prompt_ids) - 1 : -1].float()
     logprobs = (logits / temperature).log_softmax(-1)
-    return logprobs.gather(1, torch.tensor(record.completion_ids)[:, None])[:, 0]
+    chosen: torch.Tensor = logprobs.gather(1, torch.tensor(record.completion_ids)[:, None])[:, 0]
+    return chosen
 
 
 def worst_logprob(model: PreTrainedModel, records: list[Record], temperature: float = 1.0) -> float:
