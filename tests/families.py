@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 199
@@ -102,6 +103,5 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pre
             # Larger than a fresh initialisation, so that attention matters to the next token.
             if parameter.ndim > 1 and "embed" not in name:
                 parameter.mul_(4.0)
-    model.to(dtype)
-    model.eval()
+    nn.Module.to(model, dtype).eval()
     return model
