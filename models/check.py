@@ -9,7 +9,7 @@ from torch import nn
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import KVLayout
 from rollout.models.loan import Loan, unwrap, vocabulary_size
-from rollout.models.paged import Segment
+from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.runner import Runner
 
@@ -40,11 +40,12 @@ def check_pages(model: nn.Module, loan: Loan, layout: KVLayout) -> None:
     pool.grow()
     runner, last = Runner(model, pool), _TOKENS - 1
     with loan():
-        first = runner.prefill([ids[:_CUT]], [Segment(pages, 0, _CUT)])
-        second = runner.prefill([ids[_CUT:last]], [Segment(pages, _CUT, last - _CUT)])
-        third = runner.decode(ids[last:], pages[None], np.array([_TOKENS]))
-    del first
-    ours = torch.cat([second, third]).float()
+        parts = ((0, _CUT), (_CUT, last), (last, _TOKENS))
+        logits = [
+            runner.forward(Packed(ids[start:end], pages[None], np.array([start]), np.array([end - start])))
+            for start, end in parts
+        ]
+    ours = torch.cat(logits[1:]).float()
     theirs = own[-2:].float()
     distance = float((ours - theirs).norm() / theirs.norm())
     tolerance = _TOLERANCE.get(layout.dtype, _HALF_TOLERANCE)

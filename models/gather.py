@@ -11,8 +11,10 @@ import torch.nn.functional as F
 
 from rollout.models.attention import Scores
 from rollout.models.layout import IntArray, Site, Span
-from rollout.models.paged import PagedStep, Segment, SlabPart
+from rollout.models.packed import Packed
+from rollout.models.paged import PagedStep
 from rollout.models.pages import PagePool
+from rollout.models.precision import cpu_multiplies
 
 #: Gathered keys of one group of rows stay below this, so that they are still in cache when they are read.
 _GROUP_BYTES = 2 << 20
@@ -20,168 +22,207 @@ _GROUP_BYTES = 2 << 20
 _GROUP_FILL = 0.8
 
 
-class GatherPrefill(PagedStep):
-    """A packed prefill ``[1, T]``: each segment attends to its own sequence, one after another."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The share of some global ids (of pages, or of slots in pages) that lies in one slab."""
 
-    def __init__(self, pool: PagePool, segments: Sequence[Segment]) -> None:
-        size = pool.layout.page_size
-        positions = [np.arange(s.start, s.end) for s in segments]
-        super().__init__(
-            pool,
-            np.concatenate([s.pages[p // size] * size + p % size for s, p in zip(segments, positions, strict=True)]),
-        )
-        self._segments = tuple(segments)
-        self._reads = [self.by_slab(s.pages, pool.slab_pages) if s.start else [] for s in segments]
-        self._masks: dict[tuple[int, Span], torch.Tensor | None] = {}
+    slab: int
+    where: torch.Tensor | None
+    """Positions among the ids; all of them, in order, when None."""
+    inside: torch.Tensor
+    """The ids, counted from the slab's start."""
 
-    def read(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
-        """See `PagedStep.read`."""
-        site = self.layout.sites[index]
-        lengths = [segment.length for segment in self._segments]
-        outputs = []
-        for number, parts in enumerate(zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)):
-            segment = self._segments[number]
-            queries, keys, values = parts
-            if segment.start:
-                keys, values = (
-                    _gather(self, self._reads[number], index, which, len(segment.pages)).flatten(0, 1)[: segment.end]
-                    for which in ("keys", "values")
-                )
-            repeats = queries.shape[1] // site.kv_heads
-            # [1, heads, tokens, dim]; keys repeated for every head of their group cost little at prefill
-            queries, keys, values = (x.to(self.compute_dtype).transpose(0, 1)[None] for x in (queries, keys, values))
-            keys, values = (x.repeat_interleave(repeats, dim=1) for x in (keys, values))
-            sinks = None if scores.sinks is None else scores.sinks[None, :, None, None]
-            out = softmax_attention(queries, keys, values, self._mask(number, site.span), scores, sinks)
-            outputs.append(out[0].transpose(0, 1))
-        return torch.cat(outputs).to(v.dtype)
 
-    def _mask(self, number: int, span: Span) -> torch.Tensor | None:
-        """[t, end] of one segment, True where a query sees a key; None where that is plainly causal."""
-        if (number, span) not in self._masks:
-            segment = self._segments[number]
-            queries, keys = np.arange(segment.start, segment.end), np.arange(segment.end)
-            first = span.first_keys(queries)
-            if segment.start == 0 and not first.any():
-                self._masks[number, span] = None
-            else:
-                self._masks[number, span] = self.tensor((keys <= queries[:, None]) & (keys >= first[:, None]))
-        return self._masks[number, span]
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A sequence with several new tokens: it attends by itself."""
+
+    tokens: slice
+    """Its new tokens among those of the forward."""
+    start: int
+    end: int
+    pages: int
+    reads: list[_Part]
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Rows of similar length that are gathered and attended together."""
+    """Sequences with one new token and of similar length, which are gathered and attended together."""
 
-    rows: torch.Tensor
-    """[g] which of the step's rows."""
-    reads: list[SlabPart]
+    tokens: torch.Tensor
+    """[g] their new tokens among those of the forward."""
+    reads: list[_Part]
     pages: int
-    """Pages gathered for each row, padding included."""
+    """Pages gathered for each, padding included."""
     mask: torch.Tensor
-    """[g, 1, 1, pages * page_size], 0 where the row sees the token and -inf elsewhere."""
+    """[g, 1, 1, pages * page_size], 0 where the token sees the key and -inf elsewhere."""
 
 
-class GatherDecode(PagedStep):
-    """One new token for each row, ``[B, 1]``.
+class GatherStep(PagedStep):
+    """Gathers what each sequence sees; what depends on lengths alone is planned once and serves every layer."""
 
-    Args:
-        tables: [B, pages] page ids of each row; entries past a row's length are not read.
-        lengths: [B] tokens of each row, the new one included.
-    """
-
-    def __init__(self, pool: PagePool, tables: IntArray, lengths: IntArray) -> None:
-        size, last = pool.layout.page_size, lengths - 1
-        super().__init__(pool, tables[np.arange(len(lengths)), last // size] * size + last % size)
-        self._tables, self._last = tables, last
+    def __init__(self, pool: PagePool, packed: Packed) -> None:
+        super().__init__(pool, packed)
+        size = pool.layout.page_size
+        slow = pool.device.type == "cpu" and not cpu_multiplies(pool.layout.dtype)
+        self._compute_dtype = torch.float32 if slow else pool.layout.dtype
+        self._writes = self._by_slab(packed.slots(size), pool.slab_pages * size)
+        self._single = np.flatnonzero(packed.lengths == 1)
+        self._segments = [self._segment(int(i)) for i in np.flatnonzero(packed.lengths > 1)]
         self._groups: dict[Span, list[_Group]] = {}
+        self._masks: dict[tuple[int, Span], torch.Tensor | None] = {}
         self._most_pages = 0
         self._workspace: dict[tuple[str, int], torch.Tensor] = {}
 
-    def read(
+    def compute(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
+        """See `PagedStep.compute`."""
+        site = self.layout.sites[index]
+        for part in self._writes:
+            slab = self.pool.slab(part.slab)
+            for memory, new in ((slab.keys[index], k), (slab.values[index], v)):
+                rows = new if part.where is None else new.index_select(0, part.where)
+                memory.flatten(0, 1).index_copy_(0, part.inside, rows)
+        output = v.new_empty(q.shape[0], q.shape[1], site.value_dim)
+        self._attend_groups(index, q, scores, output)
+        for segment in self._segments:
+            self._attend_segment(segment, index, (q, k, v), scores, output)
+        return output
+
+    # -- several new tokens ----------------------------------------------------------------------------
+
+    def _segment(self, number: int) -> _Segment:
+        start, length = int(self.packed.starts[number]), int(self.packed.lengths[number])
+        offset, size = int(self.packed.offsets[number]), self.layout.page_size
+        pages = -(-(start + length) // size)
+        reads = self._by_slab(self.packed.tables[number, :pages], self.pool.slab_pages) if start else []
+        return _Segment(slice(offset, offset + length), start, start + length, pages, reads)
+
+    def _attend_segment(
         self,
+        segment: _Segment,
         index: int,
-        q: torch.Tensor,
-        k: torch.Tensor,  # noqa: ARG002 - read back with the others
-        v: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         scores: Scores,
-    ) -> torch.Tensor:
-        """See `PagedStep.read`."""
+        output: torch.Tensor,
+    ) -> None:
+        site = self.layout.sites[index]
+        queries, keys, values = (x[segment.tokens] for x in new)
+        if segment.start:
+            keys, values = (
+                self._gather(segment.reads, index, which, segment.pages).flatten(0, 1)[: segment.end]
+                for which in ("keys", "values")
+            )
+        repeats = queries.shape[1] // site.kv_heads
+        # [1, heads, tokens, dim]; keys repeated for every head of their group cost little at prefill
+        queries, keys, values = (x.to(self._compute_dtype).transpose(0, 1)[None] for x in (queries, keys, values))
+        keys, values = (x.repeat_interleave(repeats, dim=1) for x in (keys, values))
+        sinks = None if scores.sinks is None else scores.sinks[None, :, None, None]
+        out = softmax_attention(queries, keys, values, self._mask(segment, site.span), scores, sinks)
+        output[segment.tokens] = out[0].transpose(0, 1).to(output.dtype)
+
+    def _mask(self, segment: _Segment, span: Span) -> torch.Tensor | None:
+        """[t, end] of one segment, True where a query sees a key; None where that is plainly causal."""
+        key = (segment.tokens.start, span)
+        if key not in self._masks:
+            queries, keys = np.arange(segment.start, segment.end), np.arange(segment.end)
+            first = span.first_keys(queries)
+            if segment.start == 0 and not first.any():
+                self._masks[key] = None
+            else:
+                self._masks[key] = self._tensor((keys <= queries[:, None]) & (keys >= first[:, None]))
+        return self._masks[key]
+
+    # -- one new token -----------------------------------------------------------------------------------
+
+    def _attend_groups(self, index: int, q: torch.Tensor, scores: Scores, output: torch.Tensor) -> None:
         site = self.layout.sites[index]
         if site.span not in self._groups:
             self._groups[site.span] = self._plan(site.span)
-        output = v.new_empty(q.shape[0], q.shape[1], site.value_dim)
-        q = q.to(self.compute_dtype)
         # The heads that share keys become query rows of one head: keys are read once for all of them.
         sinks = None if scores.sinks is None else scores.sinks.view(1, site.kv_heads, -1, 1)
         for group in self._groups[site.span]:
-            rows = len(group.rows)
+            rows = len(group.tokens)
             keys, values = (
-                self._gather(group, index, which).view(rows, -1, site.kv_heads, dim).transpose(1, 2)
+                self._gather_group(group, index, which).view(rows, -1, site.kv_heads, dim).transpose(1, 2)
                 for which, dim in (("keys", site.key_dim), ("values", site.value_dim))
             )
-            queries = q.index_select(0, group.rows).view(rows, site.kv_heads, -1, site.key_dim)
+            queries = q.index_select(0, group.tokens).to(self._compute_dtype)
+            queries = queries.view(rows, site.kv_heads, -1, site.key_dim)
             out = softmax_attention(queries, keys, values, group.mask, scores, sinks)
-            output.index_copy_(0, group.rows, out.reshape(rows, -1, site.value_dim).to(output.dtype))
-        return output
+            output.index_copy_(0, group.tokens, out.reshape(rows, -1, site.value_dim).to(output.dtype))
 
-    def _gather(self, group: _Group, index: int, which: str) -> torch.Tensor:
+    def _gather_group(self, group: _Group, index: int, which: str) -> torch.Tensor:
         """Into memory kept over the layers of the step: fresh large blocks would cost page faults in each."""
-        count, site = len(group.rows) * group.pages, self.layout.sites[index]
+        count, site = len(group.tokens) * group.pages, self.layout.sites[index]
         elements = self._most_pages * self.layout.page_size * _width(site, which)
         if (which, elements) not in self._workspace:
             empty = torch.empty(elements, dtype=self.layout.dtype, device=self.pool.device)
             self._workspace[which, elements] = empty
         out = self._workspace[which, elements][: count * self.layout.page_size * _width(site, which)]
-        return _gather(self, group.reads, index, which, count, out).to(self.compute_dtype)
+        return self._gather(group.reads, index, which, count, out).to(self._compute_dtype)
 
     def _plan(self, span: Span) -> list[_Group]:
-        """Groups of similar length; of a window or chunk, only the pages that the row sees are gathered."""
+        """Groups of similar length; of a window or chunk, only the pages that the token sees are gathered."""
         size = self.layout.page_size
-        first_keys = span.first_keys(self._last)
+        last = self.packed.starts[self._single]
+        first_keys = span.first_keys(last)
         first_pages = first_keys // size
-        counts = self._last // size - first_pages + 1
+        counts = last // size - first_pages + 1
         order = np.argsort(-counts, kind="stable")
-        page_bytes = size * max(_width(s, "keys") for s in self.layout.sites) * self.compute_dtype.itemsize
+        page_bytes = size * max(_width(s, "keys") for s in self.layout.sites) * self._compute_dtype.itemsize
         groups, start = [], 0
         while start < len(order):
             longest = int(counts[order[start]])
             members = order[start : start + max(1, _GROUP_BYTES // (longest * page_bytes))]
             members = members[counts[members] >= _GROUP_FILL * longest]
-            groups.append(self._group(members, first_pages[members], first_keys[members], longest))
+            groups.append(self._group(self._single[members], first_pages[members], first_keys[members], longest))
             start += len(members)
-        self._most_pages = max([self._most_pages, *(len(group.rows) * group.pages for group in groups)])
+        self._most_pages = max([self._most_pages, *(len(group.tokens) * group.pages for group in groups)])
         return groups
 
-    def _group(self, rows: IntArray, first_pages: IntArray, first_keys: IntArray, pages: int) -> _Group:
-        size, last = self.layout.page_size, self._last[rows][:, None]
-        # Past its last page a row gathers that page again: valid memory, and masked.
+    def _group(self, sequences: IntArray, first_pages: IntArray, first_keys: IntArray, pages: int) -> _Group:
+        size, last = self.layout.page_size, self.packed.starts[sequences][:, None]
+        # Past its last page a sequence gathers that page again: valid memory, and masked.
         columns = np.minimum(first_pages[:, None] + np.arange(pages), last // size)
-        table = self._tables[rows[:, None], columns].ravel()
+        table = self.packed.tables[sequences[:, None], columns].ravel()
         positions = first_pages[:, None] * size + np.arange(pages * size)
-        hidden = self.tensor((positions > last) | (positions < first_keys[:, None]))
-        mask = torch.zeros(hidden.shape, dtype=self.compute_dtype, device=hidden.device)
+        hidden = self._tensor((positions > last) | (positions < first_keys[:, None]))
+        mask = torch.zeros(hidden.shape, dtype=self._compute_dtype, device=hidden.device)
         mask.masked_fill_(hidden, -torch.inf)
-        return _Group(self.tensor(rows), self.by_slab(table, self.pool.slab_pages), pages, mask[:, None, None])
+        tokens = self._tensor(self.packed.offsets[sequences])
+        return _Group(tokens, self._by_slab(table, self.pool.slab_pages), pages, mask[:, None, None])
+
+    # -- pages ---------------------------------------------------------------------------------------------
+
+    def _by_slab(self, ids: IntArray, unit: int) -> list[_Part]:
+        """Splits global ids by slab, ``unit`` ids to each."""
+        slabs, inside = np.divmod(ids, unit)
+        if (slabs == slabs[0]).all():
+            return [_Part(int(slabs[0]), None, self._tensor(inside))]
+        parts = [(int(slab), np.flatnonzero(slabs == slab)) for slab in np.unique(slabs)]
+        return [_Part(slab, self._tensor(where), self._tensor(inside[where])) for slab, where in parts]
+
+    def _gather(
+        self, reads: Sequence[_Part], index: int, which: str, count: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[count, page_size, kv_heads, dim]: the keys or values of ``count`` pages of one site."""
+        slabs = [self.pool.slab(read.slab) for read in reads]
+        memories = [(slab.keys if which == "keys" else slab.values)[index] for slab in slabs]
+        shape = (count, *memories[0].shape[1:])
+        pages = memories[0].new_empty(shape) if out is None else out.view(shape)
+        for read, memory in zip(reads, memories, strict=True):
+            if read.where is None:
+                torch.index_select(memory, 0, read.inside, out=pages)
+            else:
+                pages.index_copy_(0, read.where, memory.index_select(0, read.inside))
+        return pages
+
+    def _tensor(self, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.pool.device)
 
 
 def _width(site: Site, which: str) -> int:
     return site.kv_heads * (site.key_dim if which == "keys" else site.value_dim)
-
-
-def _gather(
-    step: PagedStep, reads: Sequence[SlabPart], index: int, which: str, count: int, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """[count, page_size, kv_heads, dim]: the keys or values of ``count`` pages of one site."""
-    memories = [(step.keys if which == "keys" else step.values)(read.slab, index) for read in reads]
-    shape = (count, *memories[0].shape[1:])
-    pages = memories[0].new_empty(shape) if out is None else out.view(shape)
-    for read, memory in zip(reads, memories, strict=True):
-        if read.where is None:
-            torch.index_select(memory, 0, read.inside, out=pages)
-        else:
-            pages.index_copy_(0, read.where, memory.index_select(0, read.inside))
-    return pages
 
 
 def softmax_attention(

@@ -167,12 +167,10 @@ class LiveRows:
         done = (slot, slice(0, int(self.generated[slot])))
         return Completion(self._tokens[done].copy(), self._logprobs[done].copy(), self._sampler_logprobs[done].copy())
 
-    def sampling(self, slots: IntArray) -> RowSampling:
-        """Sampling parameters of the rows in ``slots``; those of ``active`` are kept until it changes."""
-        if slots is not self.active:
-            return self._make_sampling(slots)
+    def sampling(self) -> RowSampling:
+        """Sampling parameters of the ``active`` rows, kept until they change."""
         if self._sampling is None:
-            self._sampling = self._make_sampling(slots)
+            self._sampling = self._make_sampling(self.active)
         return self._sampling
 
     def _make_sampling(self, slots: IntArray) -> RowSampling:

@@ -95,8 +95,7 @@ class Loop:
             running.preempt_beyond(decision.rows)
             lacking = running.admit(decision.rows, decision.prefill_tokens)
             alive = running.alive
-            prefilled = self._prefill(decision.prefill_tokens)
-            rows, kv_tokens = self._decode()
+            rows, kv_tokens, prefilled = self._forward(decision.prefill_tokens)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -172,39 +171,40 @@ class Loop:
 
     # -- computing -----------------------------------------------------------------------------------
 
-    def _prefill(self, tokens: int) -> int:
-        """One packed forward over the oldest prefills; returns the tokens that it computed."""
-        parts = self._running.prefill_parts(tokens if self._oom_prefill is None else min(tokens, self._oom_prefill))
-        if not parts:
-            return 0
-        segments = [segment for _, segment in parts]
-        logits = self._runner.prefill([p.context[s.start : s.end] for p, s in parts], segments)
-        for prefill, segment in parts:
-            prefill.computed = segment.end
+    def _forward(self, prefill_tokens: int) -> tuple[int, int, int]:
+        """One token for every live row and the next part of the oldest prefills, in one packed forward.
+
+        Returns the rows that decoded, the tokens that they attended to, and the tokens prefilled.
+        """
+        running = self._running
+        running.make_room()
+        parts = running.prefill_parts(
+            prefill_tokens if self._oom_prefill is None else min(prefill_tokens, self._oom_prefill)
+        )
+        packed = running.packed(parts)
+        if packed is None:
+            return 0, 0, 0
+        logits = self._runner.forward(packed)
+        rows = len(running.live)
+        for prefill, length in parts:
+            prefill.computed += length
+        sources = np.arange(rows)
         ready = [i for i, (prefill, _) in enumerate(parts) if not prefill.remaining]
         if ready:
-            slots, sources = self._running.go_live([parts[i][0] for i in ready])
-            self._draw(slots, logits[np.array(ready)[sources]])
-        computed = sum(segment.length for segment in segments)
-        self.tally.prefilled_tokens += computed
-        return computed
+            joined = running.go_live([parts[i][0] for i in ready])
+            sources = np.concatenate([sources, rows + np.array(ready)[joined]])
+        if len(sources):
+            self._draw(logits[sources] if parts else logits)
+        prefilled = int(packed.lengths[rows:].sum())
+        self.tally.prefilled_tokens += prefilled
+        return rows, int(packed.ends[:rows].sum()), prefilled
 
-    def _decode(self) -> tuple[int, int]:
-        """One token for every live row; returns the rows and the tokens that they attended to."""
-        self._running.make_room()
+    def _draw(self, logits: torch.Tensor) -> None:
+        """A token for every live row from its row of ``logits``; rows that end with it are retired."""
         live = self._running.live
-        if not len(live):
-            return 0, 0
-        slots, lengths = live.active, live.lengths
-        tables = live.tables[slots, : int(live.page_counts[slots].max())]
-        self._draw(slots, self._runner.decode(live.last_tokens(), tables, lengths))
-        return len(slots), int(lengths.sum())
-
-    def _draw(self, slots: IntArray, logits: torch.Tensor) -> None:
-        """A token for each of ``slots`` from its row of ``logits``; rows that end with it are retired."""
-        live = self._running.live
+        slots = live.active
         positions = torch.from_numpy(live.generated[slots]).to(logits.device)
-        drawn = sample(logits, live.sampling(slots), positions)
+        drawn = sample(logits, live.sampling(), positions)
         tokens, logprobs, sampler = (x.cpu().numpy() for x in (drawn.tokens, drawn.logprobs, drawn.sampler_logprobs))
         live.append(slots, tokens, logprobs, sampler)
         self.tally.drawn_tokens += len(slots)

@@ -8,7 +8,7 @@ import numpy as np
 
 from rollout.live import LiveRows
 from rollout.memory import Memory
-from rollout.models.paged import Segment
+from rollout.models.packed import Packed
 from rollout.queue import Queue
 from rollout.rows import IntArray, Prefill, Row
 from rollout.stats import Tally
@@ -85,24 +85,42 @@ class Running:
 
     # -- prefilling ----------------------------------------------------------------------------------
 
-    def prefill_parts(self, tokens: int) -> list[tuple[Prefill, Segment]]:
-        """What to prefill next, oldest first, ``tokens`` at most."""
+    def prefill_parts(self, tokens: int) -> list[tuple[Prefill, int]]:
+        """What to prefill next, oldest first, and how many tokens of each; ``tokens`` at most in all."""
         parts = []
         for prefill in self.prefills:
             length = min(prefill.remaining, tokens)
             if not length:
                 break
             tokens -= length
-            pages = prefill.pages[: self._pages_for(prefill.computed + length)]
-            parts.append((prefill, Segment(pages, prefill.computed, length)))
+            parts.append((prefill, length))
         return parts
 
-    def go_live(self, prefills: Sequence[Prefill]) -> tuple[IntArray, IntArray]:
-        """Rows of finished prefills join the live batch; they have no token yet.
+    def packed(self, parts: Sequence[tuple[Prefill, int]]) -> Packed | None:
+        """The forward of a step: the last token of every live row, then ``parts``; None when there is nothing."""
+        live = self.live
+        rows = len(live)
+        if not rows and not parts:
+            return None
+        pages = [prefill.pages[: self._pages_for(prefill.computed + length)] for prefill, length in parts]
+        width = max([int(live.page_counts[live.active].max(initial=0)), *map(len, pages)])
+        tables = np.zeros((rows + len(parts), width), np.int64)
+        tables[:rows] = live.tables[live.active, :width]
+        for table, held in zip(tables[rows:], pages, strict=True):
+            table[: len(held)] = held
+        new = [prefill.context[prefill.computed : prefill.computed + length] for prefill, length in parts]
+        return Packed(
+            tokens=np.concatenate([live.last_tokens(), *new]),
+            tables=tables,
+            starts=np.concatenate([live.lengths - 1, np.array([prefill.computed for prefill, _ in parts], np.int64)]),
+            lengths=np.concatenate([np.ones(rows, np.int64), np.array([length for _, length in parts], np.int64)]),
+        )
 
-        Returns their slots, and for each which of ``prefills`` it comes from.
+    def go_live(self, prefills: Sequence[Prefill]) -> IntArray:
+        """Rows of finished prefills join the live batch, as its youngest; they have no token yet.
+
+        Returns, for each row that joined, which of ``prefills`` it comes from.
         """
-        slots: list[int] = []
         sources: list[int] = []
         for number, prefill in enumerate(prefills):
             self._take_out(prefill)
@@ -111,10 +129,10 @@ class Running:
                 group.pages = prefill.pages[: len(group.prompt_ids) // self._page_size].copy()
                 self._pool.share(group.pages)
             for row, pages in self._fork(prefill):
-                slots.append(self.live.add(row, pages))
+                self.live.add(row, pages)
                 sources.append(number)
                 group.holders += 1
-        return np.array(slots), np.array(sources)
+        return np.array(sources, np.int64)
 
     def _take_out(self, prefill: Prefill) -> None:
         self.prefills.remove(prefill)

@@ -11,9 +11,10 @@ from torch import nn
 
 from rollout.models import gather
 from rollout.models.attention import Scores
-from rollout.models.gather import GatherDecode, GatherPrefill
+from rollout.models.gather import GatherStep
 from rollout.models.layout import IntArray, KVLayout, Site, Span
-from rollout.models.paged import PagedStep, Segment
+from rollout.models.packed import Packed
+from rollout.models.paged import PagedStep
 from rollout.models.pages import PagePool
 
 PAGE_SIZE, SLAB_PAGES, HEADS = 4, 8, 4
@@ -118,40 +119,31 @@ class World:
             outputs.append(torch.stack(heads))
         return torch.stack(outputs)
 
-    def run(self, step: PagedStep, parts: list[tuple[int, range]], decode: bool) -> list[list[torch.Tensor]]:
+    def step(self, parts: list[tuple[int, range]]) -> PagedStep:
+        """Entries of the tables past a sequence's pages name a page that is not there."""
+        tables = np.full((len(parts), max(map(len, self.tables))), 10**6)
+        for row, (sequence, positions) in enumerate(parts):
+            held = self.tables[sequence][: -(-positions.stop // PAGE_SIZE)]
+            tables[row, : len(held)] = held
+        tokens = np.zeros(sum(len(positions) for _, positions in parts), np.int64)
+        starts = np.array([positions.start for _, positions in parts])
+        lengths = np.array([len(positions) for _, positions in parts])
+        return GatherStep(self.pool, Packed(tokens, tables, starts, lengths))
+
+    def run(self, parts: list[tuple[int, range]]) -> list[list[torch.Tensor]]:
         """One forward: [site][part] outputs of the sequences' positions."""
-        outputs = []
+        step, outputs = self.step(parts), []
         for index, module in enumerate(self.modules):
 
             def packed(source: list[list[torch.Tensor]], index: int = index) -> torch.Tensor:
                 tokens = torch.cat([source[sequence][index][positions] for sequence, positions in parts])
-                # [tokens, heads, dim] -> [1, heads, tokens, dim], or [tokens, heads, 1, dim] in decode
-                return tokens[:, :, None] if decode else tokens.transpose(0, 1)[None]
+                return tokens.transpose(0, 1)[None]  # [1, heads, tokens, dim]
 
             query, key, value = packed(self.queries), packed(self.keys), packed(self.values)
             out = step.attend(module, query, key, value, None, self.scores[index])
-            assert out.shape == (query.shape[0], query.shape[2], HEADS, KINDS[index].value_dim)
-            outputs.append(list(out.flatten(0, 1).split([len(positions) for _, positions in parts])))
+            assert out.shape == (1, query.shape[2], HEADS, KINDS[index].value_dim)
+            outputs.append(list(out[0].split([len(positions) for _, positions in parts])))
         return outputs
-
-    def prefill(self, parts: list[tuple[int, range]]) -> list[list[torch.Tensor]]:
-        """Pages past a segment's end are not in its table yet, as when they are not allocated."""
-        segments = [
-            Segment(self.tables[sequence][: -(-positions.stop // PAGE_SIZE)], positions.start, len(positions))
-            for sequence, positions in parts
-        ]
-        return self.run(GatherPrefill(self.pool, segments), parts, decode=False)
-
-    def decode(self, lengths: dict[int, int]) -> list[list[torch.Tensor]]:
-        """One token for each of these sequences, the one that makes it so long."""
-        width = max(len(self.tables[sequence]) for sequence in lengths)
-        # Entries past a row's pages name a page that is not there.
-        tables = np.full((len(lengths), width), 10**6)
-        for row, (sequence, length) in enumerate(lengths.items()):
-            held = self.tables[sequence][: -(-length // PAGE_SIZE)]
-            tables[row, : len(held)] = held
-        parts = [(sequence, range(length - 1, length)) for sequence, length in lengths.items()]
-        return self.run(GatherDecode(self.pool, tables, np.array(list(lengths.values()))), parts, decode=True)
 
     def compare(self, outputs: list[list[torch.Tensor]], parts: list[tuple[int, range]]) -> None:
         for index, kind in enumerate(KINDS):
@@ -169,7 +161,7 @@ def ragged(seed: int, count: int = 5) -> list[int]:
 def test_a_packed_prefill_is_dense_attention(seed: int, dtype: torch.dtype) -> None:
     world = World(ragged(seed), dtype, seed)
     parts = [(sequence, range(length)) for sequence, length in enumerate(world.lengths)]
-    world.compare(world.prefill(parts), parts)
+    world.compare(world.run(parts), parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -187,7 +179,7 @@ def test_a_prefill_in_parts_is_dense_attention(seed: int, dtype: torch.dtype) ->
                 parts.append((sequence, range(done[sequence], end)))
                 done[sequence] = end
         if parts:
-            world.compare(world.prefill(parts), parts)
+            world.compare(world.run(parts), parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -198,28 +190,39 @@ def test_decode_is_dense_attention(group_bytes: int, dtype: torch.dtype, monkeyp
     world = World([37, 1, 12, 13, 16, 30, 2, 36], dtype, seed=4)
     starts = [length - 3 for length in world.lengths]
     parts = [(sequence, range(start)) for sequence, start in enumerate(starts) if start > 0]
-    world.prefill(parts)
+    world.run(parts)
     assert world.pool.live_slabs > 3
     for done in range(3):
-        lengths = {sequence: start + done + 1 for sequence, start in enumerate(starts) if start + done >= 0}
-        rows = [(sequence, range(length - 1, length)) for sequence, length in lengths.items()]
-        world.compare(world.decode(lengths), rows)
+        rows = [
+            (sequence, range(start + done, start + done + 1))
+            for sequence, start in enumerate(starts)
+            if start + done >= 0
+        ]
+        world.compare(world.run(rows), rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_decode_and_prefills_share_a_forward(dtype: torch.dtype) -> None:
+    world = World([37, 21, 12, 13, 16, 30], dtype, seed=9)
+    world.run([(0, range(36)), (1, range(9)), (4, range(15))])
+    mixed = [(0, range(36, 37)), (2, range(12)), (4, range(15, 16)), (1, range(9, 21)), (3, range(1)), (5, range(17))]
+    world.compare(world.run(mixed), mixed)
 
 
 def test_rows_read_the_pages_that_they_share() -> None:
     world = World([19, 23], torch.float32, seed=5, shared=12)
     whole = [(0, range(18))]
-    world.compare(world.prefill(whole), whole)
+    world.compare(world.run(whole), whole)
     rest = [(1, range(12, 22))]
-    world.compare(world.prefill(rest), rest)
+    world.compare(world.run(rest), rest)
     rows = [(1, range(22, 23)), (0, range(18, 19))]
-    world.compare(world.decode({1: 23, 0: 19}), rows)
+    world.compare(world.run(rows), rows)
 
 
 def test_a_chunked_prefill_gives_the_whole_one_s_numbers() -> None:
     whole, chunked = World([33], torch.float32, seed=6), World([33], torch.float32, seed=6)
-    outputs = whole.prefill([(0, range(33))])
-    pieces = [chunked.prefill([(0, positions)]) for positions in (range(9), range(9, 10), range(10, 28), range(28, 33))]
+    outputs = whole.run([(0, range(33))])
+    pieces = [chunked.run([(0, positions)]) for positions in (range(9), range(9, 10), range(10, 28), range(28, 33))]
     for index in range(len(KINDS)):
         together = torch.cat([piece[index][0] for piece in pieces])
         assert torch.allclose(together, outputs[index][0], atol=1e-6)
@@ -227,8 +230,8 @@ def test_a_chunked_prefill_gives_the_whole_one_s_numbers() -> None:
 
 def test_every_key_and_value_is_written_where_it_belongs_and_nowhere_else() -> None:
     world = World([10, 7], torch.float32, seed=7)
-    world.prefill([(0, range(9)), (1, range(7))])
-    world.decode({0: 10})
+    world.run([(0, range(9)), (1, range(7))])
+    world.run([(0, range(9, 10))])
     slots = {
         (int(t[p // PAGE_SIZE]), p % PAGE_SIZE) for t, n in zip(world.tables, (10, 7), strict=True) for p in range(n)
     }
@@ -258,11 +261,11 @@ def test_a_call_out_of_the_probe_s_order_is_refused() -> None:
         )
         step.attend(module, query, key, value, None, world.scores[index])
 
-    segment = Segment(world.tables[0], 0, 5)
+    whole = [(0, range(5))]
     for wrong in (world.modules[1], nn.Identity()):
         with pytest.raises(RuntimeError, match="out of the order"):
-            attend(GatherPrefill(world.pool, [segment]), 0, wrong)
-    step = GatherPrefill(world.pool, [segment])
+            attend(world.step(whole), 0, wrong)
+    step = world.step(whole)
     for index, module in enumerate(world.modules):
         attend(step, index, module)
     with pytest.raises(RuntimeError, match="out of the order"):

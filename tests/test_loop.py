@@ -25,7 +25,7 @@ from rollout.headroom import FakeHeadroom
 from rollout.loop import Loop
 from rollout.memory import Memory
 from rollout.models.layout import IntArray, KVLayout, Site, Span
-from rollout.models.paged import Segment
+from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.sampling import RowSampling, Sampled, sample
 from rollout.params import SamplingParams
@@ -78,9 +78,9 @@ class Call:
     """One forward, as trouble sees it."""
 
     number: int
-    kind: str
     rows: int
-    tokens: int
+    """Sequences with one new token."""
+    prefill_tokens: int
     contexts: list[list[int]]
 
 
@@ -93,30 +93,21 @@ class ToyRunner:
     def __init__(self, pool: PagePool, trouble: Trouble | None) -> None:
         self.pool, self.trouble, self.calls = pool, trouble, 0
 
-    def prefill(self, tokens: Sequence[IntArray], segments: Sequence[Segment]) -> torch.Tensor:
-        before = [self.read(s.pages, s.start) for s in segments]
-        contexts = [[*old, *new.tolist()] for old, new in zip(before, tokens, strict=True)]
-        self.call("prefill", sum(segment.length for segment in segments), contexts)
-        for new, segment in zip(tokens, segments, strict=True):
-            assert len(new) == segment.length
-            assert len(segment.pages) == -(-segment.end // PAGE_SIZE)
-            for position, token in enumerate(new.tolist(), segment.start):
-                self.write(segment.pages, position, token)
-        return torch.stack([logits_of(self.read(segment.pages, segment.end)) for segment in segments])
-
-    def decode(self, tokens: IntArray, tables: IntArray, lengths: IntArray) -> torch.Tensor:
-        before = [self.read(table, length - 1) for table, length in zip(tables, lengths, strict=True)]
-        contexts = [[*old, new] for old, new in zip(before, tokens.tolist(), strict=True)]
-        self.call("decode", len(tokens), contexts)
-        for token, table, length in zip(tokens.tolist(), tables, lengths.tolist(), strict=True):
-            self.write(table, length - 1, token)
-        return torch.stack([logits_of(self.read(t, n)) for t, n in zip(tables, lengths.tolist(), strict=True)])
-
-    def call(self, kind: str, tokens: int, contexts: list[list[int]]) -> None:
+    def forward(self, packed: Packed) -> torch.Tensor:
+        ends, lengths = packed.ends.tolist(), packed.lengths
+        new = np.split(packed.tokens, np.cumsum(lengths)[:-1])
+        before = [self.read(table, start) for table, start in zip(packed.tables, packed.starts, strict=True)]
         self.calls += 1
         assert self.calls < 20_000, "it goes round in circles"
         if self.trouble is not None:
-            self.trouble(Call(self.calls, kind, len(contexts), tokens, contexts))
+            contexts = [[*old, *tokens.tolist()] for old, tokens in zip(before, new, strict=True)]
+            single = int((lengths == 1).sum())
+            self.trouble(Call(self.calls, single, int(lengths[lengths > 1].sum()), contexts))
+        assert packed.tables.shape[1] == -(-max(ends) // PAGE_SIZE)
+        for tokens, table, start in zip(new, packed.tables, packed.starts.tolist(), strict=True):
+            for position, token in enumerate(tokens.tolist(), start):
+                self.write(table, position, token)
+        return torch.stack([logits_of(self.read(t, n)) for t, n in zip(packed.tables, ends, strict=True)])
 
     def write(self, pages: IntArray, position: int, token: int) -> None:
         slab, page = divmod(int(pages[position // PAGE_SIZE]), self.pool.slab_pages)
@@ -528,7 +519,7 @@ def refuse_rows(most: int) -> Trouble:
     """As a device does on which activations of more rows do not fit."""
 
     def trouble(call: Call) -> None:
-        if call.kind == "decode" and call.rows > most:
+        if call.rows > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     return trouble
@@ -539,7 +530,9 @@ def test_a_device_that_holds_few_rows_is_found_out() -> None:
     world = World(requests, Fixed(rows=16, prefill_tokens=200), trouble=refuse_rows(3), read_first=20)
     assert_same(world.run(), all_expected(requests))
     assert world.tally.out_of_memory_events == 3  # at 16, 8 and 4 rows
-    assert {(report.row_target, report.reason) for report in world.reports if report.new_tokens} == {(2, "oom")}
+    drawing = [(report.row_target, report.reason) for report in world.reports if report.new_tokens]
+    assert drawing[0] == (16, "cap"), "their first tokens came from the prefill"
+    assert set(drawing[1:]) == {(2, "oom")}
 
 
 def test_the_cap_of_a_failure_is_lifted_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,7 +551,7 @@ def test_the_cap_of_a_failure_is_lifted_again(monkeypatch: pytest.MonkeyPatch) -
 
 def test_prefills_become_smaller_when_one_alone_is_too_large() -> None:
     def trouble(call: Call) -> None:
-        if call.kind == "prefill" and call.tokens > 3:
+        if call.prefill_tokens > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     requests = plain(3, tokens=20)

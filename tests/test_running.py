@@ -58,15 +58,16 @@ class World:
 
     def prefill(self, tokens: int = ALL) -> IntArray:
         parts = self.running.prefill_parts(tokens)
-        for prefill, segment in parts:
-            for position in range(segment.start, segment.end):
-                self.write(int(segment.pages[position // PAGE_SIZE]), position, int(prefill.context[position]))
-            prefill.computed = segment.end
+        for prefill, length in parts:
+            for position in range(prefill.computed, prefill.computed + length):
+                self.write(int(prefill.pages[position // PAGE_SIZE]), position, int(prefill.context[position]))
+            prefill.computed += length
         ready = [prefill for prefill, _ in parts if not prefill.remaining]
         self.check()
         if not ready:
             return np.zeros(0, np.int64)
-        slots, sources = self.running.go_live(ready)
+        sources = self.running.go_live(ready)
+        slots = self.live.active[-len(sources) :]
         self.check()
         rows = [row for prefill in ready for row in prefill.rows[: int((sources == ready.index(prefill)).sum())]]
         assert [self.live.row(slot) for slot in slots.tolist()] == rows
@@ -183,7 +184,7 @@ def test_the_prompt_of_a_group_is_computed_once() -> None:
     world = World([request("a", 10, n=3), request("b", 10), request("c", 10, start=50)])
     world.admit()
     assert [len(prefill.rows) for prefill in world.running.prefills] == [4, 1]
-    assert sum(segment.length for _, segment in world.running.prefill_parts(ALL)) == 20
+    assert sum(length for _, length in world.running.prefill_parts(ALL)) == 20
     world.prefill()
     assert world.alive() == ["a0", "a1", "a2", "b0", "c0"]
 
@@ -270,7 +271,7 @@ def test_admission_stops_when_prefill_tokens_are_spoken_for() -> None:
     assert world.waiting() == ["c0", "d0"], "the second still begins within six tokens"
     world.admit(tokens=6)
     assert world.waiting() == ["c0", "d0"]
-    assert [segment.length for _, segment in world.running.prefill_parts(6)] == [5, 1]
+    assert [length for _, length in world.running.prefill_parts(6)] == [5, 1]
     world.prefill(tokens=6)
     world.admit(tokens=6)
     assert world.waiting() == ["d0"]
@@ -282,9 +283,32 @@ def test_prefill_goes_on_oldest_first_in_parts() -> None:
     seen = []
     while world.running.prefills:
         parts = world.running.prefill_parts(4)
-        seen.append([(p.rows[0].request.row_id, s.start, s.length, len(s.pages)) for p, s in parts])
+        seen.append([(p.rows[0].request.row_id, p.computed, length) for p, length in parts])
         world.prefill(4)
-    assert seen == [[("a", 0, 4, 1)], [("a", 4, 4, 2)], [("a", 8, 1, 3), ("b", 0, 3, 1)], [("b", 3, 3, 2)]]
+    assert seen == [[("a", 0, 4)], [("a", 4, 4)], [("a", 8, 1), ("b", 0, 3)], [("b", 3, 3)]]
+
+
+def test_a_step_packs_the_last_token_of_each_live_row_and_then_the_parts_of_prefills() -> None:
+    world = World([request("a", 5), request("b", 9, start=20), request("c", 6, start=40)])
+    assert world.running.packed([]) is None
+    world.admit(rows=1)
+    world.prefill()
+    world.decode()
+    world.admit()
+    world.prefill(3)
+    world.running.make_room()
+    parts = world.running.prefill_parts(8)
+    packed = world.running.packed(parts)
+    assert packed is not None
+    a, (b, c) = world.live.pages(0), (prefill.pages for prefill in world.running.prefills)
+    assert packed.starts.tolist() == [6, 3, 0]
+    assert packed.lengths.tolist() == [1, 6, 2]
+    assert packed.tokens.tolist() == [*world.live.last_tokens(), *range(23, 29), 40, 41]
+    assert packed.positions.tolist() == [6, 3, 4, 5, 6, 7, 8, 0, 1]
+    size = PAGE_SIZE
+    wanted = [(a, 6), *((b, i) for i in range(3, 9)), (c, 0), (c, 1)]
+    assert packed.slots(size).tolist() == [pages[i // size] * size + i % size for pages, i in wanted]
+    assert packed.tables.shape == (3, 3)
 
 
 def test_a_row_that_does_not_fit_says_what_it_lacks_only_on_an_empty_device() -> None:
