@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rollout.models import attention
 from rollout.models.errors import UnsupportedModel
 
 
@@ -46,18 +45,9 @@ class Loan:
     flag of every submodule. Both are restored one by one, since a trainer may have set them one by one.
     Nothing else is touched: gradients are off inside by ``no_grad`` (not ``inference_mode``, whose tensors
     would stay in rotary buffers), no global random generator is read, and ambient autocast stays in force.
-
-    Raises:
-        UnsupportedModel: the module does not call attention through transformers' interface.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        base = unwrap(model)
-        if not base._can_set_attn_implementation():
-            raise UnsupportedModel(
-                f"{type(base).__name__} (model type {base.config.model_type!r}) computes attention on its own "
-                "instead of through transformers' attention interface."
-            )
         self._model = model
         self._configs: list[Any] = list(
             {
@@ -68,24 +58,20 @@ class Loan:
         )
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self.implementation(attention.NAME), torch.no_grad():
-            yield
-
-    @contextmanager
-    def implementation(self, name: str | None) -> Iterator[None]:
-        """Eval mode, and the attention implementation ``name`` (the module's own when None)."""
+    def __call__(self, implementation: str | None = None) -> Iterator[None]:
+        """No gradients, eval mode, and this attention implementation; the module's own when None."""
         training = [module for module in self._model.modules() if module.training]
         implementations = [config._attn_implementation_internal for config in self._configs]
         try:
             for module in training:
                 module.training = False
-            if name is not None:
+            if implementation is not None:
                 for config in self._configs:
-                    config._attn_implementation_internal = name
-            yield
+                    config._attn_implementation_internal = implementation
+            with torch.no_grad():
+                yield
         finally:
-            for config, implementation in zip(self._configs, implementations, strict=True):
-                config._attn_implementation_internal = implementation
+            for config, own in zip(self._configs, implementations, strict=True):
+                config._attn_implementation_internal = own
             for module in training:
                 module.training = True

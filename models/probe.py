@@ -20,7 +20,7 @@ from transformers import AttentionMaskInterface
 from rollout.models import attention
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import KVLayout, Site, Span
-from rollout.models.loan import Loan, unwrap, vocabulary_size
+from rollout.models.loan import unwrap, vocabulary_size
 
 MaskPredicate = Callable[[Any, Any, Any, Any], Any]
 
@@ -28,8 +28,8 @@ _PROBE_TOKENS = 4
 _PAGE_SIZE = 16
 
 
-def probe(model: nn.Module, loan: Loan) -> KVLayout:
-    """The KV layout of ``model``.
+def probe(model: nn.Module) -> KVLayout:
+    """The KV layout of ``model``, which must be on loan.
 
     Raises:
         UnsupportedModel: the model keeps state besides keys and values, calls no attention, or masks it
@@ -41,7 +41,7 @@ def probe(model: nn.Module, loan: Loan) -> KVLayout:
         raise UnsupportedModel(f"{family} keeps recurrent state besides keys and values, which is not served yet.")
     step = _Probe()
     ids = torch.arange(_PROBE_TOKENS, device=base.device)[None] % vocabulary_size(base)
-    with loan(), _masks(step), attention.running(step):
+    with _masks(step), attention.running(step):
         model(input_ids=ids, position_ids=torch.arange(_PROBE_TOKENS, device=base.device)[None], use_cache=False)
     if not step.sites:
         raise UnsupportedModel(f"{family} made no call through transformers' attention interface.")

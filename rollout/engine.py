@@ -18,12 +18,10 @@ from rollout.errors import InputError
 from rollout.headroom import Headroom, headroom_for
 from rollout.loop import Loop
 from rollout.memory import Memory
-from rollout.models.check import check_pages
 from rollout.models.context import context_limit
 from rollout.models.linears import WideLinears
-from rollout.models.loan import Loan, unwrap, vocabulary_size
-from rollout.models.probe import probe
-from rollout.models.runner import Runner
+from rollout.models.loan import unwrap, vocabulary_size
+from rollout.models.serve import serve
 from rollout.params import SamplingParams
 from rollout.queue import Queue
 from rollout.records import Batch, Record
@@ -79,8 +77,7 @@ class Engine:
         """Stamped on records; set it when the weights change."""
         base = unwrap(model)
         self._device = base.device
-        self._loan = Loan(model)
-        check_pages(model, self._loan, probe(model, self._loan))
+        self._tier = serve(model)
         bounds = Bounds(min_rows, max_rows, latency_budget_ms)
         self._policy = make_policy(policy, bounds) if isinstance(policy, str) else policy
         self._max_kv_bytes = max_kv_bytes
@@ -155,17 +152,25 @@ class Engine:
         """
         started = time.perf_counter()
         self.stats = None
-        layout = probe(self.model, self._loan)  # again: dtypes depend on the caller's autocast
+        layout = self._tier.probe()
         linears = WideLinears(self.model)  # before memory is read: the copies take their share
         queue = Queue(requests, self.context_limit, self._vocabulary)
         queue.fill(_FIRST_ROWS)
         memory = Memory(layout, self._headroom, self._device, self._max_kv_bytes, self._reserve_fraction, queue.demand)
-        runner = Runner(self.model, memory.pool)
-        loop = Loop(runner, memory, self._policy, self._text, self._eos, queue, self.weight_version, on_step)
+        loop = Loop(
+            self._tier.runner(memory.pool),
+            memory,
+            self._policy,
+            self._text,
+            self._eos,
+            queue,
+            self.weight_version,
+            on_step,
+        )
         try:
             while True:
                 loop.refill()
-                with self._loan(), linears.in_place():
+                with self._tier.on_loan(), linears.in_place():
                     records = loop.advance()
                 if records is None:
                     return

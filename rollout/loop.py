@@ -11,8 +11,8 @@ import torch
 
 from rollout.batcher.types import Decision, FinishedRow, Observation, Policy, StepSample
 from rollout.memory import Memory, is_out_of_memory
-from rollout.models.runner import Runner
 from rollout.models.sampling import sample
+from rollout.models.tier import Runner
 from rollout.queue import Queue
 from rollout.recorder import Recorder
 from rollout.records import Record

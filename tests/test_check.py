@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 from rollout.models.attention import NAME
 from rollout.models.check import check_pages
 from rollout.models.errors import UnsupportedModel
+from rollout.models.interface import InterfaceTier
 from rollout.models.layout import KVLayout, Span
-from rollout.models.loan import Loan
-from rollout.models.probe import probe
 from tests.families import SERVED, tiny
 
 
@@ -28,18 +27,26 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+class Mistaken(InterfaceTier):
+    """Whose probe finds another site 1 than there is."""
+
+    changes: dict[str, Any] = {}
+
+    def probe(self) -> KVLayout:
+        layout = super().probe()
+        sites = list(layout.sites)
+        sites[1] = replace(sites[1], **self.changes)
+        return KVLayout(tuple(sites), layout.dtype, layout.page_size)
+
+
 def check(model: PreTrainedModel) -> None:
-    loan = Loan(model)
-    check_pages(model, loan, probe(model, loan))
+    check_pages(InterfaceTier(model))
 
 
 def check_with(model: PreTrainedModel, **changes: Any) -> None:
-    """With another site 1 than the probe found."""
-    loan = Loan(model)
-    layout = probe(model, loan)
-    sites = list(layout.sites)
-    sites[1] = replace(sites[1], **changes)
-    check_pages(model, loan, KVLayout(tuple(sites), layout.dtype, layout.page_size))
+    tier = Mistaken(model)
+    tier.changes = changes
+    check_pages(tier)
 
 
 @pytest.mark.parametrize("family", SERVED)
@@ -67,7 +74,7 @@ def test_rounding_in_half_precision_passes(family: str) -> None:
 )
 def test_one_layer_that_sees_something_else_is_refused(family: str, span: Span) -> None:
     model = tiny(family)
-    check_with(model, span=probe(model, Loan(model)).sites[1].span)
+    check_with(model, span=InterfaceTier(model).probe().sites[1].span)
     with pytest.raises(UnsupportedModel, match="other logits over pages than in its own forward"):
         check_with(model, span=span)
 

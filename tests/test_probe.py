@@ -31,7 +31,8 @@ def one_thread() -> Iterator[None]:
 
 
 def probed(model: nn.Module) -> KVLayout:
-    return probe(model, Loan(model))
+    with Loan(model)(attention.NAME):
+        return probe(model)
 
 
 # -- spans -----------------------------------------------------------------------------------------------
@@ -250,5 +251,5 @@ def test_the_model_is_left_as_it_was_whatever_happens(wrong: str | None) -> None
 def test_attention_outside_of_a_step_says_so() -> None:
     """Another thread that uses the model while it generates must not get silent nonsense."""
     model = tiny("llama")
-    with Loan(model)(), pytest.raises(RuntimeError, match="outside of an engine's step"):
+    with Loan(model)(attention.NAME), pytest.raises(RuntimeError, match="outside of an engine's step"):
         model(input_ids=torch.arange(4)[None])

@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout import Engine, Record
-from rollout.models.loan import Loan
-from rollout.models.probe import probe
+from rollout.models.serve import serve
 from rollout.running import Running
 from tests.families import VOCABULARY
 
@@ -38,7 +37,7 @@ def random_prompts(seed: int, count: int, longest: int = 48) -> list[list[int]]:
 
 def page_bytes(model: PreTrainedModel) -> int:
     """KV bytes of a page of ``model``."""
-    return probe(model, Loan(model)).bytes_per_page
+    return serve(model).probe().bytes_per_page
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:

@@ -1,0 +1,74 @@
+"""The first tier: attention goes through transformers' interface, and all new tokens are packed into one row."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from rollout.models import attention
+from rollout.models.errors import UnsupportedModel
+from rollout.models.gather import GatherStep
+from rollout.models.layout import IntArray, KVLayout
+from rollout.models.loan import Loan, unwrap
+from rollout.models.packed import Packed
+from rollout.models.pages import PagePool
+from rollout.models.probe import probe
+from rollout.models.tier import Tier
+
+
+class InterfaceTier(Tier):
+    """Families whose modules call attention through transformers' ``AttentionInterface``."""
+
+    name: ClassVar[str] = "interface"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        base = unwrap(model)
+        if not base._can_set_attn_implementation():
+            raise UnsupportedModel(
+                f"{type(base).__name__} (model type {base.config.model_type!r}) computes attention on its own "
+                "instead of through transformers' attention interface."
+            )
+        self._loan = Loan(model)
+
+    def probe(self) -> KVLayout:
+        """See `Tier.probe`."""
+        with self.on_loan():
+            return probe(self.model)
+
+    def on_loan(self) -> AbstractContextManager[None]:
+        """See `Tier.on_loan`."""
+        return self._loan(attention.NAME)
+
+    def runner(self, pool: PagePool) -> InterfaceRunner:
+        """See `Tier.runner`."""
+        return InterfaceRunner(self.model, pool)
+
+
+class InterfaceRunner:
+    """Runs a module, through whatever wraps it, with all new tokens in one row ``[1, T]``."""
+
+    def __init__(self, model: nn.Module, pool: PagePool) -> None:
+        self._model = model
+        self._pool = pool
+        self._device = unwrap(model).device
+
+    def forward(self, packed: Packed) -> torch.Tensor:
+        """See `Runner.forward`."""
+        last = packed.offsets + packed.lengths - 1
+        with attention.running(GatherStep(self._pool, packed)):
+            output = self._model(
+                input_ids=self._tensor(packed.tokens[None]),
+                position_ids=self._tensor(packed.positions[None]),
+                use_cache=False,
+                logits_to_keep=self._tensor(last) if len(last) < len(packed.tokens) else 0,
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _tensor(self, values: IntArray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(self._device)
