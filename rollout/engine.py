@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from rollout.batcher.registry import make_policy
 from rollout.batcher.types import Bounds, Policy
 from rollout.errors import InputError
-from rollout.headroom import Headroom, headroom_for
+from rollout.headroom import Headroom, after_reserve, headroom_for
 from rollout.loop import Loop
 from rollout.memory import Memory
 from rollout.models.context import context_limit
-from rollout.models.linears import WideLinears
+from rollout.models.linears import PackedLinears
 from rollout.models.loan import unwrap, vocabulary_size
 from rollout.models.serve import serve
 from rollout.params import SamplingParams
@@ -31,6 +31,9 @@ from rollout.stops import Text
 
 #: Rows that are read before the first decision; their size sets the size of a slab.
 _FIRST_ROWS = 64
+
+#: Of the headroom, what packed copies of linear weights may take; the rest is for keys and values.
+_COPIES_SHARE = 0.5
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +156,9 @@ class Engine:
         started = time.perf_counter()
         self.stats = None
         layout = self._tier.probe()
-        linears = WideLinears(self.model)  # before memory is read: the copies take their share
+        # Before memory is read: the copies take their share.
+        room = after_reserve(self._headroom, self._reserve_fraction) * _COPIES_SHARE
+        linears = PackedLinears(self.model, int(room))
         queue = Queue(requests, self.context_limit, self._vocabulary)
         queue.fill(_FIRST_ROWS)
         memory = Memory(layout, self._headroom, self._device, self._max_kv_bytes, self._reserve_fraction, queue.demand)

@@ -1,0 +1,136 @@
+"""Linear layers computed from copies: the same numbers, for any rows, and no trace afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rollout.models import linears
+from rollout.models.linears import PackedLinears
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLENTY = 1 << 40
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+def layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(48, 160), nn.SiLU(), nn.Linear(160, 50, bias=False)).to(dtype)
+
+
+@torch.no_grad()
+def computed(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with PackedLinears(model, PLENTY).in_place():
+        out: torch.Tensor = model(x)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_numbers_are_the_layers_own(dtype: torch.dtype) -> None:
+    model, x = layers(dtype), torch.randn(3, 7, 48).to(dtype)
+    out = computed(model, x)
+    assert out.dtype == dtype
+    assert torch.allclose(out.float(), model(x).float(), atol=1e-6 if dtype == torch.float32 else 1e-2)
+    assert (out != 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+    model, x = layers(dtype), torch.randn(1, 300, 48).to(dtype)
+    together = computed(model, x)
+    for rows in (1, 2, 3, 5, 8, 16, 31, 64, 129):
+        assert torch.equal(computed(model, x[:, :rows]), together[:, :rows])
+        assert torch.equal(computed(model, x[0, -rows:]), together[0, -rows:])
+
+
+@torch.no_grad()
+def test_half_precision_is_rounded_once_a_product() -> None:
+    """As hardware with such instructions does, and not to a wider result."""
+    layer, x = nn.Linear(400, 30).to(torch.bfloat16), torch.randn(5, 400).to(torch.bfloat16)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert (computed(layer, x) == exact.bfloat16()).float().mean() > 0.99
+
+
+@torch.no_grad()
+def test_autocast_is_obeyed() -> None:
+    model, x = layers(), torch.randn(4, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, got = model[0](x), computed(model[0], x)
+    assert got.dtype == wanted.dtype == torch.bfloat16
+    assert torch.allclose(got.float(), wanted.float(), atol=1e-2)
+    assert not torch.equal(got.float(), model[0](x))
+
+
+@torch.no_grad()
+def test_changed_weights_are_seen_by_the_next_copies() -> None:
+    model, x = layers(), torch.randn(4, 48)
+    before = computed(model, x)
+    model[0].weight.data.mul_(2.0)
+    assert torch.allclose(computed(model, x), model(x), atol=1e-6)
+    assert not torch.allclose(computed(model, x), before, atol=1e-3)
+
+
+def test_nothing_stays_on_the_module() -> None:
+    model = layers()
+    before = [dict(vars(module)) for module in model.modules()]
+    with PackedLinears(model, PLENTY).in_place():
+        assert "forward" in vars(model[0])
+    with pytest.raises(AttributeError), PackedLinears(model, PLENTY).in_place():
+        model(None)
+    assert [dict(vars(module)) for module in model.modules()] == before
+
+
+def test_a_shared_weight_is_copied_once() -> None:
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+    one = PackedLinears(model, PLENTY).bytes_held
+    assert one == 2 * 4 * 32 * 32
+    model[1].weight = model[0].weight
+    assert PackedLinears(model, PLENTY).bytes_held == one // 2
+
+
+@torch.no_grad()
+def test_layers_that_share_a_weight_keep_their_own_bias() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), torch.randn(3, 32)
+    model[1].weight = model[0].weight
+    assert torch.allclose(computed(model, x), model(x), atol=1e-6)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_computes_as_ever(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = layers(), torch.randn(3, 48)
+    first = 4 * 48 * 160
+    held = PackedLinears(model, first)
+    assert held.bytes_held == first
+    assert "1 linear layers are not packed" in caplog.text
+    with held.in_place():
+        assert "forward" in vars(model[0])
+        assert "forward" not in vars(model[2])
+        assert torch.allclose(model(x), computed(model, x), atol=1e-6)
+
+
+@torch.no_grad()
+def test_patched_layers_and_subclasses_are_left_alone() -> None:
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(8, 8), Own(8, 8))
+    model[0].forward = lambda x: x + 1  # type: ignore[method-assign, assignment]
+    held = PackedLinears(model, PLENTY)
+    assert held.bytes_held == 0
+    with held.in_place():
+        assert torch.equal(model[0](torch.zeros(8)), torch.ones(8))
+    assert torch.equal(model[0](torch.zeros(8)), torch.ones(8))
+
+
+@torch.no_grad()
+def test_without_packing_half_precision_still_gets_wide_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "_packs", lambda dtype: False)
+    monkeypatch.setattr(linears, "cpu_multiplies", lambda dtype: dtype == torch.float32)
+    assert PackedLinears(layers(), PLENTY).bytes_held == 0
+    model, x = layers(torch.bfloat16), torch.randn(3, 48).bfloat16()
+    assert PackedLinears(model, PLENTY).bytes_held == 4 * (48 * 160 + 160 * 50)
+    assert torch.allclose(computed(model, x).float(), model(x).float(), atol=1e-2)
