@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 import pynvml
 import torch
 
+from rollout.cgroups import MEMBERSHIP, MOUNT, cgroups
 from rollout.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class HostHeadroom:
         mount: where cgroups are mounted.
     """
 
-    def __init__(self, membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> None:
+    def __init__(self, membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> None:
         self._cgroups = tuple(_memory_cgroups(membership, mount))
         limits = [limit for cgroup in self._cgroups if (limit := cgroup.limit_bytes()) is not None]
         self._total = min([int(psutil.virtual_memory().total), *limits])
@@ -145,28 +146,11 @@ class _Cgroup:
 
 
 def _memory_cgroups(membership: Path, mount: Path) -> Iterator[_Cgroup]:
-    """The cgroups this process is in, innermost first: a limit of any of them binds.
-
-    Inside a container the path may be one of the host's, of which only the mount's root is to be seen;
-    folders that are not there are passed over.
-    """
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, files = (mount / "unified" if (mount / "unified").is_dir() else mount), _V2
-        elif "memory" in controllers.split(","):
-            base, files = mount / "memory", _V1
-        else:
-            continue
-        parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
-        for depth in range(len(parts), -1, -1):
-            folder = base.joinpath(*parts[:depth])
-            if (folder / files.usage).is_file():
-                yield _Cgroup(folder, files)
+    """Those that account for memory, innermost first."""
+    for cgroup in cgroups("memory", membership, mount):
+        files = _V2 if cgroup.version == 2 else _V1
+        if (cgroup.folder / files.usage).is_file():
+            yield _Cgroup(cgroup.folder, files)
 
 
 def _read(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from rollout.claims import FileClaims
 from rollout.config import Config
+from rollout.cores import threads
 from rollout.data import Prompt, Prompts, read_prompts
 from rollout.errors import Exit, InputError
 from rollout.fingerprint import fingerprint_of
@@ -67,8 +68,8 @@ def load_engine(config: Config, prompts: Prompts, place: Place) -> Loaded:
     source = ModelSource(**asdict(config.model))
     try:
         device = resolve_device(source.device)
-        if device.type == "cpu" and place.threads is not None:
-            torch.set_num_threads(place.threads)
+        if device.type == "cpu" and (count := threads(place.local_world_size, os.environ)) is not None:
+            torch.set_num_threads(count)
         tokenizer = load_tokenizer(source)
         if prompts.chat_row is not None and tokenizer.chat_template is None:
             raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -47,13 +46,6 @@ class Place:
     def worker(self) -> int:
         """This one's number among them."""
         return self.array_index * self.world_size + self.rank
-
-    @property
-    def threads(self) -> int | None:
-        """CPU threads for this rank, None for torch's own choice: ranks on one machine share its cores."""
-        if self.local_world_size == 1:
-            return None
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
 
 class Ranks:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
-
 from rollout.place import Place, Ranks
 
 
 def test_alone() -> None:
     place = Place.of({})
-    assert (place.rank, place.world_size, place.workers, place.worker, place.threads) == (0, 1, 1, 0, None)
+    assert (place.rank, place.world_size, place.workers, place.worker) == (0, 1, 1, 0)
     assert Ranks(place).of_first("x") == "x"
 
 
 def test_a_rank_of_a_launch() -> None:
     place = Place.of({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
     assert (place.rank, place.workers, place.worker) == (3, 4, 3)
-    assert place.threads == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert place.local_world_size == 2
 
 
 def test_a_launch_in_an_array() -> None:
