@@ -1,0 +1,506 @@
+"""Paged attention on a CPU by a compiled kernel: built at first use, kept in the user's cache, called with ctypes.
+
+The source is ``paged_attention.c`` beside this module. It needs a C compiler (``CC``, else cc, gcc or clang) and no
+headers but the compiler's own. Where it cannot be built, `kernel` says why, once, and returns None: the engine then
+gathers pages instead.
+
+Threads are those of torch: the kernel calls ``GOMP_parallel`` of the OpenMP runtime that torch itself is linked with
+(GNU's, LLVM's and Intel's all have it), so that one pool of threads serves both. It is not linked with OpenMP, so no
+second runtime is ever loaded; where torch has none, the kernel runs in one thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from ctypes import Structure, addressof, byref, c_double, c_int64, c_void_p, sizeof
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import nn
+
+from rollout.models.attention import Scores
+from rollout.models.layout import IntArray, KVLayout, Site, Span
+from rollout.models.packaged import cache_root
+from rollout.models.pages import PagePool
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("paged_attention.c")
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SPANS = {"full": 0, "window": 1, "chunk": 2}
+#: What the kernel promises (the same bits in any company) rests on the compiler making no fused operations itself.
+_FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+#: A compiler that hangs must not hang the job.
+_COMPILE_SECONDS = 120
+
+
+class KernelUnavailable(Exception):
+    """Why there is no compiled kernel on this machine."""
+
+
+class _Step(Structure):
+    _fields_ = [(name, c_int64) for name in ("sequences", "width", "page_size", "slab_pages", "slabs", "tokens")] + [
+        (name, c_void_p) for name in ("tables", "starts", "lengths", "offsets", "slots")
+    ]
+
+
+class _Site(Structure):
+    _fields_ = [
+        (name, c_int64) for name in ("dtype", "kv_heads", "group", "key_dim", "value_dim", "span", "span_size")
+    ] + [(name, c_void_p) for name in ("keys", "values")]
+
+
+class _Task(Structure):
+    _fields_ = [
+        (name, c_int64)
+        for name in ("sequence", "query", "queries", "head", "heads", "chunk", "chunks", "split", "partial", "cost")
+    ]
+
+
+class _Sizes(Structure):
+    _fields_ = [(name, c_int64) for name in ("tasks", "splits", "partial_floats", "scratch_floats")]
+
+
+class _Plan(Structure):
+    _fields_ = [
+        ("tasks", c_void_p),
+        ("pending", c_void_p),
+        ("partials", c_void_p),
+        ("scratch", c_void_p),
+        ("sizes", _Sizes),
+    ]
+
+
+class _Call(Structure):
+    _fields_ = (
+        [(name, c_void_p) for name in ("step", "site", "plan", "query", "key", "value", "out")]
+        + [
+            (f"{name}_{stride}", c_int64)
+            for name, stride in (
+                ("query", "token"),
+                ("query", "head"),
+                ("key", "token"),
+                ("key", "head"),
+                ("value", "token"),
+                ("value", "head"),
+            )
+        ]
+        + [("sinks", c_void_p), ("scaling", c_double), ("softcap", c_double), ("threads", c_int64)]
+        + [("parallel", c_void_p)]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Addresses:
+    """Where a pool's slabs lie, for one state of the pool."""
+
+    slabs: tuple[int, ...]
+    """What tells that state: the address of each slab's first keys, 0 for a dropped one."""
+    bases: IntArray
+    """[sites, 2, slabs] addresses of keys and values; the structures of ``sites`` point into it."""
+    sites: dict[tuple[int, int], _Site]
+    """By index of the site, and heads in a group."""
+
+
+class Kernel:
+    """The loaded library.
+
+    Args:
+        library: with the entry points of ``paged_attention.c``.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self.prepare = library.rollout_prepare
+        self.prepare.argtypes, self.prepare.restype = [c_void_p], None
+        self.plan = library.rollout_plan
+        self.plan.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
+        self.plan.restype = c_int64
+        self.attend = library.rollout_attend
+        self.attend.argtypes, self.attend.restype = [c_void_p], None
+        library.rollout_has_float16.restype = c_int64
+        self.dtypes = frozenset(
+            dtype for dtype in _DTYPES if dtype != torch.float16 or bool(library.rollout_has_float16())
+        )
+        self.parallel = _gomp_parallel()
+        self._addresses: WeakKeyDictionary[PagePool, _Addresses] = WeakKeyDictionary()
+
+    def supports(self, layout: KVLayout, device: torch.device) -> bool:
+        """Whether pages of this layout on this device can be read."""
+        return device.type == "cpu" and layout.dtype in self.dtypes and bool(layout.sites)
+
+    def addresses(self, pool: PagePool) -> _Addresses:
+        """Where the pool's slabs lie; looked up again when it grew or shrank."""
+        slabs = tuple(0 if slab is None else slab.keys[0].data_ptr() for slab in pool.slabs)
+        known = self._addresses.get(pool)
+        if known is None or known.slabs != slabs:
+            bases = np.zeros((len(pool.layout.sites), 2, len(slabs)), np.int64)
+            for number, slab in enumerate(pool.slabs):
+                if slab is not None:
+                    for which, tensors in enumerate((slab.keys, slab.values)):
+                        bases[:, which, number] = [tensor.data_ptr() for tensor in tensors]
+            known = self._addresses[pool] = _Addresses(slabs, bases, {})
+        return known
+
+
+class CompiledAttention:
+    """Attention of one forward: a packed batch of sequences, each with its new tokens one after another.
+
+    What depends on lengths alone is planned once, and serves every site. Not for two threads at a time.
+
+    Args:
+        kernel: of `kernel()`.
+        pool: where keys and values lie; it must not grow or shrink while this is in use.
+        tables: [S, pages] page ids of each sequence, those to be written included; entries past a sequence's
+            end are not read.
+        starts: [S] tokens that each sequence has in its pages.
+        lengths: [S] new tokens of each in this forward.
+        threads: by default as many as torch uses. Results do not depend on it.
+
+    Raises:
+        ValueError: the layout is not supported, or the arrays do not fit each other.
+        IndexError: a page that a new token is written to, or that the first site reads, is in no slab.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        pool: PagePool,
+        tables: IntArray,
+        starts: IntArray,
+        lengths: IntArray,
+        threads: int | None = None,
+    ) -> None:
+        if not kernel.supports(pool.layout, pool.device):
+            raise ValueError(f"The compiled kernel does not serve {pool.layout.dtype} on {pool.device}.")
+        self._tables, self._starts, self._lengths = (
+            np.ascontiguousarray(array, np.int64) for array in (tables, starts, lengths)
+        )
+        if self._tables.ndim != 2 or not len(self._tables) == len(self._starts) == len(self._lengths):
+            raise ValueError("tables must be [S, pages], starts and lengths [S].")
+        if len(starts) and (self._starts.min() < 0 or self._lengths.min() < 0):
+            raise ValueError("starts and lengths must not be negative.")
+        self._kernel, self._pool = kernel, pool
+        self._layout = pool.layout
+        self._addresses = kernel.addresses(pool)
+        self._threads = torch.get_num_threads() if threads is None else threads
+        self.tokens = int(self._lengths.sum())
+        self._offsets, self._slots = np.empty(len(self._starts), np.int64), np.empty(self.tokens, np.int64)
+        self._step = _Step(
+            *(len(self._starts), self._tables.shape[1], pool.layout.page_size, pool.slab_pages),
+            *(len(self._addresses.slabs), self.tokens),
+            *(a.ctypes.data for a in (self._tables, self._starts, self._lengths, self._offsets, self._slots)),
+        )
+        self._calls: dict[tuple[int, int], _Call] = {}
+        self._plans: dict[tuple[int, int, int, int, Span], _Plan] = {}
+        self._memory: list[np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = []
+        # Checks the pages, so that the next line reads only what the table holds.
+        self._plan(self._site(0, 1), pool.layout.sites[0].span)
+        kernel.prepare(byref(self._step))
+
+    def __call__(
+        self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
+        """Writes the new keys and values of site ``index`` into their pages, and attends.
+
+        Args:
+            index: of the site in the pool's layout.
+            query: [T, heads, key_dim], T new tokens in the order of the sequences; any strides.
+            key: [T, kv_heads, key_dim]; any strides.
+            value: [T, kv_heads, value_dim]; any strides.
+            scores: how scores become weights.
+
+        Returns:
+            [T, heads, value_dim], contiguous, in the layout's dtype.
+
+        Raises:
+            ValueError: a shape is not that of the site.
+            IndexError: a page that the site reads is in no slab.
+        """
+        site, dtype = self._layout.sites[index], self._layout.dtype
+        heads = query.shape[1]
+        if (
+            query.shape != (self.tokens, heads, site.key_dim)
+            or key.shape != (self.tokens, site.kv_heads, site.key_dim)
+            or value.shape != (self.tokens, site.kv_heads, site.value_dim)
+            or heads % site.kv_heads
+        ):
+            raise ValueError(
+                f"Site {index} takes {self.tokens} tokens, {site.kv_heads} key heads or a multiple, dims "
+                f"{site.key_dim} and {site.value_dim}; "
+                f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
+            )
+        query, key, value = _rows(query, dtype), _rows(key, dtype), _rows(value, dtype)
+        out = torch.empty((self.tokens, heads, site.value_dim), dtype=dtype)
+        if not self.tokens:
+            return out
+        group = heads // site.kv_heads
+        call = self._calls.get((index, group))
+        if call is None:
+            call = self._calls[index, group] = self._call(index, group)
+        size = dtype.itemsize
+        call.query, call.key, call.value, call.out = (
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            out.data_ptr(),
+        )
+        token, head, _ = query.stride()
+        call.query_token, call.query_head = token * size, head * size
+        token, head, _ = key.stride()
+        call.key_token, call.key_head = token * size, head * size
+        token, head, _ = value.stride()
+        call.value_token, call.value_head = token * size, head * size
+        call.scaling = scores.scaling
+        call.softcap = scores.softcap or 0.0
+        if scores.sinks is None:
+            call.sinks = None
+        else:
+            sinks = scores.sinks.detach().to(torch.float32).contiguous()
+            if sinks.shape != (heads,):
+                raise ValueError(f"sinks must be [{heads}], got {tuple(sinks.shape)}.")
+            call.sinks = sinks.data_ptr()
+        self._kernel.attend(byref(call))
+        return out
+
+    def _site(self, index: int, group: int) -> _Site:
+        addresses = self._addresses
+        known = addresses.sites.get((index, group))
+        if known is None:
+            site: Site = self._layout.sites[index]
+            keys, values = (addresses.bases[index, which].ctypes.data for which in (0, 1))
+            known = addresses.sites[index, group] = _Site(
+                *(_DTYPES[self._layout.dtype], site.kv_heads, group, site.key_dim, site.value_dim),
+                *(_SPANS[site.span.kind], site.span.size, keys, values),
+            )
+        return known
+
+    def _call(self, index: int, group: int) -> _Call:
+        site = self._site(index, group)
+        plan = self._plan(site, self._layout.sites[index].span)
+        call = _Call(*map(addressof, (self._step, site, plan)))  # which live as long as this object
+        call.threads = self._threads
+        call.parallel = self._kernel.parallel
+        return call
+
+    def _plan(self, site: _Site, span: Span) -> _Plan:
+        key = (site.kv_heads, site.group, site.key_dim, site.value_dim, span)
+        if key not in self._plans:
+            sizes = _Sizes()
+            arguments = (byref(self._step), byref(site), self._threads, byref(sizes))
+            bad = self._kernel.plan(*arguments, None, None)
+            if bad:
+                raise IndexError(f"Sequence {bad - 1} of the step needs a page that is in no slab of the pool.")
+            tasks = np.empty(max(1, sizes.tasks) * sizeof(_Task), np.uint8)
+            pending = np.empty(max(1, sizes.splits), np.int64)
+            partials = np.empty(max(1, sizes.partial_floats), np.float32)
+            scratch = np.empty(max(1, self._threads) * sizes.scratch_floats, np.float32)
+            self._kernel.plan(*arguments, tasks.ctypes.data, pending.ctypes.data)
+            arrays = (tasks, pending, partials, scratch)
+            self._memory.extend(arrays)
+            self._plans[key] = _Plan(*(array.ctypes.data for array in arrays), sizes)
+        return self._plans[key]
+
+
+def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` in a dtype, each head's numbers side by side."""
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+# -- building and loading --------------------------------------------------------------------------------
+
+
+@cache
+def kernel() -> Kernel | None:
+    """The kernel, built if this is its first use on this machine; None, with one warning, where there is none."""
+    try:
+        return load()
+    except KernelUnavailable as error:
+        log.warning("There is no compiled attention on this CPU, a slower one is used instead: %s", error)
+        return None
+
+
+def load() -> Kernel:
+    """Loads the kernel from the cache, where it is built first if need be, and tests it.
+
+    Raises:
+        KernelUnavailable: no compiler, or what it built cannot be loaded or computes something else.
+    """
+    command = _compiler()
+    version = _output([*command, "--version"])
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    why = ""
+    for flags in ((*_FLAGS, native), _FLAGS):
+        try:
+            return _load(command, flags, version)
+        except KernelUnavailable as error:
+            why = why or str(error)
+    raise KernelUnavailable(why)
+
+
+def _compiler() -> list[str]:
+    """The command of a C compiler.
+
+    Raises:
+        KernelUnavailable: there is none.
+    """
+    chosen = os.environ.get("CC", "")
+    try:
+        named = shlex.split(chosen)
+    except ValueError as error:
+        raise KernelUnavailable(f"CC is not a command: {chosen!r}.") from error
+    if named:
+        return named
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return [name]
+    raise KernelUnavailable("no C compiler was found (cc, gcc, clang, or the variable CC).")
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints.
+
+    Raises:
+        KernelUnavailable: it fails.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_COMPILE_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelUnavailable(f"{shlex.join(command[:1])} does not run ({error}).") from error
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        reason = next((line for line in said if "error" in line), said[-1] if said else f"status {done.returncode}")
+        raise KernelUnavailable(f"{shlex.join(command[:1])} failed ({reason[:300]}).")
+    return done.stdout
+
+
+def _load(command: list[str], flags: tuple[str, ...], version: str) -> Kernel:
+    """The kernel of one set of flags, from the cache, where it is built if it is not there or no good.
+
+    Raises:
+        KernelUnavailable: what is built cannot be used.
+    """
+    folder = cache_root().parent / "kernels"
+    file = folder / f"paged-attention-{_key(command, flags, version)}.so"
+    if file.exists():
+        try:
+            return _tested(file)
+        except KernelUnavailable as error:
+            log.info("Building %s again: %s", file.name, error)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(prefix=".build-", dir=folder)
+    except OSError:  # built for this process alone: what is loaded stays when its file goes
+        place = tempfile.TemporaryDirectory(prefix="rollout-kernel-")
+    with place as work:
+        built = Path(work) / file.name
+        _output([*command, *flags, "-o", str(built), str(SOURCE), "-lm"])
+        loaded = _tested(built)
+        # Processes that start together each build their own, and any of them will do.
+        with suppress(OSError):
+            built.replace(file)
+    return loaded
+
+
+def _key(command: list[str], flags: tuple[str, ...], version: str) -> str:
+    """Names a build: machines that share a home folder must not load what was built for another CPU."""
+    about = [SOURCE.read_bytes(), shlex.join([*command, *flags]).encode(), version.encode(), _cpu().encode()]
+    return hashlib.sha256(b"\0".join(about)).hexdigest()[:24]
+
+
+def _cpu() -> str:
+    """What tells this CPU's instructions."""
+    about = [platform.system(), platform.machine(), platform.processor(), platform.libc_ver()[0]]
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU implementer", "CPU part")
+    # The cores of a machine may differ, and the order in which they are listed says nothing.
+    return "\n".join([*about, *sorted({line for line in lines if line.split(":")[0].strip() in names})])
+
+
+def _tested(file: Path) -> Kernel:
+    """Loads a library and compares what it computes with plain attention.
+
+    Raises:
+        KernelUnavailable: it cannot be loaded, or differs.
+    """
+    try:
+        loaded = Kernel(ctypes.CDLL(str(file)))
+    except (OSError, AttributeError) as error:
+        raise KernelUnavailable(f"what the compiler built cannot be loaded ({error}).") from error
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)):
+        if dtype in loaded.dtypes:
+            distance = _self_test(loaded, dtype)
+            if not distance <= tolerance:
+                raise KernelUnavailable(f"what it built computes something else in {dtype} (by {distance:.2g}).")
+    return loaded
+
+
+def _self_test(loaded: Kernel, dtype: torch.dtype) -> float:
+    """The largest difference to plain attention of a prefill and a decode, for dims with and without a remainder."""
+    length, page_size, dims = 75, 4, ((64, 32), (13, 20))
+    module = nn.Identity()
+    sites = tuple(Site(module, 2, key_dim, value_dim, Span()) for key_dim, value_dim in dims)
+    pool = PagePool(KVLayout(sites, dtype, page_size), 10, torch.device("cpu"))
+    pool.grow()
+    pool.grow()
+    table = np.arange(-(-length // page_size))[::-1].copy()[None]
+    steps = [
+        (CompiledAttention(loaded, pool, table, np.array([start]), np.array([count])), slice(start, start + count))
+        for start, count in ((0, length - 1), (length - 1, 1))
+    ]
+    error = 0.0
+    for index, (key_dim, value_dim) in enumerate(dims):
+        # No random numbers: the process's generators stay as they are.
+        query, key, value = (
+            torch.arange(length * heads * dim).mul(step).sin().mul(2).view(length, heads, dim).to(dtype)
+            for heads, dim, step in ((6, key_dim, 0.37), (2, key_dim, 0.61), (2, value_dim, 0.83))
+        )
+        out = torch.cat(
+            [step(index, query[part], key[part], value[part], Scores(key_dim**-0.5)) for step, part in steps]
+        )
+        logits = torch.einsum("qhd,khd->hqk", query.float(), key.float().repeat_interleave(3, 1)) * key_dim**-0.5
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        expected = torch.einsum("hqk,khd->qhd", weights, value.float().repeat_interleave(3, 1))
+        difference = float((out.float() - expected).abs().max())
+        error = max(error, difference if difference == difference else float("inf"))
+    return error
+
+
+def _gomp_parallel() -> int | None:
+    """The address of ``GOMP_parallel`` in the OpenMP runtime that torch is linked with; None where it has none."""
+    if not torch.backends.openmp.is_available():
+        return None
+    try:
+        # Long loaded: a name is looked up in this library and in those that it is linked with.
+        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, c_void_p).value
+    except (OSError, AttributeError):
+        log.info("torch's OpenMP has no GOMP_parallel: compiled attention runs in one thread.")
+        return None

@@ -1,0 +1,973 @@
+/* Attention over paged keys and values on a CPU: what models/compiled.py builds, loads and calls.
+ *
+ * One call serves one attention site of one forward: it writes the new keys and values into their pages, and lets
+ * every new token attend to what its sequence holds, itself included.
+ *
+ * The result of a token is the same to the bit whatever else is computed with it, because each query goes through a
+ * sequence of operations that its position and its span alone decide:
+ *   - keys are taken in blocks of BLOCK positions, counted from position 0 of the sequence: scores, running maximum,
+ *     weights, weighted sum of values (an online softmax);
+ *   - blocks make up chunks of CHUNK positions, each summed on its own and folded into the result in order, so that
+ *     different threads may compute the chunks of one long sequence;
+ *   - all arithmetic is spelled out: fused multiply-adds are written as such, and the compiler is told to make none of
+ *     its own and to reorder nothing.
+ * Tiles of queries and heads share loaded keys and values; which rows share a tile changes nothing for any of them.
+ *
+ * Vectors are those of GCC and Clang (`vector_size`), as wide as the target's registers. bfloat16 comes in pairs: 2 W
+ * numbers are loaded as W words, whose low halves make one vector (by a shift) and whose high halves another (by a
+ * mask). Keys, queries, values and sums of such dims all stay in that order, and only the final store undoes it.
+ */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+/* ---- vectors ------------------------------------------------------------------------------------------------- */
+
+#if defined(__AVX512F__)
+#define W 16
+#elif defined(__AVX__)
+#define W 8
+#else
+#define W 4
+#endif
+
+/* Rows (a query's heads, or several queries' heads) that share one load of a key or value. A tile of ROWS x 4 sums, a
+ * vector of each row and one of a key fit the registers: 32 with AVX-512 and on Arm, 16 elsewhere. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define ROWS 6
+#else
+#define ROWS 3
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef float vf_memory __attribute__((vector_size(4 * W), aligned(2), may_alias));
+typedef uint32_t vu_memory __attribute__((vector_size(4 * W), aligned(2), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+
+INLINE vf splat(float x) { return x - (vf){0}; } /* not x + 0, which would turn -0 into 0 */
+INLINE vf load(const float *p) { return *(const vf_memory *)p; }
+INLINE void store(float *p, vf x) { *(vf_memory *)p = x; }
+INLINE vf choose(vi condition, vf yes, vf no) { return (vf)((condition & (vi)yes) | (~condition & (vi)no)); }
+INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); } /* b where a is NaN */
+
+/* a * b + c */
+INLINE vf fma_(vf a, vf b, vf c)
+{
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+#if W == 16
+#define PAIRS_LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define PAIRS_HIGH 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+#define FOURS_LOW 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define FOURS_HIGH 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define SWAP_1 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
+#define SWAP_2 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13
+#define SWAP_4 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11
+#define SWAP_8 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7
+#elif W == 8
+#define PAIRS_LOW 0, 8, 1, 9, 4, 12, 5, 13
+#define PAIRS_HIGH 2, 10, 3, 11, 6, 14, 7, 15
+#define FOURS_LOW 0, 1, 8, 9, 4, 5, 12, 13
+#define FOURS_HIGH 2, 3, 10, 11, 6, 7, 14, 15
+#define SWAP_1 1, 0, 3, 2, 5, 4, 7, 6
+#define SWAP_2 2, 3, 0, 1, 6, 7, 4, 5
+#define SWAP_4 4, 5, 6, 7, 0, 1, 2, 3
+#else
+#define PAIRS_LOW 0, 4, 1, 5
+#define PAIRS_HIGH 2, 6, 3, 7
+#define FOURS_LOW 0, 1, 4, 5
+#define FOURS_HIGH 2, 3, 6, 7
+#define SWAP_1 1, 0, 3, 2
+#define SWAP_2 2, 3, 0, 1
+#endif
+
+/* The sums of four vectors, to four floats. */
+INLINE void store_sums(float *out, vf a, vf b, vf c, vf d)
+{
+    vf ab = SHUFFLE(a, b, PAIRS_LOW) + SHUFFLE(a, b, PAIRS_HIGH);
+    vf cd = SHUFFLE(c, d, PAIRS_LOW) + SHUFFLE(c, d, PAIRS_HIGH);
+    vf sums = SHUFFLE(ab, cd, FOURS_LOW) + SHUFFLE(ab, cd, FOURS_HIGH);
+#if W >= 8
+    sums += SHUFFLE(sums, sums, SWAP_4);
+#endif
+#if W >= 16
+    sums += SHUFFLE(sums, sums, SWAP_8);
+#endif
+    memcpy(out, &sums, 4 * sizeof(float));
+}
+
+INLINE float largest(vf x)
+{
+#if W >= 16
+    x = larger(x, SHUFFLE(x, x, SWAP_8));
+#endif
+#if W >= 8
+    x = larger(x, SHUFFLE(x, x, SWAP_4));
+#endif
+    x = larger(x, SHUFFLE(x, x, SWAP_2));
+    x = larger(x, SHUFFLE(x, x, SWAP_1));
+    return x[0];
+}
+
+INLINE float sum(vf x)
+{
+#if W >= 16
+    x += SHUFFLE(x, x, SWAP_8);
+#endif
+#if W >= 8
+    x += SHUFFLE(x, x, SWAP_4);
+#endif
+    x += SHUFFLE(x, x, SWAP_2);
+    x += SHUFFLE(x, x, SWAP_1);
+    return x[0];
+}
+
+/* e^x for x <= 88, to about 1 ulp; 0 below -87.3, where the result would be subnormal; NaN stays. The reduction
+ * (ln 2 in two parts) and the polynomial are those of expf in S. Moshier's Cephes library. */
+INLINE vf exponential(vf x)
+{
+    const vf magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, in the low bits */
+    vi vanishes = x < splat(-87.3365f);
+    vf shifted = fma_(x, splat(1.44269504088896341f), magic);
+    vf n = shifted - magic;
+    vf r = fma_(n, splat(-0.693359375f), x);
+    r = fma_(n, splat(2.12194440e-4f), r);
+    vf p = splat(1.9875691500e-4f);
+    p = fma_(p, r, splat(1.3981999507e-3f));
+    p = fma_(p, r, splat(8.3334519073e-3f));
+    p = fma_(p, r, splat(4.1665795894e-2f));
+    p = fma_(p, r, splat(1.6666665459e-1f));
+    p = fma_(p, r, splat(5.0000001201e-1f));
+    p = fma_(p, r * r, r) + 1.0f;
+    vf power = (vf)(((vu)shifted << 23) + 0x3f800000u);
+    return (vf)(~vanishes & (vi)(p * power));
+}
+
+/* e^(x - reference), where both may be -infinity: that is a weight of 0. */
+INLINE float scale_from(float x, float reference) { return exponential(splat(x - reference))[0]; }
+
+/* tanh, by Cephes' tanhf: a polynomial below 0.625, above it 1 - 2 / (e^2x + 1). NaN stays. */
+INLINE vf hyperbolic_tangent(vf x)
+{
+    vf size = (vf)((vu)x & 0x7fffffffu);
+    vf z = x * x;
+    vf p = splat(-5.70498872745e-3f);
+    p = fma_(p, z, splat(2.06390887954e-2f));
+    p = fma_(p, z, splat(-5.37397155531e-2f));
+    p = fma_(p, z, splat(1.33314422036e-1f));
+    p = fma_(p, z, splat(-3.33332819422e-1f));
+    vf small = fma_(p * z, x, x);
+    vf bounded = choose(size > splat(10.0f), splat(10.0f), size);
+    vf large = 1.0f - 2.0f / (exponential(bounded + bounded) + 1.0f);
+    large = (vf)((vu)large | ((vu)x & 0x80000000u));
+    return choose(size < splat(0.625f), small, large);
+}
+
+/* ---- dtypes -------------------------------------------------------------------------------------------------- */
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+#if defined(__F16C__)
+#define HAS_FLOAT16 1
+INLINE float half_to_float(uint16_t x) { return _cvtsh_ss(x); }
+INLINE uint16_t float_to_half(float x) { return _cvtss_sh(x, 0); }
+#if W == 16
+INLINE vf load_halves(const char *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+#else
+INLINE vf load_halves(const char *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+#endif
+#elif defined(__aarch64__)
+#define HAS_FLOAT16 1
+INLINE float half_to_float(uint16_t x) { __fp16 h; memcpy(&h, &x, 2); return h; }
+INLINE uint16_t float_to_half(float x) { __fp16 h = x; uint16_t u; memcpy(&u, &h, 2); return u; }
+INLINE vf load_halves(const char *p) { return (vf)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)p))); }
+#else
+#define HAS_FLOAT16 0 /* models/compiled.py asks, and leaves float16 to another backend */
+INLINE float half_to_float(uint16_t x) { (void)x; return NAN; }
+INLINE uint16_t float_to_half(float x) { (void)x; return 0x7e00; }
+INLINE vf load_halves(const char *p) { (void)p; return splat(NAN); }
+#endif
+
+INLINE int64_t size_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+/* Round to nearest even, in the high half of each word; NaN stays one. */
+INLINE vu round_to_bfloat16(vf x)
+{
+    vu bits = (vu)x;
+    vu rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    vu unordered = (vu)(x != x);
+    return (unordered & (bits | 0x00400000u)) | (~unordered & rounded);
+}
+
+INLINE float get(int dtype, const char *row, int64_t i)
+{
+    if (dtype == FLOAT32) {
+        float x;
+        memcpy(&x, row + 4 * i, 4);
+        return x;
+    }
+    uint16_t bits;
+    memcpy(&bits, row + 2 * i, 2);
+    if (dtype == FLOAT16)
+        return half_to_float(bits);
+    uint32_t word = (uint32_t)bits << 16;
+    float x;
+    memcpy(&x, &word, 4);
+    return x;
+}
+
+INLINE void put(int dtype, char *row, int64_t i, float x)
+{
+    if (dtype == FLOAT32) {
+        memcpy(row + 4 * i, &x, 4);
+        return;
+    }
+    uint16_t bits = dtype == FLOAT16 ? float_to_half(x) : (uint16_t)(round_to_bfloat16(splat(x))[0] >> 16);
+    memcpy(row + 2 * i, &bits, 2);
+}
+
+/* How the numbers of one head lie in vectors, and how they are read. */
+typedef struct {
+    int dtype;
+    int direct;      /* whole vectors: can be read where they lie */
+    int64_t dim;
+    int64_t vectors; /* dim / W, rounded up */
+} Row;
+
+static Row row_of(int dtype, int64_t dim)
+{
+    int64_t unit = dtype == BFLOAT16 ? 2 * W : W;
+    return (Row){dtype, dim % unit == 0, dim, (dim + W - 1) / W};
+}
+
+/* Vector j of a row; in bfloat16 an even j is the low halves of its words and the next the high ones. */
+INLINE vf row_vector(const int dtype, const char *row, int64_t j)
+{
+    if (dtype == FLOAT32)
+        return load((const float *)(row + j * 4 * W));
+    if (dtype == FLOAT16)
+        return load_halves(row + j * 2 * W);
+    vu words = *(const vu_memory *)(row + j / 2 * 4 * W);
+    return (vf)(j % 2 ? words & 0xffff0000u : words << 16);
+}
+
+/* A row as floats in vector order, zeros behind its end. */
+static void unpack(Row row, const char *from, float *to)
+{
+    if (row.direct && row.dtype == BFLOAT16) {
+        for (int64_t j = 0; j < row.vectors; j += 2) {
+            store(to + j * W, row_vector(BFLOAT16, from, j));
+            store(to + (j + 1) * W, row_vector(BFLOAT16, from, j + 1));
+        }
+    } else if (row.direct && row.dtype == FLOAT16) {
+        for (int64_t j = 0; j < row.vectors; j++)
+            store(to + j * W, row_vector(FLOAT16, from, j));
+    } else if (row.direct) {
+        memcpy(to, from, (size_t)row.dim * 4);
+    } else {
+        for (int64_t i = 0; i < row.dim; i++)
+            to[i] = get(row.dtype, from, i);
+        for (int64_t i = row.dim; i < row.vectors * W; i++)
+            to[i] = 0;
+    }
+}
+
+/* Floats in vector order, times `factor`, to a row. */
+static void pack(Row row, const float *from, float factor, char *to)
+{
+    vf by = splat(factor);
+    if (row.direct && row.dtype == BFLOAT16) {
+        for (int64_t j = 0; j < row.vectors; j += 2) {
+            vu low = round_to_bfloat16(load(from + j * W) * by), high = round_to_bfloat16(load(from + j * W + W) * by);
+            *(vu_memory *)(to + j * 2 * W) = (low >> 16) | (high & 0xffff0000u);
+        }
+    } else if (row.direct && row.dtype == FLOAT32) {
+        for (int64_t j = 0; j < row.vectors; j++)
+            store((float *)(to + j * 4 * W), load(from + j * W) * by);
+    } else {
+        for (int64_t i = 0; i < row.dim; i++)
+            put(row.dtype, to, i, from[i] * factor);
+    }
+}
+
+/* ---- what is called with ------------------------------------------------------------------------------------- */
+
+enum { FULL, WINDOW, CHUNKED };
+
+/* One forward: `sequences` sequences, each with `starts` tokens in pages already and `lengths` new ones. */
+typedef struct {
+    int64_t sequences, width, page_size, slab_pages, slabs, tokens;
+    const int64_t *tables;  /* [sequences, width] page ids: slab * slab_pages + page in slab */
+    const int64_t *starts;  /* [sequences] */
+    const int64_t *lengths; /* [sequences] */
+    int64_t *offsets;       /* [sequences] each one's first token in the packed forward; made by rollout_prepare */
+    int64_t *slots;         /* [tokens] page id * page_size + place in page; made by rollout_prepare */
+} Step;
+
+/* One attention site: what it stores and where. */
+typedef struct {
+    int64_t dtype, kv_heads, group, key_dim, value_dim, span, span_size;
+    const int64_t *keys;   /* [slabs] addresses of [slab_pages, page_size, kv_heads, key_dim]; 0: dropped */
+    const int64_t *values; /* [slabs] likewise with value_dim */
+} Site;
+
+/* Some queries of one sequence, some of its key heads, some of the chunks that they see. */
+typedef struct {
+    int64_t sequence, query, queries, head, heads, chunk, chunks;
+    int64_t split;   /* which split tile this is a part of; -1: none, the task sees all of the chunks */
+    int64_t partial; /* where the parts of that tile lie in `partials` */
+    int64_t cost;
+} Task;
+
+typedef struct {
+    int64_t tasks, splits, partial_floats, scratch_floats;
+} Sizes;
+
+typedef struct {
+    Task *tasks;
+    int64_t *pending; /* [splits] parts that are not computed yet */
+    float *partials;
+    float *scratch;   /* [threads, scratch_floats] */
+    Sizes sizes;
+} Plan;
+
+/* Strides count bytes. */
+typedef struct {
+    const Step *step;
+    const Site *site;
+    const Plan *plan;
+    const char *query;  /* [tokens, kv_heads * group, key_dim] */
+    const char *key;    /* [tokens, kv_heads, key_dim] */
+    const char *value;  /* [tokens, kv_heads, value_dim] */
+    char *out;          /* [tokens, kv_heads * group, value_dim], contiguous */
+    int64_t query_token, query_head, key_token, key_head, value_token, value_head;
+    const float *sinks; /* [kv_heads * group], or NULL */
+    double scaling, softcap; /* softcap 0: none */
+    int64_t threads;
+    /* GOMP_parallel of the OpenMP runtime that torch uses, or NULL: one thread. */
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+} Call;
+
+#define BLOCK 64
+#define CHUNK 512
+#define TILE_ROWS 24                     /* rows of a tile with several queries, unless one query has more */
+#define STATE_FLOATS (32 * 1024)         /* a task takes no more heads than keep its state below this, or one */
+#define TASKS_PER_THREAD 4               /* tiles are split while there are fewer */
+#define ALONE_BYTES (16 * 1024)          /* fewer new bytes than this are written without other threads */
+#define MINUS_INFINITY (-__builtin_inff())
+
+INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* The earliest position that a query at `position` sees. */
+INLINE int64_t first_key(const Site *site, int64_t position)
+{
+    if (site->span == WINDOW)
+        return larger_of(position - site->span_size + 1, 0);
+    if (site->span == CHUNKED)
+        return position / site->span_size * site->span_size;
+    return 0;
+}
+
+/* ---- inner loops --------------------------------------------------------------------------------------------- */
+
+/* Scores of `rows` queries and the keys [from, to) of a block; from and to are multiples of 4.
+ * q [rows, vectors * W]; keys [BLOCK] addresses, to which `offset` is added; scores [rows, BLOCK]. */
+INLINE void score_rows(const int dtype, const int rows, int64_t vectors, const float *q, const char *const *keys,
+                       int64_t offset, int64_t from, int64_t to, float *scores)
+{
+    const int step = dtype == BFLOAT16 ? 2 : 1;
+    for (int64_t t = from; t < to; t += 4) {
+        const char *k[4] = {keys[t] + offset, keys[t + 1] + offset, keys[t + 2] + offset, keys[t + 3] + offset};
+        vf sums[ROWS][4];
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int i = 0; i < 4; i++)
+                sums[r][i] = (vf){0};
+        for (int64_t j = 0; j < vectors; j += step) {
+            UNROLL for (int half = 0; half < step; half++) {
+                vf query[ROWS];
+                UNROLL for (int r = 0; r < rows; r++)
+                    query[r] = load(q + (r * vectors + j + half) * W);
+                UNROLL for (int i = 0; i < 4; i++) {
+                    vf key = row_vector(dtype, k[i] + j * W * (dtype == FLOAT32 ? 4 : 2), half);
+                    UNROLL for (int r = 0; r < rows; r++)
+                        sums[r][i] = fma_(query[r], key, sums[r][i]);
+                }
+            }
+        }
+        UNROLL for (int r = 0; r < rows; r++)
+            store_sums(scores + r * BLOCK + t, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+    }
+}
+
+/* sums = sums * factors + weights @ values[from:to], for `count` vectors of each of `rows` rows.
+ * weights [rows, BLOCK]; sums [rows, stride], already at its first vector; `first` is that vector's number. */
+INLINE void add_values(const int dtype, const int rows, const int count, const float *weights,
+                       const char *const *values, int64_t offset, int64_t first, int64_t from, int64_t to,
+                       const float *factors, float *sums, int64_t stride)
+{
+    vf total[ROWS][4];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < count; i++)
+            total[r][i] = load(sums + r * stride + i * W) * splat(factors[r]);
+    offset += first * W * (dtype == FLOAT32 ? 4 : 2);
+    for (int64_t t = from; t < to; t++) {
+        const char *row = values[t] + offset;
+        vf weight[ROWS];
+        UNROLL for (int r = 0; r < rows; r++)
+            weight[r] = splat(weights[r * BLOCK + t]);
+        UNROLL for (int i = 0; i < count; i++) {
+            vf value = row_vector(dtype, row, i);
+            UNROLL for (int r = 0; r < rows; r++)
+                total[r][i] = fma_(weight[r], value, total[r][i]);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < count; i++)
+            store(sums + r * stride + i * W, total[r][i]);
+}
+
+/* The same for all vectors of the rows. */
+INLINE void add_all_values(const int dtype, const int rows, int64_t vectors, const float *weights,
+                           const char *const *values, int64_t offset, int64_t from, int64_t to, const float *factors,
+                           float *sums)
+{
+    int64_t j = 0;
+    for (; j + 4 <= vectors; j += 4)
+        add_values(dtype, rows, 4, weights, values, offset, j, from, to, factors, sums + j * W, vectors * W);
+    if (j + 2 <= vectors) {
+        add_values(dtype, rows, 2, weights, values, offset, j, from, to, factors, sums + j * W, vectors * W);
+        j += 2;
+    }
+    if (dtype != BFLOAT16 && j < vectors) /* bfloat16 comes in pairs */
+        add_values(dtype, rows, 1, weights, values, offset, j, from, to, factors, sums + j * W, vectors * W);
+}
+
+/* Calls `f` with constants, so that each combination becomes a loop of its own. */
+#if ROWS == 6
+#define MORE_ROWS(f, dtype, ...)                                                                                       \
+    case 4: f(dtype, 4, __VA_ARGS__); break;                                                                           \
+    case 5: f(dtype, 5, __VA_ARGS__); break;                                                                           \
+    case 6: f(dtype, 6, __VA_ARGS__); break;
+#else
+#define MORE_ROWS(f, dtype, ...)
+#endif
+#define FOR_ROWS(f, dtype, rows, ...)                                                                                  \
+    switch (rows) {                                                                                                    \
+    case 1: f(dtype, 1, __VA_ARGS__); break;                                                                           \
+    case 2: f(dtype, 2, __VA_ARGS__); break;                                                                           \
+    case 3: f(dtype, 3, __VA_ARGS__); break;                                                                           \
+    MORE_ROWS(f, dtype, __VA_ARGS__)                                                                                   \
+    }
+#define FOR_DTYPE_AND_ROWS(f, dtype, rows, ...)                                                                        \
+    if ((dtype) == FLOAT32) {                                                                                          \
+        FOR_ROWS(f, FLOAT32, rows, __VA_ARGS__)                                                                        \
+    } else if ((dtype) == BFLOAT16) {                                                                                  \
+        FOR_ROWS(f, BFLOAT16, rows, __VA_ARGS__)                                                                       \
+    } else {                                                                                                           \
+        FOR_ROWS(f, FLOAT16, rows, __VA_ARGS__)                                                                        \
+    }
+
+static __attribute__((noinline)) void score(int dtype, int rows, int64_t vectors, const float *q,
+                                            const char *const *keys, int64_t offset, int64_t from, int64_t to,
+                                            float *scores)
+{
+    FOR_DTYPE_AND_ROWS(score_rows, dtype, rows, vectors, q, keys, offset, from, to, scores)
+}
+
+static __attribute__((noinline)) void weigh_values(int dtype, int rows, int64_t vectors, const float *weights,
+                                                   const char *const *values, int64_t offset, int64_t from,
+                                                   int64_t to, const float *factors, float *sums)
+{
+    FOR_DTYPE_AND_ROWS(add_all_values, dtype, rows, vectors, weights, values, offset, from, to, factors, sums)
+}
+
+/* Scores [from, to) of a block become weights relative to the maximum so far; what stands around them in their
+ * vectors becomes 0. Returns by how much sums so far are to be multiplied. */
+static float weigh(float *scores, int64_t from, int64_t to, float softcap, float *maximum, vf *total)
+{
+    int64_t low = from / W * W, high = (to + W - 1) / W * W;
+    for (int64_t t = low; t < from; t++)
+        scores[t] = MINUS_INFINITY;
+    for (int64_t t = to; t < high; t++)
+        scores[t] = MINUS_INFINITY;
+    if (softcap > 0) {
+        vf cap = splat(softcap);
+        for (int64_t t = low; t < high; t += W) {
+            vf x = load(scores + t);
+            vf capped = cap * hyperbolic_tangent(x / cap);
+            store(scores + t, capped);
+        }
+        for (int64_t t = low; t < from; t++)
+            scores[t] = MINUS_INFINITY;
+        for (int64_t t = to; t < high; t++)
+            scores[t] = MINUS_INFINITY;
+    }
+    vf most = splat(*maximum);
+    for (int64_t t = low; t < high; t += W)
+        most = larger(load(scores + t), most);
+    float before = *maximum, now = largest(most);
+    /* Where all scores are -infinity, any finite reference gives weights of 0, and -infinity itself NaN. */
+    float reference = now == MINUS_INFINITY ? 0 : now;
+    vf added = {0}, by = splat(reference);
+    for (int64_t t = low; t < high; t += W) {
+        vf weight = exponential(load(scores + t) - by);
+        store(scores + t, weight);
+        added += weight;
+    }
+    float factor = before == now ? 1.0f : scale_from(before, reference);
+    *maximum = now;
+    *total = fma_(*total, splat(factor), added);
+    return factor;
+}
+
+/* ---- tiles --------------------------------------------------------------------------------------------------- */
+
+/* Where a task keeps what it works with. Rows are ordered by head, query, head within the group. */
+typedef struct {
+    float *q;              /* [rows, key vectors * W] times the scaling */
+    float *sums;           /* [rows, value vectors * W] of the chunk */
+    float *totals;         /* [rows, value vectors * W] of all chunks so far */
+    float *weight;         /* [rows, W] of the chunk, not yet summed over lanes */
+    float *maximum;        /* [rows] of the chunk */
+    float *total_weight;   /* [rows] */
+    float *total_maximum;  /* [rows] */
+    float *scores;         /* [ROWS, BLOCK] */
+    float *keys, *values;  /* [BLOCK, vectors * W] unpacked */
+} Scratch;
+
+static int64_t scratch_floats(int64_t rows, int64_t key_floats, int64_t value_floats)
+{
+    int64_t floats = rows * (key_floats + 2 * value_floats + W + 3) + ROWS * BLOCK + BLOCK * (key_floats + value_floats);
+    return (floats + 16 + 63) / 64 * 64; /* threads do not share lines of cache */
+}
+
+static Scratch scratch_at(float *p, int64_t rows, int64_t key_floats, int64_t value_floats)
+{
+    Scratch s;
+    s.q = p, p += rows * key_floats;
+    s.sums = p, p += rows * value_floats;
+    s.totals = p, p += rows * value_floats;
+    s.weight = p, p += rows * W;
+    s.scores = p, p += ROWS * BLOCK;
+    s.keys = p, p += BLOCK * key_floats;
+    s.values = p, p += BLOCK * value_floats;
+    s.maximum = p, p += rows;
+    s.total_weight = p, p += rows;
+    s.total_maximum = p;
+    return s;
+}
+
+/* Adds what one chunk gave to the result so far; the order of chunks is part of the result. */
+static void fold(int64_t vectors, float maximum, float weight, const float *sums, float *total_maximum,
+                 float *total_weight, float *totals)
+{
+    float now = maximum > *total_maximum ? maximum : *total_maximum;
+    float reference = now == MINUS_INFINITY ? 0 : now;
+    float old = scale_from(*total_maximum, reference), new = scale_from(maximum, reference);
+    for (int64_t j = 0; j < vectors; j++)
+        store(totals + j * W, fma_(load(totals + j * W), splat(old), load(sums + j * W) * splat(new)));
+    *total_weight = *total_weight * old + weight * new;
+    *total_maximum = now;
+}
+
+/* The result of one row: its sums over its weights, the sink's included. */
+static void finish(const Call *call, Row row, int64_t token, int64_t head, float maximum, float weight,
+                   const float *totals)
+{
+    const Site *site = call->site;
+    float factor = 1;
+    if (call->sinks) {
+        float sink = call->sinks[head], now = sink > maximum ? sink : maximum;
+        float reference = now == MINUS_INFINITY ? 0 : now;
+        factor = scale_from(maximum, reference);
+        weight = weight * factor + scale_from(sink, reference);
+    }
+    int64_t index = token * site->kv_heads * site->group + head;
+    pack(row, totals, factor / weight, call->out + index * site->value_dim * size_of(row.dtype));
+}
+
+/* Addresses of the keys and values [block + from, block + to) of a sequence, for its first head. Up to the next
+ * multiples of 4 the nearest ones stand again: they are read, and their scores are not used. */
+static void locate(const Call *call, int64_t sequence, int64_t block, int64_t from, int64_t to, const char **keys,
+                   const char **values)
+{
+    const Step *step = call->step;
+    const Site *site = call->site;
+    int64_t key_bytes = site->kv_heads * site->key_dim * size_of((int)site->dtype);
+    int64_t value_bytes = site->kv_heads * site->value_dim * size_of((int)site->dtype);
+    const int64_t *table = step->tables + sequence * step->width;
+    for (int64_t t = from; t < to;) {
+        int64_t page = (block + t) / step->page_size, place = (block + t) % step->page_size;
+        int64_t slab = table[page] / step->slab_pages, inside = table[page] % step->slab_pages;
+        const char *key = (const char *)(intptr_t)site->keys[slab];
+        const char *value = (const char *)(intptr_t)site->values[slab];
+        key += (inside * step->page_size + place) * key_bytes;
+        value += (inside * step->page_size + place) * value_bytes;
+        int64_t end = smaller_of(to, t + step->page_size - place);
+        for (; t < end; t++, key += key_bytes, value += value_bytes)
+            keys[t] = key, values[t] = value;
+    }
+    for (int64_t t = from / 4 * 4; t < from; t++)
+        keys[t] = keys[from];
+    for (int64_t t = to; t % 4; t++)
+        keys[t] = keys[to - 1];
+}
+
+/* One block of keys and values of one head, for the `count` rows of that head from row `base` on. */
+static void attend_block(const Call *call, const Task *task, const Scratch *s, Row key_row, Row value_row,
+                         const char *const *keys, const char *const *values, int64_t head, int64_t block, int64_t from,
+                         int64_t to)
+{
+    const Site *site = call->site;
+    int64_t count = task->queries * site->group, base = (head - task->head) * count;
+    int64_t key_floats = key_row.vectors * W, value_floats = value_row.vectors * W;
+    int64_t key_offset = head * key_row.dim * size_of(key_row.dtype);
+    int64_t value_offset = head * value_row.dim * size_of(value_row.dtype);
+    const char *key_copies[BLOCK], *value_copies[BLOCK];
+    int key_dtype = key_row.dtype, value_dtype = value_row.dtype;
+    int shared = count > ROWS && key_row.dtype != FLOAT32; /* converted once for all row tiles */
+    if (shared || !key_row.direct) {
+        for (int64_t t = from; t < to; t++) {
+            unpack(key_row, keys[t] + key_offset, s->keys + t * key_floats);
+            key_copies[t] = (const char *)(s->keys + t * key_floats);
+        }
+        for (int64_t t = from / 4 * 4; t < from; t++)
+            key_copies[t] = key_copies[from];
+        for (int64_t t = to; t % 4; t++)
+            key_copies[t] = key_copies[to - 1];
+        keys = key_copies, key_offset = 0, key_dtype = FLOAT32;
+    }
+    if (shared || !value_row.direct) {
+        for (int64_t t = from; t < to; t++) {
+            unpack(value_row, values[t] + value_offset, s->values + t * value_floats);
+            value_copies[t] = (const char *)(s->values + t * value_floats);
+        }
+        values = value_copies, value_offset = 0, value_dtype = FLOAT32;
+    }
+    int64_t start = call->step->starts[task->sequence] + task->query;
+    int64_t tiles = (count + ROWS - 1) / ROWS;
+    for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
+        int rows = (int)((count - row + tiles - tile - 1) / (tiles - tile));
+        /* What each row sees of the block, what any sees, and what all see. */
+        int64_t low[ROWS], high[ROWS], lowest = BLOCK, highest = 0, common_low = 0, common_high = BLOCK;
+        for (int r = 0; r < rows; r++) {
+            int64_t position = start + (row + r) / site->group;
+            low[r] = larger_of(first_key(site, position) - block, 0);
+            high[r] = smaller_of(position + 1 - block, BLOCK);
+            if (low[r] >= high[r])
+                low[r] = high[r] = larger_of(smaller_of(low[r], BLOCK), 0);
+            else
+                lowest = smaller_of(lowest, low[r]), highest = larger_of(highest, high[r]);
+            common_low = larger_of(common_low, low[r]), common_high = smaller_of(common_high, high[r]);
+        }
+        if (lowest < highest) {
+            int64_t at = base + row;
+            float *sums = s->sums + at * value_floats, factors[ROWS];
+            score(key_dtype, rows, key_row.vectors, s->q + at * key_floats, keys, key_offset, lowest / 4 * 4,
+                  (highest + 3) / 4 * 4, s->scores);
+            for (int r = 0; r < rows; r++) {
+                vf weight = load(s->weight + (at + r) * W);
+                factors[r] = 1;
+                if (low[r] < high[r])
+                    factors[r] = weigh(s->scores + r * BLOCK, low[r], high[r], (float)call->softcap,
+                                       &s->maximum[at + r], &weight);
+                store(s->weight + (at + r) * W, weight);
+            }
+            /* A row takes no value that it does not see, not even with a weight of 0: it could be NaN. Its values
+             * come in order, first what it sees before the others, then what all see, then the rest. */
+            if (common_low >= common_high)
+                common_low = common_high = BLOCK;
+            for (int r = 0; r < rows; r++) {
+                int64_t end = smaller_of(high[r], common_low);
+                if (low[r] < end) {
+                    weigh_values(value_dtype, 1, value_row.vectors, s->scores + r * BLOCK, values, value_offset, low[r],
+                                 end, &factors[r], sums + r * value_floats);
+                    factors[r] = 1;
+                }
+            }
+            if (common_low < common_high) {
+                weigh_values(value_dtype, rows, value_row.vectors, s->scores, values, value_offset, common_low,
+                             common_high, factors, sums);
+                float one = 1;
+                for (int r = 0; r < rows; r++)
+                    if (common_high < high[r])
+                        weigh_values(value_dtype, 1, value_row.vectors, s->scores + r * BLOCK, values, value_offset,
+                                     common_high, high[r], &one, sums + r * value_floats);
+            }
+        }
+        row += rows;
+    }
+}
+
+static void run_task(const Call *call, const Task *task, float *memory)
+{
+    const Step *step = call->step;
+    const Site *site = call->site;
+    Row key_row = row_of((int)site->dtype, site->key_dim), value_row = row_of((int)site->dtype, site->value_dim);
+    int64_t key_floats = key_row.vectors * W, value_floats = value_row.vectors * W;
+    int64_t per_head = task->queries * site->group, rows = task->heads * per_head;
+    int64_t token = step->offsets[task->sequence] + task->query;
+    int64_t start = step->starts[task->sequence] + task->query, last = start + task->queries - 1;
+    Scratch s = scratch_at(memory, rows, key_floats, value_floats);
+
+    vf scaling = splat((float)call->scaling);
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t head = (task->head + row / per_head) * site->group + row % site->group;
+        int64_t query = token + row % per_head / site->group;
+        float *q = s.q + row * key_floats;
+        unpack(key_row, call->query + query * call->query_token + head * call->query_head, q);
+        for (int64_t j = 0; j < key_row.vectors; j++)
+            store(q + j * W, load(q + j * W) * scaling);
+        s.total_maximum[row] = MINUS_INFINITY;
+        s.total_weight[row] = 0;
+    }
+    memset(s.totals, 0, (size_t)(rows * value_floats) * sizeof(float));
+
+    int64_t first = first_key(site, start), chunk_floats = value_floats + 2;
+    for (int64_t chunk = task->chunk; chunk < task->chunk + task->chunks; chunk++) {
+        int64_t begin = larger_of(chunk * CHUNK, first), end = smaller_of((chunk + 1) * CHUNK, last + 1);
+        memset(s.sums, 0, (size_t)(rows * value_floats) * sizeof(float));
+        memset(s.weight, 0, (size_t)(rows * W) * sizeof(float));
+        for (int64_t row = 0; row < rows; row++)
+            s.maximum[row] = MINUS_INFINITY;
+        for (int64_t block = begin / BLOCK * BLOCK; block < end; block += BLOCK) {
+            const char *keys[BLOCK], *values[BLOCK];
+            int64_t from = larger_of(begin - block, 0), to = smaller_of(end - block, BLOCK);
+            locate(call, task->sequence, block, from, to, keys, values);
+            for (int64_t head = task->head; head < task->head + task->heads; head++)
+                attend_block(call, task, &s, key_row, value_row, keys, values, head, block, from, to);
+        }
+        for (int64_t row = 0; row < rows; row++) {
+            int64_t position = start + row % per_head / site->group;
+            float weight = sum(load(s.weight + row * W));
+            if (task->split >= 0) {
+                float *part = call->plan->partials + task->partial
+                              + ((chunk - first / CHUNK) * rows + row) * chunk_floats;
+                memcpy(part, s.sums + row * value_floats, (size_t)value_floats * sizeof(float));
+                part[value_floats] = s.maximum[row], part[value_floats + 1] = weight;
+            } else if (first_key(site, position) < (chunk + 1) * CHUNK && position >= chunk * CHUNK) {
+                fold(value_row.vectors, s.maximum[row], weight, s.sums + row * value_floats, &s.total_maximum[row],
+                     &s.total_weight[row], s.totals + row * value_floats);
+            }
+        }
+    }
+    if (task->split >= 0) {
+        /* Who computes the last part puts the tile together, from the first chunk to the last. */
+        int64_t *pending = call->plan->pending + task->split;
+        int64_t left = __atomic_sub_fetch(pending, task->chunks, __ATOMIC_ACQ_REL);
+        if (left)
+            return;
+        int64_t chunks = last / CHUNK - first / CHUNK + 1;
+        __atomic_store_n(pending, chunks, __ATOMIC_RELAXED); /* for the next call with this plan */
+        for (int64_t chunk = 0; chunk < chunks; chunk++)
+            for (int64_t row = 0; row < rows; row++) {
+                int64_t position = start + row % per_head / site->group, from = (chunk + first / CHUNK) * CHUNK;
+                const float *part = call->plan->partials + task->partial + (chunk * rows + row) * chunk_floats;
+                if (first_key(site, position) < from + CHUNK && position >= from)
+                    fold(value_row.vectors, part[value_floats], part[value_floats + 1], part, &s.total_maximum[row],
+                         &s.total_weight[row], s.totals + row * value_floats);
+            }
+    }
+    for (int64_t row = 0; row < rows; row++)
+        finish(call, value_row, token + row % per_head / site->group,
+               (task->head + row / per_head) * site->group + row % site->group, s.total_maximum[row],
+               s.total_weight[row], s.totals + row * value_floats);
+}
+
+/* ---- threads ------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const Call *call;
+    int64_t next, worker;
+} Team;
+
+#define WRITTEN_AT_ONCE 16
+
+static void write_tokens(void *data)
+{
+    Team *team = data;
+    const Call *call = team->call;
+    const Step *step = call->step;
+    const Site *site = call->site;
+    int64_t slab_slots = step->slab_pages * step->page_size, item = size_of((int)site->dtype);
+    int64_t key_bytes = site->key_dim * item, value_bytes = site->value_dim * item;
+    for (;;) {
+        int64_t from = __atomic_fetch_add(&team->next, WRITTEN_AT_ONCE, __ATOMIC_RELAXED);
+        if (from >= step->tokens)
+            return;
+        for (int64_t token = from; token < smaller_of(from + WRITTEN_AT_ONCE, step->tokens); token++) {
+            int64_t slab = step->slots[token] / slab_slots, inside = step->slots[token] % slab_slots;
+            char *key = (char *)(intptr_t)site->keys[slab] + inside * site->kv_heads * key_bytes;
+            char *value = (char *)(intptr_t)site->values[slab] + inside * site->kv_heads * value_bytes;
+            for (int64_t head = 0; head < site->kv_heads; head++) {
+                const char *from_key = call->key + token * call->key_token + head * call->key_head;
+                const char *from_value = call->value + token * call->value_token + head * call->value_head;
+                memcpy(key + head * key_bytes, from_key, (size_t)key_bytes);
+                memcpy(value + head * value_bytes, from_value, (size_t)value_bytes);
+            }
+        }
+    }
+}
+
+static void run_tasks(void *data)
+{
+    Team *team = data;
+    const Plan *plan = team->call->plan;
+    int64_t worker = __atomic_fetch_add(&team->worker, 1, __ATOMIC_RELAXED);
+    float *memory = plan->scratch + worker * plan->sizes.scratch_floats;
+    for (;;) {
+        int64_t index = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED);
+        if (index >= plan->sizes.tasks)
+            return;
+        run_task(team->call, &plan->tasks[index], memory);
+    }
+}
+
+static void run_team(const Call *call, void (*work)(void *), int alone)
+{
+    Team team = {call, 0, 0};
+    if (alone || call->threads <= 1 || !call->parallel)
+        work(&team);
+    else
+        call->parallel(work, &team, (unsigned)call->threads, 0);
+}
+
+/* ---- entry points -------------------------------------------------------------------------------------------- */
+
+int64_t rollout_has_float16(void) { return HAS_FLOAT16; }
+
+/* Fills the step's offsets and slots. Every page that is written to must be in the table. */
+void rollout_prepare(const Step *step)
+{
+    int64_t token = 0;
+    for (int64_t s = 0; s < step->sequences; s++) {
+        step->offsets[s] = token;
+        for (int64_t i = 0; i < step->lengths[s]; i++) {
+            int64_t position = step->starts[s] + i;
+            int64_t page = step->tables[s * step->width + position / step->page_size];
+            step->slots[token++] = page * step->page_size + position % step->page_size;
+        }
+    }
+}
+
+static int by_cost(const void *a, const void *b)
+{
+    int64_t x = ((const Task *)a)->cost, y = ((const Task *)b)->cost;
+    return x < y ? 1 : x > y ? -1 : 0;
+}
+
+/* What the queries from `query` on that make a tile are, and what they cost. */
+static Task tile_at(const Step *step, const Site *site, int64_t sequence, int64_t query)
+{
+    int64_t most = larger_of(TILE_ROWS / site->group, 1);
+    int64_t queries = smaller_of(step->lengths[sequence] - query, most);
+    int64_t start = step->starts[sequence] + query, last = start + queries - 1, first = first_key(site, start);
+    int64_t keys = last + 1 - first;
+    int64_t cost = (keys * queries + 16) * site->group * (site->key_dim + site->value_dim) * site->kv_heads;
+    return (Task){sequence, query, queries, 0, site->kv_heads, first / CHUNK, last / CHUNK - first / CHUNK + 1, -1, 0, cost};
+}
+
+/* Divides the work of a site (of any site with its span and shape) among tasks.
+ *
+ * Called twice: without `tasks` it only fills `sizes`; then with the memory that those ask for. Returns 0, or
+ * 1 + the index of a sequence with a page among those it needs that no slab holds. */
+int64_t rollout_plan(const Step *step, const Site *site, int64_t threads, Sizes *sizes, Task *tasks, int64_t *pending)
+{
+    Row key_row = row_of((int)site->dtype, site->key_dim), value_row = row_of((int)site->dtype, site->value_dim);
+    int64_t key_floats = key_row.vectors * W, value_floats = value_row.vectors * W;
+    int64_t row_floats = key_floats + 2 * value_floats + W;
+    int64_t total = 0;
+    for (int64_t s = 0; s < step->sequences; s++) {
+        if (!step->lengths[s])
+            continue;
+        int64_t from = first_key(site, step->starts[s]) / step->page_size;
+        int64_t to = (step->starts[s] + step->lengths[s] - 1) / step->page_size;
+        for (int64_t page = from; page <= to; page++) {
+            int64_t id = page < step->width ? step->tables[s * step->width + page] : -1;
+            if (id < 0 || id >= step->slabs * step->slab_pages || !site->keys[id / step->slab_pages])
+                return 1 + s;
+        }
+        for (int64_t query = 0; query < step->lengths[s];) {
+            Task tile = tile_at(step, site, s, query);
+            total += tile.cost, query += tile.queries;
+        }
+    }
+    int64_t fair = threads > 1 ? total / (threads * TASKS_PER_THREAD) : total;
+    *sizes = (Sizes){0, 0, 0, 0};
+    for (int64_t s = 0; s < step->sequences; s++)
+        for (int64_t query = 0; query < step->lengths[s];) {
+            Task tile = tile_at(step, site, s, query);
+            query += tile.queries;
+            /* One query goes through its heads block by block: pages are read from end to end. Several go head by
+             * head: their keys stay in cache. */
+            int64_t rows = tile.queries * site->group;
+            int64_t heads = tile.queries > 1 || tile.cost > fair ? 1 : larger_of(STATE_FLOATS / (rows * row_floats), 1);
+            int split = tile.cost / site->kv_heads > fair && tile.chunks > 1;
+            for (int64_t head = 0; head < site->kv_heads; head += heads) {
+                Task part = tile;
+                part.head = head, part.heads = smaller_of(heads, site->kv_heads - head);
+                part.cost = tile.cost * part.heads / site->kv_heads;
+                int64_t floats = scratch_floats(rows * part.heads, key_floats, value_floats);
+                sizes->scratch_floats = larger_of(sizes->scratch_floats, floats);
+                if (!split) {
+                    if (tasks)
+                        tasks[sizes->tasks] = part;
+                    sizes->tasks++;
+                    continue;
+                }
+                part.split = sizes->splits++, part.partial = sizes->partial_floats, part.cost /= tile.chunks;
+                sizes->partial_floats += tile.chunks * rows * part.heads * (value_floats + 2);
+                for (int64_t chunk = 0; chunk < tile.chunks; chunk++, sizes->tasks++)
+                    if (tasks) {
+                        part.chunk = tile.chunk + chunk, part.chunks = 1;
+                        tasks[sizes->tasks] = part;
+                        pending[part.split] = tile.chunks;
+                    }
+            }
+        }
+    if (tasks && threads > 1)
+        qsort(tasks, (size_t)sizes->tasks, sizeof(Task), by_cost); /* the longest first: threads end together */
+    return 0;
+}
+
+/* Writes the new keys and values of a site, then attends. */
+void rollout_attend(const Call *call)
+{
+    const Site *site = call->site;
+    int64_t bytes = call->step->tokens * site->kv_heads * (site->key_dim + site->value_dim) * size_of((int)site->dtype);
+    run_team(call, write_tokens, bytes < ALONE_BYTES);
+    run_team(call, run_tasks, call->plan->sizes.tasks <= 1);
+}
