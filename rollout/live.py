@@ -162,6 +162,11 @@ class LiveRows:
         self._sampler_logprobs[slots, at] = sampler
         self.generated[slots] += 1
 
+    def completed(self, slot: int) -> IntArray:
+        """The tokens that the row has generated, as a view that the next one may leave behind."""
+        tokens: IntArray = self._tokens[slot, : self.generated[slot]]
+        return tokens
+
     def completion(self, slot: int) -> Completion:
         """All that the row has generated, copied."""
         done = (slot, slice(0, int(self.generated[slot])))

@@ -220,8 +220,7 @@ class Loop:
         params = self._running.live.row(slot).request.params
         if token in params.stop_token_ids:
             return True
-        ids = self._running.live.completion(slot).tokens.tolist()
-        return bool(params.stop) and self._text.ends_at_stop(ids, params.stop)
+        return bool(params.stop) and self._text.ends_at_stop(self._running.live.completed(slot), params.stop)
 
     def _retire(self, slot: int, stopped: bool, broken: bool) -> None:
         row, completion = self._running.live.row(slot), self._running.live.completion(slot)

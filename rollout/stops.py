@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
+
+Ids = Sequence[int] | NDArray[np.int64]
 
 
 class Text:
@@ -17,14 +21,14 @@ class Text:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Ids) -> str:
         """The text of ``ids`` without special tokens; empty without a tokenizer."""
         if self._tokenizer is None:
             return ""
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
+        whole = [int(i) for i in ids]
+        return str(self._tokenizer.decode(whole, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def ends_at_stop(self, ids: Sequence[int], stops: Sequence[str]) -> bool:
+    def ends_at_stop(self, ids: Ids, stops: Sequence[str]) -> bool:
         """Whether a string of ``stops`` is complete in the text of ``ids``.
 
         Called after every token, so a tail is looked at first: a character is at most four tokens, so the
@@ -36,7 +40,7 @@ class Text:
             tail += "".join(self.decode(ids[-size - shift :]) for shift in (1, 2, 3))
         return any(stop in tail for stop in stops) and _first_stop(self.decode(ids), stops) is not None
 
-    def before_stop(self, ids: Sequence[int], stops: Sequence[str]) -> str:
+    def before_stop(self, ids: Ids, stops: Sequence[str]) -> str:
         """The text of ``ids`` up to its earliest stop string."""
         text = self.decode(ids)
         return text[: _first_stop(text, stops)]

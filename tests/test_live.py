@@ -135,6 +135,7 @@ class Model:
         for slot, p in plain.items():
             assert live.row(slot) is p.row
             completion = live.completion(slot)
+            assert live.completed(slot).tolist() == p.tokens
             assert completion.tokens.tolist() == p.tokens
             assert completion.logprobs.tolist() == p.logprobs
             assert completion.sampler_logprobs.tolist() == p.sampler

@@ -34,7 +34,7 @@ from rollout.records import FinishReason, Record
 from rollout.requests import Request, StepReport
 from rollout.rows import noise_key
 from rollout.stats import Tally
-from rollout.stops import Text
+from rollout.stops import Ids, Text
 
 PAGE_SIZE, VOCABULARY, EOS, BROKEN = 4, 30, 2, 29
 LAYOUT = KVLayout((Site(nn.Identity(), 1, 1, 1, Span()),), torch.float32, PAGE_SIZE)
@@ -69,7 +69,7 @@ class Letters(Text):
     def __init__(self) -> None:
         super().__init__(None)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Ids) -> str:
         return "".join(chr(ord("a") + i) for i in ids)
 
 
