@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from rollout.models import attention
+from rollout.models.backend import Steps, fastest
 from rollout.models.errors import UnsupportedModel
-from rollout.models.gather import GatherStep
 from rollout.models.layout import IntArray, KVLayout
 from rollout.models.loan import Loan, unwrap
 from rollout.models.packed import Packed
@@ -46,21 +46,27 @@ class InterfaceTier(Tier):
 
     def runner(self, pool: PagePool) -> InterfaceRunner:
         """See `Tier.runner`."""
-        return InterfaceRunner(self.model, pool)
+        return InterfaceRunner(self.model, pool, fastest(pool))
 
 
 class InterfaceRunner:
-    """Runs a module, through whatever wraps it, with all new tokens in one row ``[1, T]``."""
+    """Runs a module, through whatever wraps it, with all new tokens in one row ``[1, T]``.
 
-    def __init__(self, model: nn.Module, pool: PagePool) -> None:
+    Args:
+        model: on loan while `forward` runs.
+        pool: where keys and values lie.
+        steps: how they are written and read.
+    """
+
+    def __init__(self, model: nn.Module, pool: PagePool, steps: Steps) -> None:
         self._model = model
-        self._pool = pool
+        self._pool, self._steps = pool, steps
         self._device = unwrap(model).device
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """See `Runner.forward`."""
         last = packed.offsets + packed.lengths - 1
-        with attention.running(GatherStep(self._pool, packed)):
+        with attention.running(self._steps(self._pool, packed)):
             output = self._model(
                 input_ids=self._tensor(packed.tokens[None]),
                 position_ids=self._tensor(packed.positions[None]),
