@@ -13,7 +13,7 @@ from rollout.models import attention
 from rollout.models.backend import Steps, fastest
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import IntArray, KVLayout
-from rollout.models.loan import Loan, unwrap
+from rollout.models.loan import Loan, family_name, unwrap
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.probe import probe
@@ -30,8 +30,8 @@ class InterfaceTier(Tier):
         base = unwrap(model)
         if not base._can_set_attn_implementation():
             raise UnsupportedModel(
-                f"{type(base).__name__} (model type {base.config.model_type!r}) computes attention on its own "
-                "instead of through transformers' attention interface."
+                f"{family_name(model)} computes attention on its own instead of through transformers' attention "
+                "interface."
             )
         self._loan = Loan(model)
 

@@ -1,7 +1,8 @@
-"""What a model stores in KV memory: one site for each attention call of a forward, in call order."""
+"""What a model stores: a site for each attention call of a forward, in call order, and recurrent states."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,26 +32,49 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One attention call of a forward: who makes it, what it stores and what it sees.
+    """One attention call of a forward: who makes it, what it stores and what the engine's attention must see.
 
     Sites are told apart by call order, not by layer index: a layer that attends twice, or a module that
     serves several layers, has as many sites as it makes calls.
     """
 
-    module: nn.Module
+    module: nn.Module | None
+    """None where the call order alone tells."""
     kv_heads: int
     key_dim: int
     value_dim: int
     span: Span
+    """Full where the model masks by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A tensor of fixed shape that a recurrent layer keeps of each row."""
+
+    layer: int
+    kind: Literal["conv", "recurrent"]
+    """The last inputs of a convolution, or what a recurrence has summed up."""
+    number: int
+    """Layers may keep several of a kind."""
+    shape: tuple[int, ...]
+    """Of one row."""
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """All sites of a model, and the dtype in which their keys and values are kept."""
+    """All that a model stores: its sites, the dtype in which their keys and values are kept, and states."""
 
     sites: tuple[Site, ...]
+    """None in a model that keeps states alone."""
     dtype: torch.dtype
     page_size: int
+    states: tuple[State, ...] = ()
+    """None in a model that keeps keys and values alone."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -60,3 +84,12 @@ class KVLayout:
     @property
     def bytes_per_page(self) -> int:
         return self.bytes_per_token * self.page_size
+
+    @property
+    def bytes_per_row(self) -> int:
+        """What a row takes besides its tokens."""
+        return sum(state.bytes for state in self.states)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that so many tokens of a row take."""
+        return -(-tokens // self.page_size) if self.sites else 0

@@ -32,6 +32,22 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return seen
 
 
+def family_name(model: nn.Module) -> str:
+    """How messages name a model: its class and model type."""
+    base = unwrap(model)
+    return f"{type(base).__name__} (model type {base.config.model_type!r})"
+
+
+def refuse_recurrent(model: nn.Module) -> None:
+    """For tiers that store keys and values alone.
+
+    Raises:
+        UnsupportedModel: transformers marks the model as one that keeps other state.
+    """
+    if getattr(unwrap(model), "_is_stateful", False):
+        raise UnsupportedModel(f"{family_name(model)} keeps recurrent state besides keys and values.")
+
+
 def vocabulary_size(model: nn.Module) -> int:
     """Token ids that the model can embed: those below this."""
     embeddings: Any = unwrap(model).get_input_embeddings()

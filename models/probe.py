@@ -20,7 +20,7 @@ from transformers import AttentionMaskInterface
 from rollout.models import attention
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import KVLayout, Site, Span
-from rollout.models.loan import unwrap, vocabulary_size
+from rollout.models.loan import family_name, refuse_recurrent, unwrap, vocabulary_size
 
 MaskPredicate = Callable[[Any, Any, Any, Any], Any]
 
@@ -36,17 +36,15 @@ def probe(model: nn.Module) -> KVLayout:
             in a way that is not causal, causal in a window, or causal in chunks.
     """
     base = unwrap(model)
-    family = f"{type(base).__name__} (model type {base.config.model_type!r})"
-    if getattr(base, "_is_stateful", False):
-        raise UnsupportedModel(f"{family} keeps recurrent state besides keys and values, which is not served yet.")
+    refuse_recurrent(model)
     step = _Probe()
     ids = torch.arange(_PROBE_TOKENS, device=base.device)[None] % vocabulary_size(base)
     with _masks(step), attention.running(step):
         model(input_ids=ids, position_ids=torch.arange(_PROBE_TOKENS, device=base.device)[None], use_cache=False)
     if not step.sites:
-        raise UnsupportedModel(f"{family} made no call through transformers' attention interface.")
+        raise UnsupportedModel(f"{family_name(model)} made no call through transformers' attention interface.")
     if len(step.dtypes) != 1:
-        raise UnsupportedModel(f"{family} has values of several dtypes: {sorted(map(str, step.dtypes))}.")
+        raise UnsupportedModel(f"{family_name(model)} has values of several dtypes: {sorted(map(str, step.dtypes))}.")
     return KVLayout(tuple(step.sites), next(iter(step.dtypes)), _PAGE_SIZE)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from rollout.models.check import check_pages
 from rollout.models.errors import UnsupportedModel
+from rollout.models.gathering import GatheringTier
 from rollout.models.interface import InterfaceTier
+from rollout.models.loan import family_name
 from rollout.models.tier import Tier
 
 #: In the order in which they are tried: the fastest first.
-TIERS: tuple[type[Tier], ...] = (InterfaceTier,)
+TIERS: tuple[type[Tier], ...] = (InterfaceTier, GatheringTier)
 
 
 def serve(model: nn.Module) -> Tier:
@@ -18,14 +21,22 @@ def serve(model: nn.Module) -> Tier:
 
     Raises:
         UnsupportedModel: there is none; says each tier's reason.
+        torch.OutOfMemoryError, MemoryError: there is no room for the trial.
     """
     reasons = []
+    cause: Exception | None = None
     for tier in TIERS:
         try:
             served = tier(model)
             check_pages(served)
         except UnsupportedModel as reason:
             reasons.append(str(reason))
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a family that a tier does not know fails in ways of its own
+            cause = error
+            first_line = str(error).strip().partition("\n")[0].rstrip(".")
+            reasons.append(f"{family_name(model)} fails in the {tier.name} tier: {type(error).__name__}: {first_line}.")
         else:
             return served
-    raise UnsupportedModel(" ".join(dict.fromkeys(reasons)))
+    raise UnsupportedModel(" ".join(dict.fromkeys(reasons))) from cause

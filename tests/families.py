@@ -26,9 +26,12 @@ _BASE: dict[str, Any] = {
 _WINDOW = 12
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
-#: Families that must work, and what their tiny configuration needs besides the common fields. Windows are
-#: shorter than the texts, so that a layer that ignores its window fails.
-SERVED: dict[str, dict[str, Any]] = {
+# Families that must work, by the tier that each must get, and what their tiny configuration needs besides the
+# common fields. Windows are shorter than the texts, so that a layer that ignores its window fails. What follows a
+# "/" tells variants of a family apart.
+
+#: Attention goes through transformers' interface.
+INTERFACE: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {},
@@ -73,25 +76,41 @@ SERVED: dict[str, dict[str, Any]] = {
     | {"shared_expert_intermediate_size": 48},
     "phimoe": _EXPERTS | {"sliding_window": _WINDOW},
     "llama4_text": _EXPERTS | {"attention_chunk_size": _WINDOW, "intermediate_size_mlp": 96},
+    "diffllama": {},
 }
+
+#: Attention of their own.
+GATHERING: dict[str, dict[str, Any]] = {
+    "bloom": {},
+    "falcon": {},
+    "falcon/alibi": {"alibi": True},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 4, "max_seq_len": 256, "expansion_ratio": 2},
+    "gptj": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": _WINDOW, "num_heads": 4},
+    "codegen": {"rotary_dim": 8},
+    "xglm": {"ffn_dim": 96, "attention_heads": 4, "num_layers": 4},
+}
+
+TIERS = {"interface": INTERFACE, "gathering": GATHERING}
+SERVED: dict[str, dict[str, Any]] = {family: fields for tier in TIERS.values() for family, fields in tier.items()}
 
 #: Families that must be refused, and a word of the reason.
 REFUSED: dict[str, str] = {
-    "bloom": "interface",
-    "falcon": "interface",
-    "mpt": "interface",
     "mamba": "recurrent",
     "falcon_h1": "recurrent",
     "recurrent_gemma": "recurrent",
+    "rwkv": "recurrent",
+    "minimax": "cache of its own",
 }
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of ``family`` with seeded random weights, in eval mode; the same on every call."""
     fields = _BASE | SERVED.get(family, {}) | changes
-    if family == "falcon":  # derives it
+    model_type = family.partition("/")[0]
+    if model_type == "falcon":  # derives it
         del fields["head_dim"]
-    config = AutoConfig.for_model(family, **fields)
+    config = AutoConfig.for_model(model_type, **fields)
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     try:

@@ -15,7 +15,10 @@ from rollout.models.check import check_pages
 from rollout.models.errors import UnsupportedModel
 from rollout.models.interface import InterfaceTier
 from rollout.models.layout import KVLayout, Span
-from tests.families import SERVED, tiny
+from rollout.models.packed import Packed
+from rollout.models.pages import PagePool
+from rollout.models.serve import serve
+from tests.families import INTERFACE, tiny
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,14 +52,14 @@ def check_with(model: PreTrainedModel, **changes: Any) -> None:
     check_pages(tier)
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", INTERFACE)
 def test_served_families_pass(family: str) -> None:
     check(tiny(family))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "bloom"])
 def test_rounding_in_half_precision_passes(family: str) -> None:
-    check(tiny(family, torch.bfloat16))
+    serve(tiny(family, torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,22 @@ def test_a_model_that_mixes_neighbours_outside_of_attention_is_refused() -> None
     model.model.layers[2].mlp.register_forward_hook(shift)
     with pytest.raises(UnsupportedModel, match="other logits"):
         check(model)
+
+
+def test_a_tier_that_gives_one_sequence_the_pages_of_another_is_refused() -> None:
+    class Swapped(InterfaceTier):
+        def runner(self, pool: PagePool) -> Any:
+            own = super().runner(pool)
+
+            class Runner:
+                def forward(self, packed: Packed) -> torch.Tensor:
+                    tables = packed.tables[:, ::-1].copy() if packed.starts.all() else packed.tables
+                    return own.forward(replace(packed, tables=tables))
+
+            return Runner()
+
+    with pytest.raises(UnsupportedModel, match="other logits"):
+        check_pages(Swapped(tiny("llama")))
 
 
 def test_a_model_that_behaves_otherwise_on_loan_is_refused() -> None:

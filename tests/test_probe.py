@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionMaskInterface, PreTrainedModel
 
 from rollout.models import attention
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import KVLayout, Span
 from rollout.models.loan import Loan
 from rollout.models.probe import classify, probe
-from tests.families import REFUSED, SERVED, VOCABULARY, tiny
+from tests.families import INTERFACE, tiny
 
 FULL, WINDOW, CHUNK = Span(), Span("window", 12), Span("chunk", 12)
 
@@ -113,8 +113,13 @@ def test_layouts_of_families(family: str) -> None:
     assert layout.bytes_per_page == layout.page_size * layout.bytes_per_token
 
 
-@pytest.mark.parametrize("family", sorted(set(SERVED) - set(LAYOUTS)))
-def test_every_served_family_has_a_site_for_each_layer(family: str) -> None:
+def test_a_layer_that_attends_twice_has_two_sites() -> None:
+    layout = probed(tiny("diffllama"))
+    assert len(layout.sites) == 2 * len({site.module for site in layout.sites}) == 8
+
+
+@pytest.mark.parametrize("family", sorted(set(INTERFACE) - set(LAYOUTS) - {"diffllama"}))
+def test_every_family_of_the_interface_has_a_site_for_each_layer(family: str) -> None:
     layout = probed(tiny(family))
     assert len(layout.sites) == len({site.module for site in layout.sites}) == 4
 
@@ -135,17 +140,10 @@ def test_a_prefix_of_the_layers_has_a_prefix_of_the_sites() -> None:
 # -- refusals --------------------------------------------------------------------------------------------
 
 
-def refused_model(family: str) -> PreTrainedModel:
-    if family == "falcon":  # its head size cannot be set
-        fields = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **fields)).eval()
-    return tiny(family)
-
-
-@pytest.mark.parametrize("family", REFUSED)
-def test_families_that_are_not_served_are_refused_with_a_reason(family: str) -> None:
-    model = refused_model(family)
-    with pytest.raises(UnsupportedModel, match=REFUSED[family] or None) as error:
+@pytest.mark.parametrize(("family", "reason"), [("bloom", "no call through"), ("mamba", "recurrent state")])
+def test_families_that_are_not_of_the_interface_are_refused_with_a_reason(family: str, reason: str) -> None:
+    model = tiny(family)
+    with pytest.raises(UnsupportedModel, match=reason) as error:
         probed(model)
     assert type(model).__name__ in str(error.value)
     assert repr(model.config.model_type) in str(error.value)

@@ -13,7 +13,7 @@ from rollout.requests import Request
 from tests.contract.conftest import page_bytes, random_prompts, tight_engine, worst_logprob
 from tests.families import tiny
 
-_CASES = (("llama", 0), ("llama", 1), ("gemma2", 0), ("gpt_oss", 1), ("qwen3_moe", 1))
+_CASES = (("llama", 0), ("llama", 1), ("gemma2", 0), ("gpt_oss", 1), ("qwen3_moe", 1), ("bloom", 1))
 
 
 def _params(seed: int, count: int) -> list[SamplingParams]:

@@ -7,20 +7,20 @@ import pytest
 from rollout import Engine, SamplingParams
 from rollout.models.errors import UnsupportedModel
 from tests.contract.conftest import greedy, random_prompts, tight_engine, worst_logprob
-from tests.families import REFUSED, SERVED, tiny
+from tests.families import REFUSED, SERVED, TIERS, tiny
 
 _NEW_TOKENS = 24
 #: Too few pages for the rows that are let in: of 16 tokens each, for prompts of up to 48 tokens and 24 more.
 _PAGES = 9
 
 
-@pytest.mark.parametrize("family", SERVED)
-def test_own_numbers_with_rows_joining_late_and_preempted(family: str) -> None:
+@pytest.mark.parametrize(("tier", "family"), [(tier, family) for tier in TIERS for family in TIERS[tier]])
+def test_own_numbers_with_rows_joining_late_and_preempted(tier: str, family: str) -> None:
     model = tiny(family)
     prompts = random_prompts(11, 7)
-    batch = tight_engine(model, _PAGES, max_rows=4).generate(
-        prompts, SamplingParams(max_new_tokens=_NEW_TOKENS, temperature=0)
-    )
+    engine = tight_engine(model, _PAGES, max_rows=4)
+    assert engine._tier.name == tier
+    batch = engine.generate(prompts, SamplingParams(max_new_tokens=_NEW_TOKENS, temperature=0))
     assert batch.stats.preempted_rows > 0
     assert batch.stats.live_rows_max < len(prompts)
     for prompt, record in zip(prompts, batch, strict=True):
@@ -32,8 +32,8 @@ def test_own_numbers_with_rows_joining_late_and_preempted(family: str) -> None:
 def test_text_is_longer_than_windows(family: str) -> None:
     """The rows above pass the windows of the tiny configurations, or the test above would prove little."""
     text = tiny(family).config.get_text_config()
-    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None) or 0
-    assert window < 1 + _NEW_TOKENS
+    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    assert all(window < 1 + _NEW_TOKENS for window in windows if window)
 
 
 @pytest.mark.parametrize(("family", "reason"), REFUSED.items())
