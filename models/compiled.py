@@ -25,6 +25,7 @@ from ctypes import Structure, addressof, byref, c_double, c_int64, c_void_p, siz
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -52,27 +53,31 @@ class KernelUnavailable(Exception):
     """Why there is no compiled kernel on this machine."""
 
 
+def _fields(kind: type[ctypes._SimpleCData[Any]], names: str) -> list[tuple[str, type[ctypes._SimpleCData[Any]]]]:
+    return [(name, kind) for name in names.split()]
+
+
+# The structures of the same names in the source, field by field.
+
+
 class _Step(Structure):
-    _fields_ = [(name, c_int64) for name in ("sequences", "width", "page_size", "slab_pages", "slabs", "tokens")] + [
-        (name, c_void_p) for name in ("tables", "starts", "lengths", "offsets", "slots")
-    ]
+    _fields_ = _fields(c_int64, "sequences width page_size slab_pages slabs tokens") + _fields(
+        c_void_p, "tables starts lengths offsets slots"
+    )
 
 
 class _Site(Structure):
-    _fields_ = [
-        (name, c_int64) for name in ("dtype", "kv_heads", "group", "key_dim", "value_dim", "span", "span_size")
-    ] + [(name, c_void_p) for name in ("keys", "values")]
+    _fields_ = _fields(c_int64, "dtype kv_heads group key_dim value_dim span span_size") + _fields(
+        c_void_p, "keys values"
+    )
 
 
 class _Task(Structure):
-    _fields_ = [
-        (name, c_int64)
-        for name in ("sequence", "query", "queries", "head", "heads", "chunk", "chunks", "split", "partial", "cost")
-    ]
+    _fields_ = _fields(c_int64, "sequence query queries head heads chunk chunks split partial cost")
 
 
 class _Sizes(Structure):
-    _fields_ = [(name, c_int64) for name in ("tasks", "splits", "partial_floats", "scratch_floats")]
+    _fields_ = _fields(c_int64, "tasks splits partial_floats scratch_floats")
 
 
 class _Plan(Structure):
@@ -87,20 +92,12 @@ class _Plan(Structure):
 
 class _Call(Structure):
     _fields_ = (
-        [(name, c_void_p) for name in ("step", "site", "plan", "query", "key", "value", "out")]
-        + [
-            (f"{name}_{stride}", c_int64)
-            for name, stride in (
-                ("query", "token"),
-                ("query", "head"),
-                ("key", "token"),
-                ("key", "head"),
-                ("value", "token"),
-                ("value", "head"),
-            )
-        ]
-        + [("sinks", c_void_p), ("scaling", c_double), ("softcap", c_double), ("threads", c_int64)]
-        + [("parallel", c_void_p)]
+        _fields(c_void_p, "step site plan query key value out")
+        + _fields(c_int64, "query_token query_head key_token key_head value_token value_head")
+        + _fields(c_void_p, "sinks")
+        + _fields(c_double, "scaling softcap")
+        + _fields(c_int64, "threads")
+        + _fields(c_void_p, "parallel")
     )
 
 
@@ -472,7 +469,7 @@ def _self_test(loaded: Kernel, dtype: torch.dtype) -> float:
     pool.grow()
     table = np.arange(-(-length // page_size))[::-1].copy()[None]
     steps = [
-        (CompiledAttention(loaded, pool, table, np.array([start]), np.array([count])), slice(start, start + count))
+        (CompiledAttention(loaded, pool, table, np.array([start]), np.array([count]), 1), slice(start, start + count))
         for start, count in ((0, length - 1), (length - 1, 1))
     ]
     error = 0.0
