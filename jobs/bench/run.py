@@ -1,71 +1,31 @@
-"""Runs engines on one workload, turn by turn, each in a process of its own, and compares their medians.
+"""Compares engines on workloads: each runs in a process of its own, turn by turn, and medians count.
 
-    python jobs/bench/run.py MODEL --workload w1 --engines ours,static:32,continuous --repeats 3 --json result.json
+    python jobs/bench/run.py MODEL --workload w1,w2 --engines ours,openvino,static:32 --repeats 3 --json result.json
 
-A number after an engine's name is the most rows in its batch. Rates are useful output tokens a second:
-the tokens that the workload asks for, over the wall time of the one call that generates them.
+An engine is ``NAME[:ROWS][@DTYPE]``; `spec` says what becomes of that which is left out. Rates are useful output
+tokens a second: the tokens that the workload asks for, over the wall time of the one call that generates them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
+import peers
+import spec
+import table
 import workload
-from table import Run, render, summarise
-
-HERE = Path(__file__).resolve().parent
-ENGINES = {"ours": "ours", "static": "transformers_static", "continuous": "transformers_continuous"}
-"""Names on the command line, and the modules of ``engines/`` that they stand for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What every engine is given alike."""
-
-    model: str
-    workload: Path
-    dtype: str
-    device: str
-
-
-def run_once(engine: str, plan: Plan, out: Path) -> tuple[Run, dict[str, Any]]:
-    """One run of one engine: the figures for the table, and all there is to keep of it."""
-    name, _, cap = engine.partition(":")
-    command = [sys.executable, "-m", f"engines.{ENGINES[name]}", plan.model, str(plan.workload), str(out)]
-    command += ["--dtype", plan.dtype, "--device", plan.device, *(["--cap", cap] if cap else [])]
-    # Other work on the machine is the largest error of all, so it is kept with the figures.
-    kept: dict[str, Any] = {"engine": engine, "command": shlex.join(command), "load_average": os.getloadavg()}
-    out.unlink(missing_ok=True)
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
-    if done.returncode or not out.exists():
-        lines = done.stderr.strip().splitlines()
-        error = lines[-1] if lines else f"exit status {done.returncode}"
-        return Run(engine, error=error), {**kept, "error": error, "stderr": lines[-40:]}
-    result = json.loads(out.read_text(encoding="utf-8"))
-    run = Run(engine, result["tokens"], result["seconds"], result["peak_rss_bytes"])
-    return run, {**kept, **result}
-
-
-def hardware() -> dict[str, Any]:
-    """What the figures were taken on."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model, "cores": cores, "memory_bytes": psutil.virtual_memory().total, "system": platform.platform()}
+from machine import hardware
+from spec import Spec
+from turns import HERE, Bench, Seat
 
 
 def revision() -> str | None:
@@ -75,41 +35,82 @@ def revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Compares engines on one workload.")
+    parser = argparse.ArgumentParser(description="Compares engines on workloads.")
     parser.add_argument("model", help="model folder, Hub id, or packaged:NAME")
     named = ", ".join(workload.NAMED)
-    parser.add_argument("--workload", default="w1", help=f"{named}, or a workload file")
-    parser.add_argument("--engines", default="ours,static:32,continuous", help=f"of: {', '.join(ENGINES)}")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--workload", default="w1", help=f"of {named}, or workload files; with commas between")
+    parser.add_argument(
+        "--engines", default="ours,static,continuous", help=f"NAME[:ROWS][@DTYPE],… of {', '.join(spec.ENGINES)}"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=spec.DTYPES, help="of engines that do not choose theirs")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"where one of {', '.join(peers.PEERS)} is"
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    given = parser.parse_args()
-    given.engines = given.engines.split(",")
-    for engine in given.engines:
-        name, _, cap = engine.partition(":")
-        if name not in ENGINES or (cap and not cap.isdigit()):
-            parser.error(f"no engine {engine!r}; there are {', '.join(ENGINES)}, with a cap on rows after a colon")
-    if given.workload not in workload.NAMED and not Path(given.workload).is_file():
-        parser.error(f"no workload {given.workload!r}; there are {named}, or name a file")
+    parser.add_argument("--table", type=Path, help="write the tables to this file, as Markdown")
+    given = parser.parse_args(arguments)
+    try:
+        given.engines = [spec.parse(text) for text in given.engines.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
+    given.workload = given.workload.split(",")
+    for name in given.workload:
+        if name not in workload.NAMED and not Path(name).is_file():
+            parser.error(f"no workload {name!r}; there are {named}, or name a file")
+    pairs = [text.partition("=") for text in given.peer]
+    for name, _, python in pairs:
+        if name not in peers.PEERS or not Path(python).is_file():
+            parser.error(f"--peer {name}={python}: give NAME=PYTHON, NAME of {', '.join(peers.PEERS)}")
+    # Not resolved: an environment's Python is a link, and is known by where that lies.
+    given.peer = {name: Path(python).absolute() for name, _, python in pairs}
     return given
 
 
-def inputs(given: argparse.Namespace) -> tuple[str, list[workload.Request]]:
-    """The model's folder and the requests.
+def seats(specs: list[Spec], model: str, given_peers: dict[str, Path]) -> tuple[dict[str, Seat], dict[str, str]]:
+    """Where each kind of engine runs, and why those that cannot are skipped."""
+    found: dict[str, Seat] = {}
+    skipped: dict[str, str] = {}
+    for name in dict.fromkeys(asked.name for asked in specs):
+        if not spec.ENGINES[name].peer:
+            found[name] = Seat(sys.executable, model)
+            continue
+        python = given_peers.get(name) or peers.find(name)
+        if python is None:
+            skipped[name] = f"not installed: {peers.hint(name)}"
+            continue
+        try:
+            found[name] = Seat(str(python), peers.model_for(name, python, model))
+        except ValueError as error:
+            skipped[name] = str(error)
+    return found, skipped
+
+
+def inputs(given: argparse.Namespace) -> tuple[str, dict[str, list[workload.Request]]]:
+    """The model's folder, and the requests of each workload by its name: that of its file, without the ending.
 
     Raises:
-        ValueError: there is no such model, or the file is no workload.
+        ValueError: there is no such model, or a file is no workload.
     """
     from rollout.models.load import resolve_path  # slow to import, and not needed to refuse a mistyped command
 
-    model = resolve_path(given.model)
-    shape = workload.NAMED.get(given.workload)
-    requests = workload.read(Path(given.workload)) if shape is None else workload.make(model, shape)
     # Engines run in a directory of their own.
-    return str(Path(model).resolve()), requests
+    model = str(Path(resolve_path(given.model)).resolve())
+    requests = {}
+    for text in given.workload:
+        shape = workload.NAMED.get(text)
+        name = text if shape or Path(text).stem in requests else Path(text).stem
+        requests[name] = workload.make(model, shape) if shape else workload.read(Path(text))
+    return model, requests
+
+
+def versions(bench: Bench) -> dict[str, Any]:
+    """What each engine ran in, by its kind, as its own process said."""
+    said = {run["engine"]: run for run in bench.details if "versions" in run}
+    return {spec.parse(engine).name: {"python": run["python"], **run["versions"]} for engine, run in said.items()}
 
 
 def main() -> int:
@@ -120,37 +121,42 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    runs: list[Run] = []
-    details: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "workload.json"
-        workload.write(requests, path)
-        print(f"workload {given.workload}: {workload.describe(requests)}; {given.dtype} on {given.device}", flush=True)
-        plan = Plan(model, path, given.dtype, given.device)
-        # Turn by turn, so that a change in the machine's speed meets all engines alike.
-        for repeat in range(given.repeats):
-            for engine in given.engines:
-                run, kept = run_once(engine, plan, Path(scratch) / "result.json")
-                runs.append(run)
-                details.append(kept)
-                said = f"failed: {run.error}" if run.error else f"{run.rate:.1f} tok/s ({run.seconds:.1f} s)"
-                print(f"  {repeat + 1}/{given.repeats} {engine}: {said}", flush=True)
-    rows = summarise(runs)
-    print(render(rows))
+    places, skipped = seats(given.engines, model, given.peer)
+    for name, why in skipped.items():
+        print(f"{name} is skipped: {why}", flush=True)
+    specs = [asked for asked in given.engines if asked.name in places]
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        files = {name: scratch / f"workload-{index}.json" for index, name in enumerate(requests)}
+        for name, entries in requests.items():
+            workload.write(entries, files[name])
+            print(f"workload {name}: {workload.describe(entries)}", flush=True)
+        bench = Bench(places, files, given.dtype, given.device, scratch)
+        bench.compare(specs, given.repeats)
+    ours = next((str(asked) for asked in specs if asked.name == spec.OURS), None)
+    rows, setups = table.summarise(bench.counted, ours), table.setups(bench.runs)
+    results, starts = [table.cells(row) for row in rows], [table.setup_cells(setup) for setup in setups]
+    print("\n" + table.render(table.RESULTS, results) + "\n\n" + table.render(table.SETUPS, starts))
+    if given.table:
+        both = (table.markdown(table.RESULTS, results), table.markdown(table.SETUPS, starts))
+        given.table.write_text("\n\n".join(both) + "\n", encoding="utf-8")
     if given.json:
-        report = {
+        found = {
             "command": shlex.join(["python", *sys.argv]),
-            "workload": {"name": given.workload, "description": workload.describe(requests)},
-            "dtype": given.dtype,
-            "device": given.device,
-            "hardware": hardware(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "revision": revision(),
+            "hardware": hardware(),
+            "versions": versions(bench),
+            "device": given.device,
+            "dtype": given.dtype,
+            "workloads": {name: workload.describe(entries) for name, entries in requests.items()},
+            "skipped": skipped,
             "table": [asdict(row) for row in rows],
-            "runs": details,
+            "setups": [asdict(setup) for setup in setups],
+            "runs": bench.details,
         }
-        given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(f"figures in {given.json}")
-    return int(any(run.error for run in runs))
+        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return int(any(run.error for run in bench.runs))
 
 
 if __name__ == "__main__":

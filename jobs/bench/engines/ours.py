@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from engines.harness import Generate, Task, load, main
+from engines.harness import Generate, Task, main
+from engines.loading import load
 from rollout import Engine, SamplingParams
 
 

@@ -8,7 +8,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from engines.harness import Generate, Task, load, main
+from engines.harness import Generate, Task, main
+from engines.loading import load
 
 
 def prepare(task: Task) -> Generate:

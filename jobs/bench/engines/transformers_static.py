@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from engines.harness import Generate, Task, load, main
+from engines.harness import Generate, Task, main
+from engines.loading import load
 
 DEFAULT_ROWS = 32
 
@@ -40,6 +41,8 @@ def prepare(task: Task) -> Generate:
                     top_p=1.0,
                 )
                 useful += sum(min(request.n, out.shape[1] - width) for request in batch)
+        if torch.device(task.device).type == "cuda":
+            torch.cuda.synchronize(task.device)
         return useful
 
     return generate
