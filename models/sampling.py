@@ -3,7 +3,7 @@
 Gumbel-max in two levels: first over blocks of the vocabulary by their log-sum-exp, then over the tokens
 of the winning block. This draws exactly from the softmax, needs a few hundred random numbers a row instead
 of one a vocabulary entry, and rounding noise in the logits flips a draw only about as often as it moves
-probability mass.
+probability mass. On a CPU, rows without filters are drawn by a compiled kernel that does the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from rollout.models.gumbel_max import GumbelMax, gumbel_max
 from rollout.models.philox import gumbel
 
 _BLOCK = 256
@@ -75,7 +76,12 @@ def sample(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> 
         rows: parameters of the B rows.
         positions: [B] int64, how many tokens each completion has already.
     """
-    if logits.device.type != "cpu" or len(logits) <= _CPU_ROWS:
+    if logits.device.type != "cpu":
+        return _sample(logits, rows, positions)
+    kernel = gumbel_max()
+    if kernel is not None:
+        return _sample_compiled(kernel, logits, rows, positions)
+    if len(logits) <= _CPU_ROWS:
         return _sample(logits, rows, positions)
     parts = [slice(start, start + _CPU_ROWS) for start in range(0, len(logits), _CPU_ROWS)]
     done = [_sample(logits[part], rows.rows(part), positions[part]) for part in parts]
@@ -86,8 +92,25 @@ def sample(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> 
     )
 
 
+def _sample_compiled(kernel: GumbelMax, logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
+    """A row without filters comes out with the same bits, whether others have some or not."""
+    noise = (rows.keys, rows.samples, positions)
+    tokens, logprobs, totals = kernel.draw(logits, rows.temperature, *noise)
+    if not rows.filtered:
+        return Sampled(tokens, logprobs, logprobs)
+    scores = _scores(logits, rows)
+    tokens, sampler_logprobs, _ = kernel.draw(keep(scores, rows), (rows.temperature > 0).float(), *noise)
+    chosen = scores.gather(1, tokens[:, None])[:, 0].double()
+    return Sampled(tokens, (chosen - totals).float(), sampler_logprobs)
+
+
+def _scores(logits: torch.Tensor, rows: RowSampling) -> torch.Tensor:
+    """[B, V] float32, divided by the temperature; of greedy rows as they are."""
+    return logits.float() / torch.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+
+
 def _sample(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
-    scores = logits.float() / torch.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    scores = _scores(logits, rows)
     kept = keep(scores, rows) if rows.filtered else scores
     blocks = F.pad(kept, (0, -kept.shape[1] % _BLOCK), value=-torch.inf).unflatten(1, (-1, _BLOCK))
     sums = blocks.logsumexp(-1)

@@ -1,0 +1,171 @@
+"""The compiled sampler against the one of tensor operations, and against the definition."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rollout.models import gumbel_max as module
+from rollout.models import sampling
+from rollout.models.gumbel_max import GumbelMax, gumbel_max
+from rollout.models.sampling import RowSampling, Sampled, sample
+
+
+@pytest.fixture
+def kernel() -> GumbelMax:
+    found = gumbel_max()
+    if found is None:
+        pytest.skip("there is no compiler on this machine")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def one_cache() -> Iterator[None]:
+    """A test that hides the compiler must not leave the others without a kernel."""
+    yield
+    gumbel_max.cache_clear()
+
+
+def rows_of(
+    count: int, generator: torch.Generator, temperatures: tuple[float, ...] = (0.0, 0.6, 1.0, 1.7)
+) -> RowSampling:
+    choice = torch.randint(0, len(temperatures), (count,), generator=generator)
+    return RowSampling(
+        temperature=torch.tensor(temperatures)[choice],
+        top_k=torch.zeros(count, dtype=torch.int64),
+        top_p=torch.ones(count),
+        min_p=torch.zeros(count),
+        keys=torch.randint(0, 1 << 32, (count, 2), generator=generator),
+        samples=torch.randint(0, 9, (count,), generator=generator),
+        most_top_k=0,
+        any_top_p=False,
+        any_min_p=False,
+        any_greedy=0.0 in temperatures,
+    )
+
+
+def case(
+    count: int, vocabulary: int, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, RowSampling, torch.Tensor]:
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, vocabulary, generator=generator).mul(3).to(dtype)
+    return logits, rows_of(count, generator), torch.randint(0, 500, (count,), generator=generator)
+
+
+def by_tensors(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
+    return sampling._sample(logits, rows, positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [1, 7, 255, 256, 257, 1000, 5000])
+def test_the_same_draws_as_tensor_operations(kernel: GumbelMax, vocabulary: int, dtype: torch.dtype) -> None:
+    logits, rows, positions = case(64, vocabulary, vocabulary, dtype)
+    got, wanted = sample(logits, rows, positions), by_tensors(logits, rows, positions)
+    assert torch.equal(got.tokens, wanted.tokens)
+    assert torch.allclose(got.logprobs, wanted.logprobs, atol=3e-6)
+    assert torch.equal(got.sampler_logprobs, got.logprobs)
+
+
+def test_filtered_rows_too(kernel: GumbelMax) -> None:
+    logits, rows, positions = case(64, 1500, 3)
+    rows = replace(
+        rows, top_k=torch.arange(64) % 3 * 4, most_top_k=8, top_p=1 - 0.1 * (torch.arange(64) % 2), any_top_p=True
+    )
+    got, wanted = sample(logits, rows, positions), by_tensors(logits, rows, positions)
+    assert torch.equal(got.tokens, wanted.tokens)
+    assert torch.allclose(got.logprobs, wanted.logprobs, atol=3e-6)
+    assert torch.allclose(got.sampler_logprobs, wanted.sampler_logprobs, atol=3e-6)
+
+
+def test_a_row_has_the_same_bits_in_any_company(kernel: GumbelMax) -> None:
+    """With others or alone, with filters beside it or not, in one thread or two."""
+    logits, rows, positions = case(40, 3000, 4)
+    together = sample(logits, rows, positions)
+    for part in (slice(0, 1), slice(7, 20), slice(39, 40)):
+        alone = sample(logits[part], rows.rows(part), positions[part])
+        for name in ("tokens", "logprobs", "sampler_logprobs"):
+            assert torch.equal(getattr(alone, name), getattr(together, name)[part])
+    beside = replace(rows, top_k=torch.tensor([5, *[0] * 39]), most_top_k=5)
+    mixed = sample(logits, beside, positions)
+    for name in ("tokens", "logprobs", "sampler_logprobs"):
+        assert torch.equal(getattr(mixed, name)[1:], getattr(together, name)[1:])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    threaded = sample(logits, rows, positions)
+    torch.set_num_threads(before)
+    assert torch.equal(threaded.tokens, together.tokens)
+    assert torch.equal(threaded.logprobs, together.logprobs)
+
+
+def test_draws_follow_the_distribution(kernel: GumbelMax) -> None:
+    vocabulary, draws = 300, 20_000
+    generator = torch.Generator().manual_seed(8)
+    logits = torch.randn(vocabulary, generator=generator).mul(2)
+    rows = replace(
+        rows_of(draws, generator, (0.8,)),
+        keys=torch.tensor([[3, 4]]).repeat(draws, 1),
+        samples=torch.zeros(draws, dtype=torch.int64),
+    )
+    tokens = sample(logits.repeat(draws, 1), rows, torch.arange(draws)).tokens
+    expected = (logits / 0.8).softmax(-1) * draws
+    often = expected >= 5
+    counts = torch.bincount(tokens, minlength=vocabulary).float()
+    chi_square = float(((counts - expected)[often] ** 2 / expected[often]).sum())
+    freedom = int(often.sum())
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_numbers_that_are_not_finite_stay_in_their_row(kernel: GumbelMax) -> None:
+    logits, rows, positions = case(8, 600, 9)
+    clean = sample(logits, rows, positions)
+    logits[2, 5], logits[4, 300], logits[5] = torch.nan, torch.inf, -torch.inf
+    logits[6, :599] = -torch.inf
+    spoilt = sample(logits, rows, positions)
+    assert not torch.isfinite(spoilt.logprobs[[2, 4, 5]]).any()
+    assert spoilt.tokens[6] == 599
+    assert spoilt.logprobs[6] == 0
+    assert ((spoilt.tokens >= 0) & (spoilt.tokens < 600)).all()
+    rest = [0, 1, 3, 7]
+    assert torch.equal(spoilt.tokens[rest], clean.tokens[rest])
+    assert torch.equal(spoilt.logprobs[rest], clean.logprobs[rest])
+
+
+def test_inputs_that_do_not_lie_in_a_row(kernel: GumbelMax) -> None:
+    logits, rows, positions = case(6, 500, 10)
+    spread = torch.stack([logits, logits + 1], -1)[..., 0]
+    assert not spread.is_contiguous()
+    assert torch.equal(sample(spread, rows, positions).tokens, sample(logits, rows, positions).tokens)
+
+
+def test_without_a_compiler_tensor_operations_draw(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gumbel_max.cache_clear()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    logits, rows, positions = case(20, 300, 11)
+    with caplog.at_level(logging.WARNING):
+        got = [sample(logits, rows, positions) for _ in range(2)]
+    assert gumbel_max() is None
+    assert sum("gumbel_max.c" in message for message in caplog.messages) == 1
+    assert torch.equal(got[0].tokens, by_tensors(logits, rows, positions).tokens)
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = tmp_path / "gumbel_max.c"
+    source = module._SOURCE.read_text()
+    assert source.count("0.693359375f") == 1
+    wrong.write_text(source.replace("0.693359375f", "0.693f"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "_SOURCE", wrong)
+    gumbel_max.cache_clear()
+    assert gumbel_max() is None
+    assert "computes something else" in caplog.text
