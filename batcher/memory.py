@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import NormalDist
 from typing import Literal, get_args
 
@@ -114,10 +115,13 @@ class MemoryPolicy:
         if self._moments is None or self._refreshes % _DECISIONS_PER_ESTIMATE == 0:
             self._moments = self._lengths.estimate(observation)
         self._refreshes += 1
+        # A recurrent state takes room as so many tokens more in every prompt would.
+        state = observation.tokens_per_row
+        moments = replace(self._moments, prompt_mean=self._moments.prompt_mean + state) if state else self._moments
         eta = observation.kv_tokens_total
         if self._form == "eq12":
-            return rows_by_eq12(eta, self._moments, self._theta)
-        return rows_by_buffer(eta, self._moments, self._theta, self._rows)
+            return rows_by_eq12(eta, moments, self._theta)
+        return rows_by_buffer(eta, moments, self._theta, self._rows)
 
     def _reason(self, wanted: int | None, observation: Observation) -> str:
         if wanted is None:

@@ -48,13 +48,15 @@ class Observation:
     waiting_prompt_tokens: int
     """Prompt tokens of those waiting rows, prompts shared by several rows counted once."""
     kv_tokens_held: int
-    """Tokens that the pages now in use can hold; shared pages count once."""
+    """Tokens that the memory now in use can hold; shared pages count once."""
     kv_tokens_free: int
-    """Tokens that could be held besides: free pages, and what headroom lets the pool grow by."""
+    """Tokens that could be held besides: free memory of the pool, and what headroom lets it grow by."""
     headroom_bytes: int
     """Device memory that may still be taken, after the reserve."""
     bytes_per_token: int
-    """KV bytes of one token, over all layers."""
+    """KV bytes of one token, over all layers; 0 in models that keep recurrent states alone."""
+    tokens_per_row: int = 0
+    """What a row's recurrent state takes, in tokens; the counts above include it. 0 in models without."""
     steps: tuple[StepSample, ...] = ()
     """Steps since the last decision."""
     finished: tuple[FinishedRow, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +21,8 @@ class Packed:
     """[S] tokens of each sequence whose keys and values its pages hold already."""
     lengths: IntArray
     """[S] new tokens of each sequence, at least one."""
+    states: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[S] page of each sequence's recurrent state; [0] in models without."""
 
     @property
     def ends(self) -> IntArray:

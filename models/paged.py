@@ -36,7 +36,7 @@ class PagedStep(ABC):
         attention_mask: torch.Tensor | None,  # noqa: ARG002 - none is built for this implementation
         scores: Scores,
     ) -> torch.Tensor:
-        """See `rollout.models.attention.Step`; b of the tensors is 1.
+        """See `rollout.models.attention.Step`; the b * t queries, row after row, are the tokens of ``packed``.
 
         Raises:
             RuntimeError: the model's calls are not those that the probe saw.
@@ -44,9 +44,9 @@ class PagedStep(ABC):
         index, self._calls = self._calls, self._calls + 1
         if index >= len(self.layout.sites) or self.layout.sites[index].module is not module:
             raise RuntimeError(f"{type(module).__name__} attends out of the order that the probe saw.")
-        # [1, heads, T, dim] -> [T, heads, dim]
-        q, k, v = (x[0].transpose(0, 1).to(self.layout.dtype) for x in (query, key, value))
-        return self.compute(index, q, k, v, scores)[None]
+        # [b, heads, t, dim] -> [T, heads, dim]
+        q, k, v = (x.transpose(1, 2).flatten(0, 1).to(self.layout.dtype) for x in (query, key, value))
+        return self.compute(index, q, k, v, scores).unflatten(0, (query.shape[0], query.shape[2]))
 
     @abstractmethod
     def compute(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:

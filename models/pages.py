@@ -1,22 +1,14 @@
-"""Paged KV memory: pages of a few tokens inside slabs, which are ordinary torch allocations.
-
-The pool grows by a slab and shrinks by dropping empty ones. A page id is ``slab * slab_pages + offset``
-and stays valid while its slab lives; pages that several rows share carry a reference count.
-"""
+"""KV memory: pages that hold the keys and values of a few tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from rollout.models.layout import IntArray, KVLayout
-
-
-class PoolExhausted(RuntimeError):
-    """More pages were asked for than are free; the caller checks ``free_pages`` first."""
+from rollout.models.layout import KVLayout
+from rollout.models.slabs import Pool
+from rollout.models.states import StatePool
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,69 +18,28 @@ class Slab:
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (*self.keys, *self.values)
 
-class PagePool:
-    """Owner of all KV memory of an engine.
+
+class PagePool(Pool[Slab]):
+    """Owner of all KV memory of an engine, and, in ``states``, of what rows keep besides.
 
     Args:
-        layout: what one token stores.
+        layout: what one token and one row store.
         slab_pages: pages a slab.
         device: where slabs are allocated.
+        slab_states: rows a slab of ``states``.
     """
 
-    def __init__(self, layout: KVLayout, slab_pages: int, device: torch.device) -> None:
+    def __init__(self, layout: KVLayout, slab_pages: int, device: torch.device, slab_states: int = 1) -> None:
+        super().__init__(layout.bytes_per_page, slab_pages, device)
         self.layout = layout
-        self.slab_pages = slab_pages
-        self.device = device
-        self.slabs: list[Slab | None] = []
-        self._references: IntArray = np.zeros(0, np.int64)
-        self._free: list[list[int]] = []  # free page ids of each slab, highest first
-        self._free_count = 0
-        self.peak_bytes = 0
-
-    # -- sizes -------------------------------------------------------------------------------------
-
-    @property
-    def slab_bytes(self) -> int:
-        return self.slab_pages * self.layout.bytes_per_page
-
-    @property
-    def bytes_held(self) -> int:
-        return self.live_slabs * self.slab_bytes
-
-    @property
-    def live_slabs(self) -> int:
-        return sum(slab is not None for slab in self.slabs)
-
-    @property
-    def free_pages(self) -> int:
-        return self._free_count
-
-    @property
-    def used_pages(self) -> int:
-        return self.live_slabs * self.slab_pages - self._free_count
-
-    # -- growing and shrinking -----------------------------------------------------------------------
-
-    def grow(self) -> None:
-        """Adds one slab. Zero-filled: a masked key weighs 0, and 0 times an uninitialised NaN is NaN.
-
-        Raises:
-            torch.OutOfMemoryError, RuntimeError: the allocator refuses; the pool is as it was.
-        """
-        slab = self._allocate_slab()
-        index = next((i for i, held in enumerate(self.slabs) if held is None), len(self.slabs))
-        if index == len(self.slabs):
-            self.slabs.append(None)
-            self._free.append([])
-            self._references = np.concatenate([self._references, np.zeros(self.slab_pages, np.int64)])
-        self.slabs[index] = slab
-        first = index * self.slab_pages
-        self._free[index] = list(range(first + self.slab_pages - 1, first - 1, -1))
-        self._free_count += self.slab_pages
-        self.peak_bytes = max(self.peak_bytes, self.bytes_held)
+        self.states = StatePool(layout.states, slab_states, device)
 
     def _allocate_slab(self) -> Slab:
+        """Zero-filled: a masked key weighs 0, and 0 times an uninitialised NaN is NaN."""
         layout = self.layout
         shape = (self.slab_pages, layout.page_size)
         elements = self.slab_bytes // layout.dtype.itemsize
@@ -103,110 +54,3 @@ class PagePool:
         keys = tuple(parts[2 * i].view(*shape, s.kv_heads, s.key_dim) for i, s in enumerate(layout.sites))
         values = tuple(parts[2 * i + 1].view(*shape, s.kv_heads, s.value_dim) for i, s in enumerate(layout.sites))
         return Slab(keys, values)
-
-    def shrink(self, tables: Iterable[IntArray]) -> bool:
-        """Drops the emptiest slab, after moving its pages to others; ``tables`` are rewritten in place.
-
-        Returns False, with nothing changed, when the other slabs have no room for its pages.
-        """
-        held = [i for i, slab in enumerate(self.slabs) if slab is not None]
-        if not held:
-            return False
-        victim = max(held, key=lambda i: len(self._free[i]))
-        used = self.slab_pages - len(self._free[victim])
-        if used > self._free_count - len(self._free[victim]):
-            return False
-        self._free_count -= len(self._free[victim])
-        self._free[victim] = []
-        if used:
-            first = victim * self.slab_pages
-            source = first + np.flatnonzero(self._references[first : first + self.slab_pages])
-            target = self.allocate(used)
-            self._references[target] = self._references[source]
-            self._references[source] = 0
-            self.copy(source, target)
-            moved = np.arange(len(self._references))
-            moved[source] = target
-            for table in tables:
-                table[:] = moved[table]
-        self.slabs[victim] = None
-        while self.slabs and self.slabs[-1] is None:
-            self.slabs.pop()
-            self._free.pop()
-            self._references = self._references[: len(self.slabs) * self.slab_pages]
-        return True
-
-    # -- pages ---------------------------------------------------------------------------------------
-
-    def allocate(self, count: int) -> IntArray:
-        """Takes ``count`` free pages, lowest slabs first, so that the highest run empty.
-
-        Raises:
-            PoolExhausted: fewer are free.
-        """
-        if count > self._free_count:
-            raise PoolExhausted(f"{count} pages wanted, {self._free_count} free")
-        taken: list[int] = []
-        for free in self._free:
-            while free and len(taken) < count:
-                taken.append(free.pop())
-            if len(taken) == count:
-                break
-        self._free_count -= count
-        pages = np.asarray(taken, np.int64)
-        self._references[pages] = 1
-        return pages
-
-    def share(self, pages: IntArray) -> None:
-        """One more row holds ``pages``."""
-        self._references[pages] += 1
-
-    def release(self, pages: IntArray, scrub: bool = False) -> None:
-        """One row fewer holds ``pages``; those that nobody holds are free again.
-
-        With ``scrub`` those are zeroed: after a row with non-finite values, lest a later holder multiplies
-        a weight of 0 by NaN.
-        """
-        self._references[pages] -= 1
-        for page in pages[self._references[pages] == 0].tolist():
-            slab, offset = divmod(page, self.slab_pages)
-            self._free[slab].append(page)
-            self._free_count += 1
-            if scrub:
-                for tensor in (*self.slab(slab).keys, *self.slab(slab).values):
-                    tensor[offset].zero_()
-
-    def copy(self, source: IntArray, target: IntArray) -> None:
-        """Copies the contents of pages, all sites."""
-        for from_page, to_page in zip(source.tolist(), target.tolist(), strict=True):
-            from_slab, to_slab = self.slab(from_page // self.slab_pages), self.slab(to_page // self.slab_pages)
-            i, j = from_page % self.slab_pages, to_page % self.slab_pages
-            for from_tensor, to_tensor in zip(
-                (*from_slab.keys, *from_slab.values), (*to_slab.keys, *to_slab.values), strict=True
-            ):
-                to_tensor[j].copy_(from_tensor[i])
-
-    def slab(self, index: int) -> Slab:
-        """The slab with this index.
-
-        Raises:
-            IndexError, AssertionError: it was dropped.
-        """
-        slab = self.slabs[index]
-        assert slab is not None, f"slab {index} was dropped"
-        return slab
-
-    def check_integrity(self, tables: Iterable[IntArray]) -> None:
-        """Every page is free or held by exactly as many ``tables`` as its count says; for tests."""
-        counts = np.zeros_like(self._references)
-        for table in tables:
-            np.add.at(counts, table, 1)
-        if not np.array_equal(counts, self._references):
-            wrong = np.flatnonzero(counts != self._references)
-            raise AssertionError(f"pages {wrong[:8].tolist()} have wrong reference counts")
-        free = sorted(page for pages in self._free for page in pages)
-        live = [i for i, slab in enumerate(self.slabs) if slab is not None]
-        every = {slab * self.slab_pages + offset for slab in live for offset in range(self.slab_pages)}
-        held = set(np.flatnonzero(counts).tolist())
-        if len(free) != self._free_count or sorted([*free, *held]) != sorted(every):
-            raise AssertionError("free and held pages do not make up the slabs")

@@ -161,7 +161,15 @@ class Engine:
         linears = PackedLinears(self.model, int(room))
         queue = Queue(requests, self.context_limit, self._vocabulary)
         queue.fill(_FIRST_ROWS)
-        memory = Memory(layout, self._headroom, self._device, self._max_kv_bytes, self._reserve_fraction, queue.demand)
+        memory = Memory(
+            layout,
+            self._headroom,
+            self._device,
+            self._max_kv_bytes,
+            self._reserve_fraction,
+            queue.demand,
+            max(1, len(queue)),
+        )
         loop = Loop(
             self._tier.runner(memory.pool),
             memory,
@@ -183,7 +191,7 @@ class Engine:
         finally:
             loop.close()
             seconds = time.perf_counter() - started
-            self.stats = loop.tally.stats(memory.pool.peak_bytes, memory.pool.bytes_held, seconds)
+            self.stats = loop.tally.stats(memory.peak_bytes, memory.bytes_held, seconds)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: chat messages go through the chat template, text is used as it is.

@@ -12,13 +12,14 @@ from rollout.models.sampling import RowSampling
 from rollout.rows import Completion, IntArray, Row, noise_key
 
 _GROWTH = 16
+_NO_STATE: IntArray = np.zeros(0, np.int64)
 _T = TypeVar("_T", bound=np.generic)
 
 
 class LiveRows:
     """Rows that decode. Arrays are indexed by slot; ``active`` lists the slots in use, oldest row first."""
 
-    def __init__(self, page_size: int, device: torch.device) -> None:
+    def __init__(self, page_size: int, device: torch.device, states_per_row: int = 0) -> None:
         self._page_size = page_size
         self._device = device
         self._rows: list[Row | None] = []
@@ -28,6 +29,8 @@ class LiveRows:
         self.tables: IntArray = np.zeros((0, _GROWTH), np.int64)
         """[slots, pages] page ids."""
         self.page_counts: IntArray = np.zeros(0, np.int64)
+        self.states: IntArray = np.zeros((0, states_per_row), np.int64)
+        """[slots, 1] page of each row's recurrent state; [slots, 0] in models without."""
         self.prompt_lengths: IntArray = np.zeros(0, np.int64)
         self.generated: IntArray = np.zeros(0, np.int64)
         self.limits: IntArray = np.zeros(0, np.int64)
@@ -77,9 +80,13 @@ class LiveRows:
         """The pages of every row, as views that may be rewritten."""
         return [self.pages(slot) for slot in self.active.tolist()]
 
+    def all_states(self) -> list[IntArray]:
+        """The same for the pages of recurrent states."""
+        return [self.states[slot] for slot in self.active.tolist()]
+
     # -- coming and going ----------------------------------------------------------------------------
 
-    def add(self, row: Row, pages: IntArray) -> int:
+    def add(self, row: Row, pages: IntArray, state: IntArray = _NO_STATE) -> int:
         """Gives ``row`` a slot; it goes on after the tokens of ``row.completion``."""
         if not self._free:
             self._grow_slots()
@@ -89,6 +96,7 @@ class LiveRows:
         self._rows[slot] = row
         self.tables[slot, : len(pages)] = pages
         self.page_counts[slot] = len(pages)
+        self.states[slot] = state
         self.prompt_lengths[slot] = len(row.group.prompt_ids)
         self.generated[slot] = done
         self._joined_with[slot] = done

@@ -91,7 +91,7 @@ class Loop:
         tokens, preempted = self.tally.drawn_tokens, self.tally.preempted_rows
         try:
             decision = self._decide()
-            running.shrink(self._memory.excess_slabs)
+            running.shrink(self._memory.excess_bytes)
             running.preempt_beyond(decision.rows)
             lacking = running.admit(decision.rows, decision.prefill_tokens)
             alive = running.alive
@@ -104,7 +104,7 @@ class Loop:
         finally:
             if self.tally.drawn_tokens > tokens:
                 self._stuck_since = None
-        if lacking:
+        if lacking is not None:
             self._wait_or_give_up(lacking)
         self._calm_down()
         done = StepSample(rows, kv_tokens, prefilled, 1e3 * (time.perf_counter() - started))
@@ -122,8 +122,9 @@ class Loop:
         """
         if self._target is None:
             return 1
-        pages_per_row = max(1.0, self._memory.pool.used_pages / max(1, self._running.alive))
-        fitting = int(self._memory.obtainable_pages / pages_per_row)
+        memory, layout = self._memory, self._memory.pool.layout
+        least = layout.bytes_per_page + layout.bytes_per_row
+        fitting = int(memory.obtainable_bytes / max(least, memory.bytes_used / max(1, self._running.alive)))
         return 1 + min(max(0, self._target - self._running.alive), fitting)
 
     # -- deciding ------------------------------------------------------------------------------------
@@ -146,7 +147,9 @@ class Loop:
         return decision
 
     def _observe(self) -> Observation:
-        live, pool = self._running.live, self._memory.pool
+        live, memory, layout = self._running.live, self._memory, self._memory.pool.layout
+        # Where tokens take nothing, one byte stands for a token, and rows for very many.
+        unit = max(1, layout.bytes_per_token)
         starting = [row for prefill in self._running.prefills for row in prefill.rows]
 
         def joined(decoding: IntArray, others: list[int]) -> IntArray:
@@ -158,10 +161,11 @@ class Loop:
             max_new_tokens=joined(live.limits, [row.limit for row in starting]),
             waiting_rows=len(self._queue),
             waiting_prompt_tokens=self._queue.waiting_prompt_tokens,
-            kv_tokens_held=pool.used_pages * pool.layout.page_size,
-            kv_tokens_free=self._memory.obtainable_pages * pool.layout.page_size,
-            headroom_bytes=self._memory.headroom_bytes,
-            bytes_per_token=pool.layout.bytes_per_token,
+            kv_tokens_held=memory.bytes_used // unit,
+            kv_tokens_free=memory.obtainable_bytes // unit,
+            headroom_bytes=memory.headroom_bytes,
+            bytes_per_token=layout.bytes_per_token,
+            tokens_per_row=-(-layout.bytes_per_row // unit),
             steps=tuple(self._steps),
             finished=tuple(self._finished),
         )
@@ -243,7 +247,7 @@ class Loop:
         for slot in running.live.without_token()[::-1].tolist():  # each goes before those that wait
             running.preempt(slot)
         logger.warning("Out of memory with %d rows alive; going on with fewer.", alive)
-        longest = max((prefill.remaining for prefill in running.prefills), default=0)
+        longest = 0 if running.recurrent else max((prefill.remaining for prefill in running.prefills), default=0)
         if alive > 1:
             self._oom_rows = alive // 2
             running.preempt_beyond(self._oom_rows)
@@ -251,11 +255,14 @@ class Loop:
             self._oom_prefill = min(longest, self._oom_prefill or longest) // 2
         else:
             running.preempt_youngest()
+        if running.recurrent:  # a state may hold the token already that its row would decode from again
+            for slot in running.live.active[::-1].tolist():
+                running.preempt(slot)
         running.drop_free_slabs()
         if self._memory.pool.device.type == "cuda":
             torch.cuda.empty_cache()
         if not running.alive:
-            self._wait_or_give_up(1)
+            self._wait_or_give_up(self._memory.pool.layout.pages_for(1))
 
     def _calm_down(self) -> None:
         self._calm += 1
@@ -264,13 +271,13 @@ class Loop:
             self._oom_prefill = None
 
     def _wait_or_give_up(self, pages: int) -> None:
-        """When the next row lacks ``pages``, or room to compute, on an empty device.
+        """When the next row, which wants ``pages``, lacks some of them or room to compute on an empty device.
 
         Others may give memory back; a row is given up when it could never fit, or when no token was drawn for long.
         """
         now = time.monotonic()
         self._stuck_since = self._stuck_since or now
-        if self._memory.could_hold(pages) and now - self._stuck_since < _PATIENCE_S:
+        if self._memory.could_hold(pages, int(self._running.recurrent)) and now - self._stuck_since < _PATIENCE_S:
             time.sleep(_RETRY_S)
             return
         self._stuck_since = None
@@ -298,7 +305,7 @@ class Loop:
                     row_target=decision.rows,
                     reason=decision.reason,
                     kv_tokens=pool.used_pages * pool.layout.page_size,
-                    kv_bytes=pool.bytes_held,
+                    kv_bytes=self._memory.bytes_held,
                     headroom_bytes=self._memory.headroom_bytes,
                     prefill_tokens=done.prefill_tokens,
                     new_tokens=new_tokens,

@@ -71,6 +71,8 @@ class Prefill:
     group: Group
     context: IntArray
     pages: IntArray
+    states: IntArray
+    """[rows] the page that each row has for its recurrent state, the first of which is computed; [0] without such."""
     computed: int
     """Tokens whose keys and values are in ``pages`` already."""
     rows: list[Row]

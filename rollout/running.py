@@ -21,6 +21,10 @@ _WATERMARK = 0.02
 class Running:
     """The live batch and the prefills on their way into it, with the pages of both.
 
+    Where the model keeps recurrent states, a row holds the page of its own from admission until it leaves.
+    Contexts are then computed whole, in one forward and by each row that comes late: what earlier
+    tokens left in a state cannot be shared, only copied when the prefill ends.
+
     Args:
         memory: the page pool and what it may grow to.
         queue: where rows come from, and go back to when they are preempted.
@@ -30,8 +34,12 @@ class Running:
     def __init__(self, memory: Memory, queue: Queue, tally: Tally) -> None:
         self._memory, self._queue, self._tally = memory, queue, tally
         self._pool = memory.pool
+        self._states = self._pool.states
         self._page_size = self._pool.layout.page_size
-        self.live = LiveRows(self._page_size, self._pool.device)
+        self._pages_for = self._pool.layout.pages_for
+        self.recurrent = bool(self._pool.layout.states)
+        self._states_per_row = int(self.recurrent)
+        self.live = LiveRows(self._page_size, self._pool.device, self._states_per_row)
         self.prefills: list[Prefill] = []
 
     @property
@@ -41,39 +49,47 @@ class Running:
 
     # -- admitting -----------------------------------------------------------------------------------
 
-    def admit(self, rows: int, prefill_tokens: int) -> int:
+    def admit(self, rows: int, prefill_tokens: int) -> int | None:
         """Takes rows from the queue, in order, until ``rows`` live or memory or prefill tokens run out.
 
-        Returns the pages that the next row lacked if it did not fit into an empty device, else 0.
+        Returns the pages that the next row wanted if it did not fit into an empty device, else None.
         """
         budget = prefill_tokens - sum(prefill.remaining for prefill in self.prefills)
         while self.alive < rows and (row := self._queue.first()) is not None:
             group = row.group
             if group.prefill is not None and not len(row.completion):
-                if not self._memory.reserve(1, leaving=self._spoken_for):
-                    return 0
+                if not self._reserve(self._pages_for(1), self._states_per_row, leaving=self._spoken_for):
+                    return None
                 group.prefill.rows.append(self._queue.pop())
+                group.prefill.states = np.append(group.prefill.states, self._states.allocate(self._states_per_row))
                 continue
             if budget <= 0:
-                return 0
+                return None
             context = row.context
             shared = group.pages[: (len(context) - 1) // self._page_size]
             # For one token more than the context, so that an admitted row always lives to add one.
             needed = self._pages_for(len(context) + 1) - len(shared)
-            if not self._memory.reserve(needed, leaving=self._spoken_for):
-                return 0 if self.alive else needed
+            if not self._reserve(needed, self._states_per_row, leaving=self._spoken_for):
+                return None if self.alive else needed
             self._pool.share(shared)
             own = self._pool.allocate(self._pages_for(len(context)) - len(shared))
+            state = self._states.allocate(self._states_per_row)
             computed = len(shared) * self._page_size
-            prefill = Prefill(group, context, np.concatenate([shared, own]), computed, [self._queue.pop()])
+            prefill = Prefill(group, context, np.concatenate([shared, own]), state, computed, [self._queue.pop()])
             self.prefills.append(prefill)
             if not len(row.completion):
                 group.prefill = prefill
             budget -= prefill.remaining
-        return 0
+        return None
 
-    def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self._page_size)
+    def _reserve(self, pages: int, states: int = 0, leaving: int = 0) -> bool:
+        """See `Memory.reserve`. What states have to spare may serve keys and values, and the other way round.
+
+        All pages and states that are in use must be among those held, for they may move.
+        """
+        if self._memory.reserve(pages, states, leaving):
+            return True
+        return self.recurrent and self.drop_free_slabs() and self._memory.reserve(pages, states, leaving)
 
     @property
     def _spoken_for(self) -> int:
@@ -86,13 +102,18 @@ class Running:
     # -- prefilling ----------------------------------------------------------------------------------
 
     def prefill_parts(self, tokens: int) -> list[tuple[Prefill, int]]:
-        """What to prefill next, oldest first, and how many tokens of each; ``tokens`` at most in all."""
-        parts = []
+        """What to prefill next, oldest first, and how many tokens of each.
+
+        ``tokens`` at most in all, but where contexts are computed whole, the oldest is taken however long it is.
+        """
+        parts: list[tuple[Prefill, int]] = []
         for prefill in self.prefills:
             length = min(prefill.remaining, tokens)
+            if self.recurrent and length < prefill.remaining:
+                length = 0 if parts else prefill.remaining
             if not length:
                 break
-            tokens -= length
+            tokens = max(0, tokens - length)
             parts.append((prefill, length))
         return parts
 
@@ -114,6 +135,7 @@ class Running:
             tables=tables,
             starts=np.concatenate([live.lengths - 1, np.array([prefill.computed for prefill, _ in parts], np.int64)]),
             lengths=np.concatenate([np.ones(rows, np.int64), np.array([length for _, length in parts], np.int64)]),
+            states=np.concatenate([live.states[live.active].ravel(), *(prefill.states[:1] for prefill, _ in parts)]),
         )
 
     def go_live(self, prefills: Sequence[Prefill]) -> IntArray:
@@ -125,11 +147,11 @@ class Running:
         for number, prefill in enumerate(prefills):
             self._take_out(prefill)
             group = prefill.group
-            if not group.holders:
+            if not group.holders and not self.recurrent:
                 group.pages = prefill.pages[: len(group.prompt_ids) // self._page_size].copy()
                 self._pool.share(group.pages)
-            for row, pages in self._fork(prefill):
-                self.live.add(row, pages)
+            for row, pages, state in self._fork(prefill):
+                self.live.add(row, pages, state)
                 sources.append(number)
                 group.holders += 1
         return np.array(sources, np.int64)
@@ -139,28 +161,36 @@ class Running:
         if prefill.group.prefill is prefill:
             prefill.group.prefill = None
 
-    def _fork(self, prefill: Prefill) -> list[tuple[Row, IntArray]]:
-        """The prefill's pages for each of its rows: full pages are shared, a last partial one is copied."""
+    def _fork(self, prefill: Prefill) -> list[tuple[Row, IntArray, IntArray]]:
+        """Pages and state for each of the prefill's rows.
+
+        Full pages are shared; a last partial one and the state are copied.
+        """
         full = len(prefill.context) // self._page_size
         shared, partial = prefill.pages[:full], prefill.pages[full:]
         fitting = 1
         while fitting < len(prefill.rows) and self._memory.reserve(fitting * len(partial)):
             fitting += 1
         self._queue.put_back(prefill.rows[fitting:])
-        forks = [(prefill.rows[0], prefill.pages)]
-        for row in prefill.rows[1:fitting]:
+        states = prefill.states.reshape(len(prefill.rows), self._states_per_row)
+        self._states.release(states[fitting:].ravel())
+        forks = [(prefill.rows[0], prefill.pages, states[0])]
+        for row, state in zip(prefill.rows[1:fitting], states[1:], strict=False):
             self._pool.share(shared)
             own = self._pool.allocate(len(partial))
             self._pool.copy(partial, own)
-            forks.append((row, np.concatenate([shared, own])))
+            self._states.copy(states[0], state)
+            forks.append((row, np.concatenate([shared, own]), state))
         return forks
 
     # -- decoding ------------------------------------------------------------------------------------
 
     def make_room(self) -> None:
         """A page for every row whose next token needs one; the youngest rows make way while there is none."""
+        if not self._pool.page_bytes:
+            return
         while len(slots := self.live.without_page()):
-            if self._memory.reserve(len(slots)):
+            if self._reserve(len(slots)):
                 self.live.give_pages(slots, self._pool.allocate(len(slots)))
             else:
                 self.preempt_youngest()
@@ -171,6 +201,7 @@ class Running:
         """Takes a row out of the live batch and drops its pages, zeroed if they hold non-finite values."""
         group = self.live.row(slot).group
         self._pool.release(self.live.pages(slot), scrub)
+        self._states.release(self.live.states[slot])
         self.live.remove(slot)
         group.holders -= 1
         if not group.holders:
@@ -187,6 +218,9 @@ class Running:
         if self.prefills:
             prefill = self.prefills[-1]
             self._queue.put_back([prefill.rows.pop()])
+            kept = len(prefill.rows) * self._states_per_row
+            self._states.release(prefill.states[kept:])
+            prefill.states = prefill.states[:kept]
             self._tally.preempted_rows += 1
             if not prefill.rows:
                 self._take_out(prefill)
@@ -210,17 +244,16 @@ class Running:
 
     # -- giving memory back --------------------------------------------------------------------------
 
-    def shrink(self, slabs: int) -> None:
-        """Gives ``slabs`` slabs back; rows are preempted only when their pages have nowhere to move."""
-        for _ in range(slabs):
-            while not self._pool.shrink(self.held_pages()):
-                if not self.preempt_youngest():
-                    return
+    def shrink(self, excess_bytes: int) -> None:
+        """Gives at least so much back; rows are preempted only when what they hold has nowhere to move."""
+        target = self._memory.bytes_held - excess_bytes
+        while self._memory.bytes_held > target:
+            if not self._memory.shrink(self.held_pages(), self.held_states()) and not self.preempt_youngest():
+                return
 
-    def drop_free_slabs(self) -> None:
-        """Gives back what is free, moving pages together, with no row the worse."""
-        while self._pool.free_pages >= self._pool.slab_pages and self._pool.shrink(self.held_pages()):
-            pass
+    def drop_free_slabs(self) -> bool:
+        """Gives back what is free, moving pages together, with no row the worse. Returns whether there was any."""
+        return self._memory.shrink_free(self.held_pages(), self.held_states())
 
     def held_pages(self) -> list[IntArray]:
         """All arrays that name pages, each entry for one reference; rewritten in place when pages move."""
@@ -228,11 +261,16 @@ class Running:
         prefills = [prefill.pages for prefill in self.prefills]
         return [*self.live.all_pages(), *prefills, *(group.pages for group in groups.values())]
 
+    def held_states(self) -> list[IntArray]:
+        """The same for the pages of recurrent states."""
+        return [*self.live.all_states(), *(prefill.states for prefill in self.prefills)]
+
     def close(self) -> None:
         """Drops everything."""
         for slot in self.live.active.tolist():
             self.leave(slot)
         for prefill in self.prefills:
             self._pool.release(prefill.pages)
+            self._states.release(prefill.states)
         self.prefills.clear()
         self.drop_free_slabs()

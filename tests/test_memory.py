@@ -93,7 +93,7 @@ def test_growth_stops_at_headroom() -> None:
     assert memory.pool.slab_pages == 6
     assert memory.pool.live_slabs == 17
     assert memory.headroom_bytes == 2 * PAGE
-    assert (memory.growable_slabs, memory.obtainable_pages, memory.excess_slabs) == (0, 0, 0)
+    assert (memory.obtainable_bytes, memory.obtainable_pages, memory.excess_bytes) == (0, 0, 0)
 
 
 def test_growth_stops_at_the_cap() -> None:
@@ -149,7 +149,7 @@ def test_obtainable_is_what_is_free_and_what_can_be_grown() -> None:
     memory.reserve(10)
     memory.pool.allocate(7)
     assert memory.obtainable_pages == 153
-    assert memory.growable_slabs == 15
+    assert (memory.obtainable_bytes, memory.bytes_used) == (153 * PAGE, 7 * PAGE)
 
 
 # -- refusals --------------------------------------------------------------------------------------------
@@ -206,14 +206,23 @@ def test_what_torch_really_raises_is_recognised() -> None:
     assert not is_out_of_memory(ValueError("can't allocate memory"))
 
 
+def test_the_peak_stays_when_memory_goes() -> None:
+    memory = made(160 * PAGE)
+    memory.reserve(30)
+    assert memory.shrink([], [])
+    assert memory.shrink([], [])
+    assert (memory.bytes_held, memory.peak_bytes) == (10 * PAGE, 30 * PAGE)
+    memory.reserve(20)
+    assert memory.peak_bytes == 30 * PAGE
+
+
 # -- giving back -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("extra", "excess"),
-    [(0, 0), (1, 1), (10 * PAGE, 1), (10 * PAGE + 1, 2), (45 * PAGE, 5), (9999 * PAGE, 8)],
+    ("extra", "excess"), [(0, 0), (1, 1), (10 * PAGE, 10 * PAGE), (80 * PAGE, 80 * PAGE), (9999 * PAGE, 80 * PAGE)]
 )
-def test_excess_is_as_many_slabs_as_others_lack(extra: int, excess: int) -> None:
+def test_excess_is_what_others_lack_of_what_is_held(extra: int, excess: int) -> None:
     """Eight slabs of ten pages are held, and others have taken all the rest, and ``extra`` besides."""
     world = World(160 * PAGE)
     memory = world.memory
@@ -222,9 +231,9 @@ def test_excess_is_as_many_slabs_as_others_lack(extra: int, excess: int) -> None
     world.headroom.taken_bytes = 80 * PAGE + extra
     memory.read()
     assert memory.headroom_bytes == -extra
-    assert memory.excess_slabs == excess
-    assert memory.growable_slabs == 0
+    assert memory.excess_bytes == excess
     assert memory.obtainable_pages == 80
+    assert memory.obtainable_bytes == 80 * PAGE
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from rollout.models.layout import IntArray, KVLayout, Site, Span
-from rollout.models.pages import PagePool, PoolExhausted
+from rollout.models.pages import PagePool
+from rollout.models.slabs import PoolExhausted
 
 SLAB_PAGES, PAGE_SIZE = 4, 2
 CPU = torch.device("cpu")
@@ -101,19 +102,10 @@ def test_a_refused_slab_leaves_the_pool_as_it_was(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(torch.OutOfMemoryError, match="no more"):
             pool.grow()
     pool.check_integrity([table])
-    assert (pool.live_slabs, pool.free_pages, pool.peak_bytes) == (1, 2, pool.slab_bytes)
+    assert (pool.live_slabs, pool.free_pages) == (1, 2)
     pool.grow()
     pool.check_integrity([table])
     assert pool.free_pages == 6
-
-
-def test_the_peak_stays_when_memory_goes() -> None:
-    pool = pool_of(3)
-    assert pool.shrink([])
-    assert pool.shrink([])
-    assert (pool.bytes_held, pool.peak_bytes) == (pool.slab_bytes, 3 * pool.slab_bytes)
-    pool.grow()
-    assert pool.peak_bytes == 3 * pool.slab_bytes
 
 
 # -- pages -----------------------------------------------------------------------------------------------
@@ -284,7 +276,7 @@ class Model:
         self.pool = pool_of(0)
         self.tables: list[IntArray] = []
         self.stamps: list[list[int]] = []
-        self.slabs = self.most_slabs = self.stamp = 0
+        self.slabs = self.stamp = 0
 
     def held(self) -> set[int]:
         return {page for table in self.tables for page in table.tolist()}
@@ -292,7 +284,6 @@ class Model:
     def grow(self) -> None:
         self.pool.grow()
         self.slabs += 1
-        self.most_slabs = max(self.most_slabs, self.slabs)
 
     def shrink(self) -> None:
         used = [0 if slab is not None else None for slab in self.pool.slabs]
@@ -352,7 +343,7 @@ class Model:
         pool, used = self.pool, len(self.held())
         pool.check_integrity(self.tables)
         assert (pool.live_slabs, pool.used_pages, pool.free_pages) == (self.slabs, used, self.slabs * SLAB_PAGES - used)
-        assert (pool.bytes_held, pool.peak_bytes) == (self.slabs * pool.slab_bytes, self.most_slabs * pool.slab_bytes)
+        assert pool.bytes_held == self.slabs * pool.slab_bytes
         for table, stamps in zip(self.tables, self.stamps, strict=True):
             assert all(holds(pool, page, stamp) for page, stamp in zip(table.tolist(), stamps, strict=True))
 

@@ -49,7 +49,7 @@ class World:
 
     # -- what a step does --------------------------------------------------------------------------------
 
-    def admit(self, rows: int = ALL, tokens: int = ALL) -> int:
+    def admit(self, rows: int = ALL, tokens: int = ALL) -> int | None:
         assert self.memory is not None
         self.memory.read()
         lacking = self.running.admit(rows, tokens)
@@ -313,10 +313,10 @@ def test_a_step_packs_the_last_token_of_each_live_row_and_then_the_parts_of_pref
 
 def test_a_row_that_does_not_fit_says_what_it_lacks_only_on_an_empty_device() -> None:
     world = World([request("a", 5), request("b", 40, start=50)], slabs=2)
-    assert world.admit() == 0
+    assert world.admit() is None
     assert world.waiting() == ["b0"]
     world.prefill()
-    assert world.admit() == 0
+    assert world.admit() is None
     world.running.leave(int(world.live.active[0]))
     assert world.admit() == 11, "ten pages, and one for its first token"
     assert world.pool.used_pages == 0
@@ -442,16 +442,16 @@ def test_slabs_are_given_back_without_preempting_while_pages_can_move() -> None:
     held, used = world.pool.live_slabs, world.pool.used_pages
     spare = world.pool.free_pages // SLAB_PAGES
     assert spare >= 2
-    world.running.shrink(spare)
+    world.running.shrink(spare * world.pool.slab_bytes)
     world.check()
     assert (world.pool.live_slabs, world.pool.used_pages) == (held - spare, used)
     assert world.alive() == ["b0", "d0", "f0"]
-    world.running.shrink(1)
+    world.running.shrink(1)  # byte
     world.check()
     assert world.alive() == ["b0", "d0"]
     assert world.waiting() == ["f0"]
     assert world.pool.live_slabs == held - spare - 1
-    world.running.shrink(99)
+    world.running.shrink(99 * world.pool.slab_bytes)
     world.check()
     assert (world.pool.live_slabs, world.waiting()) == (0, ["b0", "d0", "f0"])
     assert world.all_live().alive() == ["b0", "d0", "f0"]
@@ -551,9 +551,9 @@ def test_any_sequence_keeps_every_row_and_page(seed: int) -> None:
         elif operation == "squeeze":
             world.headroom.taken_bytes = rng.choice([0, 0, world.headroom.total_bytes // 2])
             world.memory.read()
-            world.running.shrink(world.memory.excess_slabs)
+            world.running.shrink(world.memory.excess_bytes)
             world.memory.read()
-            assert world.memory.excess_slabs == 0
+            assert world.memory.excess_bytes == 0
         world.check()
         assert left + world.running.alive + len(world.queue) == total, "no row is lost"
     assert world.tally.preempted_rows > 3

@@ -1,0 +1,200 @@
+"""Memory in pages: pages lie inside slabs, which are ordinary torch allocations.
+
+A pool grows by a slab and shrinks by dropping empty ones. A page id is ``slab * slab_pages + offset``
+and stays valid while its slab lives; pages that several rows share carry a reference count. A page holds
+the keys and values of a few tokens, or, in a pool of its own, the recurrent state of one row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from rollout.models.layout import IntArray
+
+
+class PoolExhausted(RuntimeError):
+    """More pages were asked for than are free; the caller checks ``free_pages`` first."""
+
+
+class _Slab(Protocol):
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that the slab holds: ``[pages, ...]`` each."""
+        ...
+
+
+_S = TypeVar("_S", bound=_Slab)
+
+
+class Pool(ABC, Generic[_S]):
+    """Pages, whatever they hold.
+
+    Args:
+        page_bytes: what a page takes; 0 when there is nothing to hold, and then no page is ever asked for.
+        slab_pages: pages a slab.
+        device: where slabs are allocated.
+    """
+
+    def __init__(self, page_bytes: int, slab_pages: int, device: torch.device) -> None:
+        self.page_bytes = page_bytes
+        self.slab_pages = slab_pages
+        self.device = device
+        self.slabs: list[_S | None] = []
+        self._references: IntArray = np.zeros(0, np.int64)
+        self._free: list[list[int]] = []  # free page ids of each slab, highest first
+        self._free_count = 0
+
+    @abstractmethod
+    def _allocate_slab(self) -> _S:
+        """A slab of `slab_bytes`."""
+
+    # -- sizes -------------------------------------------------------------------------------------
+
+    @property
+    def slab_bytes(self) -> int:
+        return self.slab_pages * self.page_bytes
+
+    @property
+    def bytes_held(self) -> int:
+        return self.live_slabs * self.slab_bytes
+
+    @property
+    def live_slabs(self) -> int:
+        return sum(slab is not None for slab in self.slabs)
+
+    @property
+    def free_pages(self) -> int:
+        return self._free_count
+
+    @property
+    def used_pages(self) -> int:
+        return self.live_slabs * self.slab_pages - self._free_count
+
+    # -- growing and shrinking -----------------------------------------------------------------------
+
+    def grow(self) -> None:
+        """Adds one slab.
+
+        Raises:
+            torch.OutOfMemoryError, RuntimeError: the allocator refuses; the pool is as it was.
+        """
+        slab = self._allocate_slab()
+        index = next((i for i, held in enumerate(self.slabs) if held is None), len(self.slabs))
+        if index == len(self.slabs):
+            self.slabs.append(None)
+            self._free.append([])
+            self._references = np.concatenate([self._references, np.zeros(self.slab_pages, np.int64)])
+        self.slabs[index] = slab
+        first = index * self.slab_pages
+        self._free[index] = list(range(first + self.slab_pages - 1, first - 1, -1))
+        self._free_count += self.slab_pages
+
+    def shrink(self, tables: Iterable[IntArray]) -> bool:
+        """Drops the emptiest slab, after moving its pages to others; ``tables`` are rewritten in place.
+
+        Returns False, with nothing changed, when the other slabs have no room for its pages.
+        """
+        held = [i for i, slab in enumerate(self.slabs) if slab is not None]
+        if not held:
+            return False
+        victim = max(held, key=lambda i: len(self._free[i]))
+        used = self.slab_pages - len(self._free[victim])
+        if used > self._free_count - len(self._free[victim]):
+            return False
+        self._free_count -= len(self._free[victim])
+        self._free[victim] = []
+        if used:
+            first = victim * self.slab_pages
+            source = first + np.flatnonzero(self._references[first : first + self.slab_pages])
+            target = self.allocate(used)
+            self._references[target] = self._references[source]
+            self._references[source] = 0
+            self.copy(source, target)
+            moved = np.arange(len(self._references))
+            moved[source] = target
+            for table in tables:
+                table[:] = moved[table]
+        self.slabs[victim] = None
+        while self.slabs and self.slabs[-1] is None:
+            self.slabs.pop()
+            self._free.pop()
+            self._references = self._references[: len(self.slabs) * self.slab_pages]
+        return True
+
+    # -- pages ---------------------------------------------------------------------------------------
+
+    def allocate(self, count: int) -> IntArray:
+        """Takes ``count`` free pages, lowest slabs first, so that the highest run empty.
+
+        Raises:
+            PoolExhausted: fewer are free.
+        """
+        if count > self._free_count:
+            raise PoolExhausted(f"{count} pages wanted, {self._free_count} free")
+        taken: list[int] = []
+        for free in self._free:
+            while free and len(taken) < count:
+                taken.append(free.pop())
+            if len(taken) == count:
+                break
+        self._free_count -= count
+        pages = np.asarray(taken, np.int64)
+        self._references[pages] = 1
+        return pages
+
+    def share(self, pages: IntArray) -> None:
+        """One more row holds ``pages``."""
+        self._references[pages] += 1
+
+    def release(self, pages: IntArray, scrub: bool = False) -> None:
+        """One row fewer holds ``pages``; those that nobody holds are free again.
+
+        With ``scrub`` those are zeroed: after a row with non-finite values, lest a later holder multiplies
+        a weight of 0 by NaN.
+        """
+        self._references[pages] -= 1
+        for page in pages[self._references[pages] == 0].tolist():
+            slab, offset = divmod(page, self.slab_pages)
+            self._free[slab].append(page)
+            self._free_count += 1
+            if scrub:
+                for tensor in self.slab(slab).tensors:
+                    tensor[offset].zero_()
+
+    def copy(self, source: IntArray, target: IntArray) -> None:
+        """Copies the contents of pages."""
+        for from_page, to_page in zip(source.tolist(), target.tolist(), strict=True):
+            from_slab, to_slab = self.slab(from_page // self.slab_pages), self.slab(to_page // self.slab_pages)
+            i, j = from_page % self.slab_pages, to_page % self.slab_pages
+            for from_tensor, to_tensor in zip(from_slab.tensors, to_slab.tensors, strict=True):
+                to_tensor[j].copy_(from_tensor[i])
+
+    def slab(self, index: int) -> _S:
+        """The slab with this index.
+
+        Raises:
+            IndexError, AssertionError: it was dropped.
+        """
+        slab = self.slabs[index]
+        assert slab is not None, f"slab {index} was dropped"
+        return slab
+
+    def check_integrity(self, tables: Iterable[IntArray]) -> None:
+        """Every page is free or held by exactly as many ``tables`` as its count says; for tests."""
+        counts = np.zeros_like(self._references)
+        for table in tables:
+            np.add.at(counts, table, 1)
+        if not np.array_equal(counts, self._references):
+            wrong = np.flatnonzero(counts != self._references)
+            raise AssertionError(f"pages {wrong[:8].tolist()} have wrong reference counts")
+        free = sorted(page for pages in self._free for page in pages)
+        live = [i for i, slab in enumerate(self.slabs) if slab is not None]
+        every = {slab * self.slab_pages + offset for slab in live for offset in range(self.slab_pages)}
+        held = set(np.flatnonzero(counts).tolist())
+        if len(free) != self._free_count or sorted([*free, *held]) != sorted(every):
+            raise AssertionError("free and held pages do not make up the slabs")
