@@ -216,13 +216,13 @@ class TestTable:
     def test_it_reads_as_columns(self) -> None:
         runs = [*self.RUNS, Run("w1", "ours", "ours@float32", error="x"), Run("w1", "vllm", "vllm:8", error="x")]
         results = [table.cells(row) for row in summarise(runs, "ours")]
-        lines = [line.split() for line in render(table.RESULTS, results).splitlines()]
+        lines = [line.split() for line in render([table.RESULTS, *results]).splitlines()]
         assert lines[1] == ["w1", "ours@float32", "100.0", "50.0", "200.0", "1.00", "3072", "MiB", "3/4", "0"]
         assert lines[2] == ["w1", "static:32@float32", "20.0", "10.0", "25.0", "5.00", "2048", "MiB", "3", "1"]
         assert lines[3] == ["w1", "vllm:8", "-", "-", "-", "-", "-", "0/1", "0"]
 
     def test_it_reads_as_markdown(self) -> None:
-        text = table.markdown(table.SETUPS, [table.setup_cells(Setup("vllm", 90, None))])
+        text = table.markdown([table.SETUPS, table.setup_cells(Setup("vllm", 90, None))])
         assert text.splitlines() == [
             "| engine | first set-up | later set-ups |",
             "| --- | --- | --- |",
@@ -276,7 +276,7 @@ class TestTurns:
         files = {name: Path(engine_file(tmp_path, name)) for name in ("a", "b")}
         seats = {name: turns.Seat("python", "m") for name in ("ours", "static")}
         found = turns.Bench(seats, files, "float32", "cpu", tmp_path)
-        found.compare([Spec("ours"), Spec("static", 8)], 2)
+        assert list(found.compare([Spec("ours"), Spec("static", 8)], 2))
         one = [("a", "ours"), ("a", "static:8"), ("b", "ours"), ("b", "static:8")]
         assert [(run.workload, run.engine) for run in found.runs] == one * 2
         assert processes.commands[1][-6:] == ["--dtype", "float32", "--device", "cpu", "--cap", "8"]
@@ -284,7 +284,7 @@ class TestTurns:
     def test_settings_are_tried_in_the_first_turn_alone(self, processes: Machine, tmp_path: Path) -> None:
         files = {"a": Path(engine_file(tmp_path))}
         found = turns.Bench({"static": turns.Seat("python", "m")}, files, "float32", "cpu", tmp_path)
-        found.compare([Spec("static")], 3)
+        assert list(found.compare([Spec("static")], 3))
         assert [run.setting for run in found.runs] == [f"static:{cap}@float32" for cap in (32, 8, 128, 32, 32)]
         assert [run.setting for run in found.counted] == ["static:32@float32"] * 3
         assert "--limit" not in processes.commands[0]
@@ -293,7 +293,7 @@ class TestTurns:
     def test_a_failure_is_a_figure_too(self, processes: Machine, tmp_path: Path) -> None:
         files = {"a": Path(engine_file(tmp_path))}
         found = turns.Bench({"continuous": turns.Seat("python", "m")}, files, "float32", "cpu", tmp_path)
-        found.compare([Spec("continuous")], 1)
+        assert list(found.compare([Spec("continuous")], 1))
         assert found.runs[0].error == "RuntimeError: no"
         assert found.details[0]["stderr"] == ["Traceback", "RuntimeError: no"]
 

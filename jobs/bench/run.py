@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ import table
 import workload
 from machine import hardware
 from spec import Spec
+from table import Lines
 from turns import HERE, Bench, Seat
 
 
@@ -54,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", type=Path, help="write the tables to this file, as Markdown")
     given = parser.parse_args(arguments)
     try:
-        given.engines = [spec.parse(text) for text in given.engines.split(",")]
+        given.engines = list(dict.fromkeys(spec.parse(text) for text in given.engines.split(",")))
     except ValueError as error:
         parser.error(str(error))
     given.workload = given.workload.split(",")
@@ -113,6 +115,24 @@ def versions(bench: Bench) -> dict[str, Any]:
     return {spec.parse(engine).name: {"python": run["python"], **run["versions"]} for engine, run in said.items()}
 
 
+def figures(bench: Bench, specs: list[Spec]) -> dict[str, Any]:
+    """What was measured so far."""
+    ours = next((str(asked) for asked in specs if asked.name == spec.OURS), None)
+    return {
+        "versions": versions(bench),
+        "table": [asdict(row) for row in table.summarise(bench.counted, ours)],
+        "setups": [asdict(setup) for setup in table.setups(bench.runs)],
+        "runs": bench.details,
+    }
+
+
+def tables(found: dict[str, Any], form: Callable[[Lines], str]) -> str:
+    """The two tables of some figures: as text, or as Markdown."""
+    results = [table.cells(table.Row(**row)) for row in found["table"]]
+    starts = [table.setup_cells(table.Setup(**setup)) for setup in found["setups"]]
+    return form([table.RESULTS, *results]) + "\n\n" + form([table.SETUPS, *starts])
+
+
 def main() -> int:
     """Exit status 1 when a run failed, 2 when there is nothing to run."""
     given = parse()
@@ -125,6 +145,16 @@ def main() -> int:
     for name, why in skipped.items():
         print(f"{name} is skipped: {why}", flush=True)
     specs = [asked for asked in given.engines if asked.name in places]
+    about = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "revision": revision(),
+        "hardware": hardware(),
+        "device": given.device,
+        "dtype": given.dtype,
+        "workloads": {name: workload.describe(entries) for name, entries in requests.items()},
+        "skipped": skipped,
+    }
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         files = {name: scratch / f"workload-{index}.json" for index, name in enumerate(requests)}
@@ -132,30 +162,14 @@ def main() -> int:
             workload.write(entries, files[name])
             print(f"workload {name}: {workload.describe(entries)}", flush=True)
         bench = Bench(places, files, given.dtype, given.device, scratch)
-        bench.compare(specs, given.repeats)
-    ours = next((str(asked) for asked in specs if asked.name == spec.OURS), None)
-    rows, setups = table.summarise(bench.counted, ours), table.setups(bench.runs)
-    results, starts = [table.cells(row) for row in rows], [table.setup_cells(setup) for setup in setups]
-    print("\n" + table.render(table.RESULTS, results) + "\n\n" + table.render(table.SETUPS, starts))
-    if given.table:
-        both = (table.markdown(table.RESULTS, results), table.markdown(table.SETUPS, starts))
-        given.table.write_text("\n\n".join(both) + "\n", encoding="utf-8")
-    if given.json:
-        found = {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "revision": revision(),
-            "hardware": hardware(),
-            "versions": versions(bench),
-            "device": given.device,
-            "dtype": given.dtype,
-            "workloads": {name: workload.describe(entries) for name, entries in requests.items()},
-            "skipped": skipped,
-            "table": [asdict(row) for row in rows],
-            "setups": [asdict(setup) for setup in setups],
-            "runs": bench.details,
-        }
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        # Written after every turn: a comparison takes hours, and may be ended at any time.
+        for _ in bench.compare(specs, given.repeats):
+            found = figures(bench, specs)
+            if given.json:
+                given.json.write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
+            if given.table:
+                given.table.write_text(tables(found, table.markdown) + "\n", encoding="utf-8")
+    print("\n" + tables(figures(bench, specs), table.render))
     return int(any(run.error for run in bench.runs))
 
 

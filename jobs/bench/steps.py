@@ -324,7 +324,7 @@ def main() -> int:
         reads = len(steps) * rows * given.context * whole.token_bytes / bound.bandwidth
         lines.append(line(str(rows), whole, len(steps), bound.products(whole.products), reads))
         calls.append(whole.calls / len(steps))
-    print(table.render(HEADER, lines))
+    print(table.render([HEADER, *lines]))
     print(
         f"\nGEMM and KV are the bound; memory is read at {bound.bandwidth / 1e9:.1f} GB/s; "
         f"timers take {1e3 * overhead() * max(calls):.2f} ms a step; {torch.get_num_threads()} threads"

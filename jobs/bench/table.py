@@ -137,24 +137,27 @@ def setup_cells(setup: Setup) -> tuple[str, ...]:
     return (setup.engine, f"{setup.first:.1f} s", "-" if setup.later is None else f"{setup.later:.1f} s")
 
 
-def render(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table as text, columns aligned."""
-    table = [header, *lines]
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    left = [cell in ("workload", "engine") for cell in header]
+Lines = Sequence[Sequence[str]]
+"""The cells of a table; the first line is its header."""
+
+
+def render(lines: Lines) -> str:
+    """A table as text: names to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    names = [cell in ("workload", "engine") for cell in lines[0]]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if names else cell.rjust(width)
-            for cell, width, names in zip(line, widths, left, strict=True)
+            cell.ljust(width) if name else cell.rjust(width)
+            for cell, width, name in zip(line, widths, names, strict=True)
         ).rstrip()
-        for line in table
+        for line in lines
     )
 
 
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Lines) -> str:
     """A table as Markdown."""
-    table = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+    marked = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in marked)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -52,13 +53,17 @@ class Bench:
     settled: dict[tuple[str, Spec], Spec] = field(default_factory=dict)
     """By workload and engine as asked for: the setting that is repeated."""
 
-    def compare(self, specs: list[Spec], repeats: int) -> None:
-        """All engines on all workloads: turn by turn, so that a change in the machine's speed meets all alike."""
+    def compare(self, specs: list[Spec], repeats: int) -> Iterator[None]:
+        """All engines on all workloads, turn by turn, so that a change in the machine's speed meets all alike.
+
+        Yields after each turn of an engine.
+        """
         for repeat in range(repeats):
             print(f"turn {repeat + 1} of {repeats}", flush=True)
             for name in self.workloads:
                 for asked in specs:
                     self.turn(name, asked)
+                    yield
 
     def turn(self, name: str, asked: Spec) -> None:
         """One run of an engine; the first time, one of each setting that is to be tried."""
