@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from rollout.models.errors import UnsupportedModel
-from rollout.models.layout import IntArray
-from rollout.models.loan import Loan, family_name, unwrap, vocabulary_size
+from rollout.models.layout import IntArray, KVLayout
+from rollout.models.loan import family_name, unwrap, vocabulary_size
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.tier import Tier
@@ -18,6 +18,8 @@ from rollout.models.tier import Tier
 #: first prefill: first all but the last of these, then the last by itself.
 _LENGTHS = (24, 17)
 _LATER = (6, 4)
+#: The same where contexts are computed whole: two decodes.
+_LATER_WHOLE = (2, 2)
 #: Largest distance of logits, relative to their size. A model whose state is not in pages is off by its whole
 #: size; a mixture of experts in half precision can route a token differently.
 _TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}
@@ -34,7 +36,7 @@ class _Trial:
 
 
 def check_pages(tier: Tier) -> None:
-    """Compares two sequences, each in two prefills and a decode, with forwards of the model's own attention.
+    """Compares two sequences, each in three forwards, with what the model gives by itself.
 
     Raises:
         UnsupportedModel: they differ by more than rounding.
@@ -42,13 +44,14 @@ def check_pages(tier: Tier) -> None:
     model, layout = tier.model, tier.probe()
     vocabulary = vocabulary_size(model)
     trials: list[_Trial] = []
-    for number, (length, later) in enumerate(zip(_LENGTHS, _LATER, strict=True)):
+    laters = _LATER_WHOLE if tier.whole_contexts else _LATER
+    for number, (length, later) in enumerate(zip(_LENGTHS, laters, strict=True)):
         first = sum(len(trial.pages) for trial in trials)
-        pages = np.arange(first, first + -(-length // layout.page_size))
+        pages = np.arange(first, first + layout.pages_for(length))
         ids = np.arange(3, 3 + length) * (7 + 4 * number) % vocabulary
         trials.append(_Trial(ids, pages, (length - later, length - 1, length)))
-    theirs = _own_logits(tier, trials)
-    ours = _logits_over_pages(tier, trials, PagePool(layout, trials[-1].pages[-1] + 1, unwrap(model).device))
+    theirs = torch.stack([tier.own_logits(trial.ids, trial.ends).float() for trial in trials], 1)
+    ours = _logits_over_pages(tier, trials, layout)
     distance = float(((ours - theirs).norm(dim=(0, 2)) / theirs.norm(dim=(0, 2))).max())
     tolerance = _TOLERANCE.get(layout.dtype, _HALF_TOLERANCE)
     if not distance <= tolerance:
@@ -58,19 +61,17 @@ def check_pages(tier: Tier) -> None:
         )
 
 
-def _own_logits(tier: Tier, trials: list[_Trial]) -> torch.Tensor:
+def _logits_over_pages(tier: Tier, trials: list[_Trial], layout: KVLayout) -> torch.Tensor:
     """[forwards, sequences, V] of the last token of each forward."""
-    device, own = unwrap(tier.model).device, []
-    with Loan(tier.model)():
-        for trial in trials:
-            logits = tier.model(input_ids=torch.from_numpy(trial.ids[None]).to(device), use_cache=False).logits[0]
-            own.append(logits[[end - 1 for end in trial.ends]].float())
-    return torch.stack(own, 1)
-
-
-def _logits_over_pages(tier: Tier, trials: list[_Trial], pool: PagePool) -> torch.Tensor:
-    """The same over pages of ``pool``."""
-    pool.grow()
+    pages = sum(len(trial.pages) for trial in trials)
+    pool = PagePool(layout, pages, unwrap(tier.model).device, len(trials))
+    states = np.zeros(0, np.int64)
+    if pages:
+        pool.grow()
+    if layout.states:
+        pool.states.grow()
+        # Not in the order of the sequences, which would be right even if nobody looked at it.
+        states = pool.states.allocate(len(trials))[::-1].copy()
     runner, logits = tier.runner(pool), []
     tables = np.zeros((len(trials), max(len(trial.pages) for trial in trials)), np.int64)
     for table, trial in zip(tables, trials, strict=True):
@@ -79,6 +80,6 @@ def _logits_over_pages(tier: Tier, trials: list[_Trial], pool: PagePool) -> torc
     with tier.on_loan():
         for ends in np.array([trial.ends for trial in trials]).T:
             tokens = np.concatenate([t.ids[start:end] for t, start, end in zip(trials, starts, ends, strict=True)])
-            logits.append(runner.forward(Packed(tokens, tables, starts, ends - starts)).float())
+            logits.append(runner.forward(Packed(tokens, tables, starts, ends - starts, states=states)).float())
             starts = ends
     return torch.stack(logits)

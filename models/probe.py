@@ -24,8 +24,8 @@ from rollout.models.loan import family_name, refuse_recurrent, unwrap, vocabular
 
 MaskPredicate = Callable[[Any, Any, Any, Any], Any]
 
-_PROBE_TOKENS = 4
-_PAGE_SIZE = 16
+PROBE_TOKENS = 4
+PAGE_SIZE = 16
 
 
 def probe(model: nn.Module) -> KVLayout:
@@ -35,17 +35,27 @@ def probe(model: nn.Module) -> KVLayout:
         UnsupportedModel: the model keeps state besides keys and values, calls no attention, or masks it
             in a way that is not causal, causal in a window, or causal in chunks.
     """
-    base = unwrap(model)
     refuse_recurrent(model)
-    step = _Probe()
-    ids = torch.arange(_PROBE_TOKENS, device=base.device)[None] % vocabulary_size(base)
-    with _masks(step), attention.running(step):
-        model(input_ids=ids, position_ids=torch.arange(_PROBE_TOKENS, device=base.device)[None], use_cache=False)
-    if not step.sites:
+    positions = torch.arange(PROBE_TOKENS, device=unwrap(model).device)[None]
+    sites, dtype = attention_sites(model, position_ids=positions, use_cache=False)
+    if dtype is None:
         raise UnsupportedModel(f"{family_name(model)} made no call through transformers' attention interface.")
-    if len(step.dtypes) != 1:
+    return KVLayout(sites, dtype, PAGE_SIZE)
+
+
+def attention_sites(model: nn.Module, **arguments: object) -> tuple[tuple[Site, ...], torch.dtype | None]:
+    """The attention calls of a forward of a few tokens with ``arguments``, and the dtype of all values; or none.
+
+    Raises:
+        UnsupportedModel: a mask is not causal, causal in a window, or causal in chunks, or values differ in dtype.
+    """
+    step = _Probe()
+    ids = torch.arange(PROBE_TOKENS, device=unwrap(model).device)[None] % vocabulary_size(model)
+    with _masks(step), attention.running(step):
+        model(input_ids=ids, **arguments)
+    if len(step.dtypes) > 1:
         raise UnsupportedModel(f"{family_name(model)} has values of several dtypes: {sorted(map(str, step.dtypes))}.")
-    return KVLayout(tuple(step.sites), next(iter(step.dtypes)), _PAGE_SIZE)
+    return tuple(step.sites), next(iter(step.dtypes), None)
 
 
 class _Probe:

@@ -10,10 +10,11 @@ from rollout.models.errors import UnsupportedModel
 from rollout.models.gathering import GatheringTier
 from rollout.models.interface import InterfaceTier
 from rollout.models.loan import family_name
+from rollout.models.stateful import StateTier
 from rollout.models.tier import Tier
 
 #: In the order in which they are tried: the fastest first.
-TIERS: tuple[type[Tier], ...] = (InterfaceTier, GatheringTier)
+TIERS: tuple[type[Tier], ...] = (InterfaceTier, GatheringTier, StateTier)
 
 
 def serve(model: nn.Module) -> Tier:

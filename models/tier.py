@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
 
-from rollout.models.layout import KVLayout
+from rollout.models.layout import IntArray, KVLayout
+from rollout.models.loan import Loan, unwrap
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 
@@ -33,6 +35,8 @@ class Tier(ABC):
     """
 
     name: ClassVar[str]
+    whole_contexts: ClassVar[bool] = False
+    """Whether a sequence's first forward must have its whole context, and each further one a single token."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -44,6 +48,13 @@ class Tier(ABC):
         Raises:
             UnsupportedModel: the model does what this tier does not know.
         """
+
+    def own_logits(self, ids: IntArray, ends: Sequence[int]) -> torch.Tensor:
+        """What the model itself gives, with no tier: logits [ends, V] after so many of the tokens ids [n] each."""
+        tokens = torch.from_numpy(ids[None]).to(unwrap(self.model).device)
+        with Loan(self.model)():
+            logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits[0]
+        return logits[[end - 1 for end in ends]]
 
     @abstractmethod
     def on_loan(self) -> AbstractContextManager[None]:
