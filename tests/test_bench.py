@@ -268,6 +268,7 @@ def engine_file(tmp_path: Path, name: str = "w") -> str:
 
 def bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # of this process
     return run.main()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -136,6 +137,8 @@ def tables(found: dict[str, Any], form: Callable[[Lines], str]) -> str:
 def main() -> int:
     """Exit status 1 when a run failed, 2 when there is nothing to run."""
     given = parse()
+    # Ending this ends the engine that runs, which is in a session of its own.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         model, requests = inputs(given)
     except ValueError as error:
