@@ -9,13 +9,13 @@ from typing import Any
 def context_limit(config: Any) -> int | None:
     """Most tokens of a sequence, from a transformers configuration; None when it states none.
 
-    Models with longrope or dynamic rotary scaling change their frequencies for the whole batch once its
-    longest row passes the original length, so rows end there: their results must not depend on company.
+    With dynamic rotary scaling, what a token stores depends on how long the batch was when it came, once that is
+    beyond the original length, so rows end there: their results must not depend on company.
     """
     text = config.get_text_config(decoder=True)
     limits = [getattr(text, "max_position_embeddings", None)]
     for rope in _ropes(getattr(text, "rope_parameters", None)):
-        if rope.get("rope_type") in ("longrope", "dynamic"):
+        if rope.get("rope_type") == "dynamic":
             original = rope.get("original_max_position_embeddings")
             limits.append(original or getattr(text, "original_max_position_embeddings", None))
     stated = [int(limit) for limit in limits if limit]

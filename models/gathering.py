@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +22,7 @@ from rollout.models.layout import IntArray, KVLayout, Site, Span
 from rollout.models.loan import Loan, family_name, refuse_recurrent, unwrap, vocabulary_size
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
+from rollout.models.rotary import Rotary, texts_of
 from rollout.models.slots import Slots
 from rollout.models.tier import Tier
 
@@ -49,7 +50,7 @@ class GatheringTier(Tier):
         positions = torch.arange(_PROBE_TOKENS, device=unwrap(self.model).device)[None]
         with self.on_loan():
             _Forward(self.model)(positions % vocabulary_size(self.model), torch.ones_like(positions), positions, cache)
-        return cache.layout(family_name(self.model))
+        return replace(cache.layout(family_name(self.model)), boundary=Rotary(self.model).boundary)
 
     def on_loan(self) -> AbstractContextManager[None]:
         """See `Tier.on_loan`; the attention implementation stays the module's own."""
@@ -81,7 +82,8 @@ class GatheringRunner:
             tokens, mask, positions = (
                 torch.from_numpy(array).to(self._device) for array in (batch.tokens, batch.mask, batch.positions)
             )
-            outputs.append(self._run(tokens, mask, positions, cache))
+            with texts_of(packed.text_lengths[sequences, None]):
+                outputs.append(self._run(tokens, mask, positions, cache))
         logits = outputs[0].new_empty(len(packed.lengths), outputs[0].shape[-1])
         for sequences, output in zip(batches, outputs, strict=True):
             logits[torch.from_numpy(sequences).to(self._device)] = output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from rollout.models.loan import Loan, family_name, unwrap
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.probe import probe
+from rollout.models.rotary import Rotary, texts_of
 from rollout.models.tier import Tier
 
 
@@ -38,7 +40,7 @@ class InterfaceTier(Tier):
     def probe(self) -> KVLayout:
         """See `Tier.probe`."""
         with self.on_loan():
-            return probe(self.model)
+            return replace(probe(self.model), boundary=Rotary(self.model).boundary)
 
     def on_loan(self) -> AbstractContextManager[None]:
         """See `Tier.on_loan`."""
@@ -66,7 +68,8 @@ class InterfaceRunner:
     def forward(self, packed: Packed) -> torch.Tensor:
         """See `Runner.forward`."""
         last = packed.offsets + packed.lengths - 1
-        with attention.running(self._steps(self._pool, packed)):
+        texts = texts_of(np.repeat(packed.text_lengths, packed.lengths)[None])
+        with attention.running(self._steps(self._pool, packed)), texts:
             output = self._model(
                 input_ids=self._tensor(packed.tokens[None]),
                 position_ids=self._tensor(packed.positions[None]),

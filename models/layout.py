@@ -75,6 +75,12 @@ class KVLayout:
     page_size: int
     states: tuple[State, ...] = ()
     """None in a model that keeps keys and values alone."""
+    boundary: int | None = None
+    """What is stored of a text longer than this differs, from its first token on, from what is stored of a shorter."""
+
+    def alike(self, tokens: int, others: int) -> bool:
+        """Whether a text of ``tokens`` tokens stores the same, where they agree, as one of ``others``."""
+        return self.boundary is None or (tokens > self.boundary) == (others > self.boundary)
 
     @property
     def bytes_per_token(self) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rollout.models.errors import UnsupportedModel
+from rollout.models.rotary import Rotary
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -58,13 +59,15 @@ class Loan:
     """Switches a module to the engine and back, as often as needed.
 
     What is switched: the attention implementation of every configuration in the module, and the training
-    flag of every submodule. Both are restored one by one, since a trainer may have set them one by one.
+    flag of every submodule. Both are restored one by one, since a trainer may have set them one by one. Rotary
+    embeddings that depend on length follow each text's own, and keep nothing of it.
     Nothing else is touched: gradients are off inside by ``no_grad`` (not ``inference_mode``, whose tensors
     would stay in rotary buffers), no global random generator is read, and ambient autocast stays in force.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._rotary = Rotary(model)
         self._configs: list[Any] = list(
             {
                 id(module.config): module.config
@@ -84,7 +87,7 @@ class Loan:
             if implementation is not None:
                 for config in self._configs:
                     config._attn_implementation_internal = implementation
-            with torch.no_grad():
+            with torch.no_grad(), self._rotary.in_place():
                 yield
         finally:
             for config, own in zip(self._configs, implementations, strict=True):

@@ -24,6 +24,14 @@ class Packed:
     states: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     """[S] page of each sequence's recurrent state; [0] in models without."""
 
+    texts: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[S] known tokens of each sequence, also those that this forward leaves for later; [0] where it leaves none."""
+
+    @property
+    def text_lengths(self) -> IntArray:
+        """[S] known tokens of each sequence."""
+        return self.texts if len(self.texts) else self.ends
+
     @property
     def ends(self) -> IntArray:
         """[S] tokens of each sequence, the new ones included."""

@@ -54,6 +54,7 @@ class Running:
 
         Returns the pages that the next row wanted if it did not fit into an empty device, else None.
         """
+        self._preempt_crossing()
         budget = prefill_tokens - sum(prefill.remaining for prefill in self.prefills)
         while self.alive < rows and (row := self._queue.first()) is not None:
             group = row.group
@@ -67,6 +68,8 @@ class Running:
                 return None
             context = row.context
             shared = group.pages[: (len(context) - 1) // self._page_size]
+            if not self._pool.layout.alike(len(context), len(group.prompt_ids)):
+                shared = _NO_PAGES
             # For one token more than the context, so that an admitted row always lives to add one.
             needed = self._pages_for(len(context) + 1) - len(shared)
             if not self._reserve(needed, self._states_per_row, leaving=self._spoken_for):
@@ -81,6 +84,13 @@ class Running:
                 group.prefill = prefill
             budget -= prefill.remaining
         return None
+
+    def _preempt_crossing(self) -> None:
+        """Rows that have just passed the length beyond which all of a text is stored otherwise are computed anew."""
+        if self._pool.layout.boundary is not None:
+            crossing = self.live.active[self.live.lengths == self._pool.layout.boundary + 1]
+            for slot in crossing[::-1].tolist():  # each goes before those that wait
+                self.preempt(slot)
 
     def _reserve(self, pages: int, states: int = 0, leaving: int = 0) -> bool:
         """See `Memory.reserve`. What states have to spare may serve keys and values, and the other way round.
@@ -135,6 +145,7 @@ class Running:
             tables=tables,
             starts=np.concatenate([live.lengths - 1, np.array([prefill.computed for prefill, _ in parts], np.int64)]),
             lengths=np.concatenate([np.ones(rows, np.int64), np.array([length for _, length in parts], np.int64)]),
+            texts=np.concatenate([live.lengths, np.array([len(prefill.context) for prefill, _ in parts], np.int64)]),
             states=np.concatenate([live.states[live.active].ravel(), *(prefill.states[:1] for prefill, _ in parts)]),
         )
 
@@ -147,7 +158,8 @@ class Running:
         for number, prefill in enumerate(prefills):
             self._take_out(prefill)
             group = prefill.group
-            if not group.holders and not self.recurrent:
+            alike = self._pool.layout.alike(len(prefill.context), len(group.prompt_ids))
+            if not group.holders and not self.recurrent and alike:
                 group.pages = prefill.pages[: len(group.prompt_ids) // self._page_size].copy()
                 self._pool.share(group.pages)
             for row, pages, state in self._fork(prefill):

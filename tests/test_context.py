@@ -37,7 +37,7 @@ def test_scaling_that_does_not_depend_on_length_leaves_the_limit() -> None:
     assert context_limit(config) == 800
 
 
-def test_longrope_ends_at_the_original_length() -> None:
+def test_longrope_goes_on_beyond_the_original_length() -> None:
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     config = AutoConfig.for_model(
         "phi3",
@@ -47,23 +47,22 @@ def test_longrope_ends_at_the_original_length() -> None:
         original_max_position_embeddings=100,
         rope_parameters=rope,
     )
-    assert context_limit(config) == 100
+    assert context_limit(config) == 800
 
 
-@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_the_original_length_is_found_where_it_stands(kind: str) -> None:
-    inside = {"rope_type": kind, "original_max_position_embeddings": 60}
+def test_dynamic_scaling_ends_at_the_original_length_wherever_that_stands() -> None:
+    inside = {"rope_type": "dynamic", "original_max_position_embeddings": 60}
     assert context_limit(config_of(max_position_embeddings=500, rope_parameters=inside)) == 60
     beside = config_of(
-        max_position_embeddings=500, rope_parameters={"rope_type": kind}, original_max_position_embeddings=70
+        max_position_embeddings=500, rope_parameters={"rope_type": "dynamic"}, original_max_position_embeddings=70
     )
     assert context_limit(beside) == 70
-    assert context_limit(config_of(max_position_embeddings=500, rope_parameters={"rope_type": kind})) == 500
+    assert context_limit(config_of(max_position_embeddings=500, rope_parameters={"rope_type": "dynamic"})) == 500
 
 
 def test_the_tightest_of_several_layer_types_binds() -> None:
     nested = {
-        "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 90},
+        "full_attention": {"rope_type": "dynamic", "original_max_position_embeddings": 90},
         "sliding_attention": {"rope_type": "default"},
         "rope_theta": 1e4,
     }
