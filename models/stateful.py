@@ -24,6 +24,7 @@ from rollout.models.loan import Loan, family_name, unwrap
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.probe import PAGE_SIZE, PROBE_TOKENS, attention_sites
+from rollout.models.rotary import Rotary, texts_of
 from rollout.models.state_cache import PooledStates, RecordedStates
 from rollout.models.states import StateRows
 from rollout.models.tier import Tier
@@ -59,7 +60,8 @@ class StateTier(Tier):
                 f"{family_name(self.model)} attends {len(sites)} times through transformers' attention interface, but "
                 f"stores keys and values {recorded.updates} times."
             )
-        return KVLayout(sites, dtype or unwrap(self.model).dtype, PAGE_SIZE, tuple(recorded.states))
+        dtype = dtype or unwrap(self.model).dtype
+        return KVLayout(sites, dtype, PAGE_SIZE, tuple(recorded.states), Rotary(self.model).boundary)
 
     def own_logits(self, ids: IntArray, ends: Sequence[int]) -> torch.Tensor:
         """See `Tier.own_logits`: as ``generate`` would, with transformers' cache.
@@ -124,7 +126,7 @@ class StateRunner:
             for array in (packed.tokens, packed.positions)
         )
         step = nullcontext() if self._steps is None else attention.running(self._steps(self._pool, packed))
-        with step:
+        with step, texts_of(packed.text_lengths[:, None]):
             output = self._model(input_ids=tokens, **self._arguments(positions, cache))
         cache.finish()
         logits: torch.Tensor = output.logits[:, -1]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 199
 
@@ -91,15 +91,72 @@ GATHERING: dict[str, dict[str, Any]] = {
     "xglm": {"ffn_dim": 96, "attention_heads": 4, "num_layers": 4},
 }
 
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_d_state": 8} | {
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 8,
+}
+_ALTERNATING = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_LINEAR = (
+    _ALTERNATING
+    | {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    | {
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    }
+)
+_MLA = {"q_lora_rank": 24, "kv_lora_rank": 16, "v_head_dim": 12, "head_dim": 8, "num_key_value_heads": 4} | {
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "first_k_dense_replace": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+#: Recurrent states, alone or besides keys and values.
+STATE: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 8},
+    "falcon_mamba": {"state_size": 8},
+    "falcon_h1": _MAMBA2,
+    "bamba": _MAMBA2 | {"attn_layer_indices": [1, 3]},
+    "jamba": {"mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
+    | {"num_experts_per_tok": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": _EXPERTS | {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mamba", "moe"], "mamba_num_heads": 8}
+    | {"mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8, "moe_intermediate_size": 48}
+    | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_shared_expert_intermediate_size": 48},
+    "granitemoehybrid": _MAMBA2
+    | _EXPERTS
+    | {"layer_types": ["mamba", "attention"] * 2, "shared_intermediate_size": 48},
+    "qwen3_next": _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 48},
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 48},
+    "zamba": {"mamba_d_state": 8, "n_mamba_heads": 2, "layers_block_type": ["mamba", "hybrid"] * 2}
+    | {"attention_head_dim": 32},
+    # One attention module serves several layers, with an adapter for each.
+    "zamba2": {"mamba_d_state": 8, "mamba_ngroups": 2, "n_mamba_heads": 8, "mamba_headdim": 16, "chunk_size": 8}
+    | {"layers_block_type": ["mamba", "hybrid"] * 3, "num_hidden_layers": 6, "num_mem_blocks": 2, "adapter_rank": 8},
+    "olmo_hybrid": _LINEAR,
+    "kimi_linear": _MLA
+    | _ALTERNATING
+    | {"num_experts": 4, "num_experts_per_token": 2, "num_shared_experts": 1, "moe_intermediate_size": 48}
+    | {"linear_head_dim": 16, "linear_num_heads": 4},
+    "bailing_hybrid": _MLA | _ALTERNATING | _EXPERTS | {"num_shared_experts": 1},
+    "lfm3": {"layer_types": ["conv", "sliding_attention", "conv", "full_attention"], "sliding_window": _WINDOW},
+    "zaya": {},
+}
+
 TIERS = {"interface": INTERFACE, "gathering": GATHERING}
-SERVED: dict[str, dict[str, Any]] = {family: fields for tier in TIERS.values() for family, fields in tier.items()}
+SERVED: dict[str, dict[str, Any]] = {
+    family: fields for tier in (*TIERS.values(), STATE) for family, fields in tier.items()
+}
 
 #: Families that must be refused, and a word of the reason.
 REFUSED: dict[str, str] = {
-    "mamba": "recurrent",
-    "falcon_h1": "recurrent",
     "recurrent_gemma": "recurrent",
     "rwkv": "recurrent",
+    "xlstm": "recurrent",
     "minimax": "cache of its own",
 }
 
@@ -110,7 +167,11 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pre
     model_type = family.partition("/")[0]
     if model_type == "falcon":  # derives it
         del fields["head_dim"]
-    config = AutoConfig.for_model(model_type, **fields)
+    return random_model(AutoConfig.for_model(model_type, **fields), dtype)
+
+
+def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model with seeded random weights, in eval mode; the same on every call."""
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     try:

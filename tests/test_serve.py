@@ -9,6 +9,7 @@ from rollout.models.errors import UnsupportedModel
 from rollout.models.gathering import GatheringTier
 from rollout.models.interface import InterfaceTier
 from rollout.models.serve import serve
+from rollout.models.stateful import StateTier
 from tests.families import tiny
 
 
@@ -20,6 +21,10 @@ def test_a_family_with_attention_of_its_own_is_served_by_gathering() -> None:
     assert isinstance(serve(tiny("bloom")), GatheringTier)
 
 
+def test_a_recurrent_family_is_served_with_its_states() -> None:
+    assert isinstance(serve(tiny("falcon_h1")), StateTier)
+
+
 def test_a_model_that_fails_in_a_trial_is_refused_with_what_it_said() -> None:
     model = tiny("bloom")
 
@@ -27,7 +32,7 @@ def test_a_model_that_fails_in_a_trial_is_refused_with_what_it_said() -> None:
         raise ZeroDivisionError("no such\nluck")
 
     model.transformer.h[1].register_forward_pre_hook(fail)
-    with pytest.raises(UnsupportedModel, match=r"'bloom'\) fails in the gathering tier: ZeroDivisionError: no such\.$"):
+    with pytest.raises(UnsupportedModel, match=r"'bloom'\) fails in the gathering tier: ZeroDivisionError: no such\. "):
         serve(model)
 
 

@@ -17,12 +17,13 @@ from tests.families import VOCABULARY
 
 @pytest.fixture(autouse=True)
 def integrity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every page is accounted for before each decode of every engine in these tests."""
+    """Every page and state is accounted for before each decode of every engine in these tests."""
     make_room = Running.make_room
 
     def checked(self: Running) -> None:
         make_room(self)
         self._pool.check_integrity(self.held_pages())
+        self._pool.states.check_integrity(self.held_states())
 
     monkeypatch.setattr(Running, "make_room", checked)
 

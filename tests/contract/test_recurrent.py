@@ -1,0 +1,287 @@
+"""Promises 1, 2, 3 and 6 for recurrent and hybrid families: states are as private, and as accounted for, as pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from rollout import Engine, Record, SamplingParams
+from rollout.batcher.types import Decision, Observation
+from rollout.headroom import FakeHeadroom
+from rollout.models.serve import serve
+from rollout.requests import Request, StepReport
+from tests.contract.conftest import random_prompts, worst_logprob
+from tests.families import STATE, tiny
+
+_NEW_TOKENS = 20
+#: What rounding does to log-probabilities. The random states of some amplify it: ``generate`` itself differs by as
+#: much when it computes the same text three times side by side.
+_ROUNDING = {"mamba": 3e-4, "mamba2": 1e-4}
+#: A convolution alone, a scan, chunks with attention in the same layer, a delta rule, attention in one module.
+_KINDS = ("lfm2", "mamba", "falcon_h1", "qwen3_next", "zamba2")
+
+
+def _rounding(family: str) -> float:
+    return _ROUNDING.get(family, 1e-5)
+
+
+def _own(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """The greedy completion that ``generate`` gives, and its log-probabilities."""
+    ids = torch.tensor([prompt])
+    out: Any = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=_NEW_TOKENS,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = [int(i) for i in out.sequences[0, len(prompt) :]]
+    logprobs = torch.stack(out.logits)[:, 0].float().log_softmax(-1)
+    return tokens, [float(logprobs[i, token]) for i, token in enumerate(tokens)]
+
+
+@pytest.mark.parametrize("family", STATE)
+def test_own_numbers_with_rows_joining_late(family: str) -> None:
+    model = tiny(family)
+    engine = Engine(model, None, max_rows=3)
+    assert engine._tier.name == "state"
+    prompts = random_prompts(11, 5, longest=32)
+    params = [SamplingParams(n=2 if i == 1 else 1, max_new_tokens=_NEW_TOKENS, temperature=0) for i in range(5)]
+    batch = engine.generate(prompts, params)
+    assert batch.stats.preempted_rows == 0
+    assert batch.stats.live_rows_max == 3
+    assert [(record.row_id, record.sample) for record in batch] == [
+        ("0", 0), ("1", 0), ("1", 1), ("2", 0), ("3", 0), ("4", 0)
+    ]  # fmt: skip
+    own = [_own(model, prompt) for prompt in prompts]
+    for record in batch:
+        tokens, logprobs = own[int(record.row_id)]
+        assert record.completion_ids == tokens
+        assert record.logprobs == pytest.approx(logprobs, abs=_rounding(family))
+    assert worst_logprob(model, list(batch)) < max(3e-5, _rounding(family))
+
+
+# -- promise 1 -------------------------------------------------------------------------------------------
+
+
+def _assert_same(family: str, expected: Sequence[Record], found: Sequence[Record]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(expected, found, strict=True):
+        assert (other.row_id, other.sample) == (one.row_id, one.sample)
+        assert (other.completion_ids, other.finish_reason) == (one.completion_ids, one.finish_reason)
+        assert other.logprobs == pytest.approx(one.logprobs, abs=_rounding(family))
+
+
+class Small:
+    """Few rows, and fewer prompt tokens a step than most prompts have."""
+
+    def decide(self, observation: Observation) -> Decision:
+        return Decision(4, 13, "test")
+
+
+@pytest.mark.parametrize("family", _KINDS)
+def test_caps_order_company_and_small_prefills(family: str) -> None:
+    model = tiny(family)
+    prompts = random_prompts(3, 5, longest=30)
+    prompts[3] = prompts[2]  # equal neighbours are prefilled together
+    params = SamplingParams(n=2, max_new_tokens=10, ignore_eos=True)
+    ids = [f"row-{i}" for i in range(len(prompts))]
+    expected = Engine(model, None).generate(prompts, params, seed=4, row_ids=ids)
+    assert len({tuple(record.completion_ids) for record in expected}) == 10
+
+    alone = Engine(model, None, max_rows=1).generate(prompts, params, seed=4, row_ids=ids)
+    back = Engine(model, None, max_rows=3).generate(prompts[::-1], params, seed=4, row_ids=ids[::-1])
+    small = Engine(model, None, policy=Small()).generate(prompts, params, seed=4, row_ids=ids)
+    for found, rows in ((alone, 1), (back, 3), (small, 4)):
+        assert found.stats.live_rows_max == rows
+        assert found.stats.preempted_rows == 0
+        records = sorted(found, key=lambda record: (record.row_id, record.sample))
+        _assert_same(family, expected.records, records)
+
+
+def test_a_prompt_is_computed_once_for_the_samples_admitted_with_it() -> None:
+    prompts = random_prompts(5, 4, longest=40)
+    params = SamplingParams(n=4, max_new_tokens=5, ignore_eos=True)
+    for cap, times in ((16, 1), (1, 4)):
+        batch = Engine(tiny("falcon_h1"), None, max_rows=cap).generate(prompts, params)
+        assert batch.stats.prefilled_tokens == times * sum(map(len, prompts))
+
+
+# -- promise 3 -------------------------------------------------------------------------------------------
+
+
+def _bytes(model: PreTrainedModel, rows: int, pages: int) -> int:
+    layout = serve(model).probe()
+    return rows * layout.bytes_per_row + pages * layout.bytes_per_page
+
+
+@pytest.mark.parametrize("family", _KINDS)
+def test_too_little_memory_for_the_rows_let_in(family: str) -> None:
+    """Rows that are preempted are recomputed from their tokens, which rounds otherwise; none is lost or cut short."""
+    model = tiny(family)
+    cap = _bytes(model, rows=5, pages=9)
+    prompts = random_prompts(6, 9, longest=40)
+    params = SamplingParams(n=2, max_new_tokens=24, ignore_eos=True)
+    batch = Engine(model, None, policy="static", max_rows=32, max_kv_bytes=cap).generate(prompts, params)
+    assert [(record.row_id, record.sample) for record in batch] == [(str(i), s) for i in range(9) for s in range(2)]
+    assert {(record.finish_reason, len(record.completion_ids)) for record in batch} == {("length", 24)}
+    assert worst_logprob(model, list(batch)) < max(3e-5, _rounding(family))
+    stats = batch.stats
+    assert cap // 2 < stats.peak_kv_bytes <= cap
+    assert stats.kv_bytes_held == 0
+    if model.config.model_type == "mamba":
+        assert (stats.live_rows_max, stats.preempted_rows) == (cap // _bytes(model, 1, 0), 0), "a state never grows"
+    else:
+        assert stats.preempted_rows > 0
+
+
+def test_a_row_whose_state_does_not_fit_is_one_error_record() -> None:
+    model = tiny("mamba")
+    engine = Engine(model, None, max_kv_bytes=_bytes(model, 1, 0) - 1)
+    (record,) = engine.generate(random_prompts(1, 1), SamplingParams(max_new_tokens=3))
+    assert (record.finish_reason, record.error_class) == ("error", "too_large")
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
+def test_squeezed_and_released_while_rows_live(family: str) -> None:
+    model = tiny(family)
+    prompts, params = random_prompts(9, 8, longest=30), SamplingParams(n=2, max_new_tokens=24, ignore_eos=True)
+    engine = Engine(model, None, policy="static", reserve_fraction=0.0)
+    held = [0]
+    fake = FakeHeadroom(_bytes(model, rows=16, pages=40), held=lambda: held[0])
+    engine._headroom = fake
+    seen: list[tuple[int, int]] = []
+
+    def on_step(report: StepReport) -> None:
+        held[0] = report.kv_bytes
+        fake.taken_bytes = fake.total_bytes * 3 // 4 if report.step % 20 >= 10 else 0
+        seen.append((report.step % 20, held[0]))
+
+    requests = [Request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
+    records = list(engine.run(requests, on_step=on_step))
+    assert {(record.row_id, record.sample) for record in records} == {(str(i), s) for i in range(8) for s in range(2)}
+    assert {(record.finish_reason, len(record.completion_ids)) for record in records} == {("length", 24)}
+    assert worst_logprob(model, records) < max(3e-5, _rounding(family))
+    assert engine.stats is not None
+    assert engine.stats.preempted_rows > 0
+    assert engine.stats.kv_bytes_held == 0
+    squeezed = [kv_bytes for phase, kv_bytes in seen if phase >= 12]
+    roomy = [kv_bytes for phase, kv_bytes in seen if phase in (8, 9)]
+    assert max(squeezed) <= fake.total_bytes // 4 < max(roomy)
+
+
+@pytest.mark.parametrize("place", ["forward", "sample"])
+def test_an_allocator_failure_costs_recomputation_alone(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that went on by a token must not go on by the same token again."""
+    model = tiny("falcon_h1")
+    prompts, params = random_prompts(12, 4, longest=30), SamplingParams(max_new_tokens=12, ignore_eos=True)
+    expected = Engine(model, None).generate(prompts, params)
+    calls = [0]
+
+    def sometimes(*_: object) -> None:
+        calls[0] += 1
+        if calls[0] in (5, 9):
+            raise torch.OutOfMemoryError("none left")
+
+    engine = Engine(model, None)
+    if place == "forward":
+        model.model.layers[2].register_forward_pre_hook(sometimes)
+    else:
+        from rollout import loop
+
+        sample = loop.sample
+
+        def failing(*arguments: Any) -> Any:
+            sometimes()
+            return sample(*arguments)
+
+        monkeypatch.setattr(loop, "sample", failing)
+    found = engine.generate(prompts, params)
+    assert found.stats.out_of_memory_events == 2
+    assert found.stats.preempted_rows > 0
+    _assert_same("falcon_h1", expected.records, found.records)
+
+
+def test_policies_see_what_a_row_takes() -> None:
+    model = tiny("mamba")
+    state = serve(model).probe().bytes_per_row
+    seen: list[Observation] = []
+
+    class Watching:
+        def decide(self, observation: Observation) -> Decision:
+            seen.append(observation)
+            return Decision(4, 2048, "test")
+
+    cap = 6 * state
+    engine = Engine(model, None, policy=Watching(), max_kv_bytes=cap)
+    batch = engine.generate(random_prompts(2, 5), SamplingParams(max_new_tokens=3, ignore_eos=True))
+    assert batch.stats.live_rows_max == 4
+    assert {o.kv_tokens_total for o in seen} == {cap}
+    assert {o.tokens_per_row for o in seen} == {state}
+    assert [o.kv_tokens_held // state for o in seen][:2] == [0, 4]
+
+
+def test_the_paper_s_policy_lets_in_as_many_rows_as_states_fit() -> None:
+    model = tiny("mamba")
+    engine = Engine(model, None, policy="paper", max_kv_bytes=_bytes(model, rows=4, pages=0))
+    batch = engine.generate(random_prompts(2, 12), SamplingParams(max_new_tokens=6, ignore_eos=True))
+    assert batch.stats.live_rows_max == 4
+    assert batch.stats.preempted_rows == 0
+
+
+# -- rows that are not finite ----------------------------------------------------------------------------
+
+
+def test_a_broken_row_spoils_no_other() -> None:
+    """Its state is left as it is: the next row with that page begins with none."""
+    model = tiny("falcon_h1")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = torch.nan
+    prompts = [[i for i in prompt if i != 7] or [3] for prompt in random_prompts(8, 6, longest=30)]
+    params = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
+    expected = Engine(model, None).generate(prompts, params)
+    mixed = [prompt for prompt in prompts for prompt in ([5, 7, 6], prompt)]
+    found = Engine(model, None, max_rows=2).generate(mixed, params)
+    assert [record.error_class for record in found][::2] == ["not_finite"] * len(prompts)
+    for one, other in zip(expected, list(found)[1::2], strict=True):
+        assert other.completion_ids == one.completion_ids
+        assert other.logprobs == pytest.approx(one.logprobs, abs=1e-5)
+
+
+# -- promise 6 -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
+def test_a_module_in_training_with_checkpointing_is_served_and_left_alone(family: str) -> None:
+    model = tiny(family)
+    prompts, params = random_prompts(4, 3), SamplingParams(max_new_tokens=8, temperature=0)
+    expected = Engine(model, None).generate(prompts, params)
+    model.gradient_checkpointing_enable()
+    model.train()
+    implementation = model.config._attn_implementation
+    attributes = [set(vars(module)) for module in model.modules()]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    found = Engine(model, None).generate(prompts, params)
+    _assert_same(family, expected.records, found.records)
+    assert all(module.training for module in model.modules())
+    assert model.is_gradient_checkpointing
+    assert model.config._attn_implementation == implementation
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    loss = model(input_ids=torch.tensor([prompts[1]]), labels=torch.tensor([prompts[1]])).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_refused_module_is_left_alone_too() -> None:
+    """This family keeps its state on its modules as soon as it is run with a cache."""
+    model = tiny("recurrent_gemma")
+    with pytest.raises(ValueError, match="keeps no recurrent state, or not in a cache"):
+        serve(model)
+    assert all(getattr(module, "conv1d_state", None) is None for module in model.modules())
