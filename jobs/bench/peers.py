@@ -50,14 +50,14 @@ def install(name: str, folder: Path) -> Path:
     return python
 
 
-def find(name: str, root: Path = ROOT) -> Path | None:
+def find(name: str) -> Path | None:
     """The Python of a peer that was installed, completely and in the versions of today, in the usual place."""
-    stamp = root / name / STAMP
+    stamp = ROOT / name / STAMP
     current = stamp.is_file() and stamp.read_bytes() == requirements(name).read_bytes()
-    return root / name / "bin" / "python" if current else None
+    return ROOT / name / "bin" / "python" if current else None
 
 
-def model_for(name: str, python: Path, model: str, root: Path = ROOT) -> str:
+def model_for(name: str, python: Path, model: str) -> str:
     """The folder that a peer loads: the model's own, or the export of it, which is made the first time.
 
     Raises:
@@ -65,7 +65,7 @@ def model_for(name: str, python: Path, model: str, root: Path = ROOT) -> str:
     """
     if name != "openvino":
         return model
-    folder = root / "models" / name / _key(name, Path(model))
+    folder = ROOT / "models" / name / _key(name, Path(model))
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         # It appears complete or not at all.
