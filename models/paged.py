@@ -46,7 +46,8 @@ class PagedStep(ABC):
             raise RuntimeError(f"{type(module).__name__} attends out of the order that the probe saw.")
         # [b, heads, t, dim] -> [T, heads, dim]
         q, k, v = (x.transpose(1, 2).flatten(0, 1).to(self.layout.dtype) for x in (query, key, value))
-        return self.compute(index, q, k, v, scores).unflatten(0, (query.shape[0], query.shape[2]))
+        output = self.compute(index, q, k, v, scores)
+        return output.view(query.shape[0], query.shape[2], *output.shape[1:])
 
     @abstractmethod
     def compute(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:

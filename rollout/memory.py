@@ -109,7 +109,7 @@ class Memory:
         return sum(-(-count // pool.slab_pages) * pool.slab_bytes for pool, count in counts) <= room
 
     @property
-    def _pools(self) -> tuple[PagePool, StatePool]:
+    def _pools(self) -> tuple[PagePool | StatePool, ...]:
         return self.pool, self.pool.states
 
     @property

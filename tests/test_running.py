@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from rollout.headroom import FakeHeadroom
 from rollout.memory import Memory
-from rollout.models.layout import IntArray, KVLayout, Site, Span
+from rollout.models.layout import IntArray, KVLayout, Site, Span, State
 from rollout.params import SamplingParams
 from rollout.queue import Queue
 from rollout.requests import Request
@@ -22,20 +23,33 @@ from rollout.stats import Tally
 
 PAGE_SIZE, SLAB_PAGES = 4, 4
 LAYOUT = KVLayout((Site(nn.Identity(), 1, 1, 1, Span()),), torch.float32, PAGE_SIZE)
+#: The same, and a state of one number.
+RECURRENT = replace(LAYOUT, states=(State(0, "recurrent", 0, (1,), torch.float32),))
 ALL = 10**6
 
 
-class World:
-    """Running rows over memory of some slabs, and a model whose keys are token ids and whose values are positions."""
+def folded(tokens: Sequence[int], state: int = 7) -> int:
+    """What a toy recurrence sums up of a text."""
+    for token in tokens:
+        state = (state * 31 + token + 1) % 9973
+    return state
 
-    def __init__(self, requests: Sequence[Request], slabs: int = 50) -> None:
+
+class World:
+    """Running rows over memory of some slabs, and a model whose keys are token ids and whose values are positions.
+
+    With a layout that has a state, the model also folds each row's tokens into that.
+    """
+
+    def __init__(self, requests: Sequence[Request], slabs: int = 50, layout: KVLayout = LAYOUT) -> None:
         self.memory: Memory | None = None
-        slab_bytes = SLAB_PAGES * LAYOUT.bytes_per_page
+        slab_bytes = SLAB_PAGES * layout.bytes_per_page
         self.headroom = FakeHeadroom(slabs * slab_bytes, held=self.held)
-        self.memory = Memory(LAYOUT, self.headroom, torch.device("cpu"), None, 0.0, 4 * SLAB_PAGES * PAGE_SIZE)
+        self.memory = Memory(layout, self.headroom, torch.device("cpu"), None, 0.0, 4 * SLAB_PAGES * PAGE_SIZE)
         self.pool = self.memory.pool
         # A slab is a share of memory, which is too little for these tests.
-        self.pool.slab_pages = SLAB_PAGES
+        self.pool.slab_pages = self.pool.states.slab_pages = SLAB_PAGES
+        self.per_row = len(layout.states)
         self.queue = Queue(requests, None, ALL)
         self.queue.fill(ALL)
         self.tally = Tally()
@@ -45,7 +59,7 @@ class World:
         """Tokens that were drawn for each row, by the row's identity."""
 
     def held(self) -> int:
-        return 0 if self.memory is None else self.memory.pool.bytes_held
+        return 0 if self.memory is None else self.memory.bytes_held
 
     # -- what a step does --------------------------------------------------------------------------------
 
@@ -62,6 +76,9 @@ class World:
             for position in range(prefill.computed, prefill.computed + length):
                 self.write(int(prefill.pages[position // PAGE_SIZE]), position, int(prefill.context[position]))
             prefill.computed += length
+            for page in prefill.states[:1]:
+                assert length == len(prefill.context), "a context is computed whole"
+                self.fold(page, folded(prefill.context.tolist()))
         ready = [prefill for prefill, _ in parts if not prefill.remaining]
         self.check()
         if not ready:
@@ -81,6 +98,8 @@ class World:
         if len(slots):
             for slot, token, length in zip(slots, self.live.last_tokens(), self.live.lengths, strict=True):
                 self.write(int(self.live.pages(slot)[(length - 1) // PAGE_SIZE]), int(length) - 1, int(token))
+                for page in self.live.states[slot]:
+                    self.fold(page, folded([int(token)], self.state(page)))
             self.draw(slots)
 
     def draw(self, slots: IntArray) -> None:
@@ -98,6 +117,14 @@ class World:
         slab.keys[0][page % SLAB_PAGES, position % PAGE_SIZE] = token
         slab.values[0][page % SLAB_PAGES, position % PAGE_SIZE] = position
 
+    def state(self, page: int) -> int:
+        slab, place = divmod(int(page), SLAB_PAGES)
+        return int(self.pool.states.slab(slab).tensors[0][place])
+
+    def fold(self, page: int, state: int) -> None:
+        slab, place = divmod(int(page), SLAB_PAGES)
+        self.pool.states.slab(slab).tensors[0][place] = state
+
     def read(self, pages: IntArray) -> list[tuple[int, int]]:
         pairs = []
         for page in pages.tolist():
@@ -111,17 +138,21 @@ class World:
     def check(self) -> None:
         running, pool = self.running, self.pool
         pool.check_integrity(running.held_pages())
+        pool.states.check_integrity(running.held_states())
         fresh = set(self.live.without_token().tolist())
         for slot in self.live.active.tolist():
             row, completion = self.live.row(slot), self.live.completion(slot)
             assert completion.tokens.tolist() == self.drawn.get(id(row), [])
             context = [*row.group.prompt_ids.tolist(), *completion.tokens.tolist()]
-            self.holds(self.live.pages(slot), context if slot in fresh else context[:-1])
-            full = len(row.group.prompt_ids) // PAGE_SIZE
+            stored = context if slot in fresh else context[:-1]
+            self.holds(self.live.pages(slot), stored)
+            assert [self.state(page) for page in self.live.states[slot]] == [folded(stored)] * self.per_row
+            full = 0 if self.per_row else len(row.group.prompt_ids) // PAGE_SIZE
             assert len(row.group.pages) == full
             self.holds(row.group.pages, row.group.prompt_ids.tolist()[: full * PAGE_SIZE])
         for prefill in running.prefills:
             assert prefill.rows
+            assert len(prefill.states) == self.per_row * len(prefill.rows)
             self.holds(prefill.pages, prefill.context.tolist()[: prefill.computed])
         holders: dict[int, int] = {}
         for row in self.live.all_rows():
@@ -516,17 +547,80 @@ def test_closing_drops_everything() -> None:
     assert (world.pool.used_pages, world.pool.bytes_held, world.running.alive) == (0, 0, 0)
 
 
+# -- recurrent states ------------------------------------------------------------------------------------
+
+
+def test_samples_of_a_prompt_get_a_state_each() -> None:
+    world = World([request("a", 10, n=3)], layout=RECURRENT).all_live()
+    assert world.pool.used_pages == 2 + 3, "keys and values are shared as ever"
+    assert world.pool.states.used_pages == 3
+    for _ in range(3):
+        world.decode()
+    world.running.leave(int(world.live.active[0]))
+    world.check()
+    assert world.pool.states.used_pages == 2
+
+
+def test_a_row_that_comes_late_shares_nothing() -> None:
+    world = World([request("a", 10, n=2)], layout=RECURRENT)
+    world.admit(rows=1)
+    world.prefill()
+    world.admit(rows=2)
+    (prefill,) = world.running.prefills
+    assert (prefill.computed, world.pool.used_pages) == (0, 6)
+    world.prefill()
+    assert world.alive() == ["a0", "a1"]
+
+
+def test_contexts_are_computed_whole_at_least_one_a_step() -> None:
+    world = World([request(name, 9, start=10 * i) for i, name in enumerate("abcd")], layout=RECURRENT)
+    world.admit()
+    assert [length for _, length in world.running.prefill_parts(4)] == [9]
+    assert [length for _, length in world.running.prefill_parts(17)] == [9]
+    assert [length for _, length in world.running.prefill_parts(18)] == [9, 9]
+    world.prefill(4)
+    assert world.alive() == ["a0"]
+
+
+def test_room_that_states_have_to_spare_serves_keys_and_values() -> None:
+    """Short rows take all memory, half of it for states; then one of them grows into all but its own state's slab."""
+    world = World([request(name, 1, start=i) for i, name in enumerate("abcdefghijklmnop")], slabs=5, layout=RECURRENT)
+    world.all_live()
+    assert world.memory is not None
+    assert world.pool.states.live_slabs > 1
+    while len(world.live) > 1 or world.pool.live_slabs < 4:
+        assert len(world.live), "the oldest row goes on"
+        world.decode()
+        world.memory.read()
+    assert world.pool.states.live_slabs == 1
+    assert world.alive() == ["a0"]
+
+
+def test_a_step_tells_where_states_are() -> None:
+    world = World([request("a", 5, n=2), request("b", 3, start=20)], layout=RECURRENT)
+    world.admit(rows=2)
+    world.prefill()
+    world.admit()
+    world.running.make_room()
+    packed = world.running.packed(world.running.prefill_parts(ALL))
+    assert packed is not None
+    states = [*world.live.states[world.live.active].ravel(), *world.running.prefills[0].states]
+    assert packed.states.tolist() == states
+    assert len(set(states)) == 3
+
+
 # -- all together ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, RECURRENT])
 @pytest.mark.parametrize("seed", range(8))
-def test_any_sequence_keeps_every_row_and_page(seed: int) -> None:
+def test_any_sequence_keeps_every_row_and_page(seed: int, layout: KVLayout) -> None:
     """Every operation checks all pages and what is in them; see `World.check`."""
     print("seed", seed)
     rng = random.Random(seed)
     requests = [request(chr(97 + i), rng.randint(1, 25), rng.randint(1, 4), start=30 * i) for i in range(8)]
     requests += [Request(f"{r.row_id}'", r.prompt_ids, r.params) for r in requests[-1:]]
-    world = World(requests, slabs=rng.randint(12, 20))
+    world = World(requests, slabs=rng.randint(12, 20), layout=layout)
     assert world.memory is not None
     total = sum(r.params.n for r in requests)
     left = 0
@@ -558,4 +652,4 @@ def test_any_sequence_keeps_every_row_and_page(seed: int) -> None:
         assert left + world.running.alive + len(world.queue) == total, "no row is lost"
     assert world.tally.preempted_rows > 3
     world.running.close()
-    assert world.pool.bytes_held == 0
+    assert world.memory.bytes_held == 0
