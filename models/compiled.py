@@ -1,26 +1,12 @@
-"""Paged attention on a CPU by a compiled kernel: built at first use, kept in the user's cache, called with ctypes.
+"""Paged attention on a CPU by a compiled kernel, called with ctypes.
 
-The source is ``paged_attention.c`` beside this module. It needs a C compiler (``CC``, else cc, gcc or clang) and no
-headers but the compiler's own. Where it cannot be built, `kernel` says why, once, and returns None: the engine then
-gathers pages instead.
-
-Threads are those of torch: the kernel calls ``GOMP_parallel`` of the OpenMP runtime that torch itself is linked with
-(GNU's, LLVM's and Intel's all have it), so that one pool of threads serves both. It is not linked with OpenMP, so no
-second runtime is ever loaded; where torch has none, the kernel runs in one thread.
+The source is ``paged_attention.c`` beside this module; `rollout.models.build` says how it is built and whose threads
+it runs in. Where it cannot be built, `kernel` says why, once, and returns None: the engine then gathers pages instead.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-from contextlib import suppress
 from ctypes import Structure, addressof, byref, c_double, c_int64, c_void_p, sizeof
 from dataclasses import dataclass
 from functools import cache
@@ -33,24 +19,14 @@ import torch
 from torch import nn
 
 from rollout.models.attention import Scores
+from rollout.models.build import KernelUnavailable, build, built, gomp_parallel
 from rollout.models.layout import IntArray, KVLayout, Site, Span
-from rollout.models.packaged import cache_root
 from rollout.models.pages import PagePool
-
-log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("paged_attention.c")
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SPANS = {"full": 0, "window": 1, "chunk": 2}
-#: What the kernel promises (the same bits in any company) rests on the compiler making no fused operations itself.
-_FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
-#: A compiler that hangs must not hang the job.
-_COMPILE_SECONDS = 120
-
-
-class KernelUnavailable(Exception):
-    """Why there is no compiled kernel on this machine."""
 
 
 def _fields(kind: type[ctypes._SimpleCData[Any]], names: str) -> list[tuple[str, type[ctypes._SimpleCData[Any]]]]:
@@ -133,7 +109,7 @@ class Kernel:
         self.dtypes = frozenset(
             dtype for dtype in _DTYPES if dtype != torch.float16 or bool(library.rollout_has_float16())
         )
-        self.parallel = _gomp_parallel()
+        self.parallel = gomp_parallel()
         self._addresses: WeakKeyDictionary[PagePool, _Addresses] = WeakKeyDictionary()
 
     def supports(self, layout: KVLayout, device: torch.device) -> bool:
@@ -320,137 +296,32 @@ def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-# -- building and loading --------------------------------------------------------------------------------
+# -- loading ---------------------------------------------------------------------------------------------
 
 
 @cache
 def kernel() -> Kernel | None:
     """The kernel, built if this is its first use on this machine; None, with one warning, where there is none."""
-    try:
-        return load()
-    except KernelUnavailable as error:
-        log.warning("There is no compiled attention on this CPU, a slower one is used instead: %s", error)
-        return None
+    return built(SOURCE, _checked)
 
 
 def load() -> Kernel:
-    """Loads the kernel from the cache, where it is built first if need be, and tests it.
+    """Loads the kernel, and builds it first if need be.
 
     Raises:
-        KernelUnavailable: no compiler, or what it built cannot be loaded or computes something else.
+        KernelUnavailable: it cannot be built, or computes something else.
     """
-    command = _compiler()
-    version = _output([*command, "--version"])
-    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    why = ""
-    for flags in ((*_FLAGS, native), _FLAGS):
-        try:
-            return _load(command, flags, version)
-        except KernelUnavailable as error:
-            why = why or str(error)
-    raise KernelUnavailable(why)
+    return build(SOURCE, _checked)
 
 
-def _compiler() -> list[str]:
-    """The command of a C compiler.
+def _checked(library: ctypes.CDLL) -> Kernel:
+    """The kernel, if it agrees with plain attention.
 
     Raises:
-        KernelUnavailable: there is none.
+        KernelUnavailable: it does not.
+        AttributeError: the library is another one.
     """
-    chosen = os.environ.get("CC", "")
-    try:
-        named = shlex.split(chosen)
-    except ValueError as error:
-        raise KernelUnavailable(f"CC is not a command: {chosen!r}.") from error
-    if named:
-        return named
-    for name in ("cc", "gcc", "clang"):
-        if shutil.which(name):
-            return [name]
-    raise KernelUnavailable("no C compiler was found (cc, gcc, clang, or the variable CC).")
-
-
-def _output(command: list[str]) -> str:
-    """What a command prints.
-
-    Raises:
-        KernelUnavailable: it fails.
-    """
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_COMPILE_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelUnavailable(f"{shlex.join(command[:1])} does not run ({error}).") from error
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        reason = next((line for line in said if "error" in line), said[-1] if said else f"status {done.returncode}")
-        raise KernelUnavailable(f"{shlex.join(command[:1])} failed ({reason[:300]}).")
-    return done.stdout
-
-
-def _load(command: list[str], flags: tuple[str, ...], version: str) -> Kernel:
-    """The kernel of one set of flags, from the cache, where it is built if it is not there or no good.
-
-    Raises:
-        KernelUnavailable: what is built cannot be used.
-    """
-    folder = cache_root().parent / "kernels"
-    file = folder / f"paged-attention-{_key(command, flags, version)}.so"
-    if file.exists():
-        try:
-            return _tested(file)
-        except KernelUnavailable as error:
-            log.info("Building %s again: %s", file.name, error)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        place = tempfile.TemporaryDirectory(prefix=".build-", dir=folder)
-    except OSError:  # built for this process alone: what is loaded stays when its file goes
-        place = tempfile.TemporaryDirectory(prefix="rollout-kernel-")
-    with place as work:
-        built = Path(work) / file.name
-        _output([*command, *flags, "-o", str(built), str(SOURCE), "-lm"])
-        loaded = _tested(built)
-        # Processes that start together each build their own, and any of them will do.
-        with suppress(OSError):
-            built.replace(file)
-    return loaded
-
-
-def _key(command: list[str], flags: tuple[str, ...], version: str) -> str:
-    """Names a build: machines that share a home folder must not load what was built for another CPU."""
-    about = [SOURCE.read_bytes(), shlex.join([*command, *flags]).encode(), version.encode(), _cpu().encode()]
-    return hashlib.sha256(b"\0".join(about)).hexdigest()[:24]
-
-
-def _cpu() -> str:
-    """What tells this CPU's instructions."""
-    about = [platform.system(), platform.machine(), platform.processor(), platform.libc_ver()[0]]
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU implementer", "CPU part")
-    # The cores of a machine may differ, and the order in which they are listed says nothing.
-    return "\n".join([*about, *sorted({line for line in lines if line.split(":")[0].strip() in names})])
-
-
-def _tested(file: Path) -> Kernel:
-    """Loads a library and compares what it computes with plain attention.
-
-    Raises:
-        KernelUnavailable: it cannot be loaded, or differs.
-    """
-    try:
-        loaded = Kernel(ctypes.CDLL(str(file)))
-    except (OSError, AttributeError) as error:
-        raise KernelUnavailable(f"what the compiler built cannot be loaded ({error}).") from error
+    loaded = Kernel(library)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)):
         if dtype in loaded.dtypes:
             distance = _self_test(loaded, dtype)
@@ -489,15 +360,3 @@ def _self_test(loaded: Kernel, dtype: torch.dtype) -> float:
         difference = float((out.float() - expected).abs().max())
         error = max(error, difference if difference == difference else float("inf"))
     return error
-
-
-def _gomp_parallel() -> int | None:
-    """The address of ``GOMP_parallel`` in the OpenMP runtime that torch is linked with; None where it has none."""
-    if not torch.backends.openmp.is_available():
-        return None
-    try:
-        # Long loaded: a name is looked up in this library and in those that it is linked with.
-        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, c_void_p).value
-    except (OSError, AttributeError):
-        log.info("torch's OpenMP has no GOMP_parallel: compiled attention runs in one thread.")
-        return None

@@ -403,14 +403,34 @@ INLINE int64_t first_key(const Site *site, int64_t position)
 
 /* ---- inner loops --------------------------------------------------------------------------------------------- */
 
+/* Memory that is read soon, fetched while something else is computed: the rows of a block's keys or values, one after
+ * another, all heads of the task. Pages lie anywhere, so the processor cannot guess them. */
+typedef struct {
+    const char *const *rows; /* [BLOCK] addresses */
+    int64_t row, offset, bytes;
+    int64_t heads, due; /* fetched are as many rows, a head at a time, as are computed meanwhile */
+} Ahead;
+
+INLINE void prefetch(Ahead *ahead, int64_t rows_of_a_head)
+{
+    ahead->due += rows_of_a_head;
+    for (; ahead->due >= ahead->heads && ahead->row < BLOCK; ahead->due -= ahead->heads, ahead->row++) {
+        const char *row = ahead->rows[ahead->row] + ahead->offset;
+        for (int64_t byte = 0; byte < ahead->bytes; byte += 64)
+            __builtin_prefetch(row + byte);
+    }
+}
+
 /* Scores of `rows` queries and the keys [from, to) of a block; from and to are multiples of 4.
  * q [rows, vectors * W]; keys [BLOCK] addresses, to which `offset` is added; scores [rows, BLOCK]. */
 INLINE void score_rows(const int dtype, const int rows, int64_t vectors, const float *q, const char *const *keys,
-                       int64_t offset, int64_t from, int64_t to, float *scores)
+                       int64_t offset, int64_t from, int64_t to, Ahead *ahead, float *scores)
 {
     const int step = dtype == BFLOAT16 ? 2 : 1;
     for (int64_t t = from; t < to; t += 4) {
         const char *k[4] = {keys[t] + offset, keys[t + 1] + offset, keys[t + 2] + offset, keys[t + 3] + offset};
+        if (ahead)
+            prefetch(ahead, 4);
         vf sums[ROWS][4];
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int i = 0; i < 4; i++)
@@ -421,7 +441,7 @@ INLINE void score_rows(const int dtype, const int rows, int64_t vectors, const f
                 UNROLL for (int r = 0; r < rows; r++)
                     query[r] = load(q + (r * vectors + j + half) * W);
                 UNROLL for (int i = 0; i < 4; i++) {
-                    vf key = row_vector(dtype, k[i] + j * W * (dtype == FLOAT32 ? 4 : 2), half);
+                    vf key = row_vector(dtype, k[i] + j * W * size_of(dtype), half);
                     UNROLL for (int r = 0; r < rows; r++)
                         sums[r][i] = fma_(query[r], key, sums[r][i]);
                 }
@@ -436,15 +456,17 @@ INLINE void score_rows(const int dtype, const int rows, int64_t vectors, const f
  * weights [rows, BLOCK]; sums [rows, stride], already at its first vector; `first` is that vector's number. */
 INLINE void add_values(const int dtype, const int rows, const int count, const float *weights,
                        const char *const *values, int64_t offset, int64_t first, int64_t from, int64_t to,
-                       const float *factors, float *sums, int64_t stride)
+                       const float *factors, Ahead *ahead, float *sums, int64_t stride)
 {
     vf total[ROWS][4];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int i = 0; i < count; i++)
             total[r][i] = load(sums + r * stride + i * W) * splat(factors[r]);
-    offset += first * W * (dtype == FLOAT32 ? 4 : 2);
+    offset += first * W * size_of(dtype);
     for (int64_t t = from; t < to; t++) {
         const char *row = values[t] + offset;
+        if (ahead)
+            prefetch(ahead, 1);
         vf weight[ROWS];
         UNROLL for (int r = 0; r < rows; r++)
             weight[r] = splat(weights[r * BLOCK + t]);
@@ -462,17 +484,17 @@ INLINE void add_values(const int dtype, const int rows, const int count, const f
 /* The same for all vectors of the rows. */
 INLINE void add_all_values(const int dtype, const int rows, int64_t vectors, const float *weights,
                            const char *const *values, int64_t offset, int64_t from, int64_t to, const float *factors,
-                           float *sums)
+                           Ahead *ahead, float *sums)
 {
     int64_t j = 0;
-    for (; j + 4 <= vectors; j += 4)
-        add_values(dtype, rows, 4, weights, values, offset, j, from, to, factors, sums + j * W, vectors * W);
+    for (; j + 4 <= vectors; j += 4, ahead = NULL)
+        add_values(dtype, rows, 4, weights, values, offset, j, from, to, factors, ahead, sums + j * W, vectors * W);
     if (j + 2 <= vectors) {
-        add_values(dtype, rows, 2, weights, values, offset, j, from, to, factors, sums + j * W, vectors * W);
-        j += 2;
+        add_values(dtype, rows, 2, weights, values, offset, j, from, to, factors, ahead, sums + j * W, vectors * W);
+        j += 2, ahead = NULL;
     }
     if (dtype != BFLOAT16 && j < vectors) /* bfloat16 comes in pairs */
-        add_values(dtype, rows, 1, weights, values, offset, j, from, to, factors, sums + j * W, vectors * W);
+        add_values(dtype, rows, 1, weights, values, offset, j, from, to, factors, ahead, sums + j * W, vectors * W);
 }
 
 /* Calls `f` with constants, so that each combination becomes a loop of its own. */
@@ -502,16 +524,16 @@ INLINE void add_all_values(const int dtype, const int rows, int64_t vectors, con
 
 static __attribute__((noinline)) void score(int dtype, int rows, int64_t vectors, const float *q,
                                             const char *const *keys, int64_t offset, int64_t from, int64_t to,
-                                            float *scores)
+                                            Ahead *ahead, float *scores)
 {
-    FOR_DTYPE_AND_ROWS(score_rows, dtype, rows, vectors, q, keys, offset, from, to, scores)
+    FOR_DTYPE_AND_ROWS(score_rows, dtype, rows, vectors, q, keys, offset, from, to, ahead, scores)
 }
 
 static __attribute__((noinline)) void weigh_values(int dtype, int rows, int64_t vectors, const float *weights,
                                                    const char *const *values, int64_t offset, int64_t from,
-                                                   int64_t to, const float *factors, float *sums)
+                                                   int64_t to, const float *factors, Ahead *ahead, float *sums)
 {
-    FOR_DTYPE_AND_ROWS(add_all_values, dtype, rows, vectors, weights, values, offset, from, to, factors, sums)
+    FOR_DTYPE_AND_ROWS(add_all_values, dtype, rows, vectors, weights, values, offset, from, to, factors, ahead, sums)
 }
 
 /* Scores [from, to) of a block become weights relative to the maximum so far; what stands around them in their
@@ -619,11 +641,24 @@ static void finish(const Call *call, Row row, int64_t token, int64_t head, float
     pack(row, totals, factor / weight, call->out + index * site->value_dim * size_of(row.dtype));
 }
 
-/* Addresses of the keys and values [block + from, block + to) of a sequence, for its first head. Up to the next
- * multiples of 4 the nearest ones stand again: they are read, and their scores are not used. */
-static void locate(const Call *call, int64_t sequence, int64_t block, int64_t from, int64_t to, const char **keys,
+typedef struct {
+    int64_t begin, end;
+} Range;
+
+/* The positions that some query of a task sees, in the task's chunks. */
+static Range range_of(const Call *call, const Task *task)
+{
+    int64_t start = call->step->starts[task->sequence] + task->query;
+    return (Range){larger_of(task->chunk * CHUNK, first_key(call->site, start)),
+                   smaller_of((task->chunk + task->chunks) * CHUNK, start + task->queries)};
+}
+
+/* Addresses of a block's keys and values, as far as they are in the range, for the first head of a sequence. The
+ * places around them hold the nearest of them: keys are read by fours, and scores of no use are not used. */
+static void locate(const Call *call, int64_t sequence, int64_t block, Range range, const char **keys,
                    const char **values)
 {
+    int64_t from = larger_of(range.begin - block, 0), to = smaller_of(range.end - block, BLOCK);
     const Step *step = call->step;
     const Site *site = call->site;
     int64_t key_bytes = site->kv_heads * site->key_dim * size_of((int)site->dtype);
@@ -640,16 +675,17 @@ static void locate(const Call *call, int64_t sequence, int64_t block, int64_t fr
         for (; t < end; t++, key += key_bytes, value += value_bytes)
             keys[t] = key, values[t] = value;
     }
-    for (int64_t t = from / 4 * 4; t < from; t++)
-        keys[t] = keys[from];
-    for (int64_t t = to; t % 4; t++)
-        keys[t] = keys[to - 1];
+    for (int64_t t = 0; t < from; t++)
+        keys[t] = keys[from], values[t] = values[from];
+    for (int64_t t = to; t < BLOCK; t++)
+        keys[t] = keys[to - 1], values[t] = values[to - 1];
 }
 
-/* One block of keys and values of one head, for the `count` rows of that head from row `base` on. */
+/* One block of keys and values of one head, for all rows of the task of that head. Meanwhile some of the next keys and
+ * values are fetched. */
 static void attend_block(const Call *call, const Task *task, const Scratch *s, Row key_row, Row value_row,
-                         const char *const *keys, const char *const *values, int64_t head, int64_t block, int64_t from,
-                         int64_t to)
+                         const char *const *keys, const char *const *values, Ahead *next_keys, Ahead *next_values,
+                         int64_t head, int64_t block, int64_t from, int64_t to)
 {
     const Site *site = call->site;
     int64_t count = task->queries * site->group, base = (head - task->head) * count;
@@ -697,7 +733,8 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
             int64_t at = base + row;
             float *sums = s->sums + at * value_floats, factors[ROWS];
             score(key_dtype, rows, key_row.vectors, s->q + at * key_floats, keys, key_offset, lowest / 4 * 4,
-                  (highest + 3) / 4 * 4, s->scores);
+                  (highest + 3) / 4 * 4, next_keys, s->scores);
+            next_keys = NULL; /* the first rows have fetched them for all */
             for (int r = 0; r < rows; r++) {
                 vf weight = load(s->weight + (at + r) * W);
                 factors[r] = 1;
@@ -714,25 +751,27 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
                 int64_t end = smaller_of(high[r], common_low);
                 if (low[r] < end) {
                     weigh_values(value_dtype, 1, value_row.vectors, s->scores + r * BLOCK, values, value_offset, low[r],
-                                 end, &factors[r], sums + r * value_floats);
+                                 end, &factors[r], NULL, sums + r * value_floats);
                     factors[r] = 1;
                 }
             }
             if (common_low < common_high) {
                 weigh_values(value_dtype, rows, value_row.vectors, s->scores, values, value_offset, common_low,
-                             common_high, factors, sums);
+                             common_high, factors, next_values, sums);
+                next_values = NULL;
                 float one = 1;
                 for (int r = 0; r < rows; r++)
                     if (common_high < high[r])
                         weigh_values(value_dtype, 1, value_row.vectors, s->scores + r * BLOCK, values, value_offset,
-                                     common_high, high[r], &one, sums + r * value_floats);
+                                     common_high, high[r], &one, NULL, sums + r * value_floats);
             }
         }
         row += rows;
     }
 }
 
-static void run_task(const Call *call, const Task *task, float *memory)
+/* `next` is the task that this thread does then, or NULL: its first keys and values are fetched. */
+static void run_task(const Call *call, const Task *task, const Task *next, float *memory)
 {
     const Step *step = call->step;
     const Site *site = call->site;
@@ -757,20 +796,40 @@ static void run_task(const Call *call, const Task *task, float *memory)
     memset(s.totals, 0, (size_t)(rows * value_floats) * sizeof(float));
 
     int64_t first = first_key(site, start), chunk_floats = value_floats + 2;
-    for (int64_t chunk = task->chunk; chunk < task->chunk + task->chunks; chunk++) {
-        int64_t begin = larger_of(chunk * CHUNK, first), end = smaller_of((chunk + 1) * CHUNK, last + 1);
-        memset(s.sums, 0, (size_t)(rows * value_floats) * sizeof(float));
-        memset(s.weight, 0, (size_t)(rows * W) * sizeof(float));
-        for (int64_t row = 0; row < rows; row++)
-            s.maximum[row] = MINUS_INFINITY;
-        for (int64_t block = begin / BLOCK * BLOCK; block < end; block += BLOCK) {
-            const char *keys[BLOCK], *values[BLOCK];
-            int64_t from = larger_of(begin - block, 0), to = smaller_of(end - block, BLOCK);
-            locate(call, task->sequence, block, from, to, keys, values);
-            for (int64_t head = task->head; head < task->head + task->heads; head++)
-                attend_block(call, task, &s, key_row, value_row, keys, values, head, block, from, to);
+    int64_t key_bytes = site->key_dim * size_of(key_row.dtype), value_bytes = site->value_dim * size_of(key_row.dtype);
+    Range seen = range_of(call, task), then = next ? range_of(call, next) : (Range){0, 0};
+    const char *keys[2][BLOCK], *values[2][BLOCK]; /* of this block, and of the next one */
+    int now = 0;
+    locate(call, task->sequence, seen.begin / BLOCK * BLOCK, seen, keys[now], values[now]);
+    for (int64_t block = seen.begin / BLOCK * BLOCK; block < seen.end; block += BLOCK, now = 1 - now) {
+        int64_t chunk = block / CHUNK;
+        if (block % CHUNK == 0 || block <= seen.begin) {
+            memset(s.sums, 0, (size_t)(rows * value_floats) * sizeof(float));
+            memset(s.weight, 0, (size_t)(rows * W) * sizeof(float));
+            for (int64_t row = 0; row < rows; row++)
+                s.maximum[row] = MINUS_INFINITY;
         }
-        for (int64_t row = 0; row < rows; row++) {
+        const Task *following = block + BLOCK < seen.end ? task : next;
+        int fetch = following && task->queries == 1; /* with more queries there is more to compute than to read */
+        Ahead next_keys = {keys[1 - now], 0, 0, 0, task->heads, 0};
+        Ahead next_values = {values[1 - now], 0, 0, 0, task->heads, 0};
+        if (following) {
+            locate(call, following->sequence, following == task ? block + BLOCK : then.begin / BLOCK * BLOCK,
+                   following == task ? seen : then, keys[1 - now], values[1 - now]);
+            next_keys.offset = following->head * key_bytes, next_keys.bytes = following->heads * key_bytes;
+            next_values.offset = following->head * value_bytes, next_values.bytes = following->heads * value_bytes;
+        }
+        for (int64_t head = task->head; head < task->head + task->heads; head++)
+            attend_block(call, task, &s, key_row, value_row, keys[now], values[now], fetch ? &next_keys : NULL,
+                         fetch ? &next_values : NULL, head, block, larger_of(seen.begin - block, 0),
+                         smaller_of(seen.end - block, BLOCK));
+        if (fetch) { /* what is left of a whole block */
+            prefetch(&next_keys, BLOCK * task->heads);
+            prefetch(&next_values, BLOCK * task->heads);
+        }
+        if (block + BLOCK < smaller_of((chunk + 1) * CHUNK, seen.end))
+            continue;
+        for (int64_t row = 0; row < rows; row++) { /* the chunk is complete */
             int64_t position = start + row % per_head / site->group;
             float weight = sum(load(s.weight + row * W));
             if (task->split >= 0) {
@@ -848,11 +907,16 @@ static void run_tasks(void *data)
     const Plan *plan = team->call->plan;
     int64_t worker = __atomic_fetch_add(&team->worker, 1, __ATOMIC_RELAXED);
     float *memory = plan->scratch + worker * plan->sizes.scratch_floats;
-    for (;;) {
-        int64_t index = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED);
-        if (index >= plan->sizes.tasks)
-            return;
-        run_task(team->call, &plan->tasks[index], memory);
+    int64_t tasks = plan->sizes.tasks, index = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED);
+    while (index < tasks) {
+        /* To know the next task is to fetch its memory early; towards the end none is taken that another thread, with
+         * nothing left to do, could begin now. */
+        int64_t next = tasks;
+        int early = index + 2 * team->call->threads < tasks || team->call->threads == 1;
+        if (early)
+            next = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED);
+        run_task(team->call, &plan->tasks[index], next < tasks ? &plan->tasks[next] : NULL, memory);
+        index = early ? next : __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED);
     }
 }
 
