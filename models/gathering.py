@@ -189,7 +189,7 @@ class _Cache:
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores [b, kv_heads, t, dim]; returns all, [b, kv_heads, n, dim]."""
+        """Stores [b, kv_heads, t, dim]; returns all, [b, kv_heads, n, dim], contiguous as families expect it."""
         self._updated.append(layer_idx)
         return self.exchange(len(self._updated) - 1, key_states, value_states)
 
@@ -216,7 +216,7 @@ class _RecordingCache(_Cache):
                 self._odd.append(str(tuple(stored.shape)))
         self._sites.append(Site(None, keys.shape[1], keys.shape[-1], values.shape[-1], Span()))
         self._dtypes.add(values.dtype)
-        return keys, values
+        return keys.contiguous(), values.contiguous()
 
     def layout(self, family: str) -> KVLayout:
         """What was learnt.
@@ -251,7 +251,8 @@ class _GatheringCache(_Cache):
         stored = zip(self._reads.read(site), (keys, values), strict=True)
         # The model goes on in its own dtypes: under autocast keys may be wider than what is kept.
         gathered = [
-            rows.view(len(new), self._keys, *rows.shape[1:]).transpose(1, 2).to(new.dtype) for rows, new in stored
+            rows.view(len(new), self._keys, *rows.shape[1:]).transpose(1, 2).to(new.dtype).contiguous()
+            for rows, new in stored
         ]
         return gathered[0], gathered[1]
 

@@ -89,6 +89,7 @@ GATHERING: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": _WINDOW, "num_heads": 4},
     "codegen": {"rotary_dim": 8},
     "xglm": {"ffn_dim": 96, "attention_heads": 4, "num_layers": 4},
+    "gpt_neox_japanese": {"intermediate_multiple_size": 2},  # takes views of what the cache returns
 }
 
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_d_state": 8} | {
@@ -163,11 +164,16 @@ REFUSED: dict[str, str] = {
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of ``family`` with seeded random weights, in eval mode; the same on every call."""
+    return random_model(tiny_config(family, **changes), dtype)
+
+
+def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
+    """A configuration of ``family`` with the common fields, its own and ``changes``."""
     fields = _BASE | SERVED.get(family, {}) | changes
     model_type = family.partition("/")[0]
     if model_type == "falcon":  # derives it
         del fields["head_dim"]
-    return random_model(AutoConfig.for_model(model_type, **fields), dtype)
+    return AutoConfig.for_model(model_type, **fields)
 
 
 def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
