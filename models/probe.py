@@ -122,7 +122,8 @@ def classify(sees: MaskPredicate, size: int | None) -> Span:
     for span in spans:
         if all(agrees(span, query) for query in queries):
             return span
-    raise UnsupportedModel(f"A layer's attention mask is neither causal nor a window or chunk of {size} tokens.")
+    stated = f" of {size} tokens" if size else ""
+    raise UnsupportedModel(f"A layer's attention mask is neither causal nor a window or chunk{stated}.")
 
 
 def _true(sees: MaskPredicate, query: int, key: int) -> bool:
