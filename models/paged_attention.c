@@ -55,10 +55,13 @@ typedef uint32_t vu_memory __attribute__((vector_size(4 * W), aligned(2), may_al
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Loops over registers must disappear. Clang sees to that by itself, and with a pragma does it too late. */
 #if defined(__clang__)
-#define UNROLL _Pragma("unroll")
+#define UNROLL
+#define UNROLL_BY_2
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_BY_2 _Pragma("GCC unroll 2")
 #endif
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -435,7 +438,7 @@ INLINE void score_rows(const int dtype, const int rows, int64_t vectors, const f
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int i = 0; i < 4; i++)
                 sums[r][i] = (vf){0};
-        for (int64_t j = 0; j < vectors; j += step) {
+        UNROLL_BY_2 for (int64_t j = 0; j < vectors; j += step) {
             UNROLL for (int half = 0; half < step; half++) {
                 vf query[ROWS];
                 UNROLL for (int r = 0; r < rows; r++)
@@ -538,7 +541,7 @@ static __attribute__((noinline)) void weigh_values(int dtype, int rows, int64_t 
 
 /* Scores [from, to) of a block become weights relative to the maximum so far; what stands around them in their
  * vectors becomes 0. Returns by how much sums so far are to be multiplied. */
-static float weigh(float *scores, int64_t from, int64_t to, float softcap, float *maximum, vf *total)
+static float weigh(float *scores, int64_t from, int64_t to, float softcap, float *maximum, float *total)
 {
     int64_t low = from / W * W, high = (to + W - 1) / W * W;
     for (int64_t t = low; t < from; t++)
@@ -571,7 +574,7 @@ static float weigh(float *scores, int64_t from, int64_t to, float softcap, float
     }
     float factor = before == now ? 1.0f : scale_from(before, reference);
     *maximum = now;
-    *total = fma_(*total, splat(factor), added);
+    store(total, fma_(load(total), splat(factor), added));
     return factor;
 }
 
@@ -586,29 +589,32 @@ typedef struct {
     float *maximum;        /* [rows] of the chunk */
     float *total_weight;   /* [rows] */
     float *total_maximum;  /* [rows] */
-    float *scores;         /* [ROWS, BLOCK] */
+    float *scores;         /* [rows of a head, BLOCK] */
+    float *factors;        /* [rows of a head] by which a block multiplies sums so far */
     float *keys, *values;  /* [BLOCK, vectors * W] unpacked */
 } Scratch;
 
-static int64_t scratch_floats(int64_t rows, int64_t key_floats, int64_t value_floats)
+static int64_t scratch_floats(int64_t rows, int64_t head_rows, int64_t key_floats, int64_t value_floats)
 {
-    int64_t floats = rows * (key_floats + 2 * value_floats + W + 3) + ROWS * BLOCK + BLOCK * (key_floats + value_floats);
+    int64_t floats = rows * (key_floats + 2 * value_floats + W + 3) + head_rows * (BLOCK + 1);
+    floats += BLOCK * (key_floats + value_floats);
     return (floats + 16 + 63) / 64 * 64; /* threads do not share lines of cache */
 }
 
-static Scratch scratch_at(float *p, int64_t rows, int64_t key_floats, int64_t value_floats)
+static Scratch scratch_at(float *p, int64_t rows, int64_t head_rows, int64_t key_floats, int64_t value_floats)
 {
     Scratch s;
     s.q = p, p += rows * key_floats;
     s.sums = p, p += rows * value_floats;
     s.totals = p, p += rows * value_floats;
     s.weight = p, p += rows * W;
-    s.scores = p, p += ROWS * BLOCK;
+    s.scores = p, p += head_rows * BLOCK;
     s.keys = p, p += BLOCK * key_floats;
     s.values = p, p += BLOCK * value_floats;
     s.maximum = p, p += rows;
     s.total_weight = p, p += rows;
-    s.total_maximum = p;
+    s.total_maximum = p, p += rows;
+    s.factors = p;
     return s;
 }
 
@@ -681,6 +687,13 @@ static void locate(const Call *call, int64_t sequence, int64_t block, Range rang
         keys[t] = keys[to - 1], values[t] = values[to - 1];
 }
 
+/* What the query at a position sees of a block, counted from its start; begin == end where that is nothing. */
+INLINE Range seen_of_block(const Site *site, int64_t position, int64_t block)
+{
+    int64_t end = larger_of(smaller_of(position + 1 - block, BLOCK), 0);
+    return (Range){smaller_of(larger_of(first_key(site, position) - block, 0), end), end};
+}
+
 /* One block of keys and values of one head, for all rows of the task of that head. Meanwhile some of the next keys and
  * values are fetched. */
 static void attend_block(const Call *call, const Task *task, const Scratch *s, Row key_row, Row value_row,
@@ -714,59 +727,62 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
         values = value_copies, value_offset = 0, value_dtype = FLOAT32;
     }
     int64_t start = call->step->starts[task->sequence] + task->query;
-    int64_t tiles = (count + ROWS - 1) / ROWS;
-    for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
-        int rows = (int)((count - row + tiles - tile - 1) / (tiles - tile));
-        /* What each row sees of the block, what any sees, and what all see. */
-        int64_t low[ROWS], high[ROWS], lowest = BLOCK, highest = 0, common_low = 0, common_high = BLOCK;
-        for (int r = 0; r < rows; r++) {
-            int64_t position = start + (row + r) / site->group;
-            low[r] = larger_of(first_key(site, position) - block, 0);
-            high[r] = smaller_of(position + 1 - block, BLOCK);
-            if (low[r] >= high[r])
-                low[r] = high[r] = larger_of(smaller_of(low[r], BLOCK), 0);
-            else
-                lowest = smaller_of(lowest, low[r]), highest = larger_of(highest, high[r]);
-            common_low = larger_of(common_low, low[r]), common_high = smaller_of(common_high, high[r]);
-        }
-        if (lowest < highest) {
-            int64_t at = base + row;
-            float *sums = s->sums + at * value_floats, factors[ROWS];
-            score(key_dtype, rows, key_row.vectors, s->q + at * key_floats, keys, key_offset, lowest / 4 * 4,
-                  (highest + 3) / 4 * 4, next_keys, s->scores);
-            next_keys = NULL; /* the first rows have fetched them for all */
-            for (int r = 0; r < rows; r++) {
-                vf weight = load(s->weight + (at + r) * W);
-                factors[r] = 1;
-                if (low[r] < high[r])
-                    factors[r] = weigh(s->scores + r * BLOCK, low[r], high[r], (float)call->softcap,
-                                       &s->maximum[at + r], &weight);
-                store(s->weight + (at + r) * W, weight);
+    int64_t tiles = (count + ROWS - 1) / ROWS; /* of rows; their sizes differ by one at most */
+    Range seen[count];
+    for (int64_t query = 0, row = 0; query < task->queries; query++) {
+        Range own = seen_of_block(site, start + query, block);
+        for (int64_t i = 0; i < site->group; i++)
+            seen[row++] = own;
+    }
+    /* First all scores, then all sums: keys and values need not be in the first cache together. */
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        int64_t row = count * tile / tiles, rows = count * (tile + 1) / tiles - row;
+        Range any = {BLOCK, 0};
+        for (int64_t r = row; r < row + rows; r++)
+            if (seen[r].begin < seen[r].end)
+                any = (Range){smaller_of(any.begin, seen[r].begin), larger_of(any.end, seen[r].end)};
+        if (any.begin < any.end)
+            score(key_dtype, (int)rows, key_row.vectors, s->q + (base + row) * key_floats, keys, key_offset,
+                  any.begin / 4 * 4, (any.end + 3) / 4 * 4, next_keys, s->scores + row * BLOCK);
+        next_keys = NULL; /* the first rows have fetched them for all */
+    }
+    for (int64_t row = 0; row < count; row++) {
+        s->factors[row] = 1;
+        if (seen[row].begin < seen[row].end)
+            s->factors[row] = weigh(s->scores + row * BLOCK, seen[row].begin, seen[row].end, (float)call->softcap,
+                                    &s->maximum[base + row], s->weight + (base + row) * W);
+    }
+    /* A row takes no value that it does not see, not even with a weight of 0: it could be NaN. Its values come in
+     * order, first what it sees before the others of its tile, then what all see, then the rest. */
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        int64_t row = count * tile / tiles, rows = count * (tile + 1) / tiles - row;
+        Range common = {0, BLOCK};
+        for (int64_t r = row; r < row + rows; r++)
+            common = (Range){larger_of(common.begin, seen[r].begin), smaller_of(common.end, seen[r].end)};
+        if (common.begin >= common.end)
+            common = (Range){BLOCK, BLOCK};
+        for (int part = 0; part < 3; part++) {
+            if (part == 1 && common.begin < common.end) {
+                weigh_values(value_dtype, (int)rows, value_row.vectors, s->scores + row * BLOCK, values, value_offset,
+                             common.begin, common.end, s->factors + row, next_values,
+                             s->sums + (base + row) * value_floats);
+                for (int64_t r = row; r < row + rows; r++)
+                    s->factors[r] = 1;
             }
-            /* A row takes no value that it does not see, not even with a weight of 0: it could be NaN. Its values
-             * come in order, first what it sees before the others, then what all see, then the rest. */
-            if (common_low >= common_high)
-                common_low = common_high = BLOCK;
-            for (int r = 0; r < rows; r++) {
-                int64_t end = smaller_of(high[r], common_low);
-                if (low[r] < end) {
-                    weigh_values(value_dtype, 1, value_row.vectors, s->scores + r * BLOCK, values, value_offset, low[r],
-                                 end, &factors[r], NULL, sums + r * value_floats);
-                    factors[r] = 1;
+            for (int64_t r = row; part != 1 && r < row + rows; r++) {
+                Range own = seen[r];
+                if (part == 0)
+                    own.end = smaller_of(own.end, common.begin);
+                else
+                    own.begin = larger_of(own.begin, common.end);
+                if (own.begin < own.end) {
+                    weigh_values(value_dtype, 1, value_row.vectors, s->scores + r * BLOCK, values, value_offset,
+                                 own.begin, own.end, &s->factors[r], NULL, s->sums + (base + r) * value_floats);
+                    s->factors[r] = 1;
                 }
             }
-            if (common_low < common_high) {
-                weigh_values(value_dtype, rows, value_row.vectors, s->scores, values, value_offset, common_low,
-                             common_high, factors, next_values, sums);
-                next_values = NULL;
-                float one = 1;
-                for (int r = 0; r < rows; r++)
-                    if (common_high < high[r])
-                        weigh_values(value_dtype, 1, value_row.vectors, s->scores + r * BLOCK, values, value_offset,
-                                     common_high, high[r], &one, NULL, sums + r * value_floats);
-            }
         }
-        row += rows;
+        next_values = NULL;
     }
 }
 
@@ -780,7 +796,7 @@ static void run_task(const Call *call, const Task *task, const Task *next, float
     int64_t per_head = task->queries * site->group, rows = task->heads * per_head;
     int64_t token = step->offsets[task->sequence] + task->query;
     int64_t start = step->starts[task->sequence] + task->query, last = start + task->queries - 1;
-    Scratch s = scratch_at(memory, rows, key_floats, value_floats);
+    Scratch s = scratch_at(memory, rows, per_head, key_floats, value_floats);
 
     vf scaling = splat((float)call->scaling);
     for (int64_t row = 0; row < rows; row++) {
@@ -1004,7 +1020,7 @@ int64_t rollout_plan(const Step *step, const Site *site, int64_t threads, Sizes 
                 Task part = tile;
                 part.head = head, part.heads = smaller_of(heads, site->kv_heads - head);
                 part.cost = tile.cost * part.heads / site->kv_heads;
-                int64_t floats = scratch_floats(rows * part.heads, key_floats, value_floats);
+                int64_t floats = scratch_floats(rows * part.heads, rows, key_floats, value_floats);
                 sizes->scratch_floats = larger_of(sizes->scratch_floats, floats);
                 if (!split) {
                     if (tasks)

@@ -538,7 +538,7 @@ def test_its_own_exponential_and_tangent(tmp_path: Path) -> None:
 
 
 def test_it_runs_in_torch_s_threads(kernel: Kernel) -> None:
-    """As many threads after as before, and one OpenMP runtime."""
+    """No more threads after than before, and one OpenMP runtime."""
     if not torch.backends.openmp.is_available() or not Path("/proc/self/task").exists():
         pytest.skip("torch has no OpenMP here, or the system no /proc")
     assert kernel.parallel is not None
@@ -550,7 +550,7 @@ def test_it_runs_in_torch_s_threads(kernel: Kernel) -> None:
         for _ in range(3):
             world.run(kernel, whole(world), threads=2)
             torch.ones(1 << 20).exp()
-        assert len(os.listdir("/proc/self/task")) == before
+        assert len(os.listdir("/proc/self/task")) <= before  # fewer: others of earlier tests have ended
     finally:
         torch.set_num_threads(threads)
     files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
