@@ -132,8 +132,13 @@ class _Form:
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     mkldnn: Any = torch.ops.mkldnn
     weight = mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
-    # The layer's result as it is: no pointwise function after it.
-    return lambda x: mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        # The result as it is: no pointwise function after it.
+        product: torch.Tensor = mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product
+
+    return multiply
 
 
 @cache
