@@ -18,6 +18,7 @@ def observe(
     eta: int = 1 << 40,
     steps: Sequence[StepSample] = (),
     finished: Sequence[FinishedRow] = (),
+    tokens_per_row: int = 0,
 ) -> Observation:
     """Live rows with ``generated`` tokens each, and memory for ``eta`` tokens in all."""
 
@@ -35,6 +36,7 @@ def observe(
         kv_tokens_free=eta - held,
         headroom_bytes=eta - held,
         bytes_per_token=1,
+        tokens_per_row=tokens_per_row,
         steps=tuple(steps),
         finished=tuple(finished),
     )

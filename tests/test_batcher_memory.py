@@ -131,3 +131,8 @@ def test_bounds_go_before_memory_and_before_running_rows():
 def test_parameters_out_of_range_are_refused(parameters: dict, named: str):
     with pytest.raises(ValueError, match=named):
         MemoryPolicy(Bounds(), **parameters)
+
+
+def test_a_row_is_charged_for_its_state():
+    seen = observe([1] * 10, eta=10_000, finished=ROWS_OF_200, tokens_per_row=300)
+    assert MemoryPolicy(Bounds()).decide(seen).rows == 10_000 / (200 + 300)

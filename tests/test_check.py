@@ -18,6 +18,7 @@ from rollout.models.layout import KVLayout, Span
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.serve import serve
+from rollout.models.stateful import StateTier
 from tests.families import INTERFACE, tiny
 
 
@@ -123,6 +124,31 @@ def test_a_tier_that_gives_one_sequence_the_pages_of_another_is_refused() -> Non
 
     with pytest.raises(UnsupportedModel, match="other logits"):
         check_pages(Swapped(tiny("llama")))
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_h1", "lfm2", "qwen3_next"])
+@pytest.mark.parametrize("mistake", ["swapped", "not kept"])
+def test_a_tier_that_loses_or_mixes_states_is_refused(family: str, mistake: str) -> None:
+    class Careless(StateTier):
+        def runner(self, pool: PagePool) -> Any:
+            own = super().runner(pool)
+
+            class Runner:
+                def forward(self, packed: Packed) -> torch.Tensor:
+                    decodes = packed.starts.all()
+                    before = [tensor.clone() for tensor in pool.states.slab(0).tensors]
+                    mixed = decodes and mistake == "swapped"
+                    logits = own.forward(replace(packed, states=packed.states[::-1].copy()) if mixed else packed)
+                    if decodes and mistake == "not kept":
+                        for tensor, old in zip(pool.states.slab(0).tensors, before, strict=True):
+                            tensor.copy_(old)
+                    return logits
+
+            return Runner()
+
+    check_pages(StateTier(tiny(family)))
+    with pytest.raises(UnsupportedModel, match="other logits"):
+        check_pages(Careless(tiny(family)))
 
 
 def test_a_model_that_behaves_otherwise_on_loan_is_refused() -> None:
