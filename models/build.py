@@ -1,7 +1,7 @@
 """C sources compiled at first use on a machine, kept in the user's cache, and loaded with ctypes.
 
-A source needs a C compiler (``CC``, else cc, gcc or clang) and no headers but the compiler's own. Where it cannot be
-built or does not pass its check, that is said once, and a slower way is taken.
+A source needs a C compiler (``CC``, else cc, gcc or clang), and no headers but the compiler's own and those beside it.
+Where it cannot be built or does not pass its check, that is said once, and a slower way is taken.
 
 Threads are those of torch: sources call ``GOMP_parallel`` of the OpenMP runtime that torch itself is linked with
 (GNU's, LLVM's and Intel's all have it), so that one pool of threads serves both. They are not linked with OpenMP, so
@@ -157,7 +157,8 @@ def _loaded(file: Path, load: Callable[[ctypes.CDLL], Loaded]) -> Loaded:
 
 def _key(source: Path, command: list[str], version: str) -> str:
     """Names a build: machines that share a home folder must not load what was built for another CPU."""
-    about = [source.read_bytes(), shlex.join(command).encode(), version.encode(), _cpu().encode()]
+    text = [file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))]
+    about = [*text, shlex.join(command).encode(), version.encode(), _cpu().encode()]
     return hashlib.sha256(b"\0".join(about)).hexdigest()[:24]
 
 

@@ -1,26 +1,13 @@
-/* Gumbel-max sampling in two levels on a CPU: what models/compiled_sampling.py builds, loads and calls.
+/* Gumbel-max sampling in two levels on a CPU: what models/gumbel_max.py builds, loads and calls.
  *
  * One pass over a row's logits, a block of the vocabulary at a time: the block's maximum and the sum of its
  * exponentials while it is in the first cache. Then noise for the blocks, and for the tokens of the one that wins.
  * The draw is that of models/sampling.py, from the same random bits; sums are rounded in another order. Rows do not
  * meet, so a row's draw has the same bits in any company.
- *
- * Vectors are those of GCC and Clang (`vector_size`).
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
+#include "vectors.h"
 
 enum { BLOCK = 256 };
-enum { FLOAT32, BFLOAT16 };
 
 typedef struct {
     int64_t rows, vocabulary, dtype;
@@ -73,35 +60,6 @@ static double gumbel(Noise *noise, int64_t index)
 
 /* ---- one block of the vocabulary ------------------------------------------------------------------------------- */
 
-/* As wide as the target's registers; GCC's code for wider ones goes through memory. */
-typedef float vf __attribute__((vector_size(4 * LANES)));
-typedef int32_t vi __attribute__((vector_size(4 * LANES)));
-
-static inline vf choose(vi condition, vf yes, vf no) { return (vf)((condition & (vi)yes) | (~condition & (vi)no)); }
-
-static inline vf load(const float *p)
-{
-    vf x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
-/* e^x for x <= 0, to about 1 ulp; 0 below -87.3; NaN stays. The constants are those of expf in S. Moshier's Cephes. */
-static inline vf exponential(vf x)
-{
-    vf shifted = x * 1.44269504088896341f + 12582912.0f; /* rounds to an integer, in the low bits */
-    vf n = shifted - 12582912.0f;
-    vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    vf power = (vf)(((vi)shifted << 23) + 0x3f800000);
-    return (vf)(~(x < -87.3365f) & (vi)(p * power));
-}
-
 /* The scores of a block, and -infinity past the end of the vocabulary. */
 static void scores_of(const Batch *b, int64_t row, int64_t block, float *scores)
 {
@@ -128,23 +86,23 @@ static void scores_of(const Batch *b, int64_t row, int64_t block, float *scores)
 static double log_sum(const float *scores, float *top_score)
 {
     vf most = load(scores), sums = {0}, others = {0};
-    for (int64_t at = LANES; at < BLOCK; at += LANES) {
+    for (int64_t at = W; at < BLOCK; at += W) {
         vf x = load(scores + at);
-        most = choose(x > most, x, most);
+        most = larger(x, most);
     }
     float top = most[0];
-    for (int i = 1; i < LANES; i++)
+    for (int i = 1; i < W; i++)
         top = most[i] > top ? most[i] : top;
     *top_score = top;
     if (top == -INFINITY)
         top = 0; /* nothing but -infinity, which must stay so, or NaN */
-    for (int64_t at = 0; at < BLOCK; at += 2 * LANES) { /* two at a time: each waits for its own results */
+    for (int64_t at = 0; at < BLOCK; at += 2 * W) { /* two at a time: each waits for its own results */
         sums += exponential(load(scores + at) - top);
-        others += exponential(load(scores + at + LANES) - top);
+        others += exponential(load(scores + at + W) - top);
     }
     double sum = 0;
     sums += others;
-    for (int i = 0; i < LANES; i++)
+    for (int i = 0; i < W; i++)
         sum += sums[i];
     return (double)top + log(sum);
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -14,13 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from rollout.models.precision import cpu_multiplies
+from rollout.models.siblings import Siblings
 
 logger = logging.getLogger(__name__)
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 #: Rows that oneDNN lays weights out for. Whatever the hint, from 16 rows on it chooses kernels that give a row the same
-#: bits in any company (seen on x86-64 with AVX2 for 1 to 2048 rows), which plain products do not.
+#: bits in any company (seen on x86-64 with AVX2 and AVX512_BF16 for 2 to 2048 rows), which plain products do not.
 _ROWS_HINT = 128
 
 
@@ -31,33 +33,44 @@ class PackedLinears:
     does not depend on how many rows there are. Half precision that the CPU does not multiply itself is computed in
     float32 and rounded, as hardware does, from float32 copies.
 
+    Layers that are given the same input become one product, computed when the first of them is called.
+
     Copies are taken when this is made, so it is made anew after weights change. They cost as much as the weights
     (float32 ones 4 bytes a parameter) and go with it. On a GPU nothing is copied.
 
     Args:
         model: the module.
         room_bytes: what copies may take; layers that do not fit compute as ever.
+        groups: layers of the model that are given the same input.
     """
 
-    def __init__(self, model: nn.Module, room_bytes: int) -> None:
+    def __init__(self, model: nn.Module, room_bytes: int, groups: Sequence[Siblings] = ()) -> None:
         self._products: list[tuple[nn.Linear, Product]] = []
+        self._together: list[_Together] = []
         self.bytes_held = 0
         shared: dict[int, Product] = {}
         left_out = 0
-        for layer in model.modules():
-            if not _is_plain(layer):
+        layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _is_plain(layer)]
+        for group in _mergeable(groups, layers):
+            form = _Form.of(group[0])
+            if form is None or not self._take(group, form, room_bytes):
                 continue
-            assert isinstance(layer, nn.Linear)
+            weight, bias = torch.cat([layer.weight.detach() for layer in group]), _joined_bias(group)
+            together = _Together(form.product(weight, bias), [layer.out_features for layer in group])
+            self._together.append(together)
+            self._products.extend((layer, together.part(i)) for i, layer in enumerate(group))
+        merged = {id(layer) for layer, _ in self._products}
+        for layer in layers:
+            if id(layer) in merged:
+                continue
             if _key(layer) not in shared:
                 form = _Form.of(layer)
                 if form is None:
                     continue
-                size = layer.weight.numel() * form.kept.itemsize
-                if self.bytes_held + size > room_bytes:
+                if not self._take((layer,), form, room_bytes):
                     left_out += 1
                     continue
-                self.bytes_held += size
-                shared[_key(layer)] = form.product(layer)
+                shared[_key(layer)] = form.product(layer.weight.detach(), layer.bias)
             self._products.append((layer, shared[_key(layer)]))
         if self._products:
             logger.info("Linear weights are packed: %.2f GB besides the model's own.", self.bytes_held / 1e9)
@@ -67,6 +80,13 @@ class PackedLinears:
                 "results may depend on the batch.",
                 left_out,
             )
+
+    def _take(self, layers: Siblings, form: _Form, room_bytes: int) -> bool:
+        """Counts the copies of some layers; False, and nothing is counted, where there is no room for them."""
+        size = sum(layer.weight.numel() for layer in layers) * form.kept.itemsize
+        fits = self.bytes_held + size <= room_bytes
+        self.bytes_held += size * fits
+        return fits
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -78,10 +98,63 @@ class PackedLinears:
         finally:
             for layer, _ in self._products:
                 vars(layer).pop("forward", None)
+            for together in self._together:
+                together.forget()
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether ``layer`` is a linear on a CPU that nobody has patched, with an ordinary weight."""
+class _Together:
+    """Several layers as one product.
+
+    Args:
+        product: of the layers' weights, one below the other.
+        sizes: outputs of each layer.
+    """
+
+    def __init__(self, product: Product, sizes: list[int]) -> None:
+        self._product, self._sizes = product, sizes
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what was computed for layers that were not called."""
+        self._given: torch.Tensor | None = None
+        self._version = self._left = 0
+        self._parts: tuple[torch.Tensor, ...] = ()
+
+    def part(self, index: int) -> Product:
+        """The product of one layer."""
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if x is not self._given or x._version != self._version:
+                self._parts = self._product(x).split(self._sizes, -1)
+                self._given, self._version, self._left = x, x._version, len(self._sizes)
+            part = self._parts[index]
+            self._left -= 1
+            if not self._left:
+                self.forget()
+            return part
+
+        return forward
+
+
+def _mergeable(groups: Sequence[Siblings], layers: Sequence[nn.Linear]) -> list[Siblings]:
+    """Groups without the layers that are not among ``layers``, or whose weights stand in other places too."""
+    counts = Counter(layer.weight.data_ptr() for layer in layers)
+    own = {id(layer) for layer in layers if counts[layer.weight.data_ptr()] == 1}
+    merged = [tuple(layer for layer in group if id(layer) in own) for group in groups]
+    return [group for group in merged if len(group) > 1]
+
+
+def _joined_bias(group: Siblings) -> torch.Tensor | None:
+    """The biases of a group, one after another, zeros where a layer has none; None where none has."""
+    if all(layer.bias is None for layer in group):
+        return None
+    return torch.cat(
+        [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in group]
+    )
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer is on a CPU, that nobody has patched, with an ordinary weight."""
     return (
         type(layer) is nn.Linear
         and "forward" not in vars(layer)
@@ -116,11 +189,11 @@ class _Form:
         packed = _packs(kept)
         return cls(rounded, kept, packed) if packed or kept != layer.weight.dtype else None
 
-    def product(self, layer: nn.Linear) -> Product:
-        """Computes what ``layer`` does, from a copy of its weight."""
+    def product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """Computes what a layer with this weight and bias does, from copies of them."""
         rounded, kept = self.rounded, self.kept
-        weight = layer.weight.detach().to(rounded).to(kept)
-        bias = None if layer.bias is None else layer.bias.detach().to(rounded).to(kept)
+        weight = weight.to(rounded).to(kept)
+        bias = None if bias is None else bias.detach().to(rounded).to(kept)
         multiply = _packed(weight, bias) if self.packed else lambda x: F.linear(x, weight, bias)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -134,9 +207,11 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     weight = mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
+        alone = x.numel() == x.shape[-1]  # a single row may take another way, which rounds differently
+        rows = x.reshape(1, -1).expand(2, -1).contiguous() if alone else x
         # The result as it is: no pointwise function after it.
-        product: torch.Tensor = mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
+        product: torch.Tensor = mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        return product[:1].view(*x.shape[:-1], -1) if alone else product
 
     return multiply
 

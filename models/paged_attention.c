@@ -12,32 +12,9 @@
  *   - all arithmetic is spelled out: fused multiply-adds are written as such, and the compiler is told to make none of
  *     its own and to reorder nothing.
  * Tiles of queries and heads share loaded keys and values; which rows share a tile changes nothing for any of them.
- *
- * Vectors are those of GCC and Clang (`vector_size`), as wide as the target's registers. bfloat16 comes in pairs: 2 W
- * numbers are loaded as W words, whose low halves make one vector (by a shift) and whose high halves another (by a
- * mask). Keys, queries, values and sums of such dims all stay in that order, and only the final store undoes it.
+ * Keys, queries, values and sums stay in the order of `vectors.h`, and only the final store undoes it.
  */
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
-/* ---- vectors ------------------------------------------------------------------------------------------------- */
-
-#if defined(__AVX512F__)
-#define W 16
-#elif defined(__AVX__)
-#define W 8
-#else
-#define W 4
-#endif
+#include "vectors.h"
 
 /* Rows (a query's heads, or several queries' heads) that share one load of a key or value. A tile of ROWS x 4 sums, a
  * vector of each row and one of a key fit the registers: 32 with AVX-512 and on Arm, 16 elsewhere. */
@@ -46,284 +23,6 @@
 #else
 #define ROWS 3
 #endif
-
-typedef float vf __attribute__((vector_size(4 * W)));
-typedef uint32_t vu __attribute__((vector_size(4 * W)));
-typedef int32_t vi __attribute__((vector_size(4 * W)));
-typedef float vf_memory __attribute__((vector_size(4 * W), aligned(2), may_alias));
-typedef uint32_t vu_memory __attribute__((vector_size(4 * W), aligned(2), may_alias));
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* Loops over registers must disappear. Clang sees to that by itself, and with a pragma does it too late. */
-#if defined(__clang__)
-#define UNROLL
-#define UNROLL_BY_2
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#define UNROLL_BY_2 _Pragma("GCC unroll 2")
-#endif
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
-#endif
-
-INLINE vf splat(float x) { return x - (vf){0}; } /* not x + 0, which would turn -0 into 0 */
-INLINE vf load(const float *p) { return *(const vf_memory *)p; }
-INLINE void store(float *p, vf x) { *(vf_memory *)p = x; }
-INLINE vf choose(vi condition, vf yes, vf no) { return (vf)((condition & (vi)yes) | (~condition & (vi)no)); }
-INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); } /* b where a is NaN */
-
-/* a * b + c */
-INLINE vf fma_(vf a, vf b, vf c)
-{
-#if defined(__AVX512F__)
-    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX__) && defined(__FMA__)
-    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__aarch64__)
-    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-    return a * b + c;
-#endif
-}
-
-#if W == 16
-#define PAIRS_LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
-#define PAIRS_HIGH 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
-#define FOURS_LOW 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define FOURS_HIGH 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-#define SWAP_1 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
-#define SWAP_2 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13
-#define SWAP_4 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11
-#define SWAP_8 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7
-#elif W == 8
-#define PAIRS_LOW 0, 8, 1, 9, 4, 12, 5, 13
-#define PAIRS_HIGH 2, 10, 3, 11, 6, 14, 7, 15
-#define FOURS_LOW 0, 1, 8, 9, 4, 5, 12, 13
-#define FOURS_HIGH 2, 3, 10, 11, 6, 7, 14, 15
-#define SWAP_1 1, 0, 3, 2, 5, 4, 7, 6
-#define SWAP_2 2, 3, 0, 1, 6, 7, 4, 5
-#define SWAP_4 4, 5, 6, 7, 0, 1, 2, 3
-#else
-#define PAIRS_LOW 0, 4, 1, 5
-#define PAIRS_HIGH 2, 6, 3, 7
-#define FOURS_LOW 0, 1, 4, 5
-#define FOURS_HIGH 2, 3, 6, 7
-#define SWAP_1 1, 0, 3, 2
-#define SWAP_2 2, 3, 0, 1
-#endif
-
-/* The sums of four vectors, to four floats. */
-INLINE void store_sums(float *out, vf a, vf b, vf c, vf d)
-{
-    vf ab = SHUFFLE(a, b, PAIRS_LOW) + SHUFFLE(a, b, PAIRS_HIGH);
-    vf cd = SHUFFLE(c, d, PAIRS_LOW) + SHUFFLE(c, d, PAIRS_HIGH);
-    vf sums = SHUFFLE(ab, cd, FOURS_LOW) + SHUFFLE(ab, cd, FOURS_HIGH);
-#if W >= 8
-    sums += SHUFFLE(sums, sums, SWAP_4);
-#endif
-#if W >= 16
-    sums += SHUFFLE(sums, sums, SWAP_8);
-#endif
-    memcpy(out, &sums, 4 * sizeof(float));
-}
-
-INLINE float largest(vf x)
-{
-#if W >= 16
-    x = larger(x, SHUFFLE(x, x, SWAP_8));
-#endif
-#if W >= 8
-    x = larger(x, SHUFFLE(x, x, SWAP_4));
-#endif
-    x = larger(x, SHUFFLE(x, x, SWAP_2));
-    x = larger(x, SHUFFLE(x, x, SWAP_1));
-    return x[0];
-}
-
-INLINE float sum(vf x)
-{
-#if W >= 16
-    x += SHUFFLE(x, x, SWAP_8);
-#endif
-#if W >= 8
-    x += SHUFFLE(x, x, SWAP_4);
-#endif
-    x += SHUFFLE(x, x, SWAP_2);
-    x += SHUFFLE(x, x, SWAP_1);
-    return x[0];
-}
-
-/* e^x for x <= 88, to about 1 ulp; 0 below -87.3, where the result would be subnormal; NaN stays. The reduction
- * (ln 2 in two parts) and the polynomial are those of expf in S. Moshier's Cephes library. */
-INLINE vf exponential(vf x)
-{
-    const vf magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, in the low bits */
-    vi vanishes = x < splat(-87.3365f);
-    vf shifted = fma_(x, splat(1.44269504088896341f), magic);
-    vf n = shifted - magic;
-    vf r = fma_(n, splat(-0.693359375f), x);
-    r = fma_(n, splat(2.12194440e-4f), r);
-    vf p = splat(1.9875691500e-4f);
-    p = fma_(p, r, splat(1.3981999507e-3f));
-    p = fma_(p, r, splat(8.3334519073e-3f));
-    p = fma_(p, r, splat(4.1665795894e-2f));
-    p = fma_(p, r, splat(1.6666665459e-1f));
-    p = fma_(p, r, splat(5.0000001201e-1f));
-    p = fma_(p, r * r, r) + 1.0f;
-    vf power = (vf)(((vu)shifted << 23) + 0x3f800000u);
-    return (vf)(~vanishes & (vi)(p * power));
-}
-
-/* e^(x - reference), where both may be -infinity: that is a weight of 0. */
-INLINE float scale_from(float x, float reference) { return exponential(splat(x - reference))[0]; }
-
-/* tanh, by Cephes' tanhf: a polynomial below 0.625, above it 1 - 2 / (e^2x + 1). NaN stays. */
-INLINE vf hyperbolic_tangent(vf x)
-{
-    vf size = (vf)((vu)x & 0x7fffffffu);
-    vf z = x * x;
-    vf p = splat(-5.70498872745e-3f);
-    p = fma_(p, z, splat(2.06390887954e-2f));
-    p = fma_(p, z, splat(-5.37397155531e-2f));
-    p = fma_(p, z, splat(1.33314422036e-1f));
-    p = fma_(p, z, splat(-3.33332819422e-1f));
-    vf small = fma_(p * z, x, x);
-    vf bounded = choose(size > splat(10.0f), splat(10.0f), size);
-    vf large = 1.0f - 2.0f / (exponential(bounded + bounded) + 1.0f);
-    large = (vf)((vu)large | ((vu)x & 0x80000000u));
-    return choose(size < splat(0.625f), small, large);
-}
-
-/* ---- dtypes -------------------------------------------------------------------------------------------------- */
-
-enum { FLOAT32, BFLOAT16, FLOAT16 };
-
-#if defined(__F16C__)
-#define HAS_FLOAT16 1
-INLINE float half_to_float(uint16_t x) { return _cvtsh_ss(x); }
-INLINE uint16_t float_to_half(float x) { return _cvtss_sh(x, 0); }
-#if W == 16
-INLINE vf load_halves(const char *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-#else
-INLINE vf load_halves(const char *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-#endif
-#elif defined(__aarch64__)
-#define HAS_FLOAT16 1
-INLINE float half_to_float(uint16_t x) { __fp16 h; memcpy(&h, &x, 2); return h; }
-INLINE uint16_t float_to_half(float x) { __fp16 h = x; uint16_t u; memcpy(&u, &h, 2); return u; }
-INLINE vf load_halves(const char *p) { return (vf)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)p))); }
-#else
-#define HAS_FLOAT16 0 /* models/compiled.py asks, and leaves float16 to another backend */
-INLINE float half_to_float(uint16_t x) { (void)x; return NAN; }
-INLINE uint16_t float_to_half(float x) { (void)x; return 0x7e00; }
-INLINE vf load_halves(const char *p) { (void)p; return splat(NAN); }
-#endif
-
-INLINE int64_t size_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
-
-/* Round to nearest even, in the high half of each word; NaN stays one. */
-INLINE vu round_to_bfloat16(vf x)
-{
-    vu bits = (vu)x;
-    vu rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    vu unordered = (vu)(x != x);
-    return (unordered & (bits | 0x00400000u)) | (~unordered & rounded);
-}
-
-INLINE float get(int dtype, const char *row, int64_t i)
-{
-    if (dtype == FLOAT32) {
-        float x;
-        memcpy(&x, row + 4 * i, 4);
-        return x;
-    }
-    uint16_t bits;
-    memcpy(&bits, row + 2 * i, 2);
-    if (dtype == FLOAT16)
-        return half_to_float(bits);
-    uint32_t word = (uint32_t)bits << 16;
-    float x;
-    memcpy(&x, &word, 4);
-    return x;
-}
-
-INLINE void put(int dtype, char *row, int64_t i, float x)
-{
-    if (dtype == FLOAT32) {
-        memcpy(row + 4 * i, &x, 4);
-        return;
-    }
-    uint16_t bits = dtype == FLOAT16 ? float_to_half(x) : (uint16_t)(round_to_bfloat16(splat(x))[0] >> 16);
-    memcpy(row + 2 * i, &bits, 2);
-}
-
-/* How the numbers of one head lie in vectors, and how they are read. */
-typedef struct {
-    int dtype;
-    int direct;      /* whole vectors: can be read where they lie */
-    int64_t dim;
-    int64_t vectors; /* dim / W, rounded up */
-} Row;
-
-static Row row_of(int dtype, int64_t dim)
-{
-    int64_t unit = dtype == BFLOAT16 ? 2 * W : W;
-    return (Row){dtype, dim % unit == 0, dim, (dim + W - 1) / W};
-}
-
-/* Vector j of a row; in bfloat16 an even j is the low halves of its words and the next the high ones. */
-INLINE vf row_vector(const int dtype, const char *row, int64_t j)
-{
-    if (dtype == FLOAT32)
-        return load((const float *)(row + j * 4 * W));
-    if (dtype == FLOAT16)
-        return load_halves(row + j * 2 * W);
-    vu words = *(const vu_memory *)(row + j / 2 * 4 * W);
-    return (vf)(j % 2 ? words & 0xffff0000u : words << 16);
-}
-
-/* A row as floats in vector order, zeros behind its end. */
-static void unpack(Row row, const char *from, float *to)
-{
-    if (row.direct && row.dtype == BFLOAT16) {
-        for (int64_t j = 0; j < row.vectors; j += 2) {
-            store(to + j * W, row_vector(BFLOAT16, from, j));
-            store(to + (j + 1) * W, row_vector(BFLOAT16, from, j + 1));
-        }
-    } else if (row.direct && row.dtype == FLOAT16) {
-        for (int64_t j = 0; j < row.vectors; j++)
-            store(to + j * W, row_vector(FLOAT16, from, j));
-    } else if (row.direct) {
-        memcpy(to, from, (size_t)row.dim * 4);
-    } else {
-        for (int64_t i = 0; i < row.dim; i++)
-            to[i] = get(row.dtype, from, i);
-        for (int64_t i = row.dim; i < row.vectors * W; i++)
-            to[i] = 0;
-    }
-}
-
-/* Floats in vector order, times `factor`, to a row. */
-static void pack(Row row, const float *from, float factor, char *to)
-{
-    vf by = splat(factor);
-    if (row.direct && row.dtype == BFLOAT16) {
-        for (int64_t j = 0; j < row.vectors; j += 2) {
-            vu low = round_to_bfloat16(load(from + j * W) * by), high = round_to_bfloat16(load(from + j * W + W) * by);
-            *(vu_memory *)(to + j * 2 * W) = (low >> 16) | (high & 0xffff0000u);
-        }
-    } else if (row.direct && row.dtype == FLOAT32) {
-        for (int64_t j = 0; j < row.vectors; j++)
-            store((float *)(to + j * 4 * W), load(from + j * W) * by);
-    } else {
-        for (int64_t i = 0; i < row.dim; i++)
-            put(row.dtype, to, i, from[i] * factor);
-    }
-}
 
 /* ---- what is called with ------------------------------------------------------------------------------------- */
 
@@ -383,7 +82,7 @@ typedef struct {
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 } Call;
 
-#define BLOCK 64
+#define BLOCK 32                         /* keys and values of this block and the next one fit the first cache */
 #define CHUNK 512
 #define TILE_ROWS 24                     /* rows of a tile with several queries, unless one query has more */
 #define STATE_FLOATS (32 * 1024)         /* a task takes no more heads than keep its state below this, or one */
@@ -424,10 +123,40 @@ INLINE void prefetch(Ahead *ahead, int64_t rows_of_a_head)
     }
 }
 
+/* sums[r][i] += the product of vectors [j, j + 1) of a query r and a key i, or [j, j + 2) in bfloat16. */
+INLINE void multiply_keys(const int dtype, const int rows, int64_t vectors, int64_t j, const float *q,
+                          const char *const k[4], vf sums[ROWS][4])
+{
+#if defined(__AVX512BF16__)
+    if (dtype == BFLOAT16) { /* queries as they came: pairs are multiplied and added in one instruction */
+        __m512i query[ROWS];
+        UNROLL for (int r = 0; r < rows; r++)
+            query[r] = _mm512_loadu_si512(q + r * vectors * W + j / 2 * W);
+        UNROLL for (int i = 0; i < 4; i++) {
+            __m512i key = _mm512_loadu_si512(k[i] + j * W * 2);
+            UNROLL for (int r = 0; r < rows; r++)
+                sums[r][i] = (vf)_mm512_dpbf16_ps((__m512)sums[r][i], (__m512bh)query[r], (__m512bh)key);
+        }
+        return;
+    }
+#endif
+    const int halves = dtype == BFLOAT16 ? 2 : 1;
+    UNROLL for (int half = 0; half < halves; half++) {
+        vf query[ROWS];
+        UNROLL for (int r = 0; r < rows; r++)
+            query[r] = load(q + (r * vectors + j + half) * W);
+        UNROLL for (int i = 0; i < 4; i++) {
+            vf key = row_vector(dtype, k[i] + j * W * size_of(dtype), half);
+            UNROLL for (int r = 0; r < rows; r++)
+                sums[r][i] = fma_(query[r], key, sums[r][i]);
+        }
+    }
+}
+
 /* Scores of `rows` queries and the keys [from, to) of a block; from and to are multiples of 4.
- * q [rows, vectors * W]; keys [BLOCK] addresses, to which `offset` is added; scores [rows, BLOCK]. */
-INLINE void score_rows(const int dtype, const int rows, int64_t vectors, const float *q, const char *const *keys,
-                       int64_t offset, int64_t from, int64_t to, Ahead *ahead, float *scores)
+ * q [rows, vectors * W], see `load_query`; keys [BLOCK] addresses, to which `offset` is added; scores [rows, BLOCK]. */
+INLINE void score_rows(const int dtype, const int rows, int64_t vectors, float scaling, const float *q,
+                       const char *const *keys, int64_t offset, int64_t from, int64_t to, Ahead *ahead, float *scores)
 {
     const int step = dtype == BFLOAT16 ? 2 : 1;
     for (int64_t t = from; t < to; t += 4) {
@@ -438,20 +167,10 @@ INLINE void score_rows(const int dtype, const int rows, int64_t vectors, const f
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int i = 0; i < 4; i++)
                 sums[r][i] = (vf){0};
-        UNROLL_BY_2 for (int64_t j = 0; j < vectors; j += step) {
-            UNROLL for (int half = 0; half < step; half++) {
-                vf query[ROWS];
-                UNROLL for (int r = 0; r < rows; r++)
-                    query[r] = load(q + (r * vectors + j + half) * W);
-                UNROLL for (int i = 0; i < 4; i++) {
-                    vf key = row_vector(dtype, k[i] + j * W * size_of(dtype), half);
-                    UNROLL for (int r = 0; r < rows; r++)
-                        sums[r][i] = fma_(query[r], key, sums[r][i]);
-                }
-            }
-        }
+        UNROLL_BY_2 for (int64_t j = 0; j < vectors; j += step)
+            multiply_keys(dtype, rows, vectors, j, q, k, sums);
         UNROLL for (int r = 0; r < rows; r++)
-            store_sums(scores + r * BLOCK + t, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+            store_sums(scores + r * BLOCK + t, scaling, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
     }
 }
 
@@ -525,11 +244,11 @@ INLINE void add_all_values(const int dtype, const int rows, int64_t vectors, con
         FOR_ROWS(f, FLOAT16, rows, __VA_ARGS__)                                                                        \
     }
 
-static __attribute__((noinline)) void score(int dtype, int rows, int64_t vectors, const float *q,
+static __attribute__((noinline)) void score(int dtype, int rows, int64_t vectors, float scaling, const float *q,
                                             const char *const *keys, int64_t offset, int64_t from, int64_t to,
                                             Ahead *ahead, float *scores)
 {
-    FOR_DTYPE_AND_ROWS(score_rows, dtype, rows, vectors, q, keys, offset, from, to, ahead, scores)
+    FOR_DTYPE_AND_ROWS(score_rows, dtype, rows, vectors, scaling, q, keys, offset, from, to, ahead, scores)
 }
 
 static __attribute__((noinline)) void weigh_values(int dtype, int rows, int64_t vectors, const float *weights,
@@ -582,7 +301,7 @@ static float weigh(float *scores, int64_t from, int64_t to, float softcap, float
 
 /* Where a task keeps what it works with. Rows are ordered by head, query, head within the group. */
 typedef struct {
-    float *q;              /* [rows, key vectors * W] times the scaling */
+    float *q;              /* [rows, key vectors * W], see `load_query` */
     float *sums;           /* [rows, value vectors * W] of the chunk */
     float *totals;         /* [rows, value vectors * W] of all chunks so far */
     float *weight;         /* [rows, W] of the chunk, not yet summed over lanes */
@@ -694,6 +413,26 @@ INLINE Range seen_of_block(const Site *site, int64_t position, int64_t block)
     return (Range){smaller_of(larger_of(first_key(site, position) - block, 0), end), end};
 }
 
+/* Whether queries and keys are multiplied in the dtype that they are stored in. */
+INLINE int as_it_is(Row row)
+{
+#if defined(__AVX512BF16__)
+    return row.dtype == BFLOAT16 && row.direct;
+#else
+    (void)row;
+    return 0;
+#endif
+}
+
+/* A query as `score` takes it: as it is, or as floats in vector order. */
+static void load_query(Row row, const char *from, float *to)
+{
+    if (as_it_is(row))
+        memcpy(to, from, (size_t)row.dim * 2);
+    else
+        unpack(row, from, to);
+}
+
 /* One block of keys and values of one head, for all rows of the task of that head. Meanwhile some of the next keys and
  * values are fetched. */
 static void attend_block(const Call *call, const Task *task, const Scratch *s, Row key_row, Row value_row,
@@ -708,7 +447,7 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
     const char *key_copies[BLOCK], *value_copies[BLOCK];
     int key_dtype = key_row.dtype, value_dtype = value_row.dtype;
     int shared = count > ROWS && key_row.dtype != FLOAT32; /* converted once for all row tiles */
-    if (shared || !key_row.direct) {
+    if ((shared && !as_it_is(key_row)) || !key_row.direct) {
         for (int64_t t = from; t < to; t++) {
             unpack(key_row, keys[t] + key_offset, s->keys + t * key_floats);
             key_copies[t] = (const char *)(s->keys + t * key_floats);
@@ -742,8 +481,8 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
             if (seen[r].begin < seen[r].end)
                 any = (Range){smaller_of(any.begin, seen[r].begin), larger_of(any.end, seen[r].end)};
         if (any.begin < any.end)
-            score(key_dtype, (int)rows, key_row.vectors, s->q + (base + row) * key_floats, keys, key_offset,
-                  any.begin / 4 * 4, (any.end + 3) / 4 * 4, next_keys, s->scores + row * BLOCK);
+            score(key_dtype, (int)rows, key_row.vectors, (float)call->scaling, s->q + (base + row) * key_floats, keys,
+                  key_offset, any.begin / 4 * 4, (any.end + 3) / 4 * 4, next_keys, s->scores + row * BLOCK);
         next_keys = NULL; /* the first rows have fetched them for all */
     }
     for (int64_t row = 0; row < count; row++) {
@@ -798,14 +537,11 @@ static void run_task(const Call *call, const Task *task, const Task *next, float
     int64_t start = step->starts[task->sequence] + task->query, last = start + task->queries - 1;
     Scratch s = scratch_at(memory, rows, per_head, key_floats, value_floats);
 
-    vf scaling = splat((float)call->scaling);
     for (int64_t row = 0; row < rows; row++) {
         int64_t head = (task->head + row / per_head) * site->group + row % site->group;
         int64_t query = token + row % per_head / site->group;
         float *q = s.q + row * key_floats;
-        unpack(key_row, call->query + query * call->query_token + head * call->query_head, q);
-        for (int64_t j = 0; j < key_row.vectors; j++)
-            store(q + j * W, load(q + j * W) * scaling);
+        load_query(key_row, call->query + query * call->query_token + head * call->query_head, q);
         s.total_maximum[row] = MINUS_INFINITY;
         s.total_weight[row] = 0;
     }

@@ -6,6 +6,7 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import count
 from typing import Any, cast
 
@@ -19,9 +20,11 @@ from rollout.headroom import Headroom, after_reserve, headroom_for
 from rollout.loop import Loop
 from rollout.memory import Memory
 from rollout.models.context import context_limit
+from rollout.models.fused import FusedParts
 from rollout.models.linears import PackedLinears
 from rollout.models.loan import unwrap, vocabulary_size
 from rollout.models.serve import serve
+from rollout.models.siblings import siblings
 from rollout.params import SamplingParams
 from rollout.queue import Queue
 from rollout.records import Batch, Record
@@ -158,7 +161,9 @@ class Engine:
         layout = self._tier.probe()
         # Before memory is read: the copies take their share.
         room = after_reserve(self._headroom, self._reserve_fraction) * _COPIES_SHARE
-        linears = PackedLinears(self.model, int(room))
+        linears = PackedLinears(self.model, int(room), siblings(self.model))
+        # Recurrent states carry differences of rounding on and on, so those models keep their own arithmetic.
+        fused = nullcontext if layout.states else FusedParts(self.model).in_place
         queue = Queue(requests, self.context_limit, self._vocabulary)
         queue.fill(_FIRST_ROWS)
         memory = Memory(
@@ -183,7 +188,7 @@ class Engine:
         try:
             while True:
                 loop.refill()
-                with self._tier.on_loan(), linears.in_place():
+                with self._tier.on_loan(), linears.in_place(), fused():
                     records = loop.advance()
                 if records is None:
                     return

@@ -1,0 +1,183 @@
+"""Norms and rotary embeddings on a CPU in one pass over memory, in place of the several of transformers' modules.
+
+Nothing is known by its name alone: a norm and a family's rotary function are replaced where they give the kernel's
+numbers on a trial, and stay what they are elsewhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from rollout.models.pointwise import NormFactors, Pointwise, pointwise
+
+_ROTARY = "apply_rotary_pos_emb"
+_EPSILONS = ("variance_epsilon", "eps")
+#: Share of the numbers of a trial in which both round alike; where they do not, they are neighbours.
+_ALIKE = 0.98
+
+_on_loan: ContextVar[bool] = ContextVar("rollout_fused_parts", default=False)
+
+
+class FusedParts:
+    """Replacements of a module's norms and rotary functions, used while `in_place`.
+
+    They hold copies of the norms' weights, so this is made anew after weights change.
+
+    Args:
+        model: the module. Not on a CPU, nothing of it is replaced.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        kernel = pointwise() if next(model.parameters()).device.type == "cpu" else None
+        self._norms: list[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]] = []
+        self._rotary: list[tuple[ModuleType, Callable[..., Any], Callable[..., Any]]] = []
+        if kernel is None:
+            return
+        for module in model.modules():
+            fused = _norm(module, kernel)
+            if fused is not None:
+                self._norms.append((module, fused))
+        for source in {
+            type(module).__module__: sys.modules.get(type(module).__module__) for module in model.modules()
+        }.values():
+            own = getattr(source, _ROTARY, None)
+            if source is not None and own is not None and _rotates_halves(own, kernel):
+                self._rotary.append((source, own, _rotary(own, kernel)))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """They are in place of the model's own inside this block, for this thread."""
+        token = _on_loan.set(True)
+        try:
+            for module, fused in self._norms:
+                module.forward = fused
+            for source, _, function in self._rotary:
+                setattr(source, _ROTARY, function)
+            yield
+        finally:
+            for source, own, _ in self._rotary:
+                setattr(source, _ROTARY, own)
+            for module, _ in self._norms:
+                vars(module).pop("forward", None)
+            _on_loan.reset(token)
+
+
+# -- norms -----------------------------------------------------------------------------------------------
+
+
+def _norm(module: nn.Module, kernel: Pointwise) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What computes the root mean square norm that ``module`` is; None where it is none that the kernel has."""
+    weight, eps = _weight(module), next((getattr(module, n) for n in _EPSILONS if hasattr(module, n)), None)
+    if weight is None or not isinstance(eps, float) or weight.dtype not in kernel.dtypes:
+        return None
+    trial = _trial(3, len(weight)).mul(torch.tensor([[1.0], [1e-3], [30.0]])).to(weight.dtype)
+    with torch.no_grad():
+        wanted = module(trial)
+    for plus in (0.0, 1.0):  # some families keep what the factor is above 1
+        for late in (False, True):
+            factors = kernel.norm_factors(weight.detach().float() + plus, weight.dtype)
+            if _same(kernel.rms_norm(trial, factors, eps, late), wanted):
+                return _fused_norm(module.forward, kernel, factors, eps, late)
+    return None
+
+
+def _weight(module: nn.Module) -> torch.Tensor | None:
+    """The weight of what may be a norm: a module with one vector and nothing else, that nobody has patched."""
+    own = [*module.named_parameters(), *module.named_buffers()]
+    if len(own) != 1 or own[0][0] != "weight" or "forward" in vars(module):
+        return None
+    weight = own[0][1]
+    plain = type(weight.data) is torch.Tensor and weight.dim() == 1 and weight.device.type == "cpu"
+    # Others take a gate, or what to add, besides.
+    takes_one = len(inspect.signature(module.forward).parameters) == 1
+    return weight if plain and takes_one and "RMSNorm" in type(module).__name__ else None
+
+
+def _fused_norm(
+    own: Callable[..., torch.Tensor], kernel: Pointwise, factors: NormFactors, eps: float, late: bool
+) -> Callable[..., torch.Tensor]:
+    width = len(factors.values)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != factors.dtype or x.shape[-1] != width:
+            return own(x)
+        return kernel.rms_norm(x, factors, eps, late)
+
+    return forward
+
+
+# -- rotary embeddings -----------------------------------------------------------------------------------
+
+
+def _rotates_halves(own: Callable[..., Any], kernel: Pointwise) -> bool:
+    """Whether a family's function rotates the halves of heads, as the kernel does."""
+    if list(inspect.signature(own).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    tokens, dim = 3, 8
+    for dtype in kernel.dtypes:
+        query, key = (_trial(heads * tokens, dim).view(1, heads, tokens, dim).to(dtype) for heads in (4, 2))
+        angles = [_trial(tokens, dim).mul(step).cos().view(1, tokens, dim).to(dtype) for step in (2.0, 3.0)]
+        try:
+            wanted = own(query, key, *angles)
+        except RuntimeError:  # it takes angles of another shape
+            return False
+        got = _rotated(kernel, query, key, *angles)
+        if not all(torch.equal(ours, theirs) for ours, theirs in zip(got, wanted, strict=True)):
+            return False
+    return True
+
+
+def _rotary(own: Callable[..., Any], kernel: Pointwise) -> Callable[..., Any]:
+    def rotate(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any, **named: Any
+    ) -> Any:
+        served = (
+            _on_loan.get()
+            and q.dtype == k.dtype == cos.dtype == sin.dtype
+            and q.dtype in kernel.dtypes
+            and q.dim() == k.dim() == 4
+            and cos.shape == sin.shape == (q.shape[0], q.shape[2], q.shape[3])
+            and k.shape[::2] == q.shape[::2]
+            and q.stride(3) == k.stride(3) == 1
+            and not (others or named)
+        )
+        return _rotated(kernel, q, k, cos, sin) if served else own(q, k, cos, sin, *others, **named)
+
+    return rotate
+
+
+def _rotated(
+    kernel: Pointwise, query: torch.Tensor, key: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Heads [b, heads, t, dim] by angles [b, t, dim]; like the others, but laid out token by token."""
+    given = (x.transpose(1, 2).flatten(0, 1) for x in (query, key))
+    angles = (x.flatten(0, 1).contiguous() for x in (cosines, sines))
+    rotated = kernel.rotate(*given, *angles)
+    return tuple(x.unflatten(0, (query.shape[0], query.shape[2])).transpose(1, 2) for x in rotated)
+
+
+# -- trials ----------------------------------------------------------------------------------------------
+
+
+def _trial(rows: int, width: int) -> torch.Tensor:
+    """[rows, width] numbers that do not repeat; no generator of the process is used."""
+    return torch.arange(rows * width).mul(0.7368).sin().mul(2.0).view(rows, width)
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two results are one up to rounding."""
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return False
+    if ours.dtype == torch.float32:
+        return torch.allclose(ours, theirs, rtol=2e-6, atol=0.0)
+    near = torch.allclose(ours.float(), theirs.float(), rtol=2**-7, atol=0.0)
+    return near and float((ours == theirs).float().mean()) >= _ALIKE
