@@ -109,7 +109,8 @@ def _counts(times_ms: Iterable[float]) -> dict[float, int]:
 
     Unlike the percentiles of a second, counts can be added up to those of a run.
     """
-    return Counter(float(_TWO_DIGITS.create_decimal(repr(round(ms, 3)))) for ms in times_ms)
+    counts = Counter(float(_TWO_DIGITS.create_decimal(repr(round(ms, 3)))) for ms in times_ms)
+    return dict(sorted(counts.items()))
 
 
 def read_metrics(paths: RunPaths) -> Iterator[dict[str, Any]]:
