@@ -70,7 +70,7 @@ def chart(
     for value in np.arange(0, top + step / 2, step):
         y = foot - height * value / top
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_number(value)}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{rounded(value)}</text>')
     parts.append(_frame(axis, _TOP, foot, starts))
     left, right = axis.x(bins[0]), axis.x(bins[1])
     for one in series:
@@ -87,7 +87,7 @@ def chart(
     for x in [] if marks is None else axis.x(marks).tolist():
         parts.append(f'<line class="mark red" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{foot}"/>')
     legend = [
-        (one.colour, one.shape, one.name + (f" (cut off; up to {_number(peak)})" if peak > top else ""))
+        (one.colour, one.shape, one.name + (f" (cut off; up to {rounded(peak)})" if peak > top else ""))
         for one in series
         if (peak := float(np.nanmax(one.values, initial=-math.inf))) > -math.inf
     ]
@@ -134,7 +134,7 @@ def strip(
         # Wide enough to be seen, however short the bin.
         bars = _bars(left, np.maximum(right, left + 2), y + 20 - heights, heights)
         parts.append(f'<path class="fill {counts.colour}" d="{bars}"/>')
-        legend.append((counts.colour, "fill", f"{counts.name} (at most {_number(most)} in a bin)"))
+        legend.append((counts.colour, "fill", f"{counts.name} (at most {rounded(most)} in a bin)"))
         if marks is not None and len(marks):
             diamonds = "".join(f"M{x:.1f} {y + 2:.1f}l5 7l-5 7l-5-7z" for x in axis.x(marks).tolist())
             parts.append(f'<path class="diamond red" d="{diamonds}"/>')
@@ -259,5 +259,6 @@ def _steps(top: float) -> tuple[float, float]:
     return step, step * math.ceil(top * 1.04 / step - 1e-9)
 
 
-def _number(value: float) -> str:
+def rounded(value: float) -> str:
+    """Four digits, or all before the point."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

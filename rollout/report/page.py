@@ -13,6 +13,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from rollout.report.charts import rounded
 from rollout.report.figures import byte_unit, each_worker, out_of_memory, over_time
 from rollout.report.history import Activity, History
 from rollout.report.timeaxis import clock
@@ -227,7 +228,7 @@ def _text(value: Any) -> str:
 
 def _bytes(value: float) -> str:
     unit, factor = byte_unit(value)
-    return f"{value / factor:.4g} {unit}"
+    return f"{rounded(value / factor)} {unit}"
 
 
 def _ms(value: float) -> str:
@@ -235,4 +236,4 @@ def _ms(value: float) -> str:
 
 
 def _percent(share: float) -> str:
-    return "?" if math.isnan(share) else f"{100 * share:.2g} %"
+    return "?" if math.isnan(share) else f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
