@@ -53,14 +53,14 @@ def chart(
     series: Sequence[Series],
     *,
     height: int = 150,
-    starts: Mapping[str, float] | None = None,
+    starts: Mapping[int, float] | None = None,
     marks: FloatArray | None = None,
 ) -> str:
     """A figure of one or more series on one scale.
 
     Args:
         bins: starts and ends of the bins that the series have values for.
-        starts: moments to name, by name.
+        starts: when attempts began, by their number.
         marks: times at which rows ran out of memory.
     """
     top = _top(series)
@@ -158,8 +158,8 @@ def _figure(title: str, unit: str, legend: Sequence[tuple[str, str, str]], conte
     )
 
 
-def _frame(axis: TimeAxis, top: float, foot: float, starts: Mapping[str, float] | None) -> str:
-    """Pauses, the time below, and named moments."""
+def _frame(axis: TimeAxis, top: float, foot: float, starts: Mapping[int, float] | None) -> str:
+    """Pauses, the time below, and the starts of attempts, as far as their names find room."""
     parts = []
     for left, right, seconds in axis.pauses():
         parts.append(
@@ -175,14 +175,16 @@ def _frame(axis: TimeAxis, top: float, foot: float, starts: Mapping[str, float] 
     for x, name in axis.ticks():
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{foot + 3:.1f}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{foot + 15:.1f}" text-anchor="middle">{escape(name)}</text>')
+    named = [(number, float(axis.x(time))) for number, time in (starts or {}).items()]
     last = -math.inf
-    for name, time in (starts or {}).items():
-        x = float(axis.x(time))
+    for i, (number, x) in enumerate(named):
         parts.append(f'<line class="start" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{foot:.1f}"/>')
-        if x - last >= 64:
-            end = ' text-anchor="end"' if x + 64 > RIGHT else ""
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{top - 4:.1f}"{end}>{escape(name)}</text>')
-            last = x
+        if x - last < 16:
+            continue
+        name = f"attempt {number}" if i + 1 == len(named) or named[i + 1][1] - x >= 64 else f"{number}"
+        end = ' text-anchor="end"' if x + 64 > RIGHT else ""
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{top - 4:.1f}"{end}>{name}</text>')
+        last = x
     return "".join(parts)
 
 

@@ -63,7 +63,7 @@ def _alone(track: Track, history: History) -> str:
 def _section(track: Track, lanes: Mapping[str, Track], history: History) -> str:
     """The charts of a track, with the reasons of one or more."""
     axis, bins = TimeAxis(history.spans), (history.starts, history.ends)
-    starts = {f"attempt {number}": activity.spans[0].start for number, activity in history.attempts.items()}
+    starts = {number: activity.spans[0].start for number, activity in history.attempts.items()}
     named = starts if len(starts) > 1 else None
     marks = np.unique(np.concatenate([out_of_memory(one, history) for one in lanes.values()]))
     held, room, cap = (track.level(name) for name in ("kv_bytes", "room_bytes", "max_kv_bytes"))
