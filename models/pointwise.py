@@ -7,6 +7,7 @@ from ctypes import c_double, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ class Pointwise:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         number, address = c_int64, c_void_p
-        strided = [address, number, number, number, address]
+        strided: list[Any] = [address, number, number, number, address]
         self._norm, self._factors = library.rollout_rms_norm, library.rollout_norm_factors
         self._rotate = library.rollout_rotate
         self._factors.argtypes = [number, number, address, address]

@@ -162,7 +162,7 @@ def _generate(
 def _report(run: Run) -> Exit:
     summary = summarise(run)
     print("\n".join(summary.lines()), flush=True)
-    return Exit.ERROR_ROWS if summary.error_rows else Exit.COMPLETE
+    return Exit.ERROR_ROWS if summary.totals.error_rows else Exit.COMPLETE
 
 
 def _model_path(config: Config) -> Path:

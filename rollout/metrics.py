@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from decimal import ROUND_CEILING, Context
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +16,7 @@ from rollout.paths import RunPaths
 from rollout.requests import StepReport
 
 LINE_SECONDS = 1.0
+_TWO_DIGITS = Context(prec=2, rounding=ROUND_CEILING)
 
 
 class MetricsWriter:
@@ -80,6 +83,7 @@ class MetricsWriter:
             "waiting_rows": last.waiting_rows,
             "row_target": last.row_target,
             "reason": last.reason,
+            "reasons": Counter(step.reason for step in steps),
             "kv_tokens": last.kv_tokens,
             "kv_bytes": last.kv_bytes,
             "kv_bytes_max": max(step.kv_bytes for step in steps),
@@ -89,6 +93,7 @@ class MetricsWriter:
             "preempted_rows": sum(step.preempted_rows for step in steps),
             "step_ms": round(sum(step.step_ms for step in steps) / len(steps), 3),
             "step_ms_max": round(max(step.step_ms for step in steps), 3),
+            "step_ms_counts": _counts(step.step_ms for step in steps),
             "tok_s": round(tokens / seconds, 1) if seconds else 0.0,
         }
         # One write to a file opened for appending: lines of two processes do not mix.
@@ -99,13 +104,27 @@ def _ends_line(descriptor: int, size: int) -> bool:
     return os.pread(descriptor, 1, size - 1) == b"\n"
 
 
+def _counts(times_ms: Iterable[float]) -> dict[float, int]:
+    """How many steps took at most so long; times are rounded up to two digits, so that few differ.
+
+    Unlike the percentiles of a second, counts can be added up to those of a run.
+    """
+    counts = Counter(float(_TWO_DIGITS.create_decimal(repr(round(ms, 3)))) for ms in times_ms)
+    return dict(sorted(counts.items()))
+
+
 def read_metrics(paths: RunPaths) -> Iterator[dict[str, Any]]:
     """The lines of all workers; a line that a kill tore is left out."""
+    return (values for values in read_lines(paths) if values is not None)
+
+
+def read_lines(paths: RunPaths) -> Iterator[dict[str, Any] | None]:
+    """The lines of all workers, as they are in their files; None for one that a kill tore."""
     for path in sorted((paths.root / "metrics").glob("rank-*.jsonl")):
-        for line in path.read_bytes().splitlines():
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(values, dict):
-                yield values
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    values = json.loads(line)
+                except (ValueError, RecursionError):
+                    values = None
+                yield values if isinstance(values, dict) else None

@@ -52,3 +52,8 @@ class RunPaths:
 
     def metrics(self, worker: int) -> Path:
         return self.root / "metrics" / f"rank-{worker:05d}.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The picture of the run."""
+        return self.root / "report.html"

@@ -113,7 +113,7 @@ def read_run(paths: RunPaths) -> Run:
     Raises:
         InputError: it holds none, or ``run.json`` cannot be read.
     """
-    stored = _read(paths)
+    stored = read_description(paths)
     try:
         return Run(
             paths=paths,
@@ -159,7 +159,7 @@ def open_run(
             write_whole(paths.rows, paths.temporary(paths.rows), lambda temporary: pq.write_table(table, temporary))
             stored = _describe(config, fingerprint, row_ids, dtype, workers)
         else:
-            stored = _read(paths)
+            stored = read_description(paths)
         if stored["dtype"] != dtype:
             raise InputError(
                 f"model.dtype={config.model.dtype} is {dtype} here, but the run in {paths.root} has {stored['dtype']}: "
@@ -171,7 +171,12 @@ def open_run(
     return read_run(paths)
 
 
-def _read(paths: RunPaths) -> dict[str, Any]:
+def read_description(paths: RunPaths) -> dict[str, Any]:
+    """All that ``run.json`` says.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
     try:
         stored = json.loads(paths.run.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -13,10 +13,10 @@ from rollout.shards import read_manifest
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """Totals over the shards of a run, and the speed of its last attempt that generated anything."""
+class Totals:
+    """Over the committed shards of a run."""
 
-    run: Run
+    shards: int
     samples: int
     error_rows: int
     errors: dict[str, int]
@@ -24,21 +24,29 @@ class Summary:
     prompt_tokens: int
     completion_tokens: int
     mean_reward: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Totals of a run, and the speed of its last attempt that generated anything."""
+
+    run: Run
+    totals: Totals
     tokens_per_s: float | None
     live_rows: tuple[int, int] | None
     """Fewest live rows while others waited, and most."""
 
     def lines(self) -> list[str]:
         """For people."""
-        run = self.run
+        run, totals = self.run, self.totals
         speed = "" if self.tokens_per_s is None else f", {self.tokens_per_s:.1f} tokens/s"
         table = {
-            "rows": f"{run.rows} rows, {self.samples} samples ({run.samples} a row)",
-            "tokens": f"{self.prompt_tokens} of prompts, {self.completion_tokens} generated{speed}",
+            "rows": f"{run.rows} rows, {totals.samples} samples ({run.samples} a row)",
+            "tokens": f"{totals.prompt_tokens} of prompts, {totals.completion_tokens} generated{speed}",
             "live batch": "" if self.live_rows is None else f"{self.live_rows[0]} to {self.live_rows[1]} rows",
-            "finished": _counts(self.finish_reasons),
-            "errors": f"{self.error_rows} rows ({_counts(self.errors)})" if self.errors else "none",
-            "mean reward": "" if self.mean_reward is None else f"{self.mean_reward:.4f}",
+            "finished": counts(totals.finish_reasons),
+            "errors": f"{totals.error_rows} rows ({counts(totals.errors)})" if totals.errors else "none",
+            "mean reward": "" if totals.mean_reward is None else f"{totals.mean_reward:.4f}",
             "files": f"{run.paths.shards}/*.{run.format}",
             "verify": f"python -m rollout.verify {shlex.quote(str(run.paths.root))}",
         }
@@ -47,11 +55,19 @@ class Summary:
 
 def summarise(run: Run) -> Summary:
     """The summary of a complete run."""
-    manifests = [read_manifest(run.paths.manifest(shard)) for shard in range(run.shards)]
+    return Summary(run, committed(run), *_speed(run))
+
+
+def committed(run: Run) -> Totals:
+    """The totals of what is committed so far.
+
+    Raises:
+        InputError: a manifest cannot be read.
+    """
+    manifests = [read_manifest(path) for shard in range(run.shards) if (path := run.paths.manifest(shard)).exists()]
     rewards = sum(manifest.rewards for manifest in manifests)
-    tokens_per_s, live_rows = _speed(run)
-    return Summary(
-        run=run,
+    return Totals(
+        shards=len(manifests),
         samples=sum(manifest.samples for manifest in manifests),
         error_rows=sum(manifest.error_rows for manifest in manifests),
         errors=_total(manifest.errors for manifest in manifests),
@@ -59,8 +75,6 @@ def summarise(run: Run) -> Summary:
         prompt_tokens=sum(manifest.prompt_tokens for manifest in manifests),
         completion_tokens=sum(manifest.completion_tokens for manifest in manifests),
         mean_reward=sum(manifest.reward_sum for manifest in manifests) / rewards if rewards else None,
-        tokens_per_s=tokens_per_s,
-        live_rows=live_rows,
     )
 
 
@@ -79,12 +93,13 @@ def _speed(run: Run) -> tuple[float | None, tuple[int, int] | None]:
     return tokens / seconds if seconds else None, (min(under_load, default=most), most)
 
 
-def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+def _total(parts: Iterable[dict[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
+    for part in parts:
+        total.update(part)
     return dict(total.most_common())
 
 
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
+def counts(values: dict[str, int]) -> str:
+    """Numbers by name, for people."""
+    return ", ".join(f"{name} {count}" for name, count in values.items())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rollout.metrics import MetricsWriter, read_metrics
+from rollout.metrics import MetricsWriter, read_lines, read_metrics
 from rollout.paths import RunPaths
 from rollout.progress import Progress
 from tests.jobs import report_of
@@ -39,6 +39,7 @@ def test_a_line_sums_up_a_second(tmp_path: Path) -> None:
                     step,
                     live_rows=step + 1,
                     waiting_rows=0 if step == 0 else 4,
+                    reason="hold" if step % 4 else "memory",
                     step_ms=float(step),
                     new_tokens=2,
                     preempted_rows=step % 2,
@@ -57,7 +58,8 @@ def test_a_line_sums_up_a_second(tmp_path: Path) -> None:
         "live_rows_max": 8,
         "waiting_rows": 4,
         "row_target": 6,
-        "reason": "memory",
+        "reason": "hold",
+        "reasons": {"memory": 2, "hold": 6},
         "kv_tokens": 100,
         "kv_bytes": 4096,
         "kv_bytes_max": 4096,
@@ -67,9 +69,19 @@ def test_a_line_sums_up_a_second(tmp_path: Path) -> None:
         "preempted_rows": 4,
         "step_ms": 3.5,
         "step_ms_max": 7.0,
+        "step_ms_counts": {f"{step}.0": 1 for step in range(8)},
         "tok_s": 16.0,
     }
     assert lines[2]["new_tokens"] == 8
+
+
+def test_step_times_are_counted_by_two_digits_rounded_up(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    with MetricsWriter(paths.metrics(0), 0, 0) as metrics:
+        for step, ms in enumerate([0.0001, 0.07, 2.0, 2.01, 2.1, 80.0, 123.4, 129.9, 5000.0]):
+            metrics.step(report_of(step, step_ms=ms))
+    counts = {"0.0": 1, "0.07": 1, "2.0": 1, "2.1": 2, "80.0": 1, "130.0": 2, "5000.0": 1}
+    assert lines_of(paths)[0]["step_ms_counts"] == counts
 
 
 def test_a_worker_without_steps_writes_no_line(tmp_path: Path) -> None:
@@ -88,6 +100,7 @@ def test_attempts_append_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
         if attempt == 1:
             paths.metrics(0).write_bytes(content[:-20])
     assert [line["attempt"] for line in read_metrics(paths)] == [0, 2]
+    assert [line and line["attempt"] for line in read_lines(paths)] == [0, None, 2]
 
 
 def test_the_last_line_is_written_when_the_engine_fails(tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""What the metrics of a run say over time: all workers and attempts, cut into bins of the time in which any ran."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rollout.errors import InputError
+from rollout.metrics import LINE_SECONDS
+from rollout.paths import RunPaths
+from rollout.report.lines import Line, Span, lines_of
+from rollout.report.tracks import Counts, FloatArray, Limits, Track, add_counts
+
+MOST_BINS = 480
+"""A bin is two pixels of a picture, or a line of metrics where there are fewer."""
+PAUSE_SECONDS = 5.0
+"""When no worker wrote for so long, none ran: a worker writes each second, and its next line covers a longer step."""
+
+
+@dataclass(slots=True)
+class Activity:
+    """Totals of one attempt."""
+
+    spans: list[Span] = field(default_factory=list)
+    """When any of its workers ran."""
+    workers: set[int] = field(default_factory=set)
+    steps: float = 0.0
+    new_tokens: float = 0.0
+    prefill_tokens: float = 0.0
+    preempted_rows: float = 0.0
+    step_ms_counts: Counts = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return sum(span.seconds for span in self.spans)
+
+    def add(self, line: Line) -> None:
+        """One line of the attempt."""
+        self.workers.add(line.worker)
+        self.steps += line.steps
+        self.new_tokens += line.new_tokens
+        self.prefill_tokens += line.prefill_tokens
+        self.preempted_rows += line.preempted_rows
+        add_counts(self.step_ms_counts, line.step_ms_counts)
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The metrics of a run."""
+
+    spans: list[Span]
+    """When any worker ran; between them, none did."""
+    starts: FloatArray
+    """[bins] seconds since 1970; a bin is in one span, and all of a span is in bins."""
+    ends: FloatArray
+    tracks: dict[int, Track]
+    """By worker."""
+    attempts: dict[int, Activity]
+    unreadable: int
+    """Lines that were torn, or are no metrics."""
+
+
+def read_history(paths: RunPaths, limits: Mapping[int, Limits]) -> History:
+    """The metrics of a run, which may be going on.
+
+    They are read twice, once for the times and once for the rest, and never held whole: a day of eight workers is a
+    gigabyte in memory.
+
+    Args:
+        limits: by attempt.
+
+    Raises:
+        InputError: there are none.
+    """
+    spans: defaultdict[tuple[int, int], list[Span]] = defaultdict(list)
+    attempts: defaultdict[int, Activity] = defaultdict(Activity)
+    unreadable = 0
+    for line in lines_of(paths):
+        if line is None:
+            unreadable += 1
+            continue
+        _join(spans[line.worker, line.attempt], line.span)
+        attempts[line.attempt].add(line)
+    if not spans:
+        raise InputError(
+            f"{paths.root} holds a run without metrics: there is no whole line in metrics/rank-*.jsonl, where a worker "
+            "writes one a second."
+        )
+    for attempt, activity in attempts.items():
+        activity.spans = _union(span for key, own in spans.items() if key[1] == attempt for span in own)
+    ran = _union(span for own in spans.values() for span in own)
+    starts, ends = _bins(ran)
+    tracks = {worker: Track.empty(len(starts)) for worker in sorted({worker for worker, _ in spans})}
+    for line in lines_of(paths):
+        if line is not None and line.worker in tracks:
+            tracks[line.worker].add(line, limits.get(line.attempt, Limits()), starts, ends)
+    return History(ran, starts, ends, tracks, dict(sorted(attempts.items())), unreadable)
+
+
+def _join(spans: list[Span], new: Span) -> None:
+    """Adds a span to those of one worker and attempt, whose lines are in order unless its clock was set."""
+    if spans and spans[-1].start <= new.start <= spans[-1].end + PAUSE_SECONDS:
+        spans[-1] = Span(spans[-1].start, max(spans[-1].end, new.end))
+    else:
+        spans.append(new)
+
+
+def _union(spans: Iterable[Span]) -> list[Span]:
+    joined: list[Span] = []
+    for span in sorted(spans, key=lambda span: span.start):
+        _join(joined, span)
+    return joined
+
+
+def _bins(spans: list[Span]) -> tuple[FloatArray, FloatArray]:
+    """Starts and ends."""
+    width = max(LINE_SECONDS, sum(span.seconds for span in spans) / MOST_BINS)
+    edges = [np.linspace(span.start, span.end, max(1, round(span.seconds / width)) + 1) for span in spans]
+    return np.concatenate([edge[:-1] for edge in edges]), np.concatenate([edge[1:] for edge in edges])

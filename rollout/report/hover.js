@@ -1,0 +1,31 @@
+// Values under the pointer. Each section's figures share one time axis; their values stand in the page as JSON.
+const tip = document.getElementById("tip");
+for (const section of document.querySelectorAll("section.charts")) {
+  const { left, right, time, figures } = JSON.parse(section.querySelector("script").textContent);
+  const pictures = [...section.querySelectorAll("svg")];
+  const crosses = pictures.map((picture) => picture.querySelector(".cross"));
+  const show = (on) => {
+    tip.hidden = !on;
+    for (const cross of crosses) cross.style.visibility = on ? "visible" : "hidden";
+  };
+  pictures.forEach((picture, f) => {
+    picture.addEventListener("pointerleave", () => show(false));
+    picture.addEventListener("pointermove", (event) => {
+      const box = picture.getBoundingClientRect();
+      const x = ((event.clientX - box.left) * picture.viewBox.baseVal.width) / box.width;
+      const bin = right.findIndex((edge) => x <= edge);
+      if (bin < 0 || x < left[bin]) return show(false);
+      const said = ([name, unit, values, kinds]) =>
+        values[bin] === null ? [] : [`${name}  ${kinds ? kinds[values[bin]] : values[bin].toLocaleString("en")}${unit}`];
+      tip.textContent = [time[bin], ...figures[f].flatMap(said)].join("\n");
+      for (const cross of crosses) {
+        cross.setAttribute("x1", x);
+        cross.setAttribute("x2", x);
+      }
+      show(true);
+      const beside = event.clientX + 14 + tip.offsetWidth < innerWidth;
+      tip.style.left = `${beside ? event.clientX + 14 : event.clientX - 14 - tip.offsetWidth}px`;
+      tip.style.top = `${Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 4)}px`;
+    });
+  });
+}

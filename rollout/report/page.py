@@ -1,0 +1,239 @@
+"""The page that shows a run: what it is, its figures, and its charts. Everything that was read is escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+from importlib import resources
+from typing import Any
+
+from rollout.report.charts import rounded
+from rollout.report.figures import byte_unit, each_worker, out_of_memory, over_time
+from rollout.report.history import Activity, History
+from rollout.report.timeaxis import clock
+from rollout.report.tracks import Counts, Limits, add_counts, quantile, share_above
+from rollout.run import Run
+from rollout.summary import Totals, counts
+
+_ATTEMPT_COLUMNS = (
+    *("attempt", "started (UTC)", "host", "workers", "policy", "budget", "KV limit", "ran for"),
+    *("tokens", "tokens/s", "step p50, p95, p99", "over budget", "preempted"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The run that is shown."""
+
+    run: Run
+    description: Mapping[str, Any]
+    """What ``run.json`` says."""
+    totals: Totals
+    limits: Mapping[int, Limits]
+    """By attempt."""
+
+    def attempt(self, number: int) -> dict[str, Any]:
+        """What ``run.json`` says of an attempt; nothing of one that it does not know."""
+        stored = self.description["attempts"]
+        return _mapping(stored[number]) if isinstance(stored, list) and number < len(stored) else {}
+
+
+def page(subject: Subject, history: History) -> str:
+    """The whole HTML document. It loads nothing, and its policy forbids it to."""
+    style, script = (_resource(name) for name in ("page.css", "hover.js"))
+    policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}"
+    name = escape(subject.run.paths.root.resolve().name)
+    content = "".join(
+        (
+            f'<h1>{name}</h1>\n<p class="under">{escape(" · ".join(_under(subject, history)))}</p>\n',
+            _tiles(subject, history),
+            _facts(subject),
+            over_time(history),
+            _attempts(subject, history),
+            each_worker(history),
+            _notes(history),
+        )
+    )
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{name}: rollout</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{style}</style>\n</head>\n<body>\n{content}"
+        f'<div id="tip" hidden></div>\n<script>{script}</script>\n</body>\n</html>\n'
+    )
+
+
+def _resource(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _under(subject: Subject, history: History) -> list[str]:
+    began = datetime.fromtimestamp(history.spans[0].start, UTC)
+    return [
+        "complete" if subject.run.complete() else "not complete",
+        f"began {began:%Y-%m-%d %H:%M:%S} UTC",
+        _plural(len(history.tracks), "worker"),
+        _plural(len(history.attempts), "attempt"),
+    ]
+
+
+def _tiles(subject: Subject, history: History) -> str:
+    run, totals = subject.run, subject.totals
+    seconds = sum(span.seconds for span in history.spans)
+    tokens = sum(attempt.new_tokens for attempt in history.attempts.values())
+    preempted = sum(attempt.preempted_rows for attempt in history.attempts.values())
+    live = sum(track.level_seconds("live_rows") for track in history.tracks.values()) / seconds
+    times = _step_times(history.attempts.values())
+    p50, p95, p99 = (_ms(quantile(times, q)) for q in (0.5, 0.95, 0.99))
+    over, of = _over_budget(history.attempts, subject.limits)
+    oom = sum(len(out_of_memory(track, history)) for track in history.tracks.values())
+    tiles = [
+        ("samples", f"{totals.samples:,}", f"of {run.rows * run.samples:,}; {totals.shards} of {run.shards} shards"),
+        ("tokens generated", f"{totals.completion_tokens:,}", f"{totals.prompt_tokens:,} of prompts"),
+        ("tokens/s", f"{tokens / seconds:,.1f}", f"in {clock(seconds)} of running"),
+        ("live rows", f"{live:,.1f}", "on average" + (", all workers" if len(history.tracks) > 1 else "")),
+        ("step time p50", p50, f"p95 {p95}, p99 {p99}"),
+        ("steps over budget", _percent(over), of) if of else None,
+        ("preempted rows", f"{preempted:,.0f}", f"out of memory {_plural(oom, 'time')}"),
+        ("error rows", f"{totals.error_rows:,}", counts(totals.errors)) if totals.errors else None,
+        ("mean reward", f"{totals.mean_reward:.4f}", "") if totals.mean_reward is not None else None,
+    ]  # fmt: skip
+    cells = (
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>\n"
+        for name, value, more in filter(None, tiles)
+    )
+    return f'<dl class="tiles">\n{"".join(cells)}</dl>\n'
+
+
+def _facts(subject: Subject) -> str:
+    run, totals, description = subject.run, subject.totals, subject.description
+    config = _mapping(description.get("config"))
+    last = subject.attempt(run.attempt)
+    facts = {
+        "model": _pairs(_given(config.get("model")) | {"dtype": run.dtype}),
+        "data": _pairs({"rows": run.rows} | _given(config.get("data"))),
+        "sampling": _pairs(_mapping(config.get("sampling")) | {"seed": config.get("seed")}),
+        "batcher": _pairs(last.get("batcher")),
+        "memory": _pairs(last.get("memory")),
+        "output": _pairs(_mapping(config.get("output")) | {"rows_per_shard": run.rows_per_shard}),
+        "reward": _pairs(config.get("reward")),
+        "finished": counts(totals.finish_reasons),
+        "versions": _pairs(description.get("packages")),
+    }
+    cells = (f"<tr><th>{name}</th><td>{escape(text)}</td></tr>\n" for name, text in facts.items() if text)
+    return f'<table class="facts">\n{"".join(cells)}</table>\n'
+
+
+def _attempts(subject: Subject, history: History) -> str:
+    rows = []
+    for number, activity in history.attempts.items():
+        attempt = subject.attempt(number)
+        limits = subject.limits.get(number, Limits())
+        times = activity.step_ms_counts
+        over, of = _over_budget({number: activity}, subject.limits)
+        rows.append(
+            [
+                str(number),
+                _text(attempt.get("started", "?")).replace("T", " ").removesuffix("+00:00"),
+                _text(attempt.get("host", "?")),
+                str(len(activity.workers)),
+                _text(_mapping(attempt.get("batcher")).get("name", "?")),
+                "none" if limits.latency_budget_ms is None else _ms(limits.latency_budget_ms),
+                "none" if limits.max_kv_bytes is None else _bytes(limits.max_kv_bytes),
+                clock(activity.seconds),
+                f"{activity.new_tokens:,.0f}",
+                f"{activity.new_tokens / activity.seconds:,.1f}",
+                ", ".join(_ms(quantile(times, q)).removesuffix(" ms") for q in (0.5, 0.95, 0.99)) + " ms",
+                _percent(over) if of else "",
+                f"{activity.preempted_rows:,.0f}",
+            ]
+        )
+    cells = "".join(f"<th>{name}</th>" for name in _ATTEMPT_COLUMNS)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows)
+    return f'<h2>Attempts</h2>\n<div class="wide"><table>\n<tr>{cells}</tr>\n{lines}</table></div>\n'
+
+
+def _notes(history: History) -> str:
+    notes = [
+        "Times count from the start; pauses, in which no worker ran, are not to scale.",
+        "Step times are rounded up to two digits.",
+        "Of several workers, rows, memory and tokens are added up.",
+    ]
+    if history.unreadable:
+        lines = _plural(history.unreadable, "line")
+        notes.append(f"Not in the picture: {lines} of metrics that cannot be read, as a kill may leave them.")
+    return f'<p class="note">{" ".join(notes)}</p>\n'
+
+
+def _step_times(attempts: Iterable[Activity]) -> Counts:
+    total: Counts = {}
+    for attempt in attempts:
+        add_counts(total, attempt.step_ms_counts)
+    return total
+
+
+def _over_budget(attempts: Mapping[int, Activity], limits: Mapping[int, Limits]) -> tuple[float, str]:
+    """The share of steps over the budget of their attempt, and what the budgets were; no word when there was none."""
+    over = total = 0.0
+    budgets = []
+    for number, attempt in attempts.items():
+        budget = limits.get(number, Limits()).latency_budget_ms
+        if budget is not None:
+            steps = sum(attempt.step_ms_counts.values())
+            over += steps * share_above(attempt.step_ms_counts, budget) if steps else 0.0
+            total += steps
+            budgets.append(_ms(budget))
+    return over / total if total else math.nan, f"of {' or '.join(dict.fromkeys(budgets))}" if budgets else ""
+
+
+# -- words for values ------------------------------------------------------------------------------------
+
+
+def _plural(count: int, name: str) -> str:
+    return f"{count:,} {name}{'s' * (count != 1)}"
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _given(values: Any) -> dict[str, Any]:
+    """Those that are not null."""
+    return {name: value for name, value in _mapping(values).items() if value is not None}
+
+
+def _pairs(values: Any) -> str:
+    return " · ".join(f"{name} {_named(name, value)}" for name, value in _mapping(values).items())
+
+
+def _named(name: str, value: Any) -> str:
+    return _bytes(value) if name.endswith("_bytes") and isinstance(value, int | float) else _text(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _bytes(value: float) -> str:
+    unit, factor = byte_unit(value)
+    return f"{rounded(value / factor)} {unit}"
+
+
+def _ms(value: float) -> str:
+    return "?" if math.isnan(value) else f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def _percent(share: float) -> str:
+    return "?" if math.isnan(share) else f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
