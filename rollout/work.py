@@ -154,7 +154,8 @@ class Work:
         run = self._run
         commit(run.paths, shard.index, run.format, records, run.fingerprint.digest)
         shard.part.close()
-        shard.part.path.unlink()
+        # Another worker that saw the run complete may have cleared the folder.
+        shard.part.path.unlink(missing_ok=True)
         self._forget(shard)
         self._claims.release(shard.index, committed=True)
 
