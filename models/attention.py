@@ -70,6 +70,11 @@ def running(step: Step) -> Iterator[None]:
         _step.reset(token)
 
 
+def running_step() -> Step | None:
+    """What answers attention calls now."""
+    return _step.get()
+
+
 def attend(
     module: nn.Module,
     query: torch.Tensor,

@@ -87,6 +87,8 @@ class _Addresses:
     """[sites, 2, slabs] addresses of keys and values; the structures of ``sites`` point into it."""
     sites: dict[tuple[int, int], _Site]
     """By index of the site, and heads in a group."""
+    calls: dict[tuple[int, int], _Call]
+    """Likewise; filled anew for every call."""
 
 
 class Kernel:
@@ -126,7 +128,7 @@ class Kernel:
                 if slab is not None:
                     for which, tensors in enumerate((slab.keys, slab.values)):
                         bases[:, which, number] = [tensor.data_ptr() for tensor in tensors]
-            known = self._addresses[pool] = _Addresses(slabs, bases, {})
+            known = self._addresses[pool] = _Addresses(slabs, bases, {}, {})
         return known
 
 
@@ -178,7 +180,6 @@ class CompiledAttention:
             *(len(self._addresses.slabs), self.tokens),
             *(a.ctypes.data for a in (self._tables, self._starts, self._lengths, self._offsets, self._slots)),
         )
-        self._calls: dict[tuple[int, int], _Call] = {}
         self._plans: dict[tuple[int, int, int, int, Span], _Plan] = {}
         self._memory: list[np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = []
         # Checks the pages, so that the next line reads only what the table holds.
@@ -222,10 +223,7 @@ class CompiledAttention:
         if not self.tokens:
             return out
         group = heads // site.kv_heads
-        call = self._calls.get((index, group))
-        if call is None:
-            call = self._calls[index, group] = self._call(index, group)
-        size = dtype.itemsize
+        call, size = self._call(index, group), dtype.itemsize
         call.query, call.key, call.value, call.out = (
             query.data_ptr(),
             key.data_ptr(),
@@ -263,16 +261,18 @@ class CompiledAttention:
         return known
 
     def _call(self, index: int, group: int) -> _Call:
-        site = self._site(index, group)
+        site, calls = self._site(index, group), self._addresses.calls
+        call = calls.get((index, group))
+        if call is None:
+            call = calls[index, group] = _Call(site=addressof(site), parallel=self._kernel.parallel)
         plan = self._plan(site, self._layout.sites[index].span)
-        call = _Call(*map(addressof, (self._step, site, plan)))  # which live as long as this object
-        call.threads = self._threads
-        call.parallel = self._kernel.parallel
+        call.step, call.plan, call.threads = addressof(self._step), addressof(plan), self._threads
         return call
 
     def _plan(self, site: _Site, span: Span) -> _Plan:
         key = (site.kv_heads, site.group, site.key_dim, site.value_dim, span)
-        if key not in self._plans:
+        plan = self._plans.get(key)
+        if plan is None:
             sizes = _Sizes()
             arguments = (byref(self._step), byref(site), self._threads, byref(sizes))
             bad = self._kernel.plan(*arguments, None, None)
@@ -285,8 +285,8 @@ class CompiledAttention:
             self._kernel.plan(*arguments, tasks.ctypes.data, pending.ctypes.data)
             arrays = (tasks, pending, partials, scratch)
             self._memory.extend(arrays)
-            self._plans[key] = _Plan(*(array.ctypes.data for array in arrays), sizes)
-        return self._plans[key]
+            plan = self._plans[key] = _Plan(*(array.ctypes.data for array in arrays), sizes)
+        return plan
 
 
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Norms and rotary embeddings on a CPU in one pass over memory, in place of the several of transformers' modules.
+"""Norms, rotary embeddings, attention and MLP modules on a CPU, in place of the many small operations of transformers'.
 
 Nothing is known by its name alone: a norm and a family's rotary function are replaced where they give the kernel's
-numbers on a trial, and stay what they are elsewhere.
+numbers on a trial, an attention or MLP module where its code is known, and all stay what they are elsewhere.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rollout.models.known_forwards import shorter_attention, shorter_mlp
 from rollout.models.pointwise import NormFactors, Pointwise, pointwise
 
 _ROTARY = "apply_rotary_pos_emb"
@@ -28,7 +29,7 @@ _on_loan: ContextVar[bool] = ContextVar("rollout_fused_parts", default=False)
 
 
 class FusedParts:
-    """Replacements of a module's norms and rotary functions, used while `in_place`.
+    """Replacements of parts of a module, used while `in_place`.
 
     They hold copies of the norms' weights, so this is made anew after weights change.
 
@@ -38,27 +39,33 @@ class FusedParts:
 
     def __init__(self, model: nn.Module) -> None:
         kernel = pointwise() if next(model.parameters()).device.type == "cpu" else None
-        self._norms: list[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]] = []
+        self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._rotary: list[tuple[ModuleType, Callable[..., Any], Callable[..., Any]]] = []
         if kernel is None:
             return
         for module in model.modules():
             fused = _norm(module, kernel)
             if fused is not None:
-                self._norms.append((module, fused))
+                self._forwards.append((module, fused))
         for source in {
             type(module).__module__: sys.modules.get(type(module).__module__) for module in model.modules()
         }.values():
             own = getattr(source, _ROTARY, None)
             if source is not None and own is not None and _rotates_halves(own, kernel):
                 self._rotary.append((source, own, _rotary(own, kernel)))
+        rotating = {source.__name__ for source, _, _ in self._rotary}
+        for module in model.modules():
+            rotates = type(module).__module__ in rotating
+            shorter = (shorter_attention(module, kernel) if rotates else None) or shorter_mlp(module)
+            if shorter is not None:
+                self._forwards.append((module, shorter))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """They are in place of the model's own inside this block, for this thread."""
         token = _on_loan.set(True)
         try:
-            for module, fused in self._norms:
+            for module, fused in self._forwards:
                 module.forward = fused
             for source, _, function in self._rotary:
                 setattr(source, _ROTARY, function)
@@ -66,7 +73,7 @@ class FusedParts:
         finally:
             for source, own, _ in self._rotary:
                 setattr(source, _ROTARY, own)
-            for module, _ in self._norms:
+            for module, _ in self._forwards:
                 vars(module).pop("forward", None)
             _on_loan.reset(token)
 

@@ -118,14 +118,14 @@ class _Together:
         """Drops what was computed for layers that were not called."""
         self._given: torch.Tensor | None = None
         self._version = self._left = 0
-        self._parts: tuple[torch.Tensor, ...] = ()
+        self._parts: Sequence[torch.Tensor] = ()
 
     def part(self, index: int) -> Product:
         """The product of one layer."""
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             if x is not self._given or x._version != self._version:
-                self._parts = self._product(x).split(self._sizes, -1)
+                self._parts = torch.split_with_sizes(self._product(x), self._sizes, -1)
                 self._given, self._version, self._left = x, x._version, len(self._sizes)
             part = self._parts[index]
             self._left -= 1
@@ -197,6 +197,8 @@ class _Form:
         multiply = _packed(weight, bias) if self.packed else lambda x: F.linear(x, weight, bias)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
+            if x.dtype == rounded == kept:
+                return multiply(x)
             return multiply(x.to(rounded).to(kept)).to(rounded)
 
         return forward
@@ -204,13 +206,14 @@ class _Form:
 
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     mkldnn: Any = torch.ops.mkldnn
+    linear = mkldnn._linear_pointwise.default
     weight = mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
         alone = x.numel() == x.shape[-1]  # a single row may take another way, which rounds differently
         rows = x.reshape(1, -1).expand(2, -1).contiguous() if alone else x
         # The result as it is: no pointwise function after it.
-        product: torch.Tensor = mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        product: torch.Tensor = linear(rows, weight, bias, "none", [], "")
         return product[:1].view(*x.shape[:-1], -1) if alone else product
 
     return multiply

@@ -36,7 +36,18 @@ class PagedStep(ABC):
         attention_mask: torch.Tensor | None,  # noqa: ARG002 - none is built for this implementation
         scores: Scores,
     ) -> torch.Tensor:
-        """See `rollout.models.attention.Step`; the b * t queries, row after row, are the tokens of ``packed``.
+        """See `rollout.models.attention.Step`; the b * t queries, row after row, are the tokens of ``packed``."""
+        # [b, heads, t, dim] -> [T, heads, dim]
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        output = self.attend_tokens(module, q, k, v, scores)
+        return output.view(query.shape[0], query.shape[2], *output.shape[1:])
+
+    def attend_tokens(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
+        """The same for query [T, heads, key_dim], key and value [T, kv_heads, dim], the tokens of ``packed``.
+
+        Returns [T, heads, value_dim].
 
         Raises:
             RuntimeError: the model's calls are not those that the probe saw.
@@ -44,10 +55,10 @@ class PagedStep(ABC):
         index, self._calls = self._calls, self._calls + 1
         if index >= len(self.layout.sites) or self.layout.sites[index].module is not module:
             raise RuntimeError(f"{type(module).__name__} attends out of the order that the probe saw.")
-        # [b, heads, t, dim] -> [T, heads, dim]
-        q, k, v = (x.transpose(1, 2).flatten(0, 1).to(self.layout.dtype) for x in (query, key, value))
-        output = self.compute(index, q, k, v, scores)
-        return output.view(query.shape[0], query.shape[2], *output.shape[1:])
+        dtype = self.layout.dtype
+        if not query.dtype == key.dtype == value.dtype == dtype:
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        return self.compute(index, query, key, value, scores)
 
     @abstractmethod
     def compute(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
