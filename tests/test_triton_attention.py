@@ -34,7 +34,6 @@ KINDS = (
     Kind(1, 5, 13, 24, softcap=1.5),
     Kind(2, 1, 40, 8, Span("window", 11), sinks=True),
     Kind(1, 2, 24, 24, Span("chunk", 14), softcap=0.7, sinks=True),
-    Kind(2, 1, 8, 8, Span("window", 1)),
 )
 
 
@@ -67,8 +66,9 @@ class World(PagedWorld):
 # -- what it computes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("page_size", "slab_pages"), [(16, 4), (5, 3)])
+@pytest.mark.parametrize(
+    ("dtype", "page_size", "slab_pages"), [(torch.float32, 16, 4), (torch.bfloat16, 5, 3), (torch.float16, 16, 4)]
+)
 def test_any_mix_of_rows_and_segments_is_plain_attention(
     dtype: torch.dtype, page_size: int, slab_pages: int, device: torch.device
 ) -> None:
@@ -78,7 +78,7 @@ def test_any_mix_of_rows_and_segments_is_plain_attention(
         world.compare(world.run(parts), parts)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_rows_of_many_splits_are_plain_attention(dtype: torch.dtype, device: torch.device) -> None:
     """At the borders of splits, and where a window or chunk begins within one."""
     length = 2 * step_buffers.SPLIT_TOKENS + 2
@@ -131,7 +131,7 @@ def test_pages_written_in_a_forward_are_read_by_others_in_it(device: torch.devic
     world.compare(world.run(parts), parts)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_it_agrees_with_gathering(dtype: torch.dtype, device: torch.device) -> None:
     worlds = [World([30, 9, 40], dtype, 7, device) for _ in range(2)]
     for world in worlds:  # gathering multiplies what nobody has written by 0
@@ -191,7 +191,7 @@ def test_extreme_scores(device: torch.device) -> None:
             assert error.mean() < 2e-5
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["queries", "keys", "values"])
 def test_non_finite_numbers_stay_with_their_sequence(bad: float, where: str, device: torch.device) -> None:
     sound, world = (World([14, 20, 20], torch.float32, 10, device, KINDS[:3]) for _ in range(2))
@@ -207,7 +207,7 @@ def test_non_finite_numbers_stay_with_their_sequence(bad: float, where: str, dev
 # -- what it writes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_every_key_and_value_is_written_where_it_belongs_and_nowhere_else(
     dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -305,7 +305,7 @@ def padded(world: World, buffers: StepBuffers, parts: Parts) -> list[torch.Tenso
     return outputs
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("dtype", DTYPES[1:2])
 def test_padding_reads_and_writes_nothing_and_changes_no_bit(dtype: torch.dtype, device: torch.device) -> None:
     lengths = [20, 5, 33]
     expected, world = (World(lengths, dtype, 14, device) for _ in range(2))
