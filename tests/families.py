@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from tests.devices import DEVICE
+
 VOCABULARY = 199
 
 _BASE: dict[str, Any] = {
@@ -177,7 +179,7 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 
 
 def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model with seeded random weights, in eval mode; the same on every call."""
+    """A model with seeded random weights, in eval mode, on the device of the tests; the same on every call."""
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     try:
@@ -189,5 +191,5 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -
             # Larger than a fresh initialisation, so that attention matters to the next token.
             if parameter.ndim > 1 and "embed" not in name:
                 parameter.mul_(4.0)
-    nn.Module.to(model, dtype).eval()
+    nn.Module.to(model, DEVICE, dtype).eval()
     return model
