@@ -165,8 +165,10 @@ REFUSED: dict[str, str] = {
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """A model of ``family`` with seeded random weights, in eval mode; the same on every call."""
-    return random_model(tiny_config(family, **changes), dtype)
+    """A model of ``family`` with seeded random weights, in eval mode, on the tests' device; the same on every call."""
+    model = random_model(tiny_config(family, **changes), dtype)
+    nn.Module.to(model, DEVICE)
+    return model
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
@@ -179,7 +181,7 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 
 
 def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model with seeded random weights, in eval mode, on the device of the tests; the same on every call."""
+    """A model with seeded random weights, in eval mode; the same on every call."""
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     try:
@@ -191,5 +193,5 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -
             # Larger than a fresh initialisation, so that attention matters to the next token.
             if parameter.ndim > 1 and "embed" not in name:
                 parameter.mul_(4.0)
-    nn.Module.to(model, DEVICE, dtype).eval()
+    nn.Module.to(model, dtype).eval()
     return model

@@ -81,9 +81,9 @@ def test_the_fastest_attention_agrees_with_the_gathering_one(family: str) -> Non
     assert_agrees_with_gathering(family, steps_for)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "deepseek_v3", "llama4_text"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
 def test_triton_s_attention_agrees_with_the_gathering_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU as well: a window with a softcap, sinks, unequal keys and values, and chunks."""
+    """Without a GPU as well: a window with a softcap, and sinks."""
     kernels_run_here(monkeypatch)
     monkeypatch.setattr(triton_attention, "_BLOCKS", dict.fromkeys(triton_attention._BLOCKS, (_BLOCKS, _BLOCKS)))
     assert_agrees_with_gathering(family, TritonSteps)
