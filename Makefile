@@ -20,7 +20,7 @@ unexport $(filter-out $(REACH:%=PIP_%),$(filter PIP_%,$(.VARIABLES)))
 # A checkout that was moved or copied must not run the code of its old place, so the place is part of the name.
 STAMP := .venv/installed-$(firstword $(shell printf '%s' '$(CURDIR)' | cksum))
 
-.PHONY: run test setup lint typecheck unit clean
+.PHONY: run test test-gpu setup lint typecheck unit clean
 
 run: setup
 	$(BIN)/python -m rollout +experiment=ppo_sampling $(ARGS)
@@ -41,6 +41,12 @@ typecheck: setup
 # Nothing is fetched in a test; without this a mistake would wait for a network instead of failing.
 unit: setup
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+# What `unit` shows on a CPU, on a GPU: the contract, with Triton's kernels compiled instead of interpreted, and what
+# only a GPU has.
+test-gpu: setup
+	ROLLOUT_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest \
+	  tests/gpu tests/test_triton_attention.py tests/test_triton_compiles.py tests/contract $(ARGS)
 
 setup: $(STAMP)
 

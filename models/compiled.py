@@ -16,12 +16,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import nn
 
 from rollout.models.attention import Scores
 from rollout.models.build import KernelUnavailable, build, built, gomp_parallel
 from rollout.models.layout import IntArray, KVLayout, Site, Span
+from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
+from rollout.models.self_test import TOLERANCE, Attention, largest_error
 
 SOURCE = Path(__file__).with_name("paged_attention.c")
 
@@ -322,41 +323,12 @@ def _checked(library: ctypes.CDLL) -> Kernel:
         AttributeError: the library is another one.
     """
     loaded = Kernel(library)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)):
-        if dtype in loaded.dtypes:
-            distance = _self_test(loaded, dtype)
-            if not distance <= tolerance:
-                raise KernelUnavailable(f"what it built computes something else in {dtype} (by {distance:.2g}).")
+
+    def attention(pool: PagePool, packed: Packed) -> Attention:
+        return CompiledAttention(loaded, pool, packed.tables, packed.starts, packed.lengths, 1)
+
+    for dtype in loaded.dtypes:
+        error = largest_error(attention, dtype, ((64, 32), (13, 20)), torch.device("cpu"))
+        if not error <= TOLERANCE[dtype]:
+            raise KernelUnavailable(f"what it built computes something else in {dtype} (by {error:.2g}).")
     return loaded
-
-
-def _self_test(loaded: Kernel, dtype: torch.dtype) -> float:
-    """The largest difference to plain attention of a prefill and a decode, for dims with and without a remainder."""
-    length, page_size, dims = 75, 4, ((64, 32), (13, 20))
-    module = nn.Identity()
-    sites = tuple(Site(module, 2, key_dim, value_dim, Span()) for key_dim, value_dim in dims)
-    pool = PagePool(KVLayout(sites, dtype, page_size), 10, torch.device("cpu"))
-    pool.grow()
-    pool.grow()
-    table = np.arange(-(-length // page_size))[::-1].copy()[None]
-    steps = [
-        (CompiledAttention(loaded, pool, table, np.array([start]), np.array([count]), 1), slice(start, start + count))
-        for start, count in ((0, length - 1), (length - 1, 1))
-    ]
-    error = 0.0
-    for index, (key_dim, value_dim) in enumerate(dims):
-        # No random numbers: the process's generators stay as they are.
-        query, key, value = (
-            torch.arange(length * heads * dim).mul(step).sin().mul(2).view(length, heads, dim).to(dtype)
-            for heads, dim, step in ((6, key_dim, 0.37), (2, key_dim, 0.61), (2, value_dim, 0.83))
-        )
-        out = torch.cat(
-            [step(index, query[part], key[part], value[part], Scores(key_dim**-0.5)) for step, part in steps]
-        )
-        logits = torch.einsum("qhd,khd->hqk", query.float(), key.float().repeat_interleave(3, 1)) * key_dim**-0.5
-        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
-        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
-        expected = torch.einsum("hqk,khd->qhd", weights, value.float().repeat_interleave(3, 1))
-        difference = float((out.float() - expected).abs().max())
-        error = max(error, difference if difference == difference else float("inf"))
-    return error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -60,6 +61,8 @@ class _Group:
 
 class GatherStep(PagedStep):
     """Gathers what each sequence sees; what depends on lengths alone is planned once and serves every layer."""
+
+    name: ClassVar[str] = "gather"
 
     def __init__(self, pool: PagePool, packed: Packed) -> None:
         super().__init__(pool, packed)

@@ -64,6 +64,8 @@ class GatheringTier(Tier):
 class GatheringRunner:
     """Runs a module, through whatever wraps it, with sequences of similar length side by side ``[b, t]``."""
 
+    attention = "own"
+
     def __init__(self, model: nn.Module, pool: PagePool) -> None:
         self._run = _Forward(model)
         self._pool = pool

@@ -63,6 +63,7 @@ class InterfaceRunner:
     def __init__(self, model: nn.Module, pool: PagePool, steps: Steps) -> None:
         self._model = model
         self._pool, self._steps = pool, steps
+        self.attention = steps.name
         self._device = unwrap(model).device
 
     def forward(self, packed: Packed) -> torch.Tensor:

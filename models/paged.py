@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ class PagedStep(ABC):
         pool: where keys and values lie.
         packed: what the forward computes.
     """
+
+    name: ClassVar[str]
+    """Of this way to attend, as the log and a run's folder have it."""
 
     def __init__(self, pool: PagePool, packed: Packed) -> None:
         self.pool = pool

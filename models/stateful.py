@@ -102,6 +102,7 @@ class StateRunner:
         self._model = model
         self._arguments = _Arguments(model)
         self._pool, self._steps = pool, fastest(pool) if pool.layout.sites else None
+        self.attention = "none" if self._steps is None else self._steps.name
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """See `Runner.forward`.

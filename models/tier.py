@@ -19,6 +19,11 @@ from rollout.models.pages import PagePool
 class Runner(Protocol):
     """Forwards of a model over the pages of a pool; the model must be on loan."""
 
+    @property
+    def attention(self) -> str:
+        """What attends, by the name that the log and a run's folder have for it."""
+        ...
+
     def forward(self, packed: Packed) -> torch.Tensor:
         """Computes the new tokens of all sequences, and writes their keys and values.
 
@@ -63,3 +68,7 @@ class Tier(ABC):
     @abstractmethod
     def runner(self, pool: PagePool) -> Runner:
         """Runs the model on ``pool``."""
+
+    def attention(self) -> str:
+        """See `Runner.attention`."""
+        return self.runner(PagePool(self.probe(), 1, unwrap(self.model).device)).attention

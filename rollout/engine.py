@@ -84,6 +84,9 @@ class Engine:
         base = unwrap(model)
         self._device = base.device
         self._tier = serve(model)
+        self.attention = self._tier.attention()
+        """What attends: triton, compiled, gather; own: the model itself; none: nothing."""
+        logger.info("The %s tier serves the model; attention: %s.", self._tier.name, self.attention)
         bounds = Bounds(min_rows, max_rows, latency_budget_ms)
         self._policy = make_policy(policy, bounds) if isinstance(policy, str) else policy
         self._max_kv_bytes = max_kv_bytes

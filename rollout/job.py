@@ -49,6 +49,8 @@ class Loaded:
     engine: Generator
     dtype: str
     """What the model computes in."""
+    attention: str
+    """What attends, as `Engine.attention` says."""
 
 
 def load_engine(config: Config, prompts: Prompts, place: Place) -> Loaded:
@@ -89,7 +91,7 @@ def load_engine(config: Config, prompts: Prompts, place: Place) -> Loaded:
         max_kv_bytes=config.memory.max_kv_bytes,
         reserve_fraction=config.memory.reserve_fraction,
     )
-    return Loaded(engine, str(model.dtype).removeprefix("torch."))
+    return Loaded(engine, str(model.dtype).removeprefix("torch."), engine.attention)
 
 
 Load = Callable[[Config, Prompts, Place], Loaded]
@@ -114,7 +116,8 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
         if not ranks.of_first(run is not None and run.complete()):
             loaded = (load or load_engine)(_of_run(config, run), prompts, place)
             if place.rank == 0:
-                open_run(paths, config, fingerprint, prompts.row_ids, loaded.dtype, place.workers)
+                facts = loaded.dtype, loaded.attention
+                open_run(paths, config, fingerprint, prompts.row_ids, *facts, place.workers)
             ranks.wait()
             run = read_run(paths)
             _generate(run, config, prompts, loaded.engine, reward, place)

@@ -142,7 +142,13 @@ def read_row_ids(paths: RunPaths) -> pa.ChunkedArray:
 
 
 def open_run(
-    paths: RunPaths, config: Config, fingerprint: Fingerprint, row_ids: Sequence[str], dtype: str, workers: int
+    paths: RunPaths,
+    config: Config,
+    fingerprint: Fingerprint,
+    row_ids: Sequence[str],
+    dtype: str,
+    attention: str,
+    workers: int,
 ) -> Run:
     """Start a run in the folder, or go on with the one that is there, and count this attempt.
 
@@ -165,7 +171,7 @@ def open_run(
                 f"model.dtype={config.model.dtype} is {dtype} here, but the run in {paths.root} has {stored['dtype']}: "
                 f"set model.dtype={stored['dtype']}."
             )
-        stored["attempts"].append(_attempt(config, workers))
+        stored["attempts"].append(_attempt(config, attention, workers))
         content = json.dumps(stored, indent=2) + "\n"
         write_whole(paths.run, paths.temporary(paths.run), lambda temporary: _write_text(temporary, content))
     return read_run(paths)
@@ -211,7 +217,7 @@ def rows_per_shard(rows: int, wanted: int, workers: int) -> int:
     return wanted if workers == 1 else min(wanted, math.ceil(rows / (SHARDS_PER_WORKER * workers)))
 
 
-def _attempt(config: Config, workers: int) -> dict[str, Any]:
+def _attempt(config: Config, attention: str, workers: int) -> dict[str, Any]:
     """What may differ between the attempts of a run."""
     execution = {"batcher": asdict(config.batcher), "memory": asdict(config.memory), "device": config.model.device}
     return {
@@ -219,6 +225,7 @@ def _attempt(config: Config, workers: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "workers": workers,
+        "attention": attention,
         **execution,
     }
 

@@ -1,7 +1,16 @@
-"""One thread for tiny models: on a busy machine the threads of small operations mostly wait for each other."""
+"""One thread for tiny models; where tests run on the CPU, Triton's kernels run in its interpreter."""
 
 from __future__ import annotations
 
+import os
+
 import torch
 
+from tests.devices import GPU
+
+# On a busy machine the threads of small operations mostly wait for each other.
 torch.set_num_threads(1)
+
+# Read when Triton is first imported, which torch and transformers leave to those who need it.
+if GPU is None:
+    os.environ["TRITON_INTERPRET"] = "1"

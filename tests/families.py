@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from tests.devices import DEVICE
+
 VOCABULARY = 199
 
 _BASE: dict[str, Any] = {
@@ -163,8 +165,10 @@ REFUSED: dict[str, str] = {
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """A model of ``family`` with seeded random weights, in eval mode; the same on every call."""
-    return random_model(tiny_config(family, **changes), dtype)
+    """A model of ``family`` with seeded random weights, in eval mode, on the tests' device; the same on every call."""
+    model = random_model(tiny_config(family, **changes), dtype)
+    nn.Module.to(model, DEVICE)
+    return model
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:

@@ -113,7 +113,7 @@ def report_of(step: int, **values: Any) -> StepReport:
 
 def load_fake(engine: FakeEngine | None = None) -> Callable[[Config, Prompts, Place], Loaded]:
     """A function that loads a fake engine, as `run_job` takes it."""
-    return lambda config, prompts, place: Loaded(engine or FakeEngine(), "float32")
+    return lambda config, prompts, place: Loaded(engine or FakeEngine(), "float32", "none")
 
 
 def refuse_to_load(config: Config, prompts: Prompts, place: Place) -> Loaded:

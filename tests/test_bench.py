@@ -11,18 +11,23 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import decode
 import machine
 import peers
 import pytest
+import random_models
 import run
 import spec
+import squeeze
 import steps
 import table
+import torch
 import turns
 import workload
 from spec import Spec
 from table import Run, Setup, render, setups, summarise
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from workload import Request, Shape
 
 from tests.families import tiny
@@ -508,3 +513,95 @@ class TestSteps:
         both = steps.together([one, one], 3.0)
         assert (both.seconds, both.parts, both.calls, both.token_bytes) == (3.0, {"linears": 1.0}, 10, 7)
         assert both.flops == 4 * 2 * 4 * 2 * 3
+
+
+class TestRandomModels:
+    @pytest.fixture(autouse=True)
+    def elsewhere(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(peers, "ROOT", tmp_path)
+
+    @pytest.mark.parametrize(
+        ("name", "parameters", "kv_bytes"),
+        [("qwen2.5-1.5b", 1_543_714_304, 28 * 2 * 2 * 128 * 2), ("llama-3.1-8b", 8_030_261_248, 32 * 2 * 8 * 128 * 2)],
+    )
+    def test_they_have_the_shape_of_those_that_they_are_named_after(
+        self, name: str, parameters: int, kv_bytes: int
+    ) -> None:
+        config = AutoConfig.from_pretrained(random_models.resolve(f"random:{name}"))
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        assert model.num_parameters() == parameters
+        head_dim = config.hidden_size // config.num_attention_heads
+        assert config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * 2 == kv_bytes
+        # All are read, but of an embedding of its own only some rows.
+        embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        assert decode.weight_bytes(model) == 2 * (parameters - embedding)
+
+    def test_no_such_shape(self) -> None:
+        with pytest.raises(ValueError, match="random:qwen2"):
+            random_models.resolve("random:gpt-5")
+
+    def test_engines_and_workloads_do_without_weights_and_tokenizer(self, tmp_path: Path) -> None:
+        model = random_models.resolve("random:tiny")
+        requests = workload.make(model, Shape(requests=6, samples=2, max_new=12))
+        assert len({request.ids for request in requests}) == 3
+        assert all(46 <= len(request.ids) <= 136 for request in requests)
+        assert all(0 <= token < 199 for request in requests for token in request.ids)
+        workload.write(requests, tmp_path / "w.json")
+        for module in ("ours", "transformers_static"):
+            out = tmp_path / f"{module}.json"
+            command = [sys.executable, "-m", f"engines.{module}", model, str(tmp_path / "w.json"), str(out)]
+            command += ["--dtype", "float32", "--device", "cpu"]
+            done = subprocess.run(command, cwd=turns.HERE, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert json.loads(out.read_text())["tokens"] == sum(request.n for request in requests)
+
+
+def test_workloads_for_a_gpu() -> None:
+    for name, groups in (("w3", 2048), ("w4", 128)):
+        shape = workload.NAMED[name]
+        requests = workload.build([[1]] * groups, shape)
+        assert (len(requests), len({request.group for request in requests})) == (2048, groups)
+        assert 512 < max(request.n for request in requests) <= 2048
+
+
+class TestDecode:
+    def test_steps_of_a_run(self) -> None:
+        model: Any = tiny("llama")
+        found = decode.measure(model, 3, 60, bandwidth=1e9, steps=12)
+        config = model.config
+        kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+        assert found.rows == 3
+        assert found.context == pytest.approx(60, abs=6)
+        assert found.bytes == pytest.approx(decode.weight_bytes(model) + 3 * found.context * kept)
+        assert found.bound == pytest.approx(found.bytes / 1e9)
+        assert 0 < found.seconds <= found.slowest
+        cells = decode.line(found, None)
+        assert len(cells) == len(decode.HEADER)
+
+    def test_what_is_around_a_step_is_called_once_for_each(self) -> None:
+        seen: list[int] = []
+        run_ = decode.Decoding(tiny("llama"), 2, 40, 5, seen.append)
+        assert seen == [0, 1, 2, 3, 4, 5]
+        assert len(run_.times) == 6
+        assert len(run_.tokens) == 5
+
+    def test_kernels_that_overlap_count_once(self) -> None:
+        found = decode.busy([("b", 2.0, 5.0), ("a", 0.0, 1.0), ("a", 4.0, 6.0), ("c", 4.5, 5.0)], 2)
+        assert found.busy == 2.5
+        assert found.kernels == (("a", 1.5), ("b", 1.5), ("c", 0.25))
+        measured = decode.Measured(64, 1024.0, 2.6, 3.0, 1.0, 2.0, 5.2e9)
+        assert decode.line(measured, found)[5:9] == ("76.9 %", "2.0", "2500.000", "3.8 %")
+
+    def test_bandwidth(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(decode, "COPY_BYTES", {"cpu": 1 << 20})
+        assert 1e8 < decode.copy_bandwidth(torch.device("cpu")) < 1e13
+
+
+def test_step_times_around_a_neighbour() -> None:
+    times = [("before", 0.0, 30 * 10**9), ("before", 0.1, 30 * 10**9), ("meanwhile", 0.4, 20 * 10**9)]
+    assert squeeze.lines([*times, ("after", 0.5, 30 * 10**9), ("after", 0.7, 31 * 10**9)])[1:] == [
+        ("before", "1", "100.00", "100.00", "100.00", "30.00", "30.00"),
+        ("meanwhile", "1", "300.00", "300.00", "300.00", "20.00", "20.00"),
+        ("after", "2", "150.00", "200.00", "200.00", "30.00", "31.00"),
+    ]

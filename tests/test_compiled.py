@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,26 +21,14 @@ from rollout.models import build, compiled
 from rollout.models.attention import Scores
 from rollout.models.build import KernelUnavailable
 from rollout.models.compiled import CompiledAttention, Kernel
-from rollout.models.layout import IntArray, KVLayout, Site, Span
+from rollout.models.layout import KVLayout, Span
 from rollout.models.pages import PagePool
+from tests.paged_world import Kind, PagedWorld, Parts, same_bits, whole
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: Of a result of size 1: rounding of the output, and in float32 of the sums.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One site of a model, and how it makes weights of its scores."""
-
-    kv_heads: int
-    group: int
-    key_dim: int
-    value_dim: int
-    span: Span = Span()
-    softcap: float | None = None
-    sinks: bool = False
 
 
 KINDS = (
@@ -75,138 +62,21 @@ def needs_compiler() -> None:
         pytest.skip(str(error))
 
 
-class World:
-    """Sequences with keys, values and queries for every site, and a pool whose every slot holds NaN until written.
-
-    Args:
-        lengths: tokens of each sequence.
-        seed: of their numbers.
-        place: of where their pages lie.
-        shared: the second sequence begins with so many tokens of the first, and holds the same pages for them.
-    """
+class World(PagedWorld):
+    """What the compiled kernel is run on."""
 
     def __init__(
-        self,
-        lengths: list[int],
-        dtype: torch.dtype,
-        seed: int,
-        *,
-        kinds: tuple[Kind, ...] = KINDS,
-        place: int = 0,
-        page_size: int = 16,
-        slab_pages: int = 8,
-        shared: int = 0,
+        self, lengths: list[int], dtype: torch.dtype, seed: int, *, kinds: tuple[Kind, ...] = KINDS, **places: int
     ) -> None:
-        print("seed", seed, "place", place)
-        self.lengths, self.dtype, self.kinds, self.page_size = lengths, dtype, kinds, page_size
-        sites = tuple(Site(None, kind.kv_heads, kind.key_dim, kind.value_dim, kind.span) for kind in kinds)
-        self.pool = PagePool(KVLayout(sites, dtype, page_size), slab_pages, CPU)
-        counts = [-(-length // page_size) for length in lengths]
-        while self.pool.free_pages < sum(counts) + 5:
-            self.pool.grow()
-        self.poison()
-        pages = np.random.default_rng(place).permutation(self.pool.free_pages)[: sum(counts)]
-        self.tables: list[IntArray] = np.split(pages, np.cumsum(counts)[:-1])
-        rng = np.random.default_rng(seed)
+        super().__init__(lengths, dtype, seed, kinds, TOLERANCE[dtype], **places)
 
-        def drawn(heads: int, dim: int) -> list[torch.Tensor]:
-            rows = [torch.from_numpy(rng.standard_normal((n, heads, dim), np.float32)).to(dtype) for n in lengths]
-            if shared:
-                rows[1][:shared] = rows[0][:shared]
-            return rows
+    def step(self, kernel: Kernel, parts: Parts, threads: int = 1) -> CompiledAttention:
+        forward = self.forward(parts)
+        return CompiledAttention(kernel, self.pool, forward.tables, forward.starts, forward.lengths, threads)
 
-        # [site][sequence]
-        self.queries = [drawn(kind.kv_heads * kind.group, kind.key_dim) for kind in kinds]
-        self.keys = [drawn(kind.kv_heads, kind.key_dim) for kind in kinds]
-        self.values = [drawn(kind.kv_heads, kind.value_dim) for kind in kinds]
-        if shared:
-            self.tables[1][: shared // page_size] = self.tables[0][: shared // page_size]
-        self.scores = [
-            Scores(
-                1.3 * kind.key_dim**-0.5,
-                kind.softcap,
-                torch.from_numpy(rng.standard_normal(kind.kv_heads * kind.group, np.float32)).to(dtype)
-                if kind.sinks
-                else None,
-            )
-            for kind in kinds
-        ]
-
-    def poison(self) -> None:
-        for slab in self.pool.slabs:
-            if slab is not None:
-                for tensor in (*slab.keys, *slab.values):
-                    tensor.fill_(torch.nan)
-
-    def step(self, kernel: Kernel, parts: list[tuple[int, range]], threads: int = 1) -> CompiledAttention:
-        width = max(len(self.tables[sequence]) for sequence, _ in parts)
-        tables = np.full((len(parts), width), 10**9)
-        for row, (sequence, positions) in enumerate(parts):
-            held = self.tables[sequence][: -(-positions.stop // self.page_size)]
-            tables[row, : len(held)] = held
-        starts, lengths = (np.array(x) for x in zip(*((p.start, len(p)) for _, p in parts), strict=True))
-        return CompiledAttention(kernel, self.pool, tables, starts, lengths, threads)
-
-    def packed(self, source: list[list[torch.Tensor]], index: int, parts: list[tuple[int, range]]) -> torch.Tensor:
-        return torch.cat([source[index][sequence][positions] for sequence, positions in parts])
-
-    def run(self, kernel: Kernel, parts: list[tuple[int, range]], threads: int = 1) -> list[torch.Tensor]:
+    def run(self, kernel: Kernel, parts: Parts, threads: int = 1) -> list[torch.Tensor]:
         """One forward: for each site [T, heads, value_dim]."""
-        step = self.step(kernel, parts, threads)
-        return [
-            step(index, *(self.packed(s, index, parts) for s in (self.queries, self.keys, self.values)), scores)
-            for index, scores in enumerate(self.scores)
-        ]
-
-    def expected(self, index: int, sequence: int, positions: range) -> torch.Tensor:
-        """[positions, heads, value_dim] in float64, of the definition."""
-        kind, scores = self.kinds[index], self.scores[index]
-        query = self.queries[index][sequence][positions].double()
-        key, value = (
-            s[index][sequence][: positions.stop].double().repeat_interleave(kind.group, 1)
-            for s in (self.keys, self.values)
-        )
-        logits = torch.einsum("qhd,khd->hqk", query, key) * scores.scaling
-        if scores.softcap is not None:
-            logits = scores.softcap * torch.tanh(logits / scores.softcap)
-        q, k = torch.tensor(positions)[:, None], torch.arange(positions.stop)
-        seen = k <= q
-        if kind.span.kind == "window":
-            seen &= q - k < kind.span.size
-        if kind.span.kind == "chunk":
-            seen &= q // kind.span.size == k // kind.span.size
-        weights = logits.masked_fill(~seen, -torch.inf).exp()
-        sink = 0.0 if scores.sinks is None else scores.sinks.double().exp()[:, None, None]
-        weights = weights / (weights.sum(-1, keepdim=True) + sink)
-        return torch.einsum("hqk,khd->qhd", weights, value)
-
-    def compare(self, outputs: list[torch.Tensor], parts: list[tuple[int, range]]) -> None:
-        for index, kind in enumerate(self.kinds):
-            pieces = outputs[index].split([len(positions) for _, positions in parts])
-            for out, (sequence, positions) in zip(pieces, parts, strict=True):
-                assert out.dtype == self.dtype
-                assert out.is_contiguous()
-                expected = self.expected(index, sequence, positions)
-                error = float(((out.double() - expected).abs() / expected.abs().clamp(min=1)).max())
-                assert error < TOLERANCE[self.dtype], (kind, sequence, positions, error)
-
-    def random_parts(self, rng: np.random.Generator, most: int) -> Iterator[list[tuple[int, range]]]:
-        """Forwards that together compute everything: rows that decode and segments of prompts, in any order."""
-        done = [0] * len(self.lengths)
-        while any(have < length for have, length in zip(done, self.lengths, strict=True)):
-            parts = []
-            for sequence in rng.permutation(len(done)).tolist():
-                size = int(rng.choice([0, 1, 1, rng.integers(1, most)]))
-                end = min(self.lengths[sequence], done[sequence] + size)
-                if end > done[sequence]:
-                    parts.append((sequence, range(done[sequence], end)))
-                    done[sequence] = end
-            if parts:
-                yield parts
-
-
-def whole(world: World) -> list[tuple[int, range]]:
-    return [(sequence, range(length)) for sequence, length in enumerate(world.lengths)]
+        return self.attend(self.step(kernel, parts, threads), parts)
 
 
 # -- what it computes ------------------------------------------------------------------------------------
@@ -355,7 +225,7 @@ def test_a_token_s_bits_do_not_depend_on_cuts_company_places_or_threads(kernel: 
     for attempt in range(3):
         world = World(lengths, dtype, seed, place=attempt, page_size=(16, 7, 3)[attempt], slab_pages=3 + attempt)
         for parts in world.random_parts(np.random.default_rng(attempt), (40, 90, 9)[attempt]):
-            same_bits(alone, world.run(kernel, parts, threads=1 + attempt % 3), parts)
+            same_bits(alone, world.run(kernel, parts, threads=1 + attempt % 3), parts, KINDS)
 
 
 def test_a_decoded_token_has_the_bits_of_a_prefilled_one(kernel: Kernel) -> None:
@@ -365,7 +235,7 @@ def test_a_decoded_token_has_the_bits_of_a_prefilled_one(kernel: Kernel) -> None
         world.poison()
         for position in range(90):
             parts = [(0, range(position, position + 1))]
-            same_bits(alone, world.run(kernel, parts), parts)
+            same_bits(alone, world.run(kernel, parts), parts, KINDS)
 
 
 def test_the_bits_of_long_sequences_do_not_depend_on_who_computes_them(kernel: Kernel) -> None:
@@ -385,15 +255,7 @@ def test_the_bits_of_long_sequences_do_not_depend_on_who_computes_them(kernel: K
                 step(index, *(world.packed(s, index, parts) for s in (world.queries, world.keys, world.values)), scores)
                 for index, scores in enumerate(world.scores)
             ]
-            same_bits(alone, outputs, parts)
-
-
-def same_bits(alone: list[list[torch.Tensor]], outputs: list[torch.Tensor], parts: list[tuple[int, range]]) -> None:
-    """``alone``: [sequence][site], each of the whole sequence."""
-    for index, kind in enumerate(KINDS):
-        pieces = outputs[index].split([len(positions) for _, positions in parts])
-        for out, (sequence, positions) in zip(pieces, parts, strict=True):
-            assert torch.equal(out, alone[sequence][index][positions]), (kind, sequence, positions)
+            same_bits(alone, outputs, parts, KINDS)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -20,7 +20,7 @@ FINGERPRINT = Fingerprint({"seed": 0, "sampling.temperature": 1.0})
 
 def opened(folder: Path, *overrides: str, fingerprint: Fingerprint = FINGERPRINT, workers: int = 1) -> Run:
     config = config_of(folder, *overrides)
-    return open_run(prepare(config.output.dir), config, fingerprint, IDS, "float32", workers)
+    return open_run(prepare(config.output.dir), config, fingerprint, IDS, "float32", "gather", workers)
 
 
 def test_what_is_written_first(tmp_path: Path) -> None:
@@ -34,6 +34,7 @@ def test_what_is_written_first(tmp_path: Path) -> None:
     assert stored["config"]["sampling"]["n"] == 3
     assert set(stored["packages"]) >= {"rollout", "torch", "transformers", "python"}
     assert stored["attempts"][0]["batcher"]["name"] == "paper"
+    assert stored["attempts"][0]["attention"] == "gather"
     assert not list(run.paths.shards.iterdir())
 
 
@@ -52,7 +53,7 @@ def test_workers_that_start_together_agree(tmp_path: Path) -> None:
     config = config_of(tmp_path)
 
     def start() -> None:
-        runs.append(open_run(prepare(config.output.dir), config, FINGERPRINT, IDS, "float32", 2))
+        runs.append(open_run(prepare(config.output.dir), config, FINGERPRINT, IDS, "float32", "gather", 2))
 
     threads = [threading.Thread(target=start) for _ in range(6)]
     for thread in threads:
@@ -87,7 +88,7 @@ def test_another_fingerprint_is_refused_with_what_differs(tmp_path: Path) -> Non
 def test_another_dtype_is_refused(tmp_path: Path) -> None:
     run = opened(tmp_path)
     with pytest.raises(InputError, match=r"set model\.dtype=float32"):
-        open_run(run.paths, config_of(tmp_path), FINGERPRINT, IDS, "bfloat16", 1)
+        open_run(run.paths, config_of(tmp_path), FINGERPRINT, IDS, "bfloat16", "gather", 1)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import peers
+import random_models
 import spec
 import table
 import workload
@@ -41,7 +42,7 @@ def revision() -> str | None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compares engines on workloads.")
-    parser.add_argument("model", help="model folder, Hub id, or packaged:NAME")
+    parser.add_argument("model", help="model folder, Hub id, packaged:NAME, or random:NAME")
     named = ", ".join(workload.NAMED)
     parser.add_argument("--workload", default="w1", help=f"of {named}, or workload files; with commas between")
     parser.add_argument(
@@ -98,10 +99,7 @@ def inputs(given: argparse.Namespace) -> tuple[str, dict[str, list[workload.Requ
     Raises:
         ValueError: there is no such model, or a file is no workload.
     """
-    from rollout.models.load import resolve_path  # slow to import, and not needed to refuse a mistyped command
-
-    # Engines run in a directory of their own.
-    model = str(Path(resolve_path(given.model)).resolve())
+    model = random_models.resolve(given.model)
     requests = {}
     for text in given.workload:
         shape = workload.NAMED.get(text)

@@ -94,6 +94,7 @@ class Bench:
         cache = self.scratch / "caches" / str(asked)
         cache.mkdir(parents=True, exist_ok=True)
         own = {"XDG_CACHE_HOME": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "HF_HUB_OFFLINE": "1"}
+        own["TRITON_CACHE_DIR"] = str(cache / "triton")
         out.unlink(missing_ok=True)
         watch, started = Watch(), time.time()
         code, stderr = execute(command, {**os.environ, **own})

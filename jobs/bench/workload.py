@@ -44,8 +44,14 @@ class Shape:
     seed: int = 7
 
 
-NAMED = {"w1": Shape(), "w2": Shape(samples=8)}
-"""``w1``: bulk inference, each prompt once; ``w2``: RL rollouts, groups of eight."""
+NAMED = {
+    "w1": Shape(),
+    "w2": Shape(samples=8),
+    "w3": Shape(requests=2048, max_new=2048),
+    "w4": Shape(requests=2048, samples=16, max_new=2048),
+}
+"""For a CPU ``w1``: bulk inference, each prompt once; and ``w2``: RL rollouts, groups of eight. For a GPU ``w3`` and
+``w4`` likewise, with groups of sixteen."""
 
 
 def build(prompts: Sequence[Sequence[int]], shape: Shape, lengths: Sequence[int] | None = None) -> list[Request]:
@@ -127,7 +133,23 @@ def tokenised(model: str, texts: Sequence[str]) -> list[list[int]]:
 
 def make(model: str, shape: Shape) -> list[Request]:
     """A workload that needs no file: generated word problems, lognormal lengths."""
-    return build(tokenised(model, arithmetic_texts(shape.requests // shape.samples)), shape)
+    return build(prompts_for(model, shape), shape)
+
+
+def without_weights(model: str) -> bool:
+    """Whether a model is a folder with no weights, as `random_models` makes it: engines draw them."""
+    return Path(model).is_dir() and not any(Path(model).glob("*.safetensors"))
+
+
+def prompts_for(model: str, shape: Shape, texts: Sequence[str] | None = None) -> list[list[int]]:
+    """Prompts of a workload: of ``texts``, or of generated word problems; drawn tokens where a model has no weights."""
+    count = shape.requests // shape.samples
+    if without_weights(model):
+        rng = random.Random(shape.seed)
+        vocabulary = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        # As long as questions of GSM8K in a chat: 91 tokens on average.
+        return [[rng.randrange(vocabulary) for _ in range(rng.randint(46, 136))] for _ in range(count)]
+    return tokenised(model, arithmetic_texts(count) if texts is None else texts[:count])
 
 
 def describe(requests: Sequence[Request]) -> str:
@@ -140,9 +162,11 @@ def describe(requests: Sequence[Request]) -> str:
 
 def main() -> None:
     """Write a workload file."""
+    import random_models  # needs more than the standard library
+
     standard = Shape()
     parser = argparse.ArgumentParser(description="Writes a workload file for the benchmark.")
-    parser.add_argument("model", help="whose tokenizer to use: folder, GGUF file or Hub id")
+    parser.add_argument("model", help="whose tokenizer to use: folder, GGUF file or Hub id; or random:NAME")
     parser.add_argument("out", type=Path)
     parser.add_argument("--requests", type=int, default=standard.requests)
     parser.add_argument("--samples", type=int, default=standard.samples)
@@ -154,10 +178,9 @@ def main() -> None:
     parser.add_argument("--lengths-column", default="GeneratedTokens")
     given = parser.parse_args()
     shape = Shape(given.requests, given.samples, given.max_new, given.seed)
-    count = shape.requests // shape.samples
-    texts = file_texts(given.prompts, given.column)[:count] if given.prompts else arithmetic_texts(count)
+    texts = file_texts(given.prompts, given.column) if given.prompts else None
     lengths = csv_lengths(given.lengths, given.lengths_column) if given.lengths else None
-    requests = build(tokenised(given.model, texts), shape, lengths)
+    requests = build(prompts_for(random_models.resolve(given.model), shape, texts), shape, lengths)
     write(requests, given.out)
     print(describe(requests))
 

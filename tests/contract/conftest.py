@@ -43,7 +43,7 @@ def page_bytes(model: PreTrainedModel) -> int:
 
 def greedy(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
     """The completion that transformers' own generate gives."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     out: Any = model.generate(  # type: ignore[operator]
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, pad_token_id=0
     )
@@ -53,8 +53,8 @@ def greedy(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
 def teacher_forced(model: PreTrainedModel, record: Record, temperature: float = 1.0) -> torch.Tensor:
     """Log-probabilities of a record's completion under one plain forward of the model."""
     with torch.no_grad():
-        ids = torch.tensor([record.prompt_ids + record.completion_ids])
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(record.prompt_ids) - 1 : -1].float()
+        ids = torch.tensor([record.prompt_ids + record.completion_ids], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(record.prompt_ids) - 1 : -1].float().cpu()
     logprobs = (logits / temperature).log_softmax(-1)
     chosen: torch.Tensor = logprobs.gather(1, torch.tensor(record.completion_ids)[:, None])[:, 0]
     return chosen

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from rollout.models import triton_attention
 from rollout.models.backend import Steps, fastest
 from rollout.models.gather import GatherStep
 from rollout.models.interface import InterfaceRunner, InterfaceTier
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
+from rollout.models.triton_attention import Blocks, TritonSteps
+from tests.devices import DEVICE, GPU
 from tests.families import INTERFACE, VOCABULARY, tiny
+from tests.interpreter import kernels_run_here
 
 #: Relative to the logits' size. In half precision the two round weights and values at other places.
 _TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.06}
@@ -22,23 +28,21 @@ _FORWARDS = (
     ((0, 40, 41), (1, 5, 37), (2, 1, 2), (3, 0, 17)),
     ((3, 17, 18), (2, 2, 3), (0, 41, 42), (1, 37, 38)),
 )
+#: Tiles that the interpreter is quick about.
+_BLOCKS = Blocks(16, 16, 4)
 
 
-def logits_of(model: PreTrainedModel, steps: Steps | None) -> torch.Tensor:
-    """Of all forwards; ``steps`` None is the fastest there is."""
+def logits_of(model: PreTrainedModel, steps_for: Callable[[PagePool], Steps]) -> torch.Tensor:
+    """Of all forwards."""
     tier = InterfaceTier(model)
     layout = tier.probe()
-    pool = PagePool(layout, 3, torch.device("cpu"))
+    pool = PagePool(layout, 3, DEVICE)
     for _ in range(4):
         pool.grow()
     rng = np.random.default_rng(5)
     tokens = rng.integers(3, VOCABULARY, (4, 48))
     tables = rng.permutation(pool.free_pages).reshape(4, 3)
-    if steps is None:
-        steps = fastest(pool)
-        if steps is GatherStep:
-            pytest.skip("there is no compiler on this machine")
-    runner = InterfaceRunner(model, pool, steps)
+    runner = InterfaceRunner(model, pool, steps_for(pool))
     logits = []
     with tier.on_loan():
         for parts in _FORWARDS:
@@ -55,12 +59,31 @@ def logits_of(model: PreTrainedModel, steps: Steps | None) -> torch.Tensor:
     return torch.cat(logits).float()
 
 
-@pytest.mark.parametrize("family", INTERFACE)
-def test_the_fastest_attention_agrees_with_the_gathering_one(family: str) -> None:
+def assert_agrees_with_gathering(family: str, steps_for: Callable[[PagePool], Steps]) -> None:
     for dtype, tolerance in _TOLERANCE.items():
         model = tiny(family, dtype)
-        gathered, compiled = logits_of(model, GatherStep), logits_of(model, None)
-        distance = (compiled - gathered).norm(dim=-1) / gathered.norm(dim=-1)
+        gathered, found = logits_of(model, lambda _: GatherStep), logits_of(model, steps_for)
+        distance = (found - gathered).norm(dim=-1) / gathered.norm(dim=-1)
         # Rounding can send a token of a mixture of experts elsewhere, so in half precision most rows count.
-        found = distance.max() if dtype == torch.float32 else distance.median()
-        assert found < tolerance, (dtype, distance)
+        worst = distance.max() if dtype == torch.float32 else distance.median()
+        assert worst < tolerance, (dtype, distance)
+
+
+@pytest.mark.parametrize("family", INTERFACE)
+def test_the_fastest_attention_agrees_with_the_gathering_one(family: str) -> None:
+    def steps_for(pool: PagePool) -> Steps:
+        steps = fastest(pool)
+        if steps is GatherStep:
+            assert GPU is None, "a GPU gathers only where Triton fails"
+            pytest.skip("there is no compiler on this machine")
+        return steps
+
+    assert_agrees_with_gathering(family, steps_for)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_triton_s_attention_agrees_with_the_gathering_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU as well: a window with a softcap, and sinks."""
+    kernels_run_here(monkeypatch)
+    monkeypatch.setattr(triton_attention, "_BLOCKS", dict.fromkeys(triton_attention._BLOCKS, (_BLOCKS, _BLOCKS)))
+    assert_agrees_with_gathering(family, TritonSteps)

@@ -46,7 +46,7 @@ def stepwise(model: PreTrainedModel, record: Record) -> torch.Tensor:
     ids, chosen = list(record.prompt_ids), []
     with torch.no_grad():
         for token in record.completion_ids:
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].cpu()
             chosen.append(logits.log_softmax(-1)[token])
             ids.append(token)
     return torch.stack(chosen)
@@ -113,7 +113,7 @@ def test_dynamic_scaling_ends_at_the_original_length_and_leaves_nothing_behind()
     engine = Engine(model, None)
     assert engine.context_limit == 60
     expected = engine.generate(prompts()[:6], _GREEDY)
-    longer = torch.arange(3, 93)[None]
+    longer = torch.arange(3, 93, device=model.device)[None]
     with torch.no_grad():
         model(input_ids=longer, use_cache=False)  # its frequencies stay in the module
     rotary = model.model.rotary_emb

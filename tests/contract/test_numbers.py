@@ -26,8 +26,8 @@ def test_sampler_logprobs_are_renormalised_over_what_the_filters_keep() -> None:
     filters = LogitsProcessorList([TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)])
     for record in batch:
         with torch.no_grad():
-            ids = torch.tensor([record.prompt_ids + record.completion_ids])
-            logits = model(input_ids=ids).logits[0, len(record.prompt_ids) - 1 : -1].float() / 0.8
+            ids = torch.tensor([record.prompt_ids + record.completion_ids], device=model.device)
+            logits = model(input_ids=ids).logits[0, len(record.prompt_ids) - 1 : -1].float().cpu() / 0.8
         kept = filters(ids, logits).log_softmax(-1)  # type: ignore[arg-type]
         expected = kept.gather(1, torch.tensor(record.completion_ids)[:, None])[:, 0]
         assert record.sampler_logprobs == pytest.approx(expected.tolist(), abs=1e-5)
@@ -39,7 +39,8 @@ def test_samples_follow_the_models_distribution() -> None:
     prompt, count = random_prompts(5, 2)[1], 4000
     batch = Engine(model, None).generate([prompt], SamplingParams(n=count, max_new_tokens=1, ignore_eos=True), seed=3)
     with torch.no_grad():
-        expected = model(input_ids=torch.tensor([prompt])).logits[0, -1].float().softmax(-1) * count
+        ids = torch.tensor([prompt], device=model.device)
+        expected = model(input_ids=ids).logits[0, -1].float().softmax(-1).cpu() * count
     found = torch.bincount(torch.tensor([record.completion_ids[0] for record in batch]), minlength=len(expected))
     often = expected >= 5
     pooled_expected = torch.cat([expected[often], expected[~often].sum()[None]])

@@ -31,7 +31,7 @@ def _rounding(family: str) -> float:
 
 def _own(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[float]]:
     """The greedy completion that ``generate`` gives, and its log-probabilities."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     out: Any = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
@@ -42,7 +42,7 @@ def _own(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[flo
         return_dict_in_generate=True,
     )
     tokens = [int(i) for i in out.sequences[0, len(prompt) :]]
-    logprobs = torch.stack(out.logits)[:, 0].float().log_softmax(-1)
+    logprobs = torch.stack(out.logits)[:, 0].float().log_softmax(-1).cpu()
     return tokens, [float(logprobs[i, token]) for i, token in enumerate(tokens)]
 
 
@@ -275,7 +275,8 @@ def test_a_module_in_training_with_checkpointing_is_served_and_left_alone(family
     assert model.config._attn_implementation == implementation
     assert [set(vars(module)) for module in model.modules()] == attributes
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
-    loss = model(input_ids=torch.tensor([prompts[1]]), labels=torch.tensor([prompts[1]])).loss
+    ids = torch.tensor([prompts[1]], device=model.device)
+    loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 

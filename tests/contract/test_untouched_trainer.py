@@ -14,6 +14,7 @@ from torch import nn
 
 from rollout import Engine, SamplingParams
 from tests.contract.conftest import random_prompts, worst_logprob
+from tests.devices import DEVICE, GPU
 from tests.families import tiny
 
 _PARAMS = SamplingParams(n=2, max_new_tokens=12)
@@ -30,10 +31,11 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "instance attributes": [sorted(vars(module)) for module in model.modules()],
         "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
         "torch rng": torch.get_rng_state().tolist(),
+        "device rng": torch.cuda.get_rng_state(DEVICE).tolist() if GPU is not None else None,
         "numpy rng": str(np.random.get_state()),
         "python rng": random.getstate(),
         "grad": torch.is_grad_enabled(),
-        "autocast": torch.is_autocast_enabled("cpu"),
+        "autocast": torch.is_autocast_enabled(DEVICE.type),
         "threads": torch.get_num_threads(),
     }
 
@@ -57,7 +59,7 @@ def test_module_is_its_owners_between_records() -> None:
     model = tiny("llama")
     model.train()
     before = _state(model)
-    ids = torch.tensor([[5, 6, 7, 8]])
+    ids = torch.tensor([[5, 6, 7, 8]], device=DEVICE)
     engine = Engine(model, None)
     for _ in engine.stream(random_prompts(2, 6), _PARAMS):
         assert _state(model) == before
@@ -93,7 +95,7 @@ def test_gradients_are_the_same_with_a_rollout_between_steps() -> None:
     def gradients(with_rollout: bool) -> list[torch.Tensor]:
         model = tiny("gemma2")
         model.train()
-        ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+        ids = torch.tensor([[5, 6, 7, 8, 9, 10]], device=DEVICE)
         model(input_ids=ids, labels=ids).loss.backward()
         if with_rollout:
             Engine(model, None).generate(random_prompts(1, 4), _PARAMS)
@@ -159,7 +161,7 @@ def test_peft_module_without_merging() -> None:
 
 def test_ambient_autocast_stays_in_force() -> None:
     model = tiny("llama")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         before = _state(model)
         batch = Engine(model, None).generate(random_prompts(6, 4), _PARAMS)
         assert _state(model) == before

@@ -35,6 +35,11 @@ class Task:
     requests: list[workload.Request]
 
     @property
+    def random_weights(self) -> bool:
+        """Whether weights are to be drawn."""
+        return workload.without_weights(self.model)
+
+    @property
     def grouped(self) -> bool:
         """Whether requests have prompts in common."""
         return len({request.group for request in self.requests}) < len(self.requests)

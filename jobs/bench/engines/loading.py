@@ -6,15 +6,21 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from engines.harness import Task
 
 
 def load(task: Task) -> PreTrainedModel:
-    """Alike for all: with the model's own default attention."""
+    """Alike for all: with the model's own default attention. A folder without weights gets random ones."""
     dtype: torch.dtype = getattr(torch, task.dtype)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(task.model, dtype=dtype, use_safetensors=True)
-    cast(nn.Module, model).to(task.device)
+    model: PreTrainedModel
+    if task.random_weights:
+        torch.manual_seed(0)
+        with torch.device(task.device):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(task.model), dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(task.model, dtype=dtype, use_safetensors=True)
+        cast(nn.Module, model).to(task.device)
     model.eval()
     return model

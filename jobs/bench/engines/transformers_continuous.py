@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from engines.harness import Generate, Task, main
@@ -23,6 +23,9 @@ def prepare(task: Task) -> Generate:
     model: Any = load(task)  # generation is mixed into it by its class
     # No id ends a row: a length does.
     config = GenerationConfig(do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0)
+    # Its fastest on a GPU; on a CPU there is neither.
+    cuda = torch.device(task.device).type == "cuda"
+    batching = ContinuousBatchingConfig(use_cuda_graph=cuda or None, use_async_batching=cuda or None)
 
     # What `generate_batch` itself tells the manager, to size its memory by.
     hints = WorkloadHints(
@@ -35,7 +38,9 @@ def prepare(task: Task) -> Generate:
         wanted = {f"request-{index}": request for index, request in enumerate(task.requests)}
         useful = 0
         # Its worker thread fails inside inference_mode, without a word.
-        running = model.continuous_batching_context_manager(generation_config=config, workload_hints=hints, timeout=5)
+        running = model.continuous_batching_context_manager(
+            generation_config=config, continuous_batching_config=batching, workload_hints=hints, timeout=5
+        )
         with torch.no_grad(), running as manager:
             for name, request in wanted.items():
                 manager.add_request(list(request.ids), request_id=name, max_new_tokens=request.n)

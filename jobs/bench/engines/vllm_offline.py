@@ -29,6 +29,9 @@ def prepare(task: Task) -> Generate:
         max_model_len=max(CONTEXT, longest),
         max_num_seqs=task.cap or 128,
         enable_prefix_caching=task.grouped,
+        # A folder without weights has no tokenizer either.
+        skip_tokenizer_init=task.random_weights,
+        load_format="dummy" if task.random_weights else "auto",
     )
     prompts = [{"prompt_token_ids": list(request.ids)} for request in task.requests]
     params = [

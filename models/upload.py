@@ -1,0 +1,21 @@
+"""From the host's arrays to tensors on a device, without waiting for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+def upload(values: NDArray[Any], tensor: torch.Tensor) -> None:
+    """Copies an array to the beginning of a tensor of the same dtype, in the order of the device's current stream.
+
+    The array may be changed at once.
+    """
+    source = torch.from_numpy(np.ascontiguousarray(values))
+    if tensor.is_cuda:
+        # Of pinned memory that torch takes back only when the copy is done.
+        source = source.pin_memory()
+    tensor[: len(source)].copy_(source, non_blocking=True)
