@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -92,6 +93,17 @@ def logits_of(model: nn.Module, rows: int = 2, tokens: int = 33) -> torch.Tensor
     return logits
 
 
+def logits_and_norms(model: nn.Module, classes: set[str]) -> tuple[torch.Tensor, list[Any]]:
+    """And what each norm was given and gave."""
+    seen: list[Any] = []
+    with ExitStack() as stack:
+        for module in model.modules():
+            if type(module).__name__ in classes:
+                hook = module.register_forward_hook(lambda norm, given, out: seen.append((norm, given[0], out)))
+                stack.callback(hook.remove)
+        return logits_of(model), seen
+
+
 def namespaces(model: nn.Module) -> list[dict[str, Any]]:
     return [vars(sys.modules[name]) for name in sorted({type(module).__module__ for module in model.modules()})]
 
@@ -116,21 +128,24 @@ def heads(tokens: int = 5, batch: int = 2, dim: int = 16, dtype: torch.dtype = t
 def test_what_is_replaced_computes_the_same(family: str, dtype: torch.dtype, served: Counter[str]) -> None:
     wanted_norms, wanted_function, serves = FAMILIES[family]
     model = model_of(family, dtype)
-    own, functions = logits_of(model), [names.get(ROTARY) for names in namespaces(model)]
+    own, normed = logits_and_norms(model, set(wanted_norms))
+    functions = [names.get(ROTARY) for names in namespaces(model)]
     parts = FusedParts(model)
     served.clear()  # of trials
     with parts.in_place():
         norms = Counter(type(module).__name__ for module in model.modules() if "forward" in vars(module))
-        turned = [names.get(ROTARY) for names in namespaces(model)] != functions
+        replaced = [names.get(ROTARY) for names in namespaces(model)] != functions
         fused = logits_of(model)
+        calls = Counter(served)
+        alike = [module(x) == out for module, x, out in normed]
     assert norms == wanted_norms
-    assert turned == wanted_function
-    assert served == Counter(rms_norm=norms.total(), rotate=4 * (dtype in serves))
+    assert replaced == wanted_function
+    assert calls == Counter(rms_norm=norms.total(), rotate=4 * (dtype in serves))
     assert fused.dtype == own.dtype
     if not norms:  # rotary functions alone
         assert torch.equal(fused, own)
-    if dtype == torch.bfloat16:
-        assert (fused == own).float().mean() > 0.97
+    elif dtype == torch.bfloat16:  # where one number is rounded to a neighbour, many of the logits are too
+        assert torch.cat([same.flatten() for same in alike]).float().mean() > 0.9995
     assert float((fused - own).abs().max() / own.abs().max()) < (3e-6 if dtype == torch.float32 else 2e-2)
 
 
