@@ -1,0 +1,101 @@
+"""Tokens that rows will hold at steps to come: mean and variance, from how long rows last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rollout.batcher.hazard import Hazard, bins_of
+from rollout.batcher.types import BoolArray, FloatArray, IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows as memory sees them; arrays have one entry a row."""
+
+    own_tokens: FloatArray
+    """What each holds now that no other row does."""
+    ages: IntArray
+    """Generated tokens."""
+    limits: IntArray
+    """Most tokens that it may generate."""
+    ends_at_limit: BoolArray
+    """Whether nothing but the limit ends it."""
+
+    @property
+    def remaining(self) -> IntArray:
+        return self.limits - self.ages
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """Tokens held at each step of a grid."""
+
+    mean: FloatArray
+    variance: FloatArray
+
+
+class Forecast:
+    """Survival of rows over a grid of future steps.
+
+    Args:
+        hazard: what is known of lengths, as of now.
+        steps: [grid] steps from now, increasing.
+    """
+
+    def __init__(self, hazard: Hazard, steps: FloatArray) -> None:
+        self.steps = steps
+        self._table = hazard.survival(steps)
+        # One product gives mean and variance: survival s, and s * (1 - s).
+        self._both = np.concatenate((self._table, self._table * (1 - self._table)), axis=1)
+
+    def survival(self, rows: Rows) -> FloatArray:
+        """[rows, grid] the probability that each still lives."""
+        survival = self._table[bins_of(rows.ages)]
+        survival[rows.ends_at_limit] = 1.0
+        survival *= self.steps < rows.remaining[:, None]
+        return survival
+
+    def one_by_one(self, rows: Rows) -> Occupancy:
+        """[rows, grid] of each row."""
+        survival = self.survival(rows)
+        tokens = rows.own_tokens[:, None] + self.steps
+        mean = survival * tokens
+        return Occupancy(mean, mean * (tokens - mean))
+
+    def together(self, rows: Rows) -> Occupancy:
+        """[grid] of all rows together.
+
+        Rows of an age are alike but for what they hold, so they are summed up by age before anything is computed;
+        only those that reach their limit within the grid are looked at one by one.
+        """
+        apart = rows.ends_at_limit | (rows.remaining <= self.steps[-1])
+        bins = bins_of(rows.ages)
+        top = int(bins.max(initial=-1)) + 1
+        counted = (~apart).astype(np.float64)
+        held = rows.own_tokens * counted
+        sums = np.stack([np.bincount(bins, weights, top) for weights in (counted, held, held * rows.own_tokens)])
+        grid, steps = len(self.steps), self.steps
+        rows_, tokens, squares = sums @ self._both[:top]
+        mean = tokens[:grid] + steps * rows_[:grid]
+        variance = squares[grid:] + 2 * steps * tokens[grid:] + steps**2 * rows_[grid:]
+        if apart.any():
+            few = self.one_by_one(
+                Rows(rows.own_tokens[apart], rows.ages[apart], rows.limits[apart], rows.ends_at_limit[apart])
+            )
+            mean += few.mean.sum(0)
+            variance += few.variance.sum(0)
+        return Occupancy(mean, variance)
+
+    def shared(self, sizes: IntArray, tokens: FloatArray, survival: FloatArray) -> Occupancy:
+        """[grid] of prompts that several rows hold together, each until the last of its rows ends.
+
+        Args:
+            sizes: [groups] rows of each.
+            tokens: [groups] what they share.
+            survival: [groups, grid] of a row of each; rows of a group are taken to be of one age.
+        """
+        lives = 1 - (1 - survival) ** sizes[:, None]
+        mean = lives * tokens[:, None]
+        return Occupancy(mean.sum(0), (mean * (tokens[:, None] - mean)).sum(0))
