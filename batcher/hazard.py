@@ -83,6 +83,10 @@ class Hazard:
         ends = (self._ended + self._PRIOR_ROWS * prior) / (came + self._PRIOR_ROWS)
         np.cumprod(1 - np.minimum(ends, 1 - 1e-9), out=self._survival[1:])
 
+    def length(self, share: float) -> float:
+        """The length that this share of rows does not exceed."""
+        return float(EDGES[np.argmax(self._survival <= 1 - share)] or EDGES[-1])
+
     def survival(self, steps: FloatArray) -> FloatArray:
         """[bins, len(steps)] the probability that a row in a bin lives on for so many tokens more."""
         now = np.interp(_MIDDLES, EDGES, self._survival)

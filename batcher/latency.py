@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rollout.batcher.limits import decoding_rows
 from rollout.batcher.steptime import StepTime
 from rollout.batcher.types import Bounds, Observation
 
@@ -53,7 +54,7 @@ class Latency:
             self._most_prefill = max(self._most_prefill, _GROWTH * step.prefill_tokens)
         c = self._steps.coefficients
         left = self._budget_ms * (1 - _MARGIN * self._steps.deviation) - c.step
-        decoding = np.count_nonzero(observation.generated_tokens)
+        decoding = decoding_rows(observation)
         lengths = (observation.prompt_tokens + observation.generated_tokens)[:decoding]
         costs = c.row * np.arange(1, decoding + 1) + c.kv_token * np.cumsum(lengths)
         fitting = int(np.searchsorted(costs, left, side="right"))

@@ -23,17 +23,42 @@ class Rows:
     ends_at_limit: BoolArray
     """Whether nothing but the limit ends it."""
 
+    def __len__(self) -> int:
+        return len(self.ages)
+
     @property
     def remaining(self) -> IntArray:
         return self.limits - self.ages
 
+    def taken(self, which: IntArray | BoolArray) -> Rows:
+        """Some of them."""
+        return Rows(self.own_tokens[which], self.ages[which], self.limits[which], self.ends_at_limit[which])
+
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """Tokens held at each step of a grid."""
+    """Tokens held at each step of a grid: [grid], or [rows, grid]."""
 
     mean: FloatArray
     variance: FloatArray
+    most: FloatArray
+    """If no row ended; what it is above the mean, rows are expected to give back."""
+
+    def __add__(self, other: Occupancy) -> Occupancy:
+        return Occupancy(self.mean + other.mean, self.variance + other.variance, self.most + other.most)
+
+    def up_to_each(self) -> Occupancy:
+        """[rows, grid] of each row and those before it."""
+        return Occupancy(self.mean.cumsum(0), self.variance.cumsum(0), self.most.cumsum(0))
+
+    def last(self) -> Occupancy:
+        """[grid] of the last row of [rows, grid]."""
+        return Occupancy(self.mean[-1], self.variance[-1], self.most[-1])
+
+    def times(self, numbers: IntArray) -> Occupancy:
+        """[numbers, grid] of so many rows of the average kind."""
+        many = numbers[:, None]
+        return Occupancy(many * self.mean.mean(0), many * self.variance.mean(0), many * self.most.mean(0))
 
 
 class Forecast:
@@ -62,7 +87,7 @@ class Forecast:
         survival = self.survival(rows)
         tokens = rows.own_tokens[:, None] + self.steps
         mean = survival * tokens
-        return Occupancy(mean, mean * (tokens - mean))
+        return Occupancy(mean, mean * (tokens - mean), tokens)
 
     def together(self, rows: Rows) -> Occupancy:
         """[grid] of all rows together.
@@ -81,12 +106,10 @@ class Forecast:
         mean = tokens[:grid] + steps * rows_[:grid]
         variance = squares[grid:] + 2 * steps * tokens[grid:] + steps**2 * rows_[grid:]
         if apart.any():
-            few = self.one_by_one(
-                Rows(rows.own_tokens[apart], rows.ages[apart], rows.limits[apart], rows.ends_at_limit[apart])
-            )
+            few = self.one_by_one(rows.taken(apart))
             mean += few.mean.sum(0)
             variance += few.variance.sum(0)
-        return Occupancy(mean, variance)
+        return Occupancy(mean, variance, rows.own_tokens.sum() + len(rows) * steps)
 
     def shared(self, sizes: IntArray, tokens: FloatArray, survival: FloatArray) -> Occupancy:
         """[grid] of prompts that several rows hold together, each until the last of its rows ends.
@@ -98,4 +121,5 @@ class Forecast:
         """
         lives = 1 - (1 - survival) ** sizes[:, None]
         mean = lives * tokens[:, None]
-        return Occupancy(mean.sum(0), (mean * (tokens[:, None] - mean)).sum(0))
+        variance = mean * (tokens[:, None] - mean)
+        return Occupancy(mean.sum(0), variance.sum(0), np.full(len(self.steps), tokens.sum()))

@@ -14,11 +14,11 @@ from rollout.batcher.occupancy import Forecast, Occupancy, Rows
 from rollout.batcher.peak import future_peak
 from rollout.batcher.sla import OVER_BUDGET
 from rollout.batcher.steptime import StepTime
-from rollout.batcher.types import Bounds, Decision, FloatArray, IntArray, Observation
+from rollout.batcher.types import BoolArray, Bounds, Decision, FloatArray, IntArray, Observation
 
 # Lengths and costs change slowly: what follows from them is worked out once in so many decisions.
 _DECISIONS_PER_ESTIMATE = 16
-_GRID = 24
+_GRID = 48
 _MOST_HORIZON = 4096
 _TYPICAL_MAX_NEW = 256
 _MOST_UNKNOWN_ROWS = 256
@@ -30,7 +30,8 @@ class PredictivePolicy:
     A row is admitted if, with it, mean + theta * sd of the tokens held stays within memory at every step of a
     horizon. Lengths come from a life table over finished and running rows (``Hazard``), or are known where
     ``max_new_tokens`` alone ends a row. The variance has a term for what is not known of the mean itself:
-    0.15 * mean^2 / (finished rows + 8).
+    (tokens that rows are expected to give back)^2 / (finished rows + 8). All rows may be longer than thought, which
+    matters as far as one counts on their end, and the most while none has ended.
 
     How much to risk depends on what a preemption costs against what an idle slot costs. With step times fitted
     as c0 + c1 * rows + c2 * kv tokens + c3 * prefill tokens, rho = c3 * rows / c0 is the price of prefilling a
@@ -90,7 +91,7 @@ class PredictivePolicy:
         rho = self._price(observation.live_rows)
         self._theta = NormalDist().inv_cdf(1 - 0.045 / (rho + 0.15))
         horizon = min(max(16.0, 512 * rho), _MOST_HORIZON)
-        return Forecast(self._hazard, np.linspace(0.0, 1.0, _GRID) ** 1.5 * horizon)
+        return Forecast(self._hazard, _grid(horizon, min(horizon, self._hazard.length(0.9))))
 
     def _price(self, rows: int) -> float:
         """What it costs to compute a token again, in units of a row's share of a step; 0.2 while nobody knows."""
@@ -103,27 +104,32 @@ class PredictivePolicy:
         """How many waiting rows more may live; beyond those that are known, rows like them are imagined."""
         live, held = _live(observation, forecast)
         waiting = _waiting(observation)
-        if len(waiting.ages) and live.ends_at_limit.all() and waiting.ends_at_limit.all():
-            return _fitting_exactly(live, waiting, observation.kv_tokens_total)
-        return self._fitting(held, forecast.one_by_one(waiting), observation.kv_tokens_total)
-
-    def _fitting(self, held: Occupancy, more: Occupancy, eta: int) -> int:
-        known = len(more.mean)
-        unknown = min(_MOST_UNKNOWN_ROWS, self._bounds.max_rows) if known else 0
-        fits = self._fits(held.mean + np.cumsum(more.mean, 0), held.variance + np.cumsum(more.variance, 0), eta)
+        eta = observation.kv_tokens_total
+        if not len(waiting):
+            return 0
+        if live.ends_at_limit.all() and waiting.ends_at_limit.all():
+            return _fitting_exactly(live, waiting, eta)
+        more = forecast.one_by_one(waiting)
+        fits = self._fits(held + more.up_to_each(), eta)
         if not fits.all():
             return int(np.argmin(fits))
-        numbers = np.arange(1, unknown + 1)[:, None]
-        mean = held.mean + more.mean.sum(0) + numbers * more.mean.mean(0)
-        variance = held.variance + more.variance.sum(0) + numbers * more.variance.mean(0)
-        fits = self._fits(mean, variance, eta)
-        return known + (unknown if fits.all() else int(np.argmin(fits)))
+        unknown = more.times(np.arange(1, _MOST_UNKNOWN_ROWS + 1))
+        fits = self._fits(held + more.up_to_each().last() + unknown, eta)
+        return len(waiting) + (_MOST_UNKNOWN_ROWS if fits.all() else int(np.argmin(fits)))
 
-    def _fits(self, mean: FloatArray, variance: FloatArray, eta: int) -> FloatArray:
-        """[rows] whether memory will do, of means and variances [rows, grid]."""
-        uncertain = 0.15 / (self._hazard.finished + 8)
-        needed = mean + self._theta * np.sqrt(variance + uncertain * mean**2)
-        return (needed <= eta).all(1)
+    def _fits(self, needed: Occupancy, eta: int) -> BoolArray:
+        """[rows] whether memory will do for each of [rows, grid]."""
+        unsure = (needed.most - needed.mean) ** 2 / (self._hazard.finished + 8)
+        most = needed.mean + self._theta * np.sqrt(needed.variance + unsure)
+        return np.asarray((most <= eta).all(1))
+
+
+def _grid(horizon: float, dense: float) -> FloatArray:
+    """Steps from now to the horizon, close to each other while most rows come and go."""
+    steps = np.linspace(0.0, dense, _GRID * 2 // 3)
+    if dense < horizon:
+        steps = np.concatenate((steps, np.geomspace(max(dense, 1.0), horizon, _GRID // 3 + 1)[1:]))
+    return steps
 
 
 def _own(tokens: IntArray, observation: Observation) -> FloatArray:
@@ -142,16 +148,16 @@ def _live(observation: Observation, forecast: Forecast) -> tuple[Rows, Occupancy
         held = forecast.together(rows)
         if groups is None:
             # Some of the tokens may be shared; what is held now is known.
-            held = Occupancy(held.mean + min(0.0, observation.kv_tokens_held - rows.own_tokens.sum()), held.variance)
+            surplus = min(0.0, observation.kv_tokens_held - float(rows.own_tokens.sum()))
+            held = Occupancy(held.mean + surplus, held.variance, held.most + surplus)
         return rows, held
     # Rows of a group are admitted together, so they stand together.
     shared = observation.prompt_tokens // observation.page_tokens * observation.page_tokens
     rows = Rows(rows.own_tokens - shared, rows.ages, rows.limits, rows.ends_at_limit)
     last = np.flatnonzero(np.append(~alike, True))
     sizes = np.diff(last, prepend=-1)
-    youngest = Rows(rows.own_tokens[last], rows.ages[last], rows.limits[last], rows.ends_at_limit[last])
-    own, prompts = forecast.together(rows), forecast.shared(sizes, shared[last], forecast.survival(youngest))
-    return rows, Occupancy(own.mean + prompts.mean, own.variance + prompts.variance)
+    prompts = forecast.shared(sizes, shared[last], forecast.survival(rows.taken(last)))
+    return rows, forecast.together(rows) + prompts
 
 
 def _waiting(observation: Observation) -> Rows:
@@ -177,10 +183,10 @@ def _fitting_exactly(live: Rows, waiting: Rows, eta: int) -> int:
     held = np.concatenate((live.own_tokens, waiting.own_tokens))
     remaining = np.concatenate((live.remaining, waiting.remaining)).astype(np.float64)
     grows = np.ones(len(held))
-    low, high = 0, len(waiting.ages)
+    low, high = 0, len(waiting)
     while low < high:
         middle = (low + high + 1) // 2
-        count = len(live.ages) + middle
+        count = len(live) + middle
         if future_peak(held[:count], grows[:count], remaining[:count]) <= eta:
             low = middle
         else:

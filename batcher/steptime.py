@@ -121,7 +121,7 @@ class StepTime:
 
     def _add(self, step: StepSample) -> None:
         terms = np.array([1.0, step.rows, step.kv_tokens, step.prefill_tokens]) * _SCALES
-        regime = min(step.rows.bit_length(), _REGIMES - 1)
+        regime = min(int(step.rows).bit_length(), _REGIMES - 1)
         self._left[regime] = self._keep * self._left[regime] + np.outer(terms, terms) / step.ms**2
         self._right[regime] = self._keep * self._right[regime] + terms / step.ms
         self.samples += 1
