@@ -7,32 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rollout.batcher.hazard import Hazard, bins_of
-from rollout.batcher.types import BoolArray, FloatArray, IntArray
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows as memory sees them; arrays have one entry a row."""
-
-    own_tokens: FloatArray
-    """What each holds now that no other row does."""
-    ages: IntArray
-    """Generated tokens."""
-    limits: IntArray
-    """Most tokens that it may generate."""
-    ends_at_limit: BoolArray
-    """Whether nothing but the limit ends it."""
-
-    def __len__(self) -> int:
-        return len(self.ages)
-
-    @property
-    def remaining(self) -> IntArray:
-        return self.limits - self.ages
-
-    def taken(self, which: IntArray | BoolArray) -> Rows:
-        """Some of them."""
-        return Rows(self.own_tokens[which], self.ages[which], self.limits[which], self.ends_at_limit[which])
+from rollout.batcher.holdings import Rows, Shared
+from rollout.batcher.types import FloatArray, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +22,10 @@ class Occupancy:
 
     def __add__(self, other: Occupancy) -> Occupancy:
         return Occupancy(self.mean + other.mean, self.variance + other.variance, self.most + other.most)
+
+    def less(self, tokens: float) -> Occupancy:
+        """With so many tokens less at all times."""
+        return Occupancy(self.mean - tokens, self.variance, self.most - tokens)
 
     def up_to_each(self) -> Occupancy:
         """[rows, grid] of each row and those before it."""
@@ -111,15 +91,10 @@ class Forecast:
             variance += few.variance.sum(0)
         return Occupancy(mean, variance, rows.own_tokens.sum() + len(rows) * steps)
 
-    def shared(self, sizes: IntArray, tokens: FloatArray, survival: FloatArray) -> Occupancy:
-        """[grid] of prompts that several rows hold together, each until the last of its rows ends.
-
-        Args:
-            sizes: [groups] rows of each.
-            tokens: [groups] what they share.
-            survival: [groups, grid] of a row of each; rows of a group are taken to be of one age.
-        """
-        lives = 1 - (1 - survival) ** sizes[:, None]
-        mean = lives * tokens[:, None]
-        variance = mean * (tokens[:, None] - mean)
-        return Occupancy(mean.sum(0), variance.sum(0), np.full(len(self.steps), tokens.sum()))
+    def of_prompts(self, shared: Shared, rows: Rows) -> Occupancy:
+        """[grid] of what the live rows share; the rows of a prompt are taken to be as old as the youngest of them."""
+        survival = self.survival(rows.taken(shared.lasts))
+        tokens = shared.tokens[:, None]
+        mean = (1 - (1 - survival) ** shared.sizes[:, None]) * tokens
+        most = np.full(len(self.steps), shared.tokens.sum())
+        return Occupancy(mean.sum(0), (mean * (tokens - mean)).sum(0), most)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from statistics import NormalDist
 
 import numpy as np
 
 from rollout.batcher.hazard import Hazard
+from rollout.batcher.holdings import TYPICAL_MAX_NEW, live_rows, waiting_rows
 from rollout.batcher.latency import Latency
 from rollout.batcher.limits import decoding_rows
-from rollout.batcher.occupancy import Forecast, Occupancy, Rows
-from rollout.batcher.peak import future_peak
+from rollout.batcher.occupancy import Forecast, Occupancy
+from rollout.batcher.peak import fitting_exactly
 from rollout.batcher.sla import OVER_BUDGET
 from rollout.batcher.steptime import StepTime
-from rollout.batcher.types import BoolArray, Bounds, Decision, FloatArray, IntArray, Observation
+from rollout.batcher.types import BoolArray, Bounds, Decision, FloatArray, Observation
 
 # Lengths and costs change slowly: what follows from them is worked out once in so many decisions.
 _DECISIONS_PER_ESTIMATE = 16
 _GRID = 48
 _MOST_HORIZON = 4096
-_TYPICAL_MAX_NEW = 256
 _MOST_UNKNOWN_ROWS = 256
 
 
@@ -86,7 +85,7 @@ class PredictivePolicy:
         limits = observation.max_new_tokens
         if not len(limits) and observation.waiting is not None:
             limits = observation.waiting.max_new_tokens
-        typical = float(limits.mean()) if len(limits) else float(_TYPICAL_MAX_NEW)
+        typical = float(limits.mean()) if len(limits) else float(TYPICAL_MAX_NEW)
         self._hazard.estimate(observation.generated_tokens, typical)
         rho = self._price(observation.live_rows)
         self._theta = NormalDist().inv_cdf(1 - 0.045 / (rho + 0.15))
@@ -102,13 +101,19 @@ class PredictivePolicy:
 
     def _admissible(self, observation: Observation, forecast: Forecast) -> int:
         """How many waiting rows more may live; beyond those that are known, rows like them are imagined."""
-        live, held = _live(observation, forecast)
-        waiting = _waiting(observation)
+        live, shared = live_rows(observation)
+        waiting = waiting_rows(observation)
         eta = observation.kv_tokens_total
         if not len(waiting):
             return 0
         if live.ends_at_limit.all() and waiting.ends_at_limit.all():
-            return _fitting_exactly(live, waiting, eta)
+            return fitting_exactly(live, shared, waiting, eta)
+        held = forecast.together(live)
+        if len(shared):
+            held += forecast.of_prompts(shared, live)
+        elif observation.groups is None:
+            # What is shared, nobody says; but what is held now is known.
+            held = held.less(max(0.0, float(live.own_tokens.sum()) - observation.kv_tokens_held))
         more = forecast.one_by_one(waiting)
         fits = self._fits(held + more.up_to_each(), eta)
         if not fits.all():
@@ -130,65 +135,3 @@ def _grid(horizon: float, dense: float) -> FloatArray:
     if dense < horizon:
         steps = np.concatenate((steps, np.geomspace(max(dense, 1.0), horizon, _GRID // 3 + 1)[1:]))
     return steps
-
-
-def _own(tokens: IntArray, observation: Observation) -> FloatArray:
-    """What rows hold for so many tokens: half of a last page is empty on average."""
-    return tokens + (observation.tokens_per_row + (observation.page_tokens - 1) / 2)
-
-
-def _live(observation: Observation, forecast: Forecast) -> tuple[Rows, Occupancy]:
-    """The live rows, and what they will hold."""
-    groups = observation.groups
-    known = observation.ends_at_limit
-    known = np.zeros(observation.live_rows, bool) if known is None else known
-    tokens = observation.prompt_tokens + observation.generated_tokens
-    rows = Rows(_own(tokens, observation), observation.generated_tokens, observation.max_new_tokens, known)
-    if groups is None or len(groups) < 2 or not (alike := groups[1:] == groups[:-1]).any():
-        held = forecast.together(rows)
-        if groups is None:
-            # Some of the tokens may be shared; what is held now is known.
-            surplus = min(0.0, observation.kv_tokens_held - float(rows.own_tokens.sum()))
-            held = Occupancy(held.mean + surplus, held.variance, held.most + surplus)
-        return rows, held
-    # Rows of a group are admitted together, so they stand together.
-    shared = observation.prompt_tokens // observation.page_tokens * observation.page_tokens
-    rows = Rows(rows.own_tokens - shared, rows.ages, rows.limits, rows.ends_at_limit)
-    last = np.flatnonzero(np.append(~alike, True))
-    sizes = np.diff(last, prepend=-1)
-    prompts = forecast.shared(sizes, shared[last], forecast.survival(rows.taken(last)))
-    return rows, forecast.together(rows) + prompts
-
-
-def _waiting(observation: Observation) -> Rows:
-    """The rows that wait: those that are known, else one for all of them."""
-    waiting = observation.waiting
-    if waiting is None:
-        if not observation.waiting_rows:
-            return Rows(np.zeros(0), *(np.zeros(0, np.int64),) * 2, np.zeros(0, bool))
-        prompt = np.array([observation.waiting_prompt_tokens // observation.waiting_rows])
-        limit = observation.max_new_tokens.mean() if observation.live_rows else _TYPICAL_MAX_NEW
-        return Rows(_own(prompt, observation), np.zeros(1, np.int64), np.array([int(limit)]), np.zeros(1, bool))
-    shared = waiting.prompt_tokens // observation.page_tokens * observation.page_tokens
-    joins = np.zeros(len(waiting), bool)
-    joins[1:] = waiting.groups[1:] == waiting.groups[:-1]
-    if observation.groups is not None and len(waiting):
-        joins |= np.isin(waiting.groups, observation.groups)
-    tokens = waiting.prompt_tokens + waiting.generated_tokens - joins * shared
-    return Rows(_own(tokens, observation), waiting.generated_tokens, waiting.max_new_tokens, waiting.ends_at_limit)
-
-
-def _fitting_exactly(live: Rows, waiting: Rows, eta: int) -> int:
-    """How many of the waiting rows fit where all lengths are known."""
-    held = np.concatenate((live.own_tokens, waiting.own_tokens))
-    remaining = np.concatenate((live.remaining, waiting.remaining)).astype(np.float64)
-    grows = np.ones(len(held))
-    low, high = 0, len(waiting)
-    while low < high:
-        middle = (low + high + 1) // 2
-        count = len(live) + middle
-        if future_peak(held[:count], grows[:count], remaining[:count]) <= eta:
-            low = middle
-        else:
-            high = middle - 1
-    return low
