@@ -19,7 +19,7 @@ MAX_ROWS = 4096
 KEPT = 0.01
 """A policy keeps its budget when no larger share of its steps goes beyond."""
 _SWEEP = 1.12
-_CHUNKS = (32, 64, 128, 256, 512, 1024, 2048)
+_CHUNKS = (32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True, slots=True)
