@@ -252,7 +252,8 @@ class _Simulation:
         prompts = joined(live[_PROMPT], work.prompt_tokens[starting])
         observation = Observation(
             prompt_tokens=prompts,
-            generated_tokens=joined(live[_GENERATED], self._kept[starting]),
+            # A copy: what was observed does not change when rows grow.
+            generated_tokens=joined(live[_GENERATED].copy(), self._kept[starting]),
             max_new_tokens=joined(live[_LIMIT], self._limits[starting]),
             waiting_rows=len(self._queue),
             waiting_prompt_tokens=self._waiting_prompts.tokens,

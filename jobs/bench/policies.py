@@ -309,9 +309,7 @@ def paper(given: argparse.Namespace) -> None:
         lines.append([model, f"{prompt}", f"{output}", f"{dynamic / static - 1:+.1%}", *cells])
     print("\nTable I: tok/s over static 256, at 0.5, 1 and 3 times the memory that 256 rows need")
     _tell(lines)
-    print(
-        "\nTable II is of arrival rates, which a job with all its rows at hand has not. Here: tok/s with a budget of 50 ms"
-    )
+    print("\nTable II is of arrival rates, which a job with all rows at hand has not. Here: tok/s, a budget of 50 ms")
     print("and memory for 256 rows, relative to the best static batch that keeps it in at least 99 % of steps.")
     lines = [["model", "prompt", "output", "paper: tok/s", "paper: gain", "static", "sla", "over", "paper", "over",
               "predictive", "over"]]  # fmt: skip
