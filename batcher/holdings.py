@@ -92,13 +92,14 @@ def waiting_rows(observation: Observation) -> Rows:
     if observation.groups is not None and len(waiting):
         joins |= np.isin(waiting.groups, observation.groups)
     tokens = waiting.prompt_tokens + waiting.generated_tokens
-    own = _held(tokens - joins * _full_pages(waiting.prompt_tokens, observation), observation)
+    own = _held(tokens - np.where(joins, _full_pages(waiting.prompt_tokens, observation), 0), observation)
     return Rows(own, waiting.generated_tokens, waiting.max_new_tokens, waiting.ends_at_limit)
 
 
 def _held(tokens: IntArray, observation: Observation) -> FloatArray:
     """Room for so many tokens, and a row's state: half of a last page is empty on average."""
-    return tokens + (observation.tokens_per_row + (observation.page_tokens - 1) / 2)
+    besides = observation.tokens_per_row + (observation.page_tokens - 1) / 2
+    return tokens.astype(np.float64) + besides
 
 
 def _full_pages(tokens: IntArray, observation: Observation) -> IntArray:

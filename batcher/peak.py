@@ -30,8 +30,8 @@ def future_peak(held: FloatArray, grows: FloatArray, remaining: FloatArray) -> f
 def fitting_exactly(live: Rows, shared: Shared, waiting: Rows, tokens: float) -> int:
     """How many of the waiting rows may join for the peak to stay within ``tokens``, if every row reaches its limit."""
     held = np.concatenate((shared.tokens, live.own_tokens, waiting.own_tokens))
-    lasts = shared.longest(live.remaining.astype(np.float64))
-    remaining = np.concatenate((lasts, live.remaining, waiting.remaining))
+    lives, starts = live.remaining.astype(np.float64), waiting.remaining.astype(np.float64)
+    remaining = np.concatenate((shared.longest(lives), lives, starts))
     grows = np.ones(len(held))
     grows[: len(shared)] = 0
     low, high = 0, len(waiting)

@@ -194,12 +194,13 @@ class _Simulation:
         self._next: WaitingRows | None = None
         self._recomputed = 0
         self._preempted = 0
+        self._paused = 0
         self._noise = np.random.default_rng([seed, 1])
 
     def run(self) -> Outcome:
         times: list[float] = []
         noise: list[float] = []
-        alive_sum = alive_max = paused = idle = 0
+        alive_sum = alive_max = idle = 0
         while self._queue or self._alive:
             if self._budget_tokens is not None:
                 self._squeeze(self._budget_tokens(len(times)))
@@ -210,9 +211,7 @@ class _Simulation:
             alive = self._alive
             alive_sum += alive
             alive_max = max(alive_max, alive)
-            live = self._live.shape[1]
             rows, kv_tokens, prefilled = self._forward(decision)
-            paused += rows < min(live, self._live.shape[1])
             if not rows and not prefilled:
                 idle += 1
                 if idle > _IDLE_STEPS:
@@ -231,7 +230,7 @@ class _Simulation:
             step_ms=step_ms,
             recompute_s=self._recomputed * self._machine.step_ms[3] / 1e3,
             preempted_rows=self._preempted,
-            paused_steps=paused,
+            paused_steps=self._paused,
             rows_mean=alive_sum / max(1, len(times)),
             rows_max=alive_max,
         )
@@ -240,7 +239,11 @@ class _Simulation:
 
     @property
     def _alive(self) -> int:
-        return self._live.shape[1] + sum(len(prefill.rows) for prefill in self._prefills)
+        return self._decoding + sum(len(prefill.rows) for prefill in self._prefills)
+
+    @property
+    def _decoding(self) -> int:
+        return int(self._live.shape[1])
 
     def _observe(self) -> Observation:
         live, work = self._live, self._work
@@ -296,7 +299,7 @@ class _Simulation:
     def _admit(self, rows: int, prefill_tokens: int) -> None:
         budget = prefill_tokens - sum(prefill.remaining for prefill in self._prefills)
         alive = self._alive
-        forks = alive - self._live.shape[1]
+        forks = alive - self._decoding
         while alive < rows and self._queue:
             row = self._queue[0]
             group, prompt, kept = self._groups[row], self._prompts[row], int(self._kept[row])
@@ -340,9 +343,9 @@ class _Simulation:
 
     def _forward(self, decision: Decision) -> tuple[int, int, int]:
         """Rows that decoded, tokens that they attended to, tokens prefilled."""
+        rows = self._make_room(self._decoding if decision.decode_rows is None else decision.decode_rows)
         live = self._live
-        rows = self._make_room(live.shape[1] if decision.decode_rows is None else decision.decode_rows)
-        live = self._live
+        self._paused += rows < self._decoding
         kv_tokens = int(live[_LENGTH, :rows].sum())
         left, prefilled, ready = decision.prefill_tokens, 0, []
         for prefill in self._prefills:
@@ -367,7 +370,7 @@ class _Simulation:
         """A page for each of the oldest ``decoding`` rows that needs one; returns how many of them are left."""
         while True:
             live = self._live
-            rows = min(decoding, live.shape[1])
+            rows = min(decoding, self._decoding)
             lacking = live[_LENGTH, :rows] > live[_CAPACITY, :rows]
             needed = int(np.count_nonzero(lacking))
             if self._reserve(needed):
@@ -465,7 +468,7 @@ class _Simulation:
                 self._recomputed += prefill.computed - prefill.shared * self._page
             return True
         live = self._live
-        if not live.shape[1]:
+        if not self._decoding:
             return False
         slot = self._victim(*self._costs(), needed)
         row = int(live[_ID, slot])

@@ -61,8 +61,7 @@ def workload_of(
         group: so many rows after each other have the prompt of the first of them.
         length_hints: [rows] or None.
     """
-    prompts = np.maximum(1, np.rint(prompt_tokens)).astype(np.int64)
-    outputs = np.maximum(1, np.rint(output_tokens)).astype(np.int64)
+    prompts, outputs = (np.rint(np.maximum(1.0, x)).astype(np.int64) for x in (prompt_tokens, output_tokens))
     if max_new is None:
         max_new = 1 << math.ceil(math.log2(max(2, int(outputs.max(initial=1)))))
     groups = np.arange(len(prompts), dtype=np.int64) // group
@@ -93,10 +92,11 @@ def named_workload(
 def with_hints(workload: Workload, sigma: float, seed: int = 0) -> Workload:
     """Hints with a log-normal error: ``sigma`` is the standard deviation of its logarithm, inf tells nothing."""
     rng = np.random.default_rng([seed, 7])
+    hints: FloatArray = workload.output_tokens.astype(np.float64)
     if math.isinf(sigma):
-        hints = rng.permutation(workload.output_tokens).astype(np.float64)
+        hints = rng.permutation(hints)
     else:
-        hints = workload.output_tokens * np.exp(sigma * rng.standard_normal(len(workload)))
+        hints *= np.exp(sigma * rng.standard_normal(len(workload)))
     return replace(workload, length_hints=hints)
 
 

@@ -12,7 +12,7 @@ from tests.observations import observe
 
 ROWS_OF_200 = [FinishedRow(100, 200)] * 400
 # Here a prefilled token costs as much as a step of ten rows.
-DEAR_PREFILLS = tuple(StepSample(10, 1000, 10 * n, 1 + 0.1 * n) for n in range(40))
+DEAR_PREFILLS = tuple(StepSample(10, 1000, 10 * n, 1 + 10.0 * n) for n in range(40))
 # These end within the horizon of a policy that has seen no step.
 ROWS_OF_80 = [FinishedRow(100, 80)] * 400
 
