@@ -12,6 +12,7 @@ from rollout.batcher.types import Bounds, Observation
 
 # So many standard deviations of the error of a step's time are left free: 0.5 % of steps go beyond.
 _MARGIN = 2.6
+_MOST_MARGIN = 0.5
 # A step is at most so much larger than any that was seen: the fit is not trusted far from what it rests on.
 _GROWTH = 2
 
@@ -53,7 +54,7 @@ class Latency:
             self._most_rows = max(self._most_rows, _GROWTH * step.rows)
             self._most_prefill = max(self._most_prefill, _GROWTH * step.prefill_tokens)
         c = self._steps.coefficients
-        left = self._budget_ms * (1 - _MARGIN * self._steps.deviation) - c.step
+        left = self._budget_ms * (1 - min(_MARGIN * self._steps.deviation, _MOST_MARGIN)) - c.step
         decoding = decoding_rows(observation)
         lengths = (observation.prompt_tokens + observation.generated_tokens)[:decoding]
         costs = c.row * np.arange(1, decoding + 1) + c.kv_token * np.cumsum(lengths)
@@ -66,7 +67,9 @@ class Latency:
         if c.prefill_token > 0:
             prefill = min(prefill, max(0, int(left / c.prefill_token)))
         if not decode:
-            prefill = max(prefill, observation.page_tokens)
+            # Somebody must go on; what is over the budget anyway may as well take twice as long.
+            least = c.step / c.prefill_token if over and c.prefill_token > 0 else 0
+            prefill = max(prefill, min(self._bounds.prefill_tokens, max(observation.page_tokens, int(least))))
         if decode < decoding:
             return Share(decode, prefill, observation.live_rows, over)
         typical = float(lengths.mean()) if decode else 0.0
