@@ -10,6 +10,8 @@ from rollout.batcher.types import BoolArray, FloatArray, IntArray, Observation
 
 # For rows of which nothing is known, not even what they may reach.
 TYPICAL_MAX_NEW = 256
+# Rows that wait have their fellows among the live rows that were admitted last, or after them.
+_YOUNGEST = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ def waiting_rows(observation: Observation) -> Rows:
         return Rows(_held(prompt, observation), np.zeros(1, np.int64), np.array([limit]), np.zeros(1, bool))
     joins = np.zeros(len(waiting), bool)
     joins[1:] = waiting.groups[1:] == waiting.groups[:-1]
-    if observation.groups is not None and len(waiting):
-        joins |= np.isin(waiting.groups, observation.groups)
+    if observation.groups is not None:
+        joins |= (waiting.groups[:, None] == observation.groups[-_YOUNGEST:]).any(1)
     tokens = waiting.prompt_tokens + waiting.generated_tokens
     own = _held(tokens - np.where(joins, _full_pages(waiting.prompt_tokens, observation), 0), observation)
     return Rows(own, waiting.generated_tokens, waiting.max_new_tokens, waiting.ends_at_limit)

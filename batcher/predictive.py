@@ -21,6 +21,7 @@ _DECISIONS_PER_ESTIMATE = 16
 _GRID = 48
 _MOST_HORIZON = 4096
 _MOST_UNKNOWN_ROWS = 256
+_FIRST = np.zeros(1, np.int64)
 
 
 class PredictivePolicy:
@@ -114,6 +115,9 @@ class PredictivePolicy:
         elif observation.groups is None:
             # What is shared, nobody says; but what is held now is known.
             held = held.less(max(0.0, float(live.own_tokens.sum()) - observation.kv_tokens_held))
+        # Mostly there is no room for one more; then the others need no look.
+        if not self._fits(held + forecast.one_by_one(waiting.taken(_FIRST)), eta)[0]:
+            return 0
         more = forecast.one_by_one(waiting)
         fits = self._fits(held + more.up_to_each(), eta)
         if not fits.all():

@@ -16,6 +16,9 @@ _SCALES = np.array([1.0, 1e-2, 1e-5, 1e-3])
 _RIDGE = 1e-6
 _REGIMES = 12
 _RECENT = 16
+# The sums change with each step; after some steps a single one no longer changes what follows from them.
+_YOUNG = 64
+_STEPS_PER_SOLUTION = 8
 # No step is an outlier that is off by less, however regular the others are: the model is linear, the world is not.
 _LEAST_OUTLIER = 0.1
 
@@ -50,10 +53,10 @@ class StepTime:
         self._keep = 1 - 1 / memory_steps
         self._recent: deque[StepSample] = deque(maxlen=_RECENT)
         self._outliers: deque[bool] = deque(maxlen=_RECENT)
-        self._solved: Coefficients | None = None
         self._clear()
 
     def _clear(self) -> None:
+        self._solved: Coefficients | None = None
         self._left = np.zeros((_REGIMES, 4, 4))
         self._right = np.zeros((_REGIMES, 4))
         self._square = 0.0
@@ -125,7 +128,8 @@ class StepTime:
         self._left[regime] = self._keep * self._left[regime] + np.outer(terms, terms) / step.ms**2
         self._right[regime] = self._keep * self._right[regime] + terms / step.ms
         self.samples += 1
-        self._solved = None
+        if self.samples < _YOUNG or self.samples % _STEPS_PER_SOLUTION == 0:
+            self._solved = None
 
 
 def _not_negative(left: FloatArray, right: FloatArray) -> FloatArray:

@@ -340,16 +340,17 @@ def _of_means(name: str, prompt: float, output: float, requests: int, seed: int)
 
 def cost(given: argparse.Namespace) -> None:
     """Microseconds that a decision takes, by live rows."""
-    lines = [["policy", *(f"{rows} rows" for rows in (100, 300, 1000))]]
+    lines = [["policy", "100 rows", "300 rows", "1000 rows", "1000 rows and room for more"]]
+    cases = ((100, 0), (300, 0), (1000, 0), (1000, 100_000))
     for name in POLICIES:
         for limit in (None, 1e4):
-            cells = [f"{_decision_us(name, rows, limit, given.seeds):.0f}" for rows in (100, 300, 1000)]
+            cells = [f"{_decision_us(name, rows, room, limit, given.seeds):.0f}" for rows, room in cases]
             lines.append([name + (" with a budget" if limit else ""), *cells])
     print("microseconds a decision, the median of batches of 64")
     _tell(lines)
 
 
-def _decision_us(name: str, rows: int, limit: float | None, seeds: int) -> float:
+def _decision_us(name: str, rows: int, room: int, limit: float | None, seeds: int) -> float:
     policy = make_policy(name, Bounds(1, MAX_ROWS, limit))
     rng = np.random.default_rng(0)
     ages = np.sort(rng.integers(1, 600, rows))[::-1].copy()
@@ -368,7 +369,7 @@ def _decision_us(name: str, rows: int, limit: float | None, seeds: int) -> float
             ms = 30 + 0.02 * rows
             policy.decide(
                 Observation(
-                    prompts, ages, limits, 1000, 200_000, held, held // 20, 0, 1, 0, 16, np.arange(rows),
+                    prompts, ages, limits, 1000, 200_000, held, room, 0, 1, 0, 16, np.arange(rows),
                     np.zeros(rows, bool), waiting, (StepSample(rows, held, 200 * (batch % 3), ms),),
                     (FinishedRow(200, 300 + batch),),
                 )
