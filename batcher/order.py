@@ -17,6 +17,11 @@ def together(groups: IntArray) -> IntArray:
     return np.argsort(first[inverse], kind="stable")
 
 
+def steady_rows(kv_tokens: int, prompt_tokens: IntArray, output_tokens: FloatArray) -> float:
+    """Rows that memory holds when rows of all ages live: each takes E[prompt] + E[output^2] / (2 E[output])."""
+    return float(kv_tokens / (prompt_tokens.mean() + (output_tokens**2).mean() / (2 * output_tokens.mean())))
+
+
 def early_enough(groups: IntArray, expected_tokens: FloatArray, rows: float) -> IntArray:
     """The order of arrival, but long rows before their latest start, so that none is left alone at the end.
 

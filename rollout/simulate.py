@@ -6,6 +6,7 @@ import argparse
 import csv
 import difflib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from statistics import fmean
 
 import numpy as np
 
+from rollout.batcher.order import early_enough, steady_rows
 from rollout.batcher.simulator import Machine
 from rollout.batcher.trials import Spec, Trial, parse_spec
 from rollout.batcher.workloads import WORKLOADS, Workload, named_workload, workload_of
@@ -122,7 +124,10 @@ def _tokens(path: Path, line: int, column: str, text: str | None) -> int:
 
 def _hint(path: Path, line: int, column: str, text: str | None) -> float:
     try:
-        return float(text) if text else float("nan")
+        hint = float(text) if text else math.nan
+        if hint < 0 or math.isinf(hint):
+            raise ValueError
+        return hint
     except ValueError:
         message = f"--lengths {path}, line {line}: {column} is {text!r}, but must be a number of tokens or empty."
         raise InputError(message) from None
@@ -139,6 +144,16 @@ def _workload(arguments: argparse.Namespace, seed: int) -> Workload:
             f"--lengths {name} is neither a file nor a workload; the nearest workload is {nearest} (known: {known})."
         )
     return read_lengths(Path(name), arguments.requests, arguments.max_new, arguments.group or 1)
+
+
+def _arranged(workload: Workload, kv_tokens: int) -> Workload:
+    """In the order in which a queue that knows the hints would admit the rows."""
+    hints = workload.length_hints
+    if hints is None or np.isnan(hints).all():
+        return workload
+    known = hints[~np.isnan(hints)]
+    rows = steady_rows(kv_tokens, workload.prompt_tokens, known)
+    return workload.taken(early_enough(workload.groups, hints, rows))
 
 
 # -- printing ----------------------------------------------------------------------------------------------
@@ -244,7 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results: list[Result] = []
         statics: list[str] = []
         for seed in range(given.seeds):
-            trial = Trial(_workload(given, seed), Machine(given.kv_tokens, given.step_ms), seed, given.budget_ms)
+            workload = _arranged(_workload(given, seed), given.kv_tokens)
+            trial = Trial(workload, Machine(given.kv_tokens, given.step_ms), seed, given.budget_ms)
             results += compare(trial, specs, seed)
             bounds, _ = trial.best_static
             chunk = "" if given.budget_ms is None else f" with prefills of {bounds.prefill_tokens}"

@@ -50,6 +50,19 @@ def test_policies_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "lower bound on time:" in printed
 
 
+def test_hints_of_a_file_order_its_rows(tmp_path: Path):
+    """One row is as long as the job, and comes last."""
+    rows = ["100,20"] * 150 + ["100,400"]
+    times = []
+    for hinted in (False, True):
+        text = "prompt,output,length_hint\n" + "".join(f"{row},{row[4:] if hinted else ''}\n" for row in rows)
+        out = tmp_path / "out.json"
+        given = ["--lengths", written(tmp_path, text), "--policies", "predictive", "--kv-tokens", "2000"]
+        assert main([*given, "--json", str(out)]) == Exit.COMPLETE
+        times.append(json.loads(out.read_text())[0]["total_s"])
+    assert times[1] < 0.8 * times[0]
+
+
 def test_a_budget_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out.json"
     given = ["--lengths", "unif", "--requests", "40", "--policies", "static:40,predictive", "--budget-ms", "8"]

@@ -19,7 +19,7 @@ from statistics import fmean, stdev
 import numpy as np
 from table import Lines, markdown
 
-from rollout.batcher.order import early_enough
+from rollout.batcher.order import early_enough, steady_rows
 from rollout.batcher.registry import POLICIES, make_policy
 from rollout.batcher.simulator import Machine, Outcome, simulate
 from rollout.batcher.trials import KEPT, MAX_ROWS, Spec, Trial, parse_spec, run
@@ -56,9 +56,8 @@ def geomean(values: Iterable[float]) -> float:
 
 
 def memory_bound_rows(workload: Workload, machine: Machine) -> float:
-    """Rows that memory holds when rows of all ages live: each holds E[prompt] + E[output^2] / (2 E[output])."""
-    outputs = workload.output_tokens.astype(np.float64)
-    return float(machine.kv_tokens / (workload.prompt_tokens.mean() + (outputs**2).mean() / (2 * outputs.mean())))
+    """Rows that memory holds."""
+    return steady_rows(machine.kv_tokens, workload.prompt_tokens, workload.output_tokens.astype(np.float64))
 
 
 def budget_ms(workload: Workload, machine: Machine) -> float:
