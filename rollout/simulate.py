@@ -151,7 +151,7 @@ def _arranged(workload: Workload, kv_tokens: int) -> Workload:
     hints = workload.length_hints
     if hints is None or np.isnan(hints).all():
         return workload
-    known = hints[~np.isnan(hints)]
+    known = np.maximum(1.0, hints[~np.isnan(hints)])
     rows = steady_rows(kv_tokens, workload.prompt_tokens, known)
     return workload.taken(early_enough(workload.groups, hints, rows))
 
