@@ -86,7 +86,7 @@ def simulate(
     watermark: float = WATERMARK,
     reveal: bool = False,
     victim: Victim = youngest,
-    budget_tokens: Callable[[int], int] | None = None,
+    kv_tokens_at: Callable[[int], int] | None = None,
 ) -> Outcome:
     """Runs a job to its end.
 
@@ -98,12 +98,12 @@ def simulate(
         watermark: share of the pool that admission leaves free while rows live.
         reveal: tell the policy the true lengths, as limits that rows surely reach.
         victim: which live row makes way.
-        budget_tokens: tokens that memory holds at a step, when others take some; None: all of ``machine``'s.
+        kv_tokens_at: tokens that memory holds at a step, when others take some; None: all of ``machine``'s.
 
     Raises:
         ValueError: a row does not fit into memory even alone, or the policy lets nothing go on.
     """
-    return _Simulation(workload, machine, policy, seed, watermark, reveal, victim, budget_tokens).run()
+    return _Simulation(workload, machine, policy, seed, watermark, reveal, victim, kv_tokens_at).run()
 
 
 @dataclass(eq=False, slots=True)
@@ -161,10 +161,10 @@ class _Simulation:
         watermark: float,
         reveal: bool,
         victim: Victim,
-        budget_tokens: Callable[[int], int] | None,
+        kv_tokens_at: Callable[[int], int] | None,
     ) -> None:
         self._work, self._machine, self._policy, self._victim = workload, machine, policy, victim
-        self._watermark, self._reveal, self._budget_tokens = watermark, reveal, budget_tokens
+        self._watermark, self._reveal, self._kv_tokens_at = watermark, reveal, kv_tokens_at
         self._page = machine.page_tokens
         self._pages = machine.kv_tokens // self._page
         self._used = 0
@@ -202,8 +202,8 @@ class _Simulation:
         noise: list[float] = []
         alive_sum = alive_max = idle = 0
         while self._queue or self._alive:
-            if self._budget_tokens is not None:
-                self._squeeze(self._budget_tokens(len(times)))
+            if self._kv_tokens_at is not None:
+                self._squeeze(self._kv_tokens_at(len(times)))
             decision = self._policy.decide(self._observe())
             while self._alive > max(0, decision.rows) and self._preempt():
                 pass

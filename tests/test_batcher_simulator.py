@@ -146,7 +146,7 @@ def test_others_may_take_memory_and_give_it_back():
     job = named_workload("ln0.6", 100)
     machine = Machine(20_000, (5, 0.1, 0, 0.02))
     policy = Watched(make_policy("predictive", Bounds()))
-    squeezed = simulate(job, machine, policy, budget_tokens=lambda step: 8_000 if 200 <= step < 500 else 20_000)
+    squeezed = simulate(job, machine, policy, kv_tokens_at=lambda step: 8_000 if 200 <= step < 500 else 20_000)
     assert squeezed.preempted_rows > 0
     assert {seen.kv_tokens_total for seen in policy.seen} == {8_000, 20_000}
     held = [seen.kv_tokens_held for seen in policy.seen]
