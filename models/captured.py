@@ -161,7 +161,7 @@ class CapturedRunner(Runner):
             captured = self._filled(packed)
         except RuntimeError as error:
             # Eagerly everything that a failed attempt may have written is written again.
-            self._give_up(_first(error))
+            self._give_up(_cause(error))
             return self._eager.forward(packed)
         captured.graph.replay()
         return captured.logits[: len(packed.lengths)]
@@ -240,7 +240,7 @@ class CapturedRunner(Runner):
         """On graphs: for a while if memory is short, else for good."""
         self._drop()
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        if _out_of_memory(error):
             self._paused = _PAUSE
             logger.warning("Memory is short: %d decode steps go on without CUDA graphs (%s).", _PAUSE, reason)
         else:
@@ -312,11 +312,17 @@ def _power(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _first(error: BaseException) -> BaseException:
-    """What went wrong first: ending a capture that has failed raises once more."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong first, want of memory before all else: ending a capture that has failed raises once more."""
+    chain = [error]
+    while (before := chain[-1].__context__) is not None:
+        chain.append(before)
+    return next(filter(_out_of_memory, chain), chain[-1])
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """The driver says it in an error of torch's general kind."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error)
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Gives all memory back that it has taken besides the pool's; a further forward takes it anew."""
+        return
 
 
 class Tier(ABC):
