@@ -125,8 +125,8 @@ class CapturedRunner(Runner):
     Under autocast torch keeps cast weights in memory that goes when autocast ends, which a graph would go on reading.
 
     A graph has room for so many pages of all rows together: twice those that they hold when it is captured, or
-    `LEAST_PAGES` each, rounded up to a power of two. Rows that outgrow it are captured anew, so at most once for each
-    doubling of the context beyond 512 tokens: four times from there to 8,192.
+    `LEAST_PAGES` each, rounded up to a power of two. Rows that outgrow it are captured anew, so at most once each time
+    that what they hold has doubled: four times between 512 and 8,192 tokens a row.
 
     Weights may change in place between forwards. Those that lie elsewhere after the model was its owner's are captured
     anew; modules that its owner replaces while a call of the engine runs are not noticed.
@@ -331,8 +331,9 @@ def _out_of_memory(error: BaseException) -> bool:
 class CudaGraphs:
     """See `Graphs`.
 
-    A capture that fails in the middle leaves torch's allocator with a pool that it takes for one in use. So a step is
-    tried out first, with torch's own watch for calls that wait for the device, which is what makes captures fail.
+    A capture that the driver breaks off leaves torch's allocator with a pool that it takes for one in use: what was
+    allocated in it until then is lost. So a step is tried out first, with torch's own watch for calls that wait for the
+    device, which is what breaks captures off.
 
     Args:
         device: of the pool and the model.

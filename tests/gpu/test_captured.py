@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 
@@ -108,6 +109,7 @@ def test_memory_of_graphs_is_given_back() -> None:
         world.runner.close()
         assert world.runner.bytes_kept == 0
         del world
+        gc.collect()
         torch.cuda.empty_cache()
         held.append((torch.cuda.memory_allocated(DEVICE), torch.cuda.memory_reserved(DEVICE)))
     assert held[1] == held[2]
