@@ -24,7 +24,7 @@ from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.rotary import Rotary, texts_of
 from rollout.models.slots import Slots
-from rollout.models.tier import Tier
+from rollout.models.tier import Runner, Tier
 
 _PAGE_SIZE = 16
 _PROBE_TOKENS = 5
@@ -61,7 +61,7 @@ class GatheringTier(Tier):
         return GatheringRunner(self.model, pool)
 
 
-class GatheringRunner:
+class GatheringRunner(Runner):
     """Runs a module, through whatever wraps it, with sequences of similar length side by side ``[b, t]``."""
 
     attention = "own"

@@ -113,6 +113,7 @@ class Loop:
     def close(self) -> None:
         """Drops all rows and gives all memory back."""
         self._running.close()
+        self._runner.close()
 
     @property
     def _lookahead(self) -> int:
@@ -131,7 +132,7 @@ class Loop:
 
     def _decide(self) -> Decision:
         started = time.perf_counter()
-        self._memory.read()
+        self._memory.read(self._runner.bytes_kept)
         decision = self._policy.decide(self._observe())
         if self._oom_rows is not None and self._oom_rows < decision.rows:
             decision = Decision(self._oom_rows, decision.prefill_tokens, "oom")
