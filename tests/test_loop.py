@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -262,6 +262,8 @@ class World:
     context_limit: int | None = None
     read_first: int = 8
     weight_version: int = 0
+    late: ClassVar[bool] = False
+    """See `late_or_not`."""
 
     def __post_init__(self) -> None:
         self.reports: list[StepReport] = []
@@ -282,6 +284,7 @@ class World:
             self.queue,
             self.weight_version,
             self.report,
+            self.late,
         )
 
     def held(self) -> int:
@@ -316,6 +319,14 @@ class World:
     @property
     def tally(self) -> Tally:
         return self.loop.tally
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["at once", "late"])
+def late_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test here runs with tokens that are read at once, and with such that are read a step late."""
+    late: bool = request.param
+    monkeypatch.setattr(World, "late", late)
+    return late
 
 
 # -- whatever the policy and memory ----------------------------------------------------------------------
@@ -430,8 +441,13 @@ def test_a_loop_that_is_left_early_gives_everything_back() -> None:
 
 
 @pytest.mark.parametrize(("rows", "pages", "ahead"), [(3, 1000, 4), (1, 1000, 2), (100, 16, 9)])
-def test_the_stream_is_read_no_further_than_rows_may_be_admitted(rows: int, pages: int, ahead: int) -> None:
-    """Live rows, and one that shows that more wait; where memory is the limit, about what fits besides."""
+def test_the_stream_is_read_no_further_than_rows_may_be_admitted(
+    rows: int, pages: int, ahead: int, late_or_not: bool
+) -> None:
+    """Live rows, and one that shows that more wait; where memory is the limit, about what fits besides.
+
+    Others take the place of rows that have ended before their late records are out.
+    """
     read = 0
 
     def stream() -> Iterator[Request]:
@@ -446,7 +462,7 @@ def test_the_stream_is_read_no_further_than_rows_may_be_admitted(rows: int, page
         most = max(most, read - done)
         done += 1
     assert (read, done) == (40, 40)
-    assert most <= ahead
+    assert most <= ahead + late_or_not * world.tally.live_rows_max
 
 
 def test_the_stream_s_end_is_waited_for() -> None:

@@ -96,15 +96,17 @@ class World:
         self.check()
         slots = self.live.active
         if len(slots):
-            for slot, token, length in zip(slots, self.live.last_tokens(), self.live.lengths, strict=True):
-                self.write(int(self.live.pages(slot)[(length - 1) // PAGE_SIZE]), int(length) - 1, int(token))
+            for slot, token, length in zip(slots, self.live.last_tokens().tolist(), self.live.lengths, strict=True):
+                self.write(int(self.live.pages(slot)[(length - 1) // PAGE_SIZE]), int(length) - 1, token)
                 for page in self.live.states[slot]:
-                    self.fold(page, folded([int(token)], self.state(page)))
+                    self.fold(page, folded([token], self.state(page)))
             self.draw(slots)
 
     def draw(self, slots: IntArray) -> None:
         tokens = np.array([self.next_token(self.live.row(slot)) for slot in slots.tolist()])
-        self.live.append(slots, tokens, -tokens.astype(np.float32), -tokens.astype(np.float32))
+        positions = self.live.generated[slots]
+        self.live.advance(slots, torch.from_numpy(tokens))
+        self.live.receive(slots, positions, tokens, -tokens.astype(np.float32), -tokens.astype(np.float32))
         self.check()
 
     def next_token(self, row: Row) -> int:
@@ -334,7 +336,7 @@ def test_a_step_packs_the_last_token_of_each_live_row_and_then_the_parts_of_pref
     a, (b, c) = world.live.pages(0), (prefill.pages for prefill in world.running.prefills)
     assert packed.starts.tolist() == [6, 3, 0]
     assert packed.lengths.tolist() == [1, 6, 2]
-    assert packed.tokens.tolist() == [*world.live.last_tokens(), *range(23, 29), 40, 41]
+    assert packed.tokens.tolist() == [*world.live.last_tokens().tolist(), *range(23, 29), 40, 41]
     assert packed.positions.tolist() == [6, 3, 4, 5, 6, 7, 8, 0, 1]
     size = PAGE_SIZE
     wanted = [(a, 6), *((b, i) for i in range(3, 9)), (c, 0), (c, 1)]
