@@ -900,6 +900,18 @@ def test_what_a_step_too_many_writes_spoils_nobody() -> None:
     assert sum(record.completion_ids[-1] == EOS for record in records) > 20
 
 
+def test_a_step_too_many_that_fails_costs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only row has ended, and nobody waits who could be given up for it."""
+    monkeypatch.setattr(loop_module, "_PATIENCE_S", 0.0)
+    request = Request("only", [5, 4], SamplingParams(max_new_tokens=400))
+    wanted = expected(request, 0)
+    assert wanted.finish_reason == "stop"
+    trouble, raised = refuse_at({len(wanted.completion_ids) + 1})
+    world = World([request], trouble=trouble)
+    assert_same(world.run(), [wanted])
+    assert len(raised) == world.late
+
+
 def test_nothing_is_left_of_an_outstanding_step_when_the_loop_is_closed() -> None:
     world = World(ending(8))
     next(world.stream())
