@@ -9,6 +9,7 @@ from typing import Any
 
 from rollout.batcher.memory import MemoryPolicy
 from rollout.batcher.paper import PaperPolicy
+from rollout.batcher.predictive import PredictivePolicy
 from rollout.batcher.sla import SlaPolicy
 from rollout.batcher.static import StaticPolicy
 from rollout.batcher.types import Bounds, Policy
@@ -18,6 +19,7 @@ POLICIES: Mapping[str, Callable[..., Policy]] = {
     "memory": MemoryPolicy,
     "sla": SlaPolicy,
     "paper": PaperPolicy,
+    "predictive": PredictivePolicy,
 }
 
 

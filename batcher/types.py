@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,25 @@ class FinishedRow:
 
     prompt_tokens: int
     output_tokens: int
+    cut: bool = False
+    """Whether it ended at its ``max_new_tokens``, so that its own length is only known to be no less."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingRows:
+    """The first rows of the queue, in the order in which they would be admitted; arrays of equal length."""
+
+    prompt_tokens: IntArray
+    generated_tokens: IntArray
+    """Tokens that a preempted row has kept; they are computed anew before its next one."""
+    max_new_tokens: IntArray
+    groups: IntArray
+    """As in ``Observation.groups``."""
+    ends_at_limit: BoolArray
+    """As in ``Observation.ends_at_limit``."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +78,14 @@ class Observation:
     """KV bytes of one token, over all layers; 0 in models that keep recurrent states alone."""
     tokens_per_row: int = 0
     """What a row's recurrent state takes, in tokens; the counts above include it. 0 in models without."""
+    page_tokens: int = 1
+    """Tokens of a page: memory is taken and given back in so many."""
+    groups: IntArray | None = None
+    """A number for each live row, equal in rows that share the full pages of their prompt; None: nobody knows."""
+    ends_at_limit: BoolArray | None = None
+    """Live rows that nothing but ``max_new_tokens`` ends (``ignore_eos``, no stops); None: there are none."""
+    waiting: WaitingRows | None = None
+    """The next rows to be admitted, as many as are known; None: only the two counts above are."""
     steps: tuple[StepSample, ...] = ()
     """Steps since the last decision."""
     finished: tuple[FinishedRow, ...] = ()
@@ -80,6 +109,9 @@ class Decision:
     prefill_tokens: int
     reason: str
     """One word, e.g. ``memory``, ``latency``, ``cap``, ``hold``."""
+    decode_rows: int | None = None
+    """Live rows that decode in the next step, oldest first; the others are paused: they keep what they hold and
+    add no token. None: all of them."""
 
 
 class Policy(Protocol):

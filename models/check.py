@@ -78,10 +78,14 @@ def _logits_over_pages(tier: Tier, trials: list[_Trial], layout: KVLayout) -> to
     for table, trial in zip(tables, trials, strict=True):
         table[: len(trial.pages)] = trial.pages
     starts = np.zeros(len(trials), np.int64)
-    with tier.on_loan():
-        for ends in np.array([trial.ends for trial in trials]).T:
-            ids = np.concatenate([t.ids[start:end] for t, start, end in zip(trials, starts, ends, strict=True)])
-            tokens = uploaded(ids, pool.device)
-            logits.append(runner.forward(Packed(tokens, tables, starts, ends - starts, states=states)).float())
-            starts = ends
+    try:
+        with tier.on_loan():
+            for ends in np.array([trial.ends for trial in trials]).T:
+                ids = np.concatenate([t.ids[start:end] for t, start, end in zip(trials, starts, ends, strict=True)])
+                packed = Packed(uploaded(ids, pool.device), tables, starts, ends - starts, states=states)
+                # The next forward may overwrite them.
+                logits.append(runner.forward(packed).float().clone())
+                starts = ends
+    finally:
+        runner.close()
     return torch.stack(logits)

@@ -51,8 +51,10 @@ class FusedParts:
             type(module).__module__: sys.modules.get(type(module).__module__) for module in model.modules()
         }.values():
             own = getattr(source, _ROTARY, None)
+            if isinstance(own, _Rotary):  # inside a block of another thread
+                own = own.own
             if source is not None and own is not None and _rotates_halves(own, kernel):
-                self._rotary.append((source, own, _rotary(own, kernel)))
+                self._rotary.append((source, own, _Rotary(own, kernel)))
         rotating = {source.__name__ for source, _, _ in self._rotary}
         for module in model.modules():
             rotates = type(module).__module__ in rotating
@@ -88,7 +90,7 @@ def _norm(module: nn.Module, kernel: Pointwise) -> Callable[[torch.Tensor], torc
         return None
     trial = _trial(3, len(weight)).mul(torch.tensor([[1.0], [1e-3], [30.0]])).to(weight.dtype)
     with torch.no_grad():
-        wanted = module(trial)
+        wanted = module.forward(trial)  # without its hooks: they stay, and are for the model's own calls
     for plus in (0.0, 1.0):  # some families keep what the factor is above 1
         for late in (False, True):
             factors = kernel.norm_factors(weight.detach().float() + plus, weight.dtype)
@@ -143,23 +145,27 @@ def _rotates_halves(own: Callable[..., Any], kernel: Pointwise) -> bool:
     return True
 
 
-def _rotary(own: Callable[..., Any], kernel: Pointwise) -> Callable[..., Any]:
-    def rotate(
-        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any, **named: Any
+class _Rotary:
+    """Takes the place of a family's function: computes what the kernel can, for threads in a block, by the kernel."""
+
+    def __init__(self, own: Callable[..., Any], kernel: Pointwise) -> None:
+        self.own, self._kernel = own, kernel
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any, **named: Any
     ) -> Any:
         served = (
             _on_loan.get()
             and q.dtype == k.dtype == cos.dtype == sin.dtype
-            and q.dtype in kernel.dtypes
+            and q.dtype in self._kernel.dtypes
             and q.dim() == k.dim() == 4
-            and cos.shape == sin.shape == (q.shape[0], q.shape[2], q.shape[3])
-            and k.shape[::2] == q.shape[::2]
+            and cos.shape == sin.shape == (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
             and q.stride(3) == k.stride(3) == 1
             and not (others or named)
         )
-        return _rotated(kernel, q, k, cos, sin) if served else own(q, k, cos, sin, *others, **named)
-
-    return rotate
+        if not served:
+            return self.own(q, k, cos, sin, *others, **named)
+        return _rotated(self._kernel, q, k, cos, sin)
 
 
 def _rotated(

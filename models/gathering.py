@@ -24,7 +24,7 @@ from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.rotary import Rotary, texts_of
 from rollout.models.slots import Slots
-from rollout.models.tier import Tier
+from rollout.models.tier import Runner, Tier
 from rollout.models.upload import uploaded
 
 _PAGE_SIZE = 16
@@ -62,7 +62,7 @@ class GatheringTier(Tier):
         return GatheringRunner(self.model, pool)
 
 
-class GatheringRunner:
+class GatheringRunner(Runner):
     """Runs a module, through whatever wraps it, with sequences of similar length side by side ``[b, t]``."""
 
     attention = "own"

@@ -19,7 +19,7 @@ from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.probe import probe
 from rollout.models.rotary import Rotary, texts_of
-from rollout.models.tier import Tier
+from rollout.models.tier import Runner, Tier
 from rollout.models.upload import uploaded
 
 
@@ -47,12 +47,21 @@ class InterfaceTier(Tier):
         """See `Tier.on_loan`."""
         return self._loan(attention.NAME)
 
-    def runner(self, pool: PagePool) -> InterfaceRunner:
+    def runner(self, pool: PagePool) -> Runner:
         """See `Tier.runner`."""
-        return InterfaceRunner(self.model, pool, fastest(pool))
+        steps = fastest(pool)
+        eager = InterfaceRunner(self.model, pool, steps)
+        if pool.device.type == "cuda" and steps.name == "triton":
+            # Triton comes with torch's builds for GPUs, and with no other.
+            from rollout.models.captured import capturing
+            from rollout.models.triton_attention import TritonSteps
+
+            assert isinstance(steps, TritonSteps)
+            return capturing(eager, self.model, steps, self._loan)
+        return eager
 
 
-class InterfaceRunner:
+class InterfaceRunner(Runner):
     """Runs a module, through whatever wraps it, with all new tokens in one row ``[1, T]``.
 
     Args:

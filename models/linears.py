@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rollout.models.precision import cpu_multiplies
-from rollout.models.siblings import Siblings
+from rollout.models.siblings import Siblings, version
 
 logger = logging.getLogger(__name__)
 
@@ -117,19 +117,19 @@ class _Together:
     def forget(self) -> None:
         """Drops what was computed for layers that were not called."""
         self._given: torch.Tensor | None = None
-        self._version = self._left = 0
-        self._parts: Sequence[torch.Tensor] = ()
+        self._version = 0
+        self._parts: dict[int, torch.Tensor] = {}
 
     def part(self, index: int) -> Product:
         """The product of one layer."""
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            if x is not self._given or x._version != self._version:
-                self._parts = torch.split_with_sizes(self._product(x), self._sizes, -1)
-                self._given, self._version, self._left = x, x._version, len(self._sizes)
-            part = self._parts[index]
-            self._left -= 1
-            if not self._left:
+            # A part is handed out once: it is the caller's then, who may have changed it.
+            if x is not self._given or version(x) != self._version or index not in self._parts:
+                self._parts = dict(enumerate(torch.split_with_sizes(self._product(x), self._sizes, -1)))
+                self._given, self._version = x, version(x)
+            part = self._parts.pop(index)
+            if not self._parts:
                 self.forget()
             return part
 

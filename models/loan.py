@@ -68,6 +68,8 @@ class Loan:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._rotary = Rotary(model)
+        self.count = 0
+        """How often the module was lent."""
         self._configs: list[Any] = list(
             {
                 id(module.config): module.config
@@ -79,6 +81,7 @@ class Loan:
     @contextmanager
     def __call__(self, implementation: str | None = None) -> Iterator[None]:
         """No gradients, eval mode, and this attention implementation; the module's own when None."""
+        self.count += 1
         training = [module for module in self._model.modules() if module.training]
         implementations = [config._attn_implementation_internal for config in self._configs]
         try:

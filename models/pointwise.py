@@ -116,11 +116,12 @@ def _checked(library: ctypes.CDLL) -> Pointwise:
         x, y = (torch.arange(4 * width).mul(step).sin().mul(3).view(4, width).to(dtype) for step in (0.37, 0.61))
         factors = kernel.norm_factors(y[0], dtype)
         pairs = [(kernel.rms_norm(x, factors, 1e-6, late=False), F.rms_norm(x, (width,), y[0], 1e-6))]
-        heads = x[:, :72].view(4, 2, 36)
-        angles = y[:, :36].contiguous()
-        for part in kernel.rotate(heads, heads, angles, angles):
-            halves = torch.cat((-heads[..., 18:], heads[..., :18]), -1)
-            pairs.append((part, heads * angles[:, None] + halves * angles[:, None]))
+        # Halves of 37: vectors of any width, and a remainder.
+        heads, cosines, sines = torch.stack((x, y), 1)[..., :74], y[:, :74].contiguous(), x[:, :74].contiguous()
+        for part in kernel.rotate(heads, heads[:, 1:], cosines, sines):
+            given = heads[:, -part.shape[1] :]
+            halves = torch.cat((-given[..., 37:], given[..., :37]), -1)
+            pairs.append((part, given * cosines[:, None] + halves * sines[:, None]))
         for ours, theirs in pairs:
             distance = float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
             if not distance <= tolerance:

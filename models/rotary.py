@@ -49,6 +49,11 @@ class Rotary:
         self._dynamic = [module for module in model.modules() if "dynamic" in _kinds(module).values()]
 
     @property
+    def by_length(self) -> bool:
+        """Whether there are any."""
+        return bool(self._longrope or self._dynamic)
+
+    @property
     def boundary(self) -> int | None:
         """Texts longer than this are computed otherwise, from their first token on; None where length does not matter.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack
 
 import torch
@@ -22,28 +23,35 @@ def siblings(model: nn.Module) -> list[Siblings]:
     """
     if unwrap(model).device.type != "cpu":
         return []
-    calls: list[tuple[nn.Linear, torch.Tensor]] = []
+    calls: list[tuple[nn.Linear, torch.Tensor, int]] = []
 
     def saw(layer: nn.Module, given: tuple[object, ...]) -> None:
         assert isinstance(layer, nn.Linear)
         if given and isinstance(given[0], torch.Tensor):
-            calls.append((layer, given[0]))  # held, so that no other tensor takes its place in memory
+            # Held, so that no other tensor takes its place in memory.
+            calls.append((layer, given[0], version(given[0])))
 
     with ExitStack() as stack:
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
                 stack.callback(layer.register_forward_pre_hook(saw).remove)
-        with Loan(model)():
+        # Also where the caller's is an inference mode, since its tensors do not tell changes in place.
+        with torch.inference_mode(False), Loan(model)():
             ids = torch.arange(_TOKENS, device=unwrap(model).device)[None]
             model(input_ids=ids, use_cache=False)
     groups: list[list[nn.Linear]] = []
-    before: torch.Tensor | None = None
-    for layer, given in calls:
-        if given is before and layer.weight.dtype == groups[-1][0].weight.dtype:
+    before: tuple[torch.Tensor, int] | None = None
+    for layer, given, changes in calls:
+        same = before is not None and given is before[0] and changes == before[1]
+        if same and layer.weight.dtype == groups[-1][0].weight.dtype:
             groups[-1].append(layer)
         else:
             groups.append([layer])
-        before = given
-    called = [id(layer) for layer, _ in calls]
-    once = {layer for layer in called if called.count(layer) == 1}
-    return [tuple(group) for group in groups if len(group) > 1 and all(id(layer) in once for layer in group)]
+        before = given, changes
+    called = Counter(id(layer) for layer, _, _ in calls)
+    return [tuple(group) for group in groups if len(group) > 1 and all(called[id(layer)] == 1 for layer in group)]
+
+
+def version(x: torch.Tensor) -> int:
+    """Changes in place to a tensor until now. Those of inference mode do not count them: always 0."""
+    return 0 if x.is_inference() else x._version

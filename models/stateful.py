@@ -27,7 +27,7 @@ from rollout.models.probe import PAGE_SIZE, PROBE_TOKENS, attention_sites
 from rollout.models.rotary import Rotary, texts_of
 from rollout.models.state_cache import PooledStates, RecordedStates
 from rollout.models.states import StateRows
-from rollout.models.tier import Tier
+from rollout.models.tier import Runner, Tier
 from rollout.models.upload import uploaded
 
 
@@ -89,7 +89,7 @@ class StateTier(Tier):
         return StateRunner(self.model, pool)
 
 
-class StateRunner:
+class StateRunner(Runner):
     """Runs a module, through whatever wraps it, with sequences of equal length side by side ``[b, t]``.
 
     When a forward fails, the states of its sequences are lost: some layers may have gone on, others not.

@@ -118,7 +118,6 @@ class StepBuffers:
         }
         """Sequences with one new token, their keys split; empty where there is no room for any."""
         self._tiles: dict[tuple[Span, int], Work] = {}
-        self._partials: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._packed: Packed | None = None
 
     def fill(self, packed: Packed) -> None:
@@ -167,19 +166,6 @@ class StepBuffers:
             upload(np.concatenate([items, np.full((1, ITEM_FIELDS), len(items), np.int32)]), device)
             self._tiles[span, queries] = Work(device[:-1], device[-1, :1], device[:0, :ROW_FIELDS])
         return self._tiles[span, queries]
-
-    def partials(self, values: int, weights: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Memory for what kernels put together later: values, and twice a number for each weight, all float32.
-
-        The same at every site and step that asks for as much.
-        """
-        if (values, weights) not in self._partials:
-            first, second, third = (
-                torch.empty(size, dtype=torch.float32, device=self._device.device)
-                for size in (values, weights, weights)
-            )
-            self._partials[values, weights] = first, second, third
-        return self._partials[values, weights]
 
 
 def _pages_of(packed: Packed, page_size: int) -> IntArray:

@@ -19,17 +19,24 @@ from rollout.models.pages import PagePool
 class Runner(Protocol):
     """Forwards of a model over the pages of a pool; the model must be on loan."""
 
+    attention: str
+    """What attends, by the name that the log and a run's folder have for it."""
+
     @property
-    def attention(self) -> str:
-        """What attends, by the name that the log and a run's folder have for it."""
-        ...
+    def bytes_kept(self) -> int:
+        """Memory of the device that it keeps to itself although torch's allocator does not count it as allocated."""
+        return 0
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """Computes the new tokens of all sequences, and writes their keys and values.
 
-        Returns logits [S, V] of each sequence's last token.
+        Returns logits [S, V] of each sequence's last token, which may be overwritten by the next call.
         """
         ...
+
+    def close(self) -> None:
+        """Gives all memory back that it has taken besides the pool's; a further forward takes it anew."""
+        return
 
 
 class Tier(ABC):

@@ -165,7 +165,10 @@ class TritonStep(PagedStep):
         site, items = self.layout.sites[index], len(work.items)
         heads = q.shape[1]
         group = heads // site.kv_heads
-        partial, maxima, sums = self._buffers.partials(items * heads * site.value_dim, items * heads)
+        # Not in the buffers: captured steps of all sizes can have the same memory for it.
+        partial, maxima, sums = (
+            torch.empty(items * heads * size, dtype=torch.float32, device=q.device) for size in (site.value_dim, 1, 1)
+        )
         cut = blocks(self.layout.dtype.itemsize, max(site.key_dim, site.value_dim), group, True)
         self._attend(index, q, partial, maxima, sums, scores, work, cut)
         triton_kernels.reduce[(len(work.rows), site.kv_heads)](

@@ -132,6 +132,13 @@ class PaperBatcherConfig(BatcherConfig):
 
 
 @dataclass
+class PredictiveBatcherConfig(BatcherConfig):
+    """Parameters of the policy that learns lengths and step times."""
+
+    memory_rows: int = MISSING
+
+
+@dataclass
 class MemoryConfig:
     """How much device memory the KV pool may take."""
 
@@ -181,6 +188,7 @@ def register() -> None:
         ("batcher", "schema_memory", MemoryBatcherConfig),
         ("batcher", "schema_sla", SlaBatcherConfig),
         ("batcher", "schema_paper", PaperBatcherConfig),
+        ("batcher", "schema_predictive", PredictiveBatcherConfig),
         ("memory", "schema", MemoryConfig),
         ("output", "schema", OutputConfig),
         ("reward", "schema", RewardConfig),

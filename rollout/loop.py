@@ -123,6 +123,7 @@ class Loop:
         """Drops all rows and gives all memory back."""
         self._outstanding = None
         self._running.close()
+        self._runner.close()
 
     @property
     def _lookahead(self) -> int:
@@ -141,7 +142,7 @@ class Loop:
 
     def _decide(self) -> Decision:
         started = time.perf_counter()
-        self._memory.read()
+        self._memory.read(self._runner.bytes_kept)
         decision = self._policy.decide(self._observe())
         if self._oom_rows is not None and self._oom_rows < decision.rows:
             decision = Decision(self._oom_rows, decision.prefill_tokens, "oom")

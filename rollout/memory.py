@@ -66,9 +66,12 @@ class Memory:
             slab_pages(demand_rows * layout.bytes_per_row, layout.bytes_per_row),
         )
 
-    def read(self) -> None:
-        """Reads telemetry: what may still be taken after the reserve; negative when others took too much."""
-        self.headroom_bytes = after_reserve(self._headroom, self._reserve_fraction)
+    def read(self, kept_bytes: int = 0) -> None:
+        """Reads telemetry: what may still be taken after the reserve; negative when others took too much.
+
+        ``kept_bytes`` count as free there and are not: `rollout.models.tier.Runner.bytes_kept`.
+        """
+        self.headroom_bytes = after_reserve(self._headroom, self._reserve_fraction) - kept_bytes
 
     # -- how much there is -----------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import pytest
 import rollout.batcher
 from rollout.batcher.memory import MemoryPolicy
 from rollout.batcher.paper import PaperPolicy
+from rollout.batcher.predictive import PredictivePolicy
 from rollout.batcher.registry import POLICIES, make_policy
 from rollout.batcher.sla import OVER_BUDGET, SlaPolicy
 from rollout.batcher.static import StaticPolicy
@@ -21,8 +22,14 @@ ROWS_OF_200 = [FinishedRow(100, 100)] * 50
 
 
 def test_policies_by_name():
-    made = {name: type(make_policy(name, Bounds())) for name in ("static", "memory", "sla", "paper")}
-    assert made == {"static": StaticPolicy, "memory": MemoryPolicy, "sla": SlaPolicy, "paper": PaperPolicy}
+    made = {name: type(make_policy(name, Bounds())) for name in POLICIES}
+    assert made == {
+        "static": StaticPolicy,
+        "memory": MemoryPolicy,
+        "sla": SlaPolicy,
+        "paper": PaperPolicy,
+        "predictive": PredictivePolicy,
+    }
 
 
 def test_parameters_reach_the_policy():
@@ -112,13 +119,16 @@ def test_bounds_and_running_rows_are_kept_whatever_is_observed(name: str, seed: 
     for _ in range(8):
         min_rows = int(rng.integers(1, 50))
         bounds = Bounds(min_rows, min_rows + int(rng.integers(0, 500)), float(rng.choice([5, 50, 500])), 64)
-        policy = make_policy(name, bounds, **({} if name in ("static", "memory") else {"step_window": 2}))
+        policy = make_policy(name, bounds, **({"step_window": 2} if name in ("sla", "paper") else {}))
         for seen in a_random_job(rng, 40):
             decision = policy.decide(seen)
             decoding = int((seen.generated_tokens > 0).sum())
             assert bounds.min_rows <= decision.rows <= bounds.max_rows
             assert decision.rows >= min(decoding, bounds.max_rows)
-            assert decision.prefill_tokens == 64
+            assert 0 <= decision.prefill_tokens <= 64
+            assert decision.prefill_tokens == 64 or name == "predictive"
+            assert decision.decode_rows is None or 0 <= decision.decode_rows <= seen.live_rows
+            assert decision.decode_rows or decision.decode_rows is None or not decoding, "somebody goes on"
             assert decision.reason.isidentifier()
 
 
@@ -148,7 +158,8 @@ def test_batcher_loads_neither_torch_nor_transformers():
 
 def test_batcher_reads_no_clock_and_does_no_io():
     allowed = {
-        "__future__", "collections", "dataclasses", "difflib", "inspect", "math", "numpy", "statistics", "typing",
+        "__future__", "collections", "dataclasses", "difflib", "functools", "inspect", "itertools", "math", "numpy",
+        "statistics", "typing",
     }  # fmt: skip
     modules = list(Path(next(iter(rollout.batcher.__path__))).glob("*.py"))
     assert len(modules) > 5

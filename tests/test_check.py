@@ -19,6 +19,7 @@ from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.serve import serve
 from rollout.models.stateful import StateTier
+from rollout.models.tier import Runner
 from tests.families import INTERFACE, tiny
 
 
@@ -115,12 +116,12 @@ def test_a_tier_that_gives_one_sequence_the_pages_of_another_is_refused() -> Non
         def runner(self, pool: PagePool) -> Any:
             own = super().runner(pool)
 
-            class Runner:
+            class Changed(Runner):
                 def forward(self, packed: Packed) -> torch.Tensor:
                     tables = packed.tables[:, ::-1].copy() if packed.starts.all() else packed.tables
                     return own.forward(replace(packed, tables=tables))
 
-            return Runner()
+            return Changed()
 
     with pytest.raises(UnsupportedModel, match="other logits"):
         check_pages(Swapped(tiny("llama")))
@@ -133,7 +134,7 @@ def test_a_tier_that_loses_or_mixes_states_is_refused(family: str, mistake: str)
         def runner(self, pool: PagePool) -> Any:
             own = super().runner(pool)
 
-            class Runner:
+            class Changed(Runner):
                 def forward(self, packed: Packed) -> torch.Tensor:
                     decodes = packed.starts.all()
                     before = [tensor.clone() for tensor in pool.states.slab(0).tensors]
@@ -144,7 +145,7 @@ def test_a_tier_that_loses_or_mixes_states_is_refused(family: str, mistake: str)
                             tensor.copy_(old)
                     return logits
 
-            return Runner()
+            return Changed()
 
     check_pages(StateTier(tiny(family)))
     with pytest.raises(UnsupportedModel, match="other logits"):

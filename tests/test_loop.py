@@ -28,6 +28,7 @@ from rollout.models.layout import IntArray, KVLayout, Site, Span
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.sampling import RowSampling, Sampled, sample
+from rollout.models.tier import Runner
 from rollout.params import SamplingParams
 from rollout.queue import Queue
 from rollout.records import FinishReason, Record
@@ -87,7 +88,7 @@ class Call:
 Trouble = Callable[[Call], None]
 
 
-class ToyRunner:
+class ToyRunner(Runner):
     """Keys are token ids, values their positions. ``trouble`` may raise before anything is written."""
 
     def __init__(self, pool: PagePool, trouble: Trouble | None) -> None:
@@ -276,7 +277,7 @@ class World:
         self.pool = self.memory.pool
         self.runner = ToyRunner(self.pool, self.trouble)
         self.loop = Loop(
-            self.runner,  # type: ignore[arg-type]
+            self.runner,
             self.memory,
             self,
             Letters(),

@@ -16,7 +16,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,12 @@ import workload
 from engines.harness import Task
 from engines.loading import load
 from torch import nn
-from transformers import AttentionInterface
 
 import rollout.loop
 from rollout import Engine, SamplingParams
-from rollout.models import attention
+from rollout.models import linears
 from rollout.models.load import resolve_path
+from rollout.models.paged import PagedStep
 from rollout.requests import Request, StepReport
 
 PARTS = ("linears", "attention", "sampler")
@@ -81,6 +81,8 @@ class Timers:
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
+        self.weights: dict[Shape, list[torch.Tensor]] = defaultdict(list)
+        """Of products whose weights were copied, which may be those of several layers."""
         self._clear()
 
     def _clear(self) -> None:
@@ -110,29 +112,40 @@ class Timers:
     def installed(self) -> Iterator[None]:
         """They run inside this block."""
         loop: Any = rollout.loop
-        originals = nn.Module.__call__, attention.attend, loop.sample
-        forward, attend, sample = (self.timed(part, call) for part, call in zip(PARTS, originals, strict=True))
+        form: Any = linears._Form
+        originals = nn.Linear.forward, form.product, PagedStep.attend_tokens, loop.sample
+        forward, attend = self.timed("linears", originals[0]), self.timed("attention", originals[2])
+
+        def count(weight: torch.Tensor, x: torch.Tensor) -> None:
+            self._products[(weight.shape[0], weight.shape[1]), x.numel() // x.shape[-1]] += 1
 
         def linear(layer: nn.Linear, x: torch.Tensor) -> Any:
-            self._products[(layer.out_features, layer.in_features), x.numel() // x.shape[-1]] += 1
+            count(layer.weight, x)
             return forward(layer, x)
 
-        def attending(
-            module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *a: Any, **k: Any
-        ) -> Any:
-            self._token_bytes += sum(x.shape[1] * x.shape[3] * value.itemsize for x in (key, value))
-            return attend(module, query, key, value, *a, **k)
+        def product(kept: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> linears.Product:
+            self.weights[weight.shape[0], weight.shape[1]].append(weight)
+            multiply = self.timed("linears", originals[1](kept, weight, bias))
 
-        # On the class: the engine replaces the layers' own `forward`, which is then called from here.
-        nn.Linear.__call__ = linear  # type: ignore[method-assign]
-        AttentionInterface.register(attention.NAME, attending)
-        loop.sample = sample
+            def counted(x: torch.Tensor) -> Any:
+                count(weight, x)
+                return multiply(x)
+
+            return counted
+
+        def attending(
+            step: PagedStep, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *a: Any
+        ) -> Any:
+            self._token_bytes += sum(x.shape[1] * x.shape[2] * step.layout.dtype.itemsize for x in (key, value))
+            return attend(step, module, query, key, value, *a)
+
+        nn.Linear.forward, form.product = linear, product  # type: ignore[method-assign, assignment]
+        PagedStep.attend_tokens = attending  # type: ignore[method-assign, assignment]
+        loop.sample = self.timed("sampler", originals[3])
         try:
             yield
         finally:
-            del nn.Linear.__call__
-            AttentionInterface.register(attention.NAME, attention.attend)
-            loop.sample = originals[2]
+            nn.Linear.forward, form.product, PagedStep.attend_tokens, loop.sample = originals  # type: ignore[method-assign]
 
 
 def overhead() -> float:
@@ -144,13 +157,12 @@ def overhead() -> float:
     return (time.perf_counter() - started) / calls
 
 
-def decode_steps(model: Any, rows: int, context: int) -> list[Step]:
+def decode_steps(model: Any, rows: int, context: int, timers: Timers) -> list[Step]:
     """Steps that decode so many rows of about so many tokens, and do nothing else."""
     new, vocabulary = WARM_UP + STEPS + 1, model.get_input_embeddings().weight.shape[0]
     draws = torch.Generator().manual_seed(0)
     prompts = torch.randint(vocabulary, (rows, max(1, context - new // 2)), generator=draws).tolist()
     params = SamplingParams(max_new_tokens=new, ignore_eos=True)
-    timers = Timers()
     engine = Engine(model, None, policy="static", max_rows=rows)
     with timers.installed():
         for _ in engine.run([Request(str(i), ids, params) for i, ids in enumerate(prompts)], on_step=timers.on_step):
@@ -159,13 +171,13 @@ def decode_steps(model: Any, rows: int, context: int) -> list[Step]:
     return [step for step in alone if step.report and step.report.live_rows == rows][WARM_UP:]
 
 
-def whole_run(model: Any, requests: Sequence[workload.Request]) -> tuple[Step, int]:
+def whole_run(model: Any, requests: Sequence[workload.Request], timers: Timers) -> tuple[Step, int]:
     """All steps of a workload, as one, and how many there were; the time between them is part of it."""
     asked = [
         Request(str(i), request.ids, SamplingParams(max_new_tokens=request.n, ignore_eos=True))
         for i, request in enumerate(requests)
     ]
-    engine, timers = Engine(model, None), Timers()
+    engine = Engine(model, None)
     started = time.perf_counter()
     with timers.installed():
         for _ in engine.run(asked, on_step=timers.on_step):
@@ -179,13 +191,19 @@ def tokens_read(requests: Sequence[workload.Request]) -> int:
 
 
 class Bound:
-    """What the CPU does at best, measured on a model's own weights, which do not fit into its caches either."""
+    """What the CPU does at best, measured on a run's own weights, which do not fit into its caches either.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._weights: dict[Shape, list[torch.Tensor]] = defaultdict(list)
+    Args:
+        model: whose layers multiply.
+        copied: weights of products that stand for several layers, or for copies.
+    """
+
+    def __init__(self, model: nn.Module, copied: Mapping[Shape, Sequence[torch.Tensor]]) -> None:
+        own: dict[Shape, list[torch.Tensor]] = defaultdict(list)
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
-                self._weights[layer.out_features, layer.in_features].append(layer.weight.detach())
+                own[layer.out_features, layer.in_features].append(layer.weight.detach())
+        self._weights: dict[Shape, Sequence[torch.Tensor]] = {**own, **copied}
         self._dtype = _fastest_dtype(max((own[0] for own in self._weights.values()), key=torch.numel))
         self.bandwidth = _bandwidth()
 
@@ -310,14 +328,17 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     model: Any = load(Task(folder, given.dtype, "cpu", None, requests))
-    bound, lines, calls = Bound(model), [], []
+    lines, calls, timers = [], [], Timers()
     if requests:
-        run, count = whole_run(model, requests)
+        run, count = whole_run(model, requests, timers)
+        bound = Bound(model, timers.weights)
         reads = tokens_read(requests) * (run.token_bytes or 0) / bound.bandwidth
         lines.append(line(Path(given.workload).stem, run, count, bound.products(run.products), reads))
         calls.append(run.calls / count)
     for rows in [] if requests else [int(text) for text in given.rows.split(",")]:
-        steps = decode_steps(model, rows, given.context)
+        timers = Timers()
+        steps = decode_steps(model, rows, given.context, timers)
+        bound = Bound(model, timers.weights)
         # The faster half: another process's turn on a core would weigh on the mean of all.
         steps = sorted(steps, key=lambda step: step.seconds)[: len(steps) // 2 + 1]
         whole = together(steps, sum(step.seconds for step in steps))
