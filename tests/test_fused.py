@@ -21,6 +21,8 @@ from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
+from rollout.models import build
+from rollout.models.build import KernelUnavailable
 from rollout.models.fused import FusedParts
 from rollout.models.pointwise import Pointwise, pointwise
 from tests.families import VOCABULARY, tiny
@@ -50,11 +52,12 @@ FAMILIES: dict[str, tuple[dict[str, int], bool, tuple[torch.dtype, ...]]] = {
 
 
 @pytest.fixture(autouse=True)
-def kernel() -> Pointwise:
-    found = pointwise()
-    if found is None:
-        pytest.skip("there is no compiler on this machine")
-    return found
+def kernel() -> None:
+    try:
+        build.compiler()
+    except KernelUnavailable as error:
+        pytest.skip(str(error))
+    assert pointwise() is not None
 
 
 @pytest.fixture

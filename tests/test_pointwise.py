@@ -28,11 +28,18 @@ DIMS = (2, 4, 6, 14, 16, 18, 30, 32, 34, 62, 64, 66, 80, 96, 126, 128)
 MANY, WIDE = 157, 200
 
 
+def needs_compiler() -> None:
+    try:
+        build.compiler()
+    except KernelUnavailable as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def kernel() -> Pointwise:
+    needs_compiler()
     found = pointwise()
-    if found is None:
-        pytest.skip("there is no compiler on this machine")
+    assert found is not None
     return found
 
 
@@ -278,11 +285,10 @@ def test_rotations_of_numbers_that_are_not_finite(kernel: Pointwise, dtype: torc
 # -- threads and building --------------------------------------------------------------------------------
 
 
-def test_much_work_is_divided_among_torch_s_threads() -> None:
+def test_much_work_is_divided_among_torch_s_threads(kernel: Pointwise) -> None:
     """By the runtime's function that torch's own threads are started with; little work is not."""
-    found = pointwise()
-    if found is None or found._parallel is None:
-        pytest.skip("there is no kernel here, or no OpenMP")
+    if kernel._parallel is None:
+        pytest.skip("torch has no OpenMP here")
     torch.set_num_threads(2)
     asked = []
 
@@ -291,31 +297,28 @@ def test_much_work_is_divided_among_torch_s_threads() -> None:
         asked.append(threads)
         module.ctypes.CFUNCTYPE(None, module.c_void_p)(work)(data)
 
-    found._parallel = module.ctypes.cast(parallel, module.c_void_p).value
-    factors = found.norm_factors(torch.ones(WIDE), torch.float32)
+    kernel._parallel = module.ctypes.cast(parallel, module.c_void_p).value
+    factors = kernel.norm_factors(torch.ones(WIDE), torch.float32)
     few, many = numbers(24, 3, WIDE), numbers(25, MANY, WIDE)
     assert_same(
-        found.rms_norm(many, factors, 1e-6, late=False)[:3], found.rms_norm(many[:3], factors, 1e-6, late=False)
+        kernel.rms_norm(many, factors, 1e-6, late=False)[:3], kernel.rms_norm(many[:3], factors, 1e-6, late=False)
     )
     assert asked == [2]
     for x in (few, many):
         heads = x.view(len(x), 2, 100)
-        found.rotate(heads, heads, x[:, :100].contiguous(), x[:, :100].contiguous())
+        kernel.rotate(heads, heads, x[:, :100].contiguous(), x[:, :100].contiguous())
     assert asked == [2, 2]
     torch.set_num_threads(1)
-    found.rms_norm(many, factors, 1e-6, late=False)
+    kernel.rms_norm(many, factors, 1e-6, late=False)
     assert asked == [2, 2]
 
 
 def test_it_compiles_without_warnings(tmp_path: Path) -> None:
-    try:
-        command = build.compiler()
-    except KernelUnavailable as error:
-        pytest.skip(str(error))
+    needs_compiler()
     native = "-mcpu=native" if os.uname().machine == "aarch64" else "-march=native"
     warnings = ["-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-Wno-unused-command-line-argument"]
     for flags in ([native], []):
-        subprocess.run([*command, *build.FLAGS, *flags, *warnings, str(module._SOURCE)], check=True)
+        subprocess.run([*build.compiler(), *build.FLAGS, *flags, *warnings, str(module._SOURCE)], check=True)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +336,7 @@ def test_it_compiles_without_warnings(tmp_path: Path) -> None:
 def test_a_kernel_that_computes_something_else_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, right: str, wrong: str
 ) -> None:
+    needs_compiler()
     source = module._SOURCE.read_text()
     assert source.count(right) == 1
     (tmp_path / "pointwise.c").write_text(source.replace(right, wrong))

@@ -168,3 +168,14 @@ def test_ambient_autocast_stays_in_force() -> None:
         # fp32 numbers would be within 1e-5 of an fp32 forward; these are bf16's
         assert worst_logprob(model, list(batch)) < 0.5
     assert worst_logprob(model, list(batch)) > 1e-5
+
+
+def test_ambient_inference_mode_changes_nothing() -> None:
+    """Its tensors do not count changes in place."""
+    for family in ("llama", "bloom", "mamba"):
+        model = tiny(family)
+        wanted = Engine(model, None).generate(random_prompts(7, 4), _PARAMS)
+        with torch.inference_mode():
+            batch = Engine(model, None).generate(random_prompts(7, 4), _PARAMS)
+        assert [r.completion_ids for r in batch] == [r.completion_ids for r in wanted]
+        assert [r.logprobs for r in batch] == [r.logprobs for r in wanted]
