@@ -84,7 +84,8 @@ BASE = ("model.path=model", "output.dir=out")
         ("+sampling.best_of=3", "There is no key sampling.best_of; the nearest is "),
         (
             "batcher=statik",
-            "There is no batcher=statik; did you mean static; batcher is one of memory, paper, predictive, sla, static.",
+            "There is no batcher=statik; did you mean static; "
+            "batcher is one of memory, paper, predictive, sla, static.",
         ),
         (
             "+experiment=ppo_samplin",
