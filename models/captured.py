@@ -264,18 +264,21 @@ class _Inputs:
 
     def __init__(self, buffers: StepBuffers) -> None:
         self.buffers = buffers
-        self._host = np.zeros((2, buffers.room.tokens), np.int64)
-        self._device = torch.zeros(self._host.shape, dtype=torch.int64, device=buffers.slabs.pool.device)
-        self.tokens, self.positions = self._device[:1], self._device[1:]
+        self._host = np.zeros((1, buffers.room.tokens), np.int64)
+        self.tokens, self.positions = torch.zeros(
+            (2, 1, buffers.room.tokens), dtype=torch.int64, device=buffers.slabs.pool.device
+        )
         """[1, rows] each; 0 for padding."""
 
     def fill(self, packed: Packed) -> None:
         """Takes a forward in which all rows decode."""
         self.buffers.fill(packed)
         rows = len(packed.tokens)
-        self._host[:, rows:] = 0
-        self._host[0, :rows], self._host[1, :rows] = packed.tokens, packed.starts
-        upload(self._host, self._device)
+        self._host[0, :rows], self._host[0, rows:] = packed.starts, 0
+        upload(self._host, self.positions)
+        # Tokens are on the device; the host may not know them yet.
+        self.tokens[0, :rows] = packed.tokens
+        self.tokens[0, rows:] = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from rollout.models.loan import family_name, unwrap, vocabulary_size
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.tier import Tier
+from rollout.models.upload import uploaded
 
 #: Tokens of the sequences, which are computed side by side, and of each those that are computed after the
 #: first prefill: first all but the last of these, then the last by itself.
@@ -80,8 +81,8 @@ def _logits_over_pages(tier: Tier, trials: list[_Trial], layout: KVLayout) -> to
     try:
         with tier.on_loan():
             for ends in np.array([trial.ends for trial in trials]).T:
-                tokens = np.concatenate([t.ids[start:end] for t, start, end in zip(trials, starts, ends, strict=True)])
-                packed = Packed(tokens, tables, starts, ends - starts, states=states)
+                ids = np.concatenate([t.ids[start:end] for t, start, end in zip(trials, starts, ends, strict=True)])
+                packed = Packed(uploaded(ids, pool.device), tables, starts, ends - starts, states=states)
                 # The next forward may overwrite them.
                 logits.append(runner.forward(packed).float().clone())
                 starts = ends

@@ -25,6 +25,7 @@ from rollout.models.pages import PagePool
 from rollout.models.rotary import Rotary, texts_of
 from rollout.models.slots import Slots
 from rollout.models.tier import Runner, Tier
+from rollout.models.upload import uploaded
 
 _PAGE_SIZE = 16
 _PROBE_TOKENS = 5
@@ -81,14 +82,14 @@ class GatheringRunner(Runner):
         for sequences in batches:
             batch = _Batch.of(packed, sequences, self._pool.layout.page_size)
             cache = _GatheringCache(self._pool, batch)
-            tokens, mask, positions = (
-                torch.from_numpy(array).to(self._device) for array in (batch.tokens, batch.mask, batch.positions)
+            sources, mask, positions = (
+                uploaded(array, self._device) for array in (batch.sources, batch.mask, batch.positions)
             )
             with texts_of(packed.text_lengths[sequences, None]):
-                outputs.append(self._run(tokens, mask, positions, cache))
+                outputs.append(self._run(packed.tokens[sources], mask, positions, cache))
         logits = outputs[0].new_empty(len(packed.lengths), outputs[0].shape[-1])
         for sequences, output in zip(batches, outputs, strict=True):
-            logits[torch.from_numpy(sequences).to(self._device)] = output
+            logits[uploaded(sequences, self._device)] = output
         return logits
 
     def _batches(self, packed: Packed) -> Iterator[IntArray]:
@@ -108,8 +109,8 @@ class GatheringRunner(Runner):
 class _Batch:
     """Sequences left-padded to the longest: b of them, t queries and n keys each."""
 
-    tokens: IntArray
-    """[b, t]; what stands in the padding does not matter."""
+    sources: IntArray
+    """[b, t] which of the forward's new tokens stand there; what stands in the padding does not matter."""
     positions: IntArray
     """[b, t], 0 in the padding."""
     mask: IntArray
@@ -130,9 +131,8 @@ class _Batch:
         slots = tables[np.arange(len(sequences))[:, None], held // page_size] * page_size + held % page_size
         columns = np.arange(most_queries) - (most_queries - lengths)[:, None]
         real = columns >= 0
-        tokens = packed.tokens[packed.offsets[sequences, None] + np.maximum(columns, 0)]
         return cls(
-            tokens=tokens,
+            sources=packed.offsets[sequences, None] + np.maximum(columns, 0),
             positions=np.maximum(keys[:, -most_queries:], 0),
             mask=(keys >= 0).astype(np.int64),
             new=np.flatnonzero(real),
@@ -239,10 +239,10 @@ class _GatheringCache(_Cache):
     """Stores to pages, and gathers from them."""
 
     def __init__(self, pool: PagePool, batch: _Batch) -> None:
-        super().__init__(batch.tokens.shape[1], batch.mask.shape[1])
+        super().__init__(batch.sources.shape[1], batch.mask.shape[1])
         self._writes, self._reads = Slots.of(pool, batch.writes), Slots.of(pool, batch.reads)
         # The queries that are no padding; all of them in most forwards, and then None.
-        some = len(batch.new) < batch.tokens.size
+        some = len(batch.new) < batch.sources.size
         self._new = torch.from_numpy(batch.new).to(pool.device) if some else None
         self._sites = pool.layout.sites
 

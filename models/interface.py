@@ -13,13 +13,14 @@ from torch import nn
 from rollout.models import attention
 from rollout.models.backend import Steps, fastest
 from rollout.models.errors import UnsupportedModel
-from rollout.models.layout import IntArray, KVLayout
+from rollout.models.layout import KVLayout
 from rollout.models.loan import Loan, family_name, unwrap
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.probe import probe
 from rollout.models.rotary import Rotary, texts_of
 from rollout.models.tier import Runner, Tier
+from rollout.models.upload import uploaded
 
 
 class InterfaceTier(Tier):
@@ -81,13 +82,10 @@ class InterfaceRunner(Runner):
         texts = texts_of(np.repeat(packed.text_lengths, packed.lengths)[None])
         with attention.running(self._steps(self._pool, packed)), texts:
             output = self._model(
-                input_ids=self._tensor(packed.tokens[None]),
-                position_ids=self._tensor(packed.positions[None]),
+                input_ids=packed.tokens[None],
+                position_ids=uploaded(packed.positions[None], self._device),
                 use_cache=False,
-                logits_to_keep=self._tensor(last) if len(last) < len(packed.tokens) else 0,
+                logits_to_keep=uploaded(last, self._device) if len(last) < len(packed.tokens) else 0,
             )
         logits: torch.Tensor = output.logits[0]
         return logits
-
-    def _tensor(self, values: IntArray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(self._device)

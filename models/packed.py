@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from rollout.models.layout import IntArray
 
@@ -13,8 +14,8 @@ from rollout.models.layout import IntArray
 class Packed:
     """S sequences with T new tokens in all: rows that decode have one each, prompts that are prefilled more."""
 
-    tokens: IntArray
-    """[T] the new tokens, sequence after sequence."""
+    tokens: torch.Tensor
+    """[T] int64 on the model's device: the new tokens, sequence after sequence. The host may not know them yet."""
     tables: IntArray
     """[S, pages] pages of each sequence, those to be written included; entries past its end are not read."""
     starts: IntArray

@@ -40,7 +40,10 @@ def largest_error(
     tables = np.arange(-(-_LENGTH // _PAGE_SIZE))[::-1].copy()[None]
     parts = [slice(0, _LENGTH - 1), slice(_LENGTH - 1, _LENGTH)]
     steps = [
-        attention(pool, Packed(np.zeros(count, np.int64), tables, np.array([start]), np.array([count])))
+        attention(
+            pool,
+            Packed(torch.zeros(count, dtype=torch.int64, device=device), tables, np.array([start]), np.array([count])),
+        )
         for start, count in ((part.start, part.stop - part.start) for part in parts)
     ]
     error = 0.0

@@ -28,6 +28,7 @@ from rollout.models.rotary import Rotary, texts_of
 from rollout.models.state_cache import PooledStates, RecordedStates
 from rollout.models.states import StateRows
 from rollout.models.tier import Runner, Tier
+from rollout.models.upload import uploaded
 
 
 class StateTier(Tier):
@@ -116,16 +117,14 @@ class StateRunner(Runner):
             return outputs[0]
         logits = outputs[0].new_empty(len(packed.lengths), outputs[0].shape[-1])
         for sequences, output in zip(groups, outputs, strict=True):
-            logits[torch.from_numpy(sequences).to(logits.device)] = output
+            logits[uploaded(sequences, logits.device)] = output
         return logits
 
     def _run(self, packed: Packed) -> torch.Tensor:
         """Logits [b, V] of the last tokens of sequences that are equally long and all new, or none of them."""
         cache = PooledStates(StateRows.of(self._pool.states, packed.states), fresh=not packed.starts[0])
-        tokens, positions = (
-            torch.from_numpy(array.reshape(len(packed.lengths), -1)).to(self._pool.device)
-            for array in (packed.tokens, packed.positions)
-        )
+        tokens = packed.tokens.view(len(packed.lengths), -1)
+        positions = uploaded(packed.positions.reshape(tokens.shape), self._pool.device)
         step = nullcontext() if self._steps is None else attention.running(self._steps(self._pool, packed))
         with step, texts_of(packed.text_lengths[:, None]):
             output = self._model(input_ids=tokens, **self._arguments(positions, cache))
@@ -173,10 +172,10 @@ def _groups(packed: Packed) -> Iterator[IntArray]:
 def _part(packed: Packed, sequences: IntArray) -> Packed:
     """Some sequences, equally long, of a forward."""
     length = packed.lengths[sequences[0]]
-    tokens = packed.tokens[packed.offsets[sequences][:, None] + np.arange(length)].ravel()
+    of = packed.offsets[sequences][:, None] + np.arange(length)
     pages = -(-int(packed.ends[sequences].max()) // PAGE_SIZE)
     return Packed(
-        tokens,
+        packed.tokens[uploaded(of.ravel(), packed.tokens.device)],
         packed.tables[sequences, :pages],
         packed.starts[sequences],
         packed.lengths[sequences],

@@ -19,3 +19,14 @@ def upload(values: NDArray[Any], tensor: torch.Tensor) -> None:
         # Of pinned memory that torch takes back only when the copy is done.
         source = source.pin_memory()
     tensor[: len(source)].copy_(source, non_blocking=True)
+
+
+def uploaded(values: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """An array as a tensor on ``device``, to be used on its current stream.
+
+    On a GPU the array may be changed at once; on a CPU the tensor may share its memory.
+    """
+    source = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type == "cuda":
+        source = source.pin_memory()
+    return source.to(device, non_blocking=True)

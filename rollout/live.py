@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from rollout.models.sampling import RowSampling
-from rollout.rows import Completion, IntArray, Row, noise_key
+from rollout.models.upload import uploaded
+from rollout.rows import Completion, FloatArray, IntArray, Row, noise_key
 
 _GROWTH = 16
 _NO_STATE: IntArray = np.zeros(0, np.int64)
@@ -17,7 +18,11 @@ _T = TypeVar("_T", bound=np.generic)
 
 
 class LiveRows:
-    """Rows that decode. Arrays are indexed by slot; ``active`` lists the slots in use, oldest row first."""
+    """Rows that decode, oldest first. Arrays are indexed by slot.
+
+    Tokens may be drawn ahead of what the host has of them: ``generated`` counts those drawn, ``arrived`` those whose
+    values are here. A row that has ended keeps its slot, and what it holds, until all that was drawn for it is here.
+    """
 
     def __init__(self, page_size: int, device: torch.device, states_per_row: int = 0) -> None:
         self._page_size = page_size
@@ -26,6 +31,9 @@ class LiveRows:
         self._free: list[int] = []
         self._sampling: RowSampling | None = None
         self.active: IntArray = np.zeros(0, np.int64)
+        """Slots of the rows that go on."""
+        self.held: IntArray = np.zeros(0, np.int64)
+        """Slots in use: those, and of rows that have ended."""
         self.tables: IntArray = np.zeros((0, _GROWTH), np.int64)
         """[slots, pages] page ids."""
         self.page_counts: IntArray = np.zeros(0, np.int64)
@@ -33,10 +41,15 @@ class LiveRows:
         """[slots, 1] page of each row's recurrent state; [slots, 0] in models without."""
         self.prompt_lengths: IntArray = np.zeros(0, np.int64)
         self.generated: IntArray = np.zeros(0, np.int64)
+        self.arrived: IntArray = np.zeros(0, np.int64)
         self.limits: IntArray = np.zeros(0, np.int64)
         self.ignore_eos: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.has_stops: NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Whether the row has stop strings or stop ids of its own."""
+        self.over: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Whether the row ended with a token that is here; what was drawn after that is nothing of its."""
+        self.broken: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Whether any number drawn for the row was not finite."""
         self._joined_with: IntArray = np.zeros(0, np.int64)
         self._temperature: NDArray[np.float32] = np.zeros(0, np.float32)
         self._top_k: IntArray = np.zeros(0, np.int64)
@@ -44,6 +57,8 @@ class LiveRows:
         self._min_p: NDArray[np.float32] = np.zeros(0, np.float32)
         self._keys: IntArray = np.zeros((0, 2), np.int64)
         self._samples: IntArray = np.zeros(0, np.int64)
+        self._last = torch.zeros(0, dtype=torch.int64, device=device)
+        """[slots] the token drawn last."""
         self._tokens: IntArray = np.zeros((0, _GROWTH), np.int64)
         self._logprobs: NDArray[np.float32] = np.zeros((0, _GROWTH), np.float32)
         self._sampler_logprobs: NDArray[np.float32] = np.zeros((0, _GROWTH), np.float32)
@@ -59,13 +74,12 @@ class LiveRows:
 
     @property
     def lengths(self) -> IntArray:
-        """[active] tokens of each row; the last one is not in its pages yet."""
+        """[active] tokens drawn of each row; the last one is not in its pages yet."""
         return self.prompt_lengths[self.active] + self.generated[self.active]
 
-    def last_tokens(self) -> IntArray:
-        """[active] the token that each row decodes from."""
-        tokens: IntArray = self._tokens[self.active, self.generated[self.active] - 1]
-        return tokens
+    def last_tokens(self) -> torch.Tensor:
+        """[active] int64 on the device: the token that each row decodes from."""
+        return self._last[uploaded(self.active, self._device)]
 
     def pages(self, slot: int) -> IntArray:
         """The pages that a row holds, in order."""
@@ -73,16 +87,16 @@ class LiveRows:
         return pages
 
     def all_rows(self) -> list[Row]:
-        """The rows, oldest first."""
-        return [self.row(slot) for slot in self.active.tolist()]
+        """The rows in all slots, oldest first."""
+        return [self.row(slot) for slot in self.held.tolist()]
 
     def all_pages(self) -> list[IntArray]:
         """The pages of every row, as views that may be rewritten."""
-        return [self.pages(slot) for slot in self.active.tolist()]
+        return [self.pages(slot) for slot in self.held.tolist()]
 
     def all_states(self) -> list[IntArray]:
         """The same for the pages of recurrent states."""
-        return [self.states[slot] for slot in self.active.tolist()]
+        return [self.states[slot] for slot in self.held.tolist()]
 
     # -- coming and going ----------------------------------------------------------------------------
 
@@ -98,7 +112,8 @@ class LiveRows:
         self.page_counts[slot] = len(pages)
         self.states[slot] = state
         self.prompt_lengths[slot] = len(row.group.prompt_ids)
-        self.generated[slot] = done
+        self.generated[slot] = self.arrived[slot] = done
+        self.over[slot] = self.broken[slot] = False
         self._joined_with[slot] = done
         self.limits[slot] = row.limit
         params = row.request.params
@@ -111,14 +126,14 @@ class LiveRows:
         self._tokens[slot, :done] = row.completion.tokens
         self._logprobs[slot, :done] = row.completion.logprobs
         self._sampler_logprobs[slot, :done] = row.completion.sampler_logprobs
-        self.active = np.append(self.active, slot)
+        self.active, self.held = np.append(self.active, slot), np.append(self.held, slot)
         self._sampling = None
         return slot
 
     def remove(self, slot: int) -> None:
         """Frees a slot; the caller has released its pages."""
-        self.active = self.active[self.active != slot]
-        self._sampling = None
+        self._go_on_with(self.active != slot)
+        self.held = self.held[self.held != slot]
         self._rows[slot] = None
         self.tables[slot] = 0
         self._free.append(slot)
@@ -129,10 +144,11 @@ class LiveRows:
         self._rows.extend([None] * (new - old))
         self._free.extend(range(new - 1, old - 1, -1))
         for name, array in list(vars(self).items()):
-            if isinstance(array, np.ndarray) and name != "active":
+            if isinstance(array, np.ndarray) and name not in ("active", "held"):
                 grown = np.zeros((new, *array.shape[1:]), array.dtype)
                 grown[:old] = array
                 setattr(self, name, grown)
+        self._last = torch.cat([self._last, self._last.new_zeros(new - old)])
 
     def _widen(self, pages: int, tokens: int) -> None:
         """Makes room for so many pages and tokens a row."""
@@ -159,25 +175,42 @@ class LiveRows:
         self.tables[slots, self.page_counts[slots]] = pages
         self.page_counts[slots] += 1
 
-    def append(
-        self, slots: IntArray, tokens: IntArray, logprobs: NDArray[np.float32], sampler: NDArray[np.float32]
-    ) -> None:
-        """One more token for each of ``slots``."""
-        at = self.generated[slots]
-        self._widen(0, int(at.max()) + 1)
-        self._tokens[slots, at] = tokens
-        self._logprobs[slots, at] = logprobs
-        self._sampler_logprobs[slots, at] = sampler
+    def advance(self, slots: IntArray, tokens: torch.Tensor) -> None:
+        """One more token, on the device, was drawn for each of ``slots``; rows that have all they may have end."""
+        self._last[uploaded(slots, self._device)] = tokens
         self.generated[slots] += 1
+        going_on = self.generated[self.active] < self.limits[self.active]
+        if not going_on.all():
+            self._go_on_with(going_on)
+
+    def receive(
+        self, slots: IntArray, positions: IntArray, tokens: IntArray, logprobs: FloatArray, sampler: FloatArray
+    ) -> None:
+        """The next token of each of ``slots`` is here, the one at ``positions`` of its completion."""
+        self._widen(0, int(positions.max(initial=-1)) + 1)
+        self._tokens[slots, positions] = tokens
+        self._logprobs[slots, positions] = logprobs
+        self._sampler_logprobs[slots, positions] = sampler
+        self.arrived[slots] = positions + 1
+
+    def end(self, slot: int) -> None:
+        """The row has ended with its last token that is here."""
+        self.over[slot] = True
+        self._go_on_with(self.active != slot)
+
+    def _go_on_with(self, some: NDArray[np.bool_]) -> None:
+        """Takes the others out of ``active``."""
+        self.active = self.active[some]
+        self._sampling = None
 
     def completed(self, slot: int) -> IntArray:
-        """The tokens that the row has generated, as a view that the next one may leave behind."""
-        tokens: IntArray = self._tokens[slot, : self.generated[slot]]
+        """The tokens of the row that are here, as a view that the next one may leave behind."""
+        tokens: IntArray = self._tokens[slot, : self.arrived[slot]]
         return tokens
 
     def completion(self, slot: int) -> Completion:
-        """All that the row has generated, copied."""
-        done = (slot, slice(0, int(self.generated[slot])))
+        """All of the row that is here, copied."""
+        done = (slot, slice(0, int(self.arrived[slot])))
         return Completion(self._tokens[done].copy(), self._logprobs[done].copy(), self._sampler_logprobs[done].copy())
 
     def sampling(self) -> RowSampling:
@@ -188,7 +221,7 @@ class LiveRows:
 
     def _make_sampling(self, slots: IntArray) -> RowSampling:
         def tensor(array: NDArray[Any]) -> torch.Tensor:
-            return torch.from_numpy(array[slots]).to(self._device)
+            return uploaded(array[slots], self._device)
 
         return RowSampling(
             temperature=tensor(self._temperature),

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from rollout.batcher.types import Decision, FinishedRow, Observation, Policy, StepSample
+from rollout.draws import Draw
 from rollout.memory import Memory, is_out_of_memory
 from rollout.models.sampling import sample
 from rollout.models.tier import Runner
+from rollout.models.upload import uploaded
 from rollout.queue import Queue
 from rollout.recorder import Recorder
 from rollout.records import Record
@@ -42,6 +44,9 @@ class Loop:
         queue: rows that wait.
         weight_version: stamped on records.
         on_step: told of every step.
+        late: whether the tokens of a step are read only when the next one is on its way, so that the device need not
+            wait for the host; None where that is a GPU. Records are the same. A row that ends with a token that nobody
+            could foresee takes part in one step too many, whose token is dropped: steps and drawn tokens count it.
     """
 
     def __init__(
@@ -54,13 +59,17 @@ class Loop:
         queue: Queue,
         weight_version: int = 0,
         on_step: Callable[[StepReport], None] | None = None,
+        late: bool | None = None,
     ) -> None:
         self._runner, self._memory, self._policy, self._text, self._queue = runner, memory, policy, text, queue
         self._eos = np.array(eos, np.int64)
         self._on_step = on_step
         self.tally = Tally()
         self._recorder = Recorder(text, self.tally, weight_version)
-        self._running = Running(memory, queue, self.tally)
+        self._running = Running(memory, queue, self.tally, self._settle)
+        self._late = memory.pool.device.type == "cuda" if late is None else late
+        self._outstanding: Draw | None = None
+        """What the last step drew, if that was not read yet."""
         self._steps: list[StepSample] = []
         self._finished: list[FinishedRow] = []
         self._target: int | None = None
@@ -112,6 +121,7 @@ class Loop:
 
     def close(self) -> None:
         """Drops all rows and gives all memory back."""
+        self._outstanding = None
         self._running.close()
         self._runner.close()
 
@@ -179,6 +189,8 @@ class Loop:
     def _forward(self, prefill_tokens: int) -> tuple[int, int, int]:
         """One token for every live row and the next part of the oldest prefills, in one packed forward.
 
+        Only when that is on its way are the tokens of the step before read.
+
         Returns the rows that decoded, the tokens that they attended to, and the tokens prefilled.
         """
         running = self._running
@@ -188,6 +200,7 @@ class Loop:
         )
         packed = running.packed(parts)
         if packed is None:
+            self._settle()
             return 0, 0, 0
         logits = self._runner.forward(packed)
         rows = len(running.live)
@@ -198,27 +211,47 @@ class Loop:
         if ready:
             joined = running.go_live([parts[i][0] for i in ready])
             sources = np.concatenate([sources, rows + np.array(ready)[joined]])
+        drawn = None
         if len(sources):
-            self._draw(logits[sources] if parts else logits)
+            drawn = self._draw(logits[uploaded(sources, logits.device)] if parts else logits)
+        self._settle()
+        self._outstanding = drawn
+        if not (self._late and running.alive):
+            self._settle()
         prefilled = int(packed.lengths[rows:].sum())
         self.tally.prefilled_tokens += prefilled
         return rows, int(packed.ends[:rows].sum()), prefilled
 
-    def _draw(self, logits: torch.Tensor) -> None:
-        """A token for every live row from its row of ``logits``; rows that end with it are retired."""
+    def _draw(self, logits: torch.Tensor) -> Draw:
+        """Draws a token for every live row from its row of ``logits``, without waiting for it."""
         live = self._running.live
-        slots = live.active
-        positions = torch.from_numpy(live.generated[slots]).to(logits.device)
-        drawn = sample(logits, live.sampling(), positions)
-        tokens, logprobs, sampler = (x.cpu().numpy() for x in (drawn.tokens, drawn.logprobs, drawn.sampler_logprobs))
-        live.append(slots, tokens, logprobs, sampler)
+        slots, positions = live.active, live.generated[live.active]
+        sampled = sample(logits, live.sampling(), uploaded(positions, logits.device))
+        drawn = Draw.of(slots, positions, sampled)
+        live.advance(slots, sampled.tokens)
         self.tally.drawn_tokens += len(slots)
+        return drawn
+
+    def _settle(self) -> bool:
+        """Reads what is outstanding and finishes the rows that end with it. Returns whether anything was."""
+        drawn, self._outstanding = self._outstanding, None
+        if drawn is None:
+            return False
+        live, slots, positions = self._running.live, drawn.slots, drawn.positions
+        tokens, logprobs, sampler = drawn.read()
+        live.broken[slots] |= ~np.isfinite(logprobs)
+        wanted = ~live.over[slots]
+        live.receive(slots[wanted], positions[wanted], tokens[wanted], logprobs[wanted], sampler[wanted])
         stopped = np.isin(tokens, self._eos) & ~live.ignore_eos[slots]
-        for i in np.flatnonzero(live.has_stops[slots] & ~stopped).tolist():
+        for i in np.flatnonzero(live.has_stops[slots] & wanted & ~stopped).tolist():
             stopped[i] = self._stops(int(slots[i]), int(tokens[i]))
-        broken = ~np.isfinite(logprobs)
-        for i in np.flatnonzero(stopped | broken | (live.generated[slots] >= live.limits[slots])).tolist():
-            self._retire(int(slots[i]), bool(stopped[i]), bool(broken[i]))
+        ended = stopped | live.broken[slots] | (positions + 1 >= live.limits[slots])
+        for i in np.flatnonzero(wanted & ended).tolist():
+            self._finish(int(slots[i]), bool(stopped[i]))
+        # A step that is under way still writes to what other rows that have ended hold, maybe numbers not finite.
+        for slot in slots[live.over[slots] & (positions + 1 == live.generated[slots])].tolist():
+            self._running.leave(slot, scrub=bool(live.broken[slot]))
+        return True
 
     def _stops(self, slot: int, token: int) -> bool:
         """Whether a stop id or stop string of the row's own ends it."""
@@ -227,10 +260,12 @@ class Loop:
             return True
         return bool(params.stop) and self._text.ends_at_stop(self._running.live.completed(slot), params.stop)
 
-    def _retire(self, slot: int, stopped: bool, broken: bool) -> None:
-        row, completion = self._running.live.row(slot), self._running.live.completion(slot)
-        self._running.leave(slot, scrub=broken)
-        if broken:
+    def _finish(self, slot: int, stopped: bool) -> None:
+        """Makes the record of a row that ends with its last token that is here."""
+        live = self._running.live
+        row, completion = live.row(slot), live.completion(slot)
+        live.end(slot)
+        if live.broken[slot]:
             error = "The model's logits are not finite."
             self._recorder.fail(row.request, row.sample, completion, "not_finite", error)
             return
@@ -242,7 +277,8 @@ class Loop:
     def _back_off(self) -> None:
         """After an allocator failure: fewer rows, then smaller prefills, then patience with the only row."""
         running = self._running
-        alive = running.alive  # before rows whose first token could not be drawn make way: they may be all
+        alive = running.alive  # before rows end, and those whose first token could not be drawn make way: maybe all
+        self._settle()
         self.tally.out_of_memory_events += 1
         self._calm = 0
         for slot in running.live.without_token()[::-1].tolist():  # each goes before those that wait
@@ -262,7 +298,7 @@ class Loop:
         running.drop_free_slabs()
         if self._memory.pool.device.type == "cuda":
             torch.cuda.empty_cache()
-        if not running.alive:
+        if not running.alive and len(self._queue):
             self._wait_or_give_up(self._memory.pool.layout.pages_for(1))
 
     def _calm_down(self) -> None:

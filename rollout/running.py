@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 from rollout.live import LiveRows
 from rollout.memory import Memory
 from rollout.models.packed import Packed
+from rollout.models.upload import uploaded
 from rollout.queue import Queue
 from rollout.rows import IntArray, Prefill, Row
 from rollout.stats import Tally
@@ -29,10 +31,12 @@ class Running:
         memory: the page pool and what it may grow to.
         queue: where rows come from, and go back to when they are preempted.
         tally: counters to keep.
+        settle: waits for tokens that were drawn and are not here yet, and takes out the rows that they end. Returns
+            whether there were any. Called before a row makes way, which is then not needed where others have ended.
     """
 
-    def __init__(self, memory: Memory, queue: Queue, tally: Tally) -> None:
-        self._memory, self._queue, self._tally = memory, queue, tally
+    def __init__(self, memory: Memory, queue: Queue, tally: Tally, settle: Callable[[], bool]) -> None:
+        self._memory, self._queue, self._tally, self._settle = memory, queue, tally, settle
         self._pool = memory.pool
         self._states = self._pool.states
         self._page_size = self._pool.layout.page_size
@@ -44,7 +48,7 @@ class Running:
 
     @property
     def alive(self) -> int:
-        """Rows that decode or are being prefilled."""
+        """Rows that go on: they decode or are being prefilled."""
         return len(self.live) + sum(len(prefill.rows) for prefill in self.prefills)
 
     # -- admitting -----------------------------------------------------------------------------------
@@ -87,10 +91,15 @@ class Running:
 
     def _preempt_crossing(self) -> None:
         """Rows that have just passed the length beyond which all of a text is stored otherwise are computed anew."""
-        if self._pool.layout.boundary is not None:
-            crossing = self.live.active[self.live.lengths == self._pool.layout.boundary + 1]
-            for slot in crossing[::-1].tolist():  # each goes before those that wait
-                self.preempt(slot)
+        if self._pool.layout.boundary is None or not len(self._crossing(self._pool.layout.boundary)):
+            return
+        self._settle()
+        for slot in self._crossing(self._pool.layout.boundary)[::-1].tolist():  # each goes before those that wait
+            self.preempt(slot)
+
+    def _crossing(self, boundary: int) -> IntArray:
+        slots: IntArray = self.live.active[self.live.lengths == boundary + 1]
+        return slots
 
     def _reserve(self, pages: int, states: int = 0, leaving: int = 0) -> bool:
         """See `Memory.reserve`. What states have to spare may serve keys and values, and the other way round.
@@ -139,9 +148,12 @@ class Running:
         tables[:rows] = live.tables[live.active, :width]
         for table, held in zip(tables[rows:], pages, strict=True):
             table[: len(held)] = held
-        new = [prefill.context[prefill.computed : prefill.computed + length] for prefill, length in parts]
+        tokens = live.last_tokens()
+        if parts:
+            new = [prefill.context[prefill.computed : prefill.computed + length] for prefill, length in parts]
+            tokens = torch.cat([tokens, uploaded(np.concatenate(new), tokens.device)])
         return Packed(
-            tokens=np.concatenate([live.last_tokens(), *new]),
+            tokens=tokens,
             tables=tables,
             starts=np.concatenate([live.lengths - 1, np.array([prefill.computed for prefill, _ in parts], np.int64)]),
             lengths=np.concatenate([np.ones(rows, np.int64), np.array([length for _, length in parts], np.int64)]),
@@ -226,7 +238,12 @@ class Running:
             pass
 
     def preempt_youngest(self) -> bool:
-        """Puts the youngest row back into the queue; its tokens are kept, its pages dropped. False if there is none."""
+        """Puts the youngest row back into the queue; its tokens are kept, its pages dropped. False if there is none.
+
+        Or only takes out rows that have ended, if that was not known yet.
+        """
+        if self._settle():
+            return True
         if self.prefills:
             prefill = self.prefills[-1]
             self._queue.put_back([prefill.rows.pop()])
@@ -246,7 +263,8 @@ class Running:
         return False
 
     def preempt(self, slot: int) -> None:
-        """Puts a live row back into the queue."""
+        """Puts a live row, all of whose tokens are here, back into the queue."""
+        assert self.live.arrived[slot] == self.live.generated[slot]
         row = self.live.row(slot)
         row.completion = self.live.completion(slot)
         self._tally.preempted_rows += 1
@@ -279,7 +297,7 @@ class Running:
 
     def close(self) -> None:
         """Drops everything."""
-        for slot in self.live.active.tolist():
+        for slot in self.live.held.tolist():
             self.leave(slot)
         for prefill in self.prefills:
             self._pool.release(prefill.pages)

@@ -106,7 +106,7 @@ class PagedWorld:
             held = self.tables[sequence][: -(-positions.stop // self.page_size)]
             tables[row, : len(held)] = held
         starts, lengths = (np.array(x) for x in zip(*((p.start, len(p)) for _, p in parts), strict=True))
-        return Packed(np.zeros(lengths.sum(), np.int64), tables, starts, lengths)
+        return Packed(torch.zeros(int(lengths.sum()), dtype=torch.int64), tables, starts, lengths)
 
     def packed(self, source: list[list[torch.Tensor]], index: int, parts: Parts) -> torch.Tensor:
         return torch.cat([source[index][sequence][positions] for sequence, positions in parts])

@@ -146,7 +146,7 @@ class World:
             packed[row, : len(tables[text])] = tables[text]
         starts = np.array([self.lengths[text] for text, _ in parts])
         new = [self.tokens[text, self.lengths[text] : self.lengths[text] + count] for text, count in parts]
-        return Packed(np.concatenate(new), packed, starts, np.array([count for _, count in parts]))
+        return Packed(torch.from_numpy(np.concatenate(new)), packed, starts, np.array([count for _, count in parts]))
 
     @property
     def sizes(self) -> list[int]:

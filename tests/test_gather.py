@@ -125,7 +125,7 @@ class World:
         for row, (sequence, positions) in enumerate(parts):
             held = self.tables[sequence][: -(-positions.stop // PAGE_SIZE)]
             tables[row, : len(held)] = held
-        tokens = np.zeros(sum(len(positions) for _, positions in parts), np.int64)
+        tokens = torch.zeros(sum(len(positions) for _, positions in parts), dtype=torch.int64)
         starts = np.array([positions.start for _, positions in parts])
         lengths = np.array([len(positions) for _, positions in parts])
         return GatherStep(self.pool, Packed(tokens, tables, starts, lengths))

@@ -56,7 +56,7 @@ class Sequences:
         starts = self.done[numbers]
         self.done[numbers] += lengths
         tokens = [self.tokens[i][start : self.done[i]] for i, start in zip(numbers, starts, strict=True)]
-        packed = Packed(np.concatenate(tokens), self.tables[numbers], starts, np.array(lengths))
+        packed = Packed(torch.from_numpy(np.concatenate(tokens)), self.tables[numbers], starts, np.array(lengths))
         with self.tier.on_loan():
             return self.tier.runner(self.pool).forward(packed)
 
@@ -115,7 +115,8 @@ def test_batches_hold_every_sequence_once_and_little_padding() -> None:
     rng = np.random.default_rng(3)
     starts = rng.integers(0, 900, 300)
     lengths = np.where(rng.random(300) < 0.8, 1, rng.integers(1, 400, 300))
-    packed = Packed(np.zeros(lengths.sum(), np.int64), np.zeros((300, 100), np.int64), starts, lengths)
+    tokens = torch.zeros(int(lengths.sum()), dtype=torch.int64)
+    packed = Packed(tokens, np.zeros((300, 100), np.int64), starts, lengths)
     batches = list(runner._batches(packed))
     assert sorted(np.concatenate(batches).tolist()) == list(range(300))
     assert len(batches) < 40
@@ -131,7 +132,9 @@ def test_batches_stay_small_enough_to_gather(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("rollout.models.gathering._BATCH_BYTES", 100 * token_bytes)
     runner = GatheringRunner(sequences.model, sequences.pool)
     ones = np.ones(10, np.int64)
-    packed = Packed(ones, np.zeros((10, 20), np.int64), np.array([29] * 8 + [31, 200]), ones)
+    packed = Packed(
+        torch.ones(10, dtype=torch.int64), np.zeros((10, 20), np.int64), np.array([29] * 8 + [31, 200]), ones
+    )
     assert sorted(len(batch) for batch in runner._batches(packed)) == [1, 3, 3, 3]
 
 

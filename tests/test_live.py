@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,10 @@ class Plain:
     prompt: int
     pages: list[int]
     joined: int
+    drawn: int
+    """Tokens, also those that are not here."""
+    last: int = 0
+    ended: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampler: list[float] = field(default_factory=list)
@@ -40,6 +45,13 @@ def row_of(name: str, prompt: int, params: SamplingParams, sample: int = 0, done
     return row
 
 
+def append(live: LiveRows, slot: int, token: int) -> None:
+    """A token that is here at once."""
+    slots, positions = np.array([slot]), live.generated[[slot]]
+    live.advance(slots, torch.tensor([token]))
+    live.receive(slots, positions, np.array([token]), np.float32([-1]), np.float32([-1]))
+
+
 class Model:
     """Rows by slot, oldest first, as dictionaries keep them."""
 
@@ -47,7 +59,13 @@ class Model:
         self.random = random.Random(seed)
         self.live = LiveRows(PAGE_SIZE, CPU)
         self.plain: dict[int, Plain] = {}
+        self.pending: deque[tuple[list[int], list[int], list[int]]] = deque()
+        """Slots, positions and tokens of draws that are not here."""
         self.count = self.page = 0
+
+    @property
+    def active(self) -> dict[int, Plain]:
+        return {slot: plain for slot, plain in self.plain.items() if not plain.ended}
 
     def new_pages(self, count: int) -> list[int]:
         self.page += count
@@ -68,7 +86,7 @@ class Model:
         self.count += 1
         done = rng.choice([0, 0, 1, 7, 40])
         prompt = rng.randint(1, 90)
-        row = row_of(f"row {self.count}", prompt, params, self.count % 100, done, limit=rng.randint(1, 99))
+        row = row_of(f"row {self.count}", prompt, params, self.count % 100, done, limit=rng.randint(done + 1, 99))
         pages = self.new_pages(-(-(prompt + done) // PAGE_SIZE))
         slot = self.live.add(row, np.array(pages))
         assert slot not in self.plain
@@ -78,26 +96,50 @@ class Model:
             prompt,
             pages,
             done,
-            completion.tokens.tolist(),
-            completion.logprobs.tolist(),
-            completion.sampler_logprobs.tolist(),
+            done,
+            tokens=completion.tokens.tolist(),
+            logprobs=completion.logprobs.tolist(),
+            sampler=completion.sampler_logprobs.tolist(),
         )
 
     def remove(self) -> None:
-        if self.plain:
-            slot = self.random.choice(list(self.plain))
+        free = [slot for slot in self.plain if all(slot not in slots for slots, _, _ in self.pending)]
+        if free:
+            slot = self.random.choice(free)
             self.live.remove(slot)
             del self.plain[slot]
 
-    def append(self) -> None:
+    def end(self) -> None:
+        """A row ends with a token that is here, others of it may be on their way."""
+        if self.plain:
+            slot = self.random.choice(list(self.plain))
+            self.live.end(slot)
+            self.plain[slot].ended = True
+            assert self.live.over[slot]
+
+    def draw(self) -> None:
         """A token for some of the rows, in any order."""
-        slots = self.random.sample(list(self.plain), self.random.randint(0, len(self.plain)))
+        slots = self.random.sample(list(self.active), self.random.randint(0, len(self.active)))
         if not slots:
             return
         tokens = [self.random.randrange(1000) for _ in slots]
+        self.pending.append((slots, [self.plain[slot].drawn for slot in slots], tokens))
+        self.live.advance(np.array(slots), torch.tensor(tokens))
+        for slot, token in zip(slots, tokens, strict=True):
+            plain = self.plain[slot]
+            plain.drawn, plain.last = plain.drawn + 1, token
+            plain.ended = plain.drawn == plain.row.limit
+
+    def arrive(self) -> None:
+        """What was drawn first, without what is nothing of its row's."""
+        if not self.pending:
+            return
+        slots, positions, tokens = (np.array(values) for values in self.pending.popleft())
+        wanted = ~self.live.over[slots]
+        slots, positions, tokens = slots[wanted], positions[wanted], tokens[wanted]
         logprobs = np.array([-self.random.random() for _ in slots], np.float32)
-        self.live.append(np.array(slots), np.array(tokens), logprobs, logprobs / 4)
-        for slot, token, logprob in zip(slots, tokens, logprobs.tolist(), strict=True):
+        self.live.receive(slots, positions, tokens, logprobs, logprobs / 4)
+        for slot, token, logprob in zip(slots.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
             plain = self.plain[slot]
             plain.tokens.append(token)
             plain.logprobs.append(logprob)
@@ -107,7 +149,7 @@ class Model:
         """Pages for all that lack one, then a token for every row that has one."""
         lacking = self.live.without_page()
         assert lacking.tolist() == [
-            slot for slot, p in self.plain.items() if len(p.pages) * PAGE_SIZE < p.prompt + len(p.tokens)
+            slot for slot, p in self.active.items() if len(p.pages) * PAGE_SIZE < p.prompt + p.drawn
         ]
         if len(lacking):
             pages = self.new_pages(len(lacking))
@@ -116,22 +158,24 @@ class Model:
                 self.plain[slot].pages.append(page)
 
     def check(self) -> None:
-        live, plain = self.live, self.plain
-        slots = list(plain)
+        live, plain, active = self.live, self.plain, self.active
+        slots = list(active)
         assert live.active.tolist() == slots
+        assert live.held.tolist() == list(plain)
         assert len(live) == len(slots)
         assert live.all_rows() == [p.row for p in plain.values()]
         assert [pages.tolist() for pages in live.all_pages()] == [p.pages for p in plain.values()]
-        assert live.lengths.tolist() == [p.prompt + len(p.tokens) for p in plain.values()]
-        assert live.without_token().tolist() == [s for s, p in plain.items() if len(p.tokens) == p.joined]
-        assert live.prompt_lengths[live.active].tolist() == [p.prompt for p in plain.values()]
-        assert live.generated[live.active].tolist() == [len(p.tokens) for p in plain.values()]
-        assert live.limits[live.active].tolist() == [p.row.limit for p in plain.values()]
+        assert live.lengths.tolist() == [p.prompt + p.drawn for p in active.values()]
+        assert live.without_token().tolist() == [s for s, p in active.items() if p.drawn == p.joined]
+        assert live.prompt_lengths[live.active].tolist() == [p.prompt for p in active.values()]
+        assert live.generated[live.active].tolist() == [p.drawn for p in active.values()]
+        assert live.arrived[live.held].tolist() == [len(p.tokens) for p in plain.values()]
+        assert live.limits[live.held].tolist() == [p.row.limit for p in plain.values()]
         params = [p.row.request.params for p in plain.values()]
-        assert live.ignore_eos[live.active].tolist() == [p.ignore_eos for p in params]
-        assert live.has_stops[live.active].tolist() == [bool(p.stop or p.stop_token_ids) for p in params]
-        if slots and all(p.tokens for p in plain.values()):
-            assert live.last_tokens().tolist() == [p.tokens[-1] for p in plain.values()]
+        assert live.ignore_eos[live.held].tolist() == [p.ignore_eos for p in params]
+        assert live.has_stops[live.held].tolist() == [bool(p.stop or p.stop_token_ids) for p in params]
+        for token, p in zip(live.last_tokens().tolist(), active.values(), strict=True):
+            assert p.drawn == p.joined or token == p.last
         for slot, p in plain.items():
             assert live.row(slot) is p.row
             completion = live.completion(slot)
@@ -162,10 +206,11 @@ class Model:
 def test_any_sequence_keeps_every_row_s_own(seed: int) -> None:
     print("seed", seed)
     model = Model(seed)
-    for number in range(150):
+    for number in range(240):
         # Grows to more rows than the first slots hold, shrinks, and grows again into freed slots.
-        growing = (number // 50) % 2 == 0
-        operations = [model.append, model.step, *([model.add] * 3 if growing else [model.remove] * 2)]
+        growing = (number // 80) % 2 == 0
+        operations = [model.draw, model.draw, model.arrive, model.arrive, model.step, model.end]
+        operations += [model.add] * 5 if growing else [model.remove] * 4
         model.random.choice(operations)()
         if number % 5 == 0:
             model.remove()
@@ -177,10 +222,10 @@ def test_a_completion_is_a_copy() -> None:
     live = LiveRows(PAGE_SIZE, CPU)
     slot = live.add(row_of("a", 3, SamplingParams(), done=2), np.array([0, 1]))
     before = live.completion(slot)
-    live.append(np.array([slot]), np.array([7]), np.float32([-1]), np.float32([-1]))
+    append(live, slot, 7)
     live.remove(slot)
     other = live.add(row_of("b", 3, SamplingParams(), done=1), np.array([5]))
-    live.append(np.array([other]), np.array([8]), np.float32([-1]), np.float32([-1]))
+    append(live, other, 8)
     assert before.tokens.tolist() == [50, 51]
 
 
@@ -206,7 +251,7 @@ def test_sampling_tensors_are_made_once_a_batch() -> None:
     live = LiveRows(PAGE_SIZE, CPU)
     slot = live.add(row_of("a", 5, SamplingParams(temperature=0.5)), np.array([3, 4]))
     first = live.sampling()
-    live.append(np.array([slot]), np.array([7]), np.float32([-1]), np.float32([-1]))
+    append(live, slot, 7)
     assert live.sampling() is first
     live.remove(slot)
     assert live.add(row_of("b", 5, SamplingParams(temperature=2.0)), np.array([3, 4])) == slot

@@ -53,13 +53,21 @@ class World:
         self.queue = Queue(requests, None, ALL)
         self.queue.fill(ALL)
         self.tally = Tally()
-        self.running = Running(self.memory, self.queue, self.tally)
+        self.running = Running(self.memory, self.queue, self.tally, self.settle)
         self.live = self.running.live
+        self.ended: list[int] = []
         self.drawn: dict[int, list[int]] = {}
         """Tokens that were drawn for each row, by the row's identity."""
 
     def held(self) -> int:
         return 0 if self.memory is None else self.memory.bytes_held
+
+    def settle(self) -> bool:
+        """Rows that turn out to have ended; see `test_rows_that_have_ended_make_way_for_those_that_go_on`."""
+        ended, self.ended = self.ended, []
+        for slot in ended:
+            self.running.leave(slot)
+        return bool(ended)
 
     # -- what a step does --------------------------------------------------------------------------------
 
@@ -96,15 +104,17 @@ class World:
         self.check()
         slots = self.live.active
         if len(slots):
-            for slot, token, length in zip(slots, self.live.last_tokens(), self.live.lengths, strict=True):
-                self.write(int(self.live.pages(slot)[(length - 1) // PAGE_SIZE]), int(length) - 1, int(token))
+            for slot, token, length in zip(slots, self.live.last_tokens().tolist(), self.live.lengths, strict=True):
+                self.write(int(self.live.pages(slot)[(length - 1) // PAGE_SIZE]), int(length) - 1, token)
                 for page in self.live.states[slot]:
-                    self.fold(page, folded([int(token)], self.state(page)))
+                    self.fold(page, folded([token], self.state(page)))
             self.draw(slots)
 
     def draw(self, slots: IntArray) -> None:
         tokens = np.array([self.next_token(self.live.row(slot)) for slot in slots.tolist()])
-        self.live.append(slots, tokens, -tokens.astype(np.float32), -tokens.astype(np.float32))
+        positions = self.live.generated[slots]
+        self.live.advance(slots, torch.from_numpy(tokens))
+        self.live.receive(slots, positions, tokens, -tokens.astype(np.float32), -tokens.astype(np.float32))
         self.check()
 
     def next_token(self, row: Row) -> int:
@@ -334,7 +344,7 @@ def test_a_step_packs_the_last_token_of_each_live_row_and_then_the_parts_of_pref
     a, (b, c) = world.live.pages(0), (prefill.pages for prefill in world.running.prefills)
     assert packed.starts.tolist() == [6, 3, 0]
     assert packed.lengths.tolist() == [1, 6, 2]
-    assert packed.tokens.tolist() == [*world.live.last_tokens(), *range(23, 29), 40, 41]
+    assert packed.tokens.tolist() == [*world.live.last_tokens().tolist(), *range(23, 29), 40, 41]
     assert packed.positions.tolist() == [6, 3, 4, 5, 6, 7, 8, 0, 1]
     size = PAGE_SIZE
     wanted = [(a, 6), *((b, i) for i in range(3, 9)), (c, 0), (c, 1)]
@@ -465,6 +475,40 @@ def test_a_step_makes_room_by_preempting_the_youngest() -> None:
 
 
 # -- giving memory back ----------------------------------------------------------------------------------
+
+
+def test_rows_that_have_ended_make_way_for_those_that_go_on() -> None:
+    world = World([request("a", 5), request("b", 5, start=20), request("c", 5, start=40)]).all_live()
+    world.ended = world.live.active[:1].tolist()
+    world.running.preempt_beyond(2)
+    assert (world.alive(), world.waiting(), world.tally.preempted_rows) == (["b0", "c0"], [], 0)
+    world.running.preempt_beyond(1)
+    assert (world.alive(), world.waiting(), world.tally.preempted_rows) == (["b0"], ["c0"], 1)
+
+
+def test_a_row_keeps_its_pages_until_its_last_token_is_here() -> None:
+    world = World([Request("a", list(range(5)), SamplingParams(max_new_tokens=2, ignore_eos=True)), request("b", 7)])
+    slot, other = world.all_live().live.active.tolist()
+    world.running.make_room()
+    world.live.advance(world.live.active, torch.tensor([1, 2]))
+    assert (world.live.active.tolist(), world.live.held.tolist()) == ([other], [slot, other])
+    assert world.running.alive == 1
+    world.pool.check_integrity(world.running.held_pages())
+    packed = world.running.packed([])
+    assert packed is not None
+    assert (packed.tokens.tolist(), packed.starts.tolist()) == ([2], [8])
+    world.running.leave(slot)
+    world.pool.check_integrity(world.running.held_pages())
+    world.running.close()
+    assert world.pool.used_pages == 0
+
+
+def test_a_row_whose_last_token_is_not_here_cannot_be_preempted() -> None:
+    world = World([request("a", 5)]).all_live()
+    world.running.make_room()
+    world.live.advance(world.live.active, torch.tensor([1]))
+    with pytest.raises(AssertionError):
+        world.running.preempt(0)
 
 
 def test_slabs_are_given_back_without_preempting_while_pages_can_move() -> None:

@@ -332,7 +332,7 @@ def test_a_step_of_padding_alone(device: torch.device) -> None:
     world = World([5], torch.float32, 15, device)
     buffers = world.steps.buffers(Room(singles=2, segments=0, tokens=2, entries=4))
     nothing = np.zeros(0, np.int64)
-    forward = Packed(nothing, np.zeros((0, 1), np.int64), nothing, nothing)
+    forward = Packed(torch.zeros(0, dtype=torch.int64), np.zeros((0, 1), np.int64), nothing, nothing)
     buffers.fill(forward)
     step = TritonStep(world.pool, forward, buffers)
     for index, kind in enumerate(KINDS):

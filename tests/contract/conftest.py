@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout import Engine, Record
+from rollout.loop import Loop
 from rollout.models.serve import serve
 from rollout.running import Running
 from tests.families import VOCABULARY
@@ -26,6 +28,12 @@ def integrity(monkeypatch: pytest.MonkeyPatch) -> None:
         self._pool.states.check_integrity(self.held_states())
 
     monkeypatch.setattr(Running, "make_room", checked)
+
+
+@pytest.fixture(params=[False, True], ids=["at once", "late"])
+def at_once_and_late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that uses this runs twice: with tokens that are read at once, and with such that are read a step late."""
+    monkeypatch.setattr("rollout.engine.Loop", partial(Loop, late=request.param))
 
 
 def random_prompts(seed: int, count: int, longest: int = 48) -> list[list[int]]:

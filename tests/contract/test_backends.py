@@ -40,7 +40,7 @@ def logits_of(model: PreTrainedModel, steps_for: Callable[[PagePool], Steps]) ->
     for _ in range(4):
         pool.grow()
     rng = np.random.default_rng(5)
-    tokens = rng.integers(3, VOCABULARY, (4, 48))
+    tokens = torch.from_numpy(rng.integers(3, VOCABULARY, (4, 48))).to(DEVICE)
     tables = rng.permutation(pool.free_pages).reshape(4, 3)
     runner = InterfaceRunner(model, pool, steps_for(pool))
     logits = []
@@ -49,7 +49,7 @@ def logits_of(model: PreTrainedModel, steps_for: Callable[[PagePool], Steps]) ->
             logits.append(
                 runner.forward(
                     Packed(
-                        tokens=np.concatenate([tokens[sequence, start:end] for sequence, start, end in parts]),
+                        tokens=torch.cat([tokens[sequence, start:end] for sequence, start, end in parts]),
                         tables=np.stack([tables[sequence] for sequence, _, _ in parts]),
                         starts=np.array([start for _, start, _ in parts]),
                         lengths=np.array([end - start for _, start, end in parts]),

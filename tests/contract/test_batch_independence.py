@@ -119,6 +119,7 @@ def test_long_prompts_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> No
     assert worst_logprob(model, list(found)) < 1e-5
 
 
+@pytest.mark.usefixtures("at_once_and_late")
 def test_pool_squeezed_and_released_while_rows_live() -> None:
     """Another process takes and returns memory: slabs go and come back, rows are moved or preempted, none is lost."""
     model = tiny("gemma2")

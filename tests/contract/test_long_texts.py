@@ -90,6 +90,7 @@ class Chunked:
         return Decision(7, 13, "test")
 
 
+@pytest.mark.usefixtures("at_once_and_late")
 def test_samples_do_not_depend_on_company() -> None:
     """Samples of one prompt share its pages until they cross; batches mix texts on both sides."""
     model = long_model("phi3", sliding_window=12)

@@ -177,6 +177,7 @@ def test_squeezed_and_released_while_rows_live(family: str) -> None:
     assert max(squeezed) <= fake.total_bytes // 4 < max(roomy)
 
 
+@pytest.mark.usefixtures("at_once_and_late")
 @pytest.mark.parametrize("place", ["forward", "sample"])
 def test_an_allocator_failure_costs_recomputation_alone(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A state that went on by a token must not go on by the same token again."""
@@ -239,6 +240,7 @@ def test_the_paper_s_policy_lets_in_as_many_rows_as_states_fit() -> None:
 # -- rows that are not finite ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("at_once_and_late")
 def test_a_broken_row_spoils_no_other() -> None:
     """Its state is left as it is: the next row with that page begins with none."""
     model = tiny("falcon_h1")
