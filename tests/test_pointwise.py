@@ -156,7 +156,7 @@ def test_factors_are_read_from_weights_of_any_dtype_and_strides(kernel: Pointwis
     weight = numbers(6, 75, dtype=torch.bfloat16)
     x = numbers(7, 4, 75, dtype=torch.bfloat16)
     wanted = kernel.rms_norm(x, kernel.norm_factors(weight, x.dtype), 1e-6, late=True)
-    every_second = torch.stack([weight, -weight], -1)[:, 0]
+    every_second = torch.stack([weight, -weight], -1).float()[:, 0]
     for same in (weight.double(), nn.Parameter(weight.float()), every_second):
         assert_same(kernel.rms_norm(x, kernel.norm_factors(same, x.dtype), 1e-6, late=True), wanted)
 
