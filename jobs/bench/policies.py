@@ -153,6 +153,8 @@ def budget(given: argparse.Namespace) -> None:
             m = [fmean(column) for column in zip(*rows, strict=True)]
             lines.append([name, f"{m[0]:.1f}", f"{m[1]:.0f}", f"{m[2]:.0f} x {m[3]:.0f}", f"{m[4]:.3f}", f"{m[5]:.2%}",
                           f"{m[6]:.0%}", f"{m[7]:.3f}", f"{m[8]:.1%}", f"{m[9]:.3f}", f"{m[10]:.1%}"])  # fmt: skip
+        if not given.sla:
+            lines = [line[:-2] for line in lines]
         print(f"\n{letter}: {given.seeds} seeds, {setting.requests} rows")
         _tell(lines)
         print(
