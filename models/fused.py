@@ -47,9 +47,8 @@ class FusedParts:
             fused = _norm(module, kernel)
             if fused is not None:
                 self._forwards.append((module, fused))
-        for source in {
-            type(module).__module__: sys.modules.get(type(module).__module__) for module in model.modules()
-        }.values():
+        for name in {type(module).__module__ for module in model.modules()}:
+            source = sys.modules.get(name)
             own = getattr(source, _ROTARY, None)
             if isinstance(own, _Rotary):  # inside a block of another thread
                 own = own.own

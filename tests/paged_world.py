@@ -92,6 +92,27 @@ class PagedWorld:
             for kind in kinds
         ]
 
+    def check_only_written(self, lengths: dict[int, int]) -> None:
+        """The first tokens of each sequence stand in their slots; all other slots are as nobody has written them."""
+        size, slab_pages = self.page_size, self.pool.slab_pages
+        slots = {
+            (int(self.tables[sequence][p // size]), p % size): (sequence, p)
+            for sequence, n in lengths.items()
+            for p in range(n)
+        }
+        for index in range(len(self.kinds)):
+            for number, slab in enumerate(self.pool.slabs):
+                if slab is None:
+                    continue
+                for memory, source in ((slab.keys, self.keys), (slab.values, self.values)):
+                    for page in range(slab_pages):
+                        for at in range(size):
+                            found, owner = memory[index][page, at], slots.get((number * slab_pages + page, at))
+                            if owner is None:
+                                assert found.isnan().all()
+                            else:
+                                assert torch.equal(found, source[index][owner[0]][owner[1]])
+
     def poison(self) -> None:
         for slab in self.pool.slabs:
             if slab is not None:

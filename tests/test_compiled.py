@@ -169,23 +169,7 @@ def test_every_key_and_value_is_written_where_it_belongs_and_nowhere_else(kernel
     world = World([100, 7], dtype, 7)
     world.run(kernel, [(0, range(98)), (1, range(7))], threads=2)
     world.run(kernel, [(0, range(98, 99))])
-    size, slab_pages = world.page_size, world.pool.slab_pages
-    slots = {
-        (int(world.tables[sequence][p // size]), p % size): (sequence, p)
-        for sequence, n in ((0, 99), (1, 7))
-        for p in range(n)
-    }
-    for index in range(len(KINDS)):
-        for number in range(world.pool.live_slabs):
-            slab = world.pool.slab(number)
-            for memory, source in ((slab.keys, world.keys), (slab.values, world.values)):
-                for page in range(slab_pages):
-                    for at in range(size):
-                        found, owner = memory[index][page, at], slots.get((number * slab_pages + page, at))
-                        if owner is None:
-                            assert found.isnan().all()
-                        else:
-                            assert torch.equal(found, source[index][owner[0]][owner[1]])
+    world.check_only_written({0: 99, 1: 7})
 
 
 def test_extreme_scores(kernel: Kernel) -> None:

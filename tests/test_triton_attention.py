@@ -214,29 +214,7 @@ def test_every_key_and_value_is_written_where_it_belongs_and_nowhere_else(
     world = World([21, 7], dtype, 11, device)
     world.run([(0, range(19)), (1, range(7))])
     world.run([(0, range(19, 20))])
-    assert_only_written(world, {0: 20, 1: 7})
-
-
-def assert_only_written(world: World, lengths: dict[int, int]) -> None:
-    """The first tokens of each sequence stand in their slots; all other slots are as nobody has written them."""
-    size, slab_pages = world.page_size, world.pool.slab_pages
-    slots = {
-        (int(world.tables[sequence][p // size]), p % size): (sequence, p)
-        for sequence, n in lengths.items()
-        for p in range(n)
-    }
-    for index in range(len(world.kinds)):
-        for number, slab in enumerate(world.pool.slabs):
-            if slab is None:
-                continue
-            for memory, source in ((slab.keys, world.keys), (slab.values, world.values)):
-                for page in range(slab_pages):
-                    for at in range(size):
-                        found, owner = memory[index][page, at], slots.get((number * slab_pages + page, at))
-                        if owner is None:
-                            assert found.isnan().all()
-                        else:
-                            assert torch.equal(found, source[index][owner[0]][owner[1]])
+    world.check_only_written({0: 20, 1: 7})
 
 
 # -- independence ----------------------------------------------------------------------------------------
@@ -325,7 +303,7 @@ def test_padding_reads_and_writes_nothing_and_changes_no_bit(dtype: torch.dtype,
             assert torch.equal(out[: len(parts)], plain)
             assert (out[len(parts) :] == 0).all()
     assert addresses(buffers) == before
-    assert_only_written(world, {0: 20, 1: 5, 2: 33})
+    world.check_only_written({0: 20, 1: 5, 2: 33})
 
 
 def test_a_step_of_padding_alone(device: torch.device) -> None:
@@ -345,7 +323,7 @@ def test_a_step_of_padding_alone(device: torch.device) -> None:
             )
         ]
         assert (step.compute(index, *nan, world.scores[index]) == 0).all()
-    assert_only_written(world, {})
+    world.check_only_written({})
 
 
 def test_a_mixed_step_with_padding(device: torch.device) -> None:
