@@ -19,7 +19,7 @@ from rollout.batcher.types import (
     StepSample,
     WaitingRows,
 )
-from rollout.batcher.victims import Victim, youngest
+from rollout.batcher.victims import Victim, cheapest
 from rollout.batcher.workloads import Workload
 
 WATERMARK = 0.02
@@ -85,7 +85,7 @@ def simulate(
     seed: int = 0,
     watermark: float = WATERMARK,
     reveal: bool = False,
-    victim: Victim = youngest,
+    victim: Victim = cheapest,
     kv_tokens_at: Callable[[int], int] | None = None,
 ) -> Outcome:
     """Runs a job to its end.
@@ -379,7 +379,7 @@ class _Simulation:
                     live[_OWN, :rows] += lacking
                     self._used += needed
                 return rows
-            self._preempt(needed)
+            self._preempt()
 
     def _go_live(self, ready: Sequence[_Prefill]) -> None:
         joining: list[tuple[int, ...]] = []
@@ -454,7 +454,7 @@ class _Simulation:
         if self._under_way.get(prefill.group) is prefill:
             del self._under_way[prefill.group]
 
-    def _preempt(self, needed: int = 1) -> bool:
+    def _preempt(self) -> bool:
         """Puts a row back into the queue: the youngest that is being prefilled, else the victim of the live ones."""
         if self._prefills:
             prefill = self._prefills[-1]
@@ -470,7 +470,7 @@ class _Simulation:
         live = self._live
         if not self._decoding:
             return False
-        slot = self._victim(*self._costs(), needed)
+        slot = self._victim(self._costs())
         row = int(live[_ID, slot])
         self._kept[row] = live[_GENERATED, slot]
         self._preempted += 1
@@ -479,15 +479,16 @@ class _Simulation:
         self._put_back([row])
         return True
 
-    def _costs(self) -> tuple[IntArray, IntArray]:
-        """For each live row the tokens to compute again if it makes way, and the pages that this frees."""
+    def _costs(self) -> IntArray:
+        """For each live row the tokens to compute again if it makes way."""
         live = self._live
-        alone = np.array([self._holders.get(group) == 1 for group in live[_GROUP].tolist()], np.int64)
-        group_pages = live[_SHARES] * (live[_PROMPT] // self._page)
-        return live[_LENGTH] - 1 - group_pages * self._page * (1 - alone), live[_OWN] + alone * group_pages
+        stays = np.array([self._holders.get(group) != 1 for group in live[_GROUP].tolist()])
+        kept = live[_SHARES] * stays * (live[_PROMPT] // self._page * self._page)
+        costs: IntArray = live[_LENGTH] - 1 - kept
+        return costs
 
     def _squeeze(self, tokens: int) -> None:
         """Others take memory or give it back; rows make way until the rest is enough."""
         self._pages = tokens // self._page
-        while self._used > self._pages and self._preempt(self._used - self._pages):
+        while self._used > self._pages and self._preempt():
             pass

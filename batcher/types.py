@@ -111,7 +111,7 @@ class Decision:
     """One word, e.g. ``memory``, ``latency``, ``cap``, ``hold``."""
     decode_rows: int | None = None
     """Live rows that decode in the next step, oldest first; the others are paused: they keep what they hold and
-    add no token. None: all of them."""
+    add no token. At least one does. None: all of them."""
 
 
 class Policy(Protocol):

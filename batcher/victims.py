@@ -8,18 +8,19 @@ import numpy as np
 
 from rollout.batcher.types import IntArray
 
-Victim = Callable[[IntArray, IntArray, int], int]
-"""(tokens that each live row would have to compute again, pages that each would free, pages needed) to an index;
-arrays are oldest row first."""
+Victim = Callable[[IntArray], int]
+"""Tokens that each live row would have to compute again, oldest row first, to an index."""
 
 
-def youngest(recompute_tokens: IntArray, freed_pages: IntArray, needed_pages: int) -> int:  # noqa: ARG001
+def youngest(recompute_tokens: IntArray) -> int:
     """The row that was admitted last."""
     return len(recompute_tokens) - 1
 
 
-def cheapest(recompute_tokens: IntArray, freed_pages: IntArray, needed_pages: int) -> int:
-    """The row that costs least to compute again, among those that free enough; the youngest of equals."""
-    enough = freed_pages >= needed_pages
-    costs = np.where(enough, recompute_tokens, np.iinfo(np.int64).max) if enough.any() else -freed_pages
-    return len(costs) - 1 - int(np.argmin(costs[::-1]))
+def cheapest(recompute_tokens: IntArray) -> int:
+    """The row with the fewest tokens to compute again; the youngest of equals.
+
+    What it frees is no matter: a row that frees enough at once costs as much as the short ones that free it together,
+    and mostly more than is needed.
+    """
+    return len(recompute_tokens) - 1 - int(np.argmin(recompute_tokens[::-1]))

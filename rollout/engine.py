@@ -68,7 +68,7 @@ class Engine:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase | None,
         *,
-        policy: str | Policy = "paper",
+        policy: str | Policy = "predictive",
         latency_budget_ms: float | None = None,
         max_rows: int = 1024,
         min_rows: int = 1,

@@ -30,6 +30,8 @@ class LiveRows:
         self._rows: list[Row | None] = []
         self._free: list[int] = []
         self._sampling: RowSampling | None = None
+        self._sampled: IntArray = np.zeros(0, np.int64)
+        """The slots that this is of."""
         self.active: IntArray = np.zeros(0, np.int64)
         """Slots of the rows that go on."""
         self.held: IntArray = np.zeros(0, np.int64)
@@ -43,6 +45,9 @@ class LiveRows:
         self.generated: IntArray = np.zeros(0, np.int64)
         self.arrived: IntArray = np.zeros(0, np.int64)
         self.limits: IntArray = np.zeros(0, np.int64)
+        self.ends_at_limit: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self.groups: IntArray = np.zeros(0, np.int64)
+        """The number of each row's group."""
         self.ignore_eos: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.has_stops: NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Whether the row has stop strings or stop ids of its own."""
@@ -72,14 +77,14 @@ class LiveRows:
         assert row is not None, f"slot {slot} is free"
         return row
 
-    @property
-    def lengths(self) -> IntArray:
-        """[active] tokens drawn of each row; the last one is not in its pages yet."""
-        return self.prompt_lengths[self.active] + self.generated[self.active]
+    def lengths(self, slots: IntArray) -> IntArray:
+        """[slots] tokens drawn of each row, with its prompt; the last one is not in its pages yet."""
+        lengths: IntArray = self.prompt_lengths[slots] + self.generated[slots]
+        return lengths
 
-    def last_tokens(self) -> torch.Tensor:
-        """[active] int64 on the device: the token that each row decodes from."""
-        return self._last[uploaded(self.active, self._device)]
+    def last_tokens(self, slots: IntArray) -> torch.Tensor:
+        """[slots] int64 on the device: the token that each row decodes from."""
+        return self._last[uploaded(slots, self._device)]
 
     def pages(self, slot: int) -> IntArray:
         """The pages that a row holds, in order."""
@@ -116,6 +121,7 @@ class LiveRows:
         self.over[slot] = self.broken[slot] = False
         self._joined_with[slot] = done
         self.limits[slot] = row.limit
+        self.ends_at_limit[slot], self.groups[slot] = row.ends_at_limit, row.group.number
         params = row.request.params
         self.ignore_eos[slot] = params.ignore_eos
         self.has_stops[slot] = bool(params.stop or params.stop_token_ids)
@@ -144,7 +150,7 @@ class LiveRows:
         self._rows.extend([None] * (new - old))
         self._free.extend(range(new - 1, old - 1, -1))
         for name, array in list(vars(self).items()):
-            if isinstance(array, np.ndarray) and name not in ("active", "held"):
+            if isinstance(array, np.ndarray) and name not in ("active", "held", "_sampled"):
                 grown = np.zeros((new, *array.shape[1:]), array.dtype)
                 grown[:old] = array
                 setattr(self, name, grown)
@@ -159,10 +165,10 @@ class LiveRows:
 
     # -- a step --------------------------------------------------------------------------------------
 
-    def without_page(self) -> IntArray:
-        """Slots whose next token needs a page that they do not hold."""
-        slots: IntArray = self.active[self.page_counts[self.active] * self._page_size < self.lengths]
-        return slots
+    def without_page(self, slots: IntArray) -> IntArray:
+        """Those of ``slots`` whose next token needs a page that they do not hold."""
+        lacking: IntArray = slots[self.page_counts[slots] * self._page_size < self.lengths(slots)]
+        return lacking
 
     def without_token(self) -> IntArray:
         """Slots of rows whose first token since they joined was not drawn yet."""
@@ -201,7 +207,6 @@ class LiveRows:
     def _go_on_with(self, some: NDArray[np.bool_]) -> None:
         """Takes the others out of ``active``."""
         self.active = self.active[some]
-        self._sampling = None
 
     def completed(self, slot: int) -> IntArray:
         """The tokens of the row that are here, as a view that the next one may leave behind."""
@@ -213,10 +218,10 @@ class LiveRows:
         done = (slot, slice(0, int(self.arrived[slot])))
         return Completion(self._tokens[done].copy(), self._logprobs[done].copy(), self._sampler_logprobs[done].copy())
 
-    def sampling(self) -> RowSampling:
-        """Sampling parameters of the ``active`` rows, kept until they change."""
-        if self._sampling is None:
-            self._sampling = self._make_sampling(self.active)
+    def sampling(self, slots: IntArray) -> RowSampling:
+        """Sampling parameters of the rows in ``slots``, kept until those are others."""
+        if self._sampling is None or not np.array_equal(self._sampled, slots):
+            self._sampling, self._sampled = self._make_sampling(slots), slots
         return self._sampling
 
     def _make_sampling(self, slots: IntArray) -> RowSampling:

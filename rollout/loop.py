@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rollout.batcher.types import Decision, FinishedRow, Observation, Policy, StepSample
 from rollout.draws import Draw
@@ -25,6 +28,7 @@ from rollout.stats import Tally
 from rollout.stops import Text
 
 logger = logging.getLogger("rollout.batcher")
+_T = TypeVar("_T", bound=np.generic)
 
 #: Steps without an allocator failure after which the cap that one had set is doubled.
 _CALM_STEPS = 256
@@ -78,6 +82,8 @@ class Loop:
         self._calm = 0
         self._stuck_since: float | None = None
         self._told_over_budget = False
+        self._told = (0, 0, 0)
+        """Drawn tokens, preempted rows and allocator failures when the last step was reported."""
 
     # -- the loop ------------------------------------------------------------------------------------
 
@@ -96,15 +102,14 @@ class Loop:
         return self._recorder.take() or None
 
     def _step(self) -> None:
-        started, running = time.perf_counter(), self._running
-        tokens, preempted = self.tally.drawn_tokens, self.tally.preempted_rows
+        started, running, tokens = time.perf_counter(), self._running, self.tally.drawn_tokens
         try:
             decision = self._decide()
             running.shrink(self._memory.excess_bytes)
             running.preempt_beyond(decision.rows)
             lacking = running.admit(decision.rows, decision.prefill_tokens)
             alive = running.alive
-            rows, kv_tokens, prefilled = self._forward(decision.prefill_tokens)
+            done, paused = self._forward(decision)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -116,8 +121,7 @@ class Loop:
         if lacking is not None:
             self._wait_or_give_up(lacking)
         self._calm_down()
-        done = StepSample(rows, kv_tokens, prefilled, 1e3 * (time.perf_counter() - started))
-        self._account(decision, done, alive, self.tally.drawn_tokens - tokens, self.tally.preempted_rows - preempted)
+        self._account(decision, replace(done, ms=1e3 * (time.perf_counter() - started)), alive, paused)
 
     def close(self) -> None:
         """Drops all rows and gives all memory back."""
@@ -145,12 +149,13 @@ class Loop:
         self._memory.read(self._runner.bytes_kept)
         decision = self._policy.decide(self._observe())
         if self._oom_rows is not None and self._oom_rows < decision.rows:
-            decision = Decision(self._oom_rows, decision.prefill_tokens, "oom")
+            decision = replace(decision, rows=self._oom_rows, reason="oom")
         if decision.rows != self._target:
             logger.info(
                 "step %d: row target %s -> %d: %s", self.tally.steps, self._target, decision.rows, decision.reason
             )
             self._target = decision.rows
+            self.tally.target_changes += 1
         if decision.reason == "over_budget" and not self._told_over_budget:
             self._told_over_budget = True
             logger.warning("A step of %d row(s) takes longer than the latency budget; going on so.", decision.rows)
@@ -163,8 +168,9 @@ class Loop:
         unit = max(1, layout.bytes_per_token)
         starting = [row for prefill in self._running.prefills for row in prefill.rows]
 
-        def joined(decoding: IntArray, others: list[int]) -> IntArray:
-            return np.concatenate([decoding[live.active], np.array(others, np.int64)])
+        def joined(decoding: NDArray[_T], others: list[int] | list[bool]) -> NDArray[_T]:
+            some: NDArray[_T] = decoding[live.active]
+            return np.concatenate([some, np.array(others, decoding.dtype)]) if others else some
 
         observation = Observation(
             prompt_tokens=joined(live.prompt_lengths, [len(row.group.prompt_ids) for row in starting]),
@@ -177,6 +183,11 @@ class Loop:
             headroom_bytes=memory.headroom_bytes,
             bytes_per_token=layout.bytes_per_token,
             tokens_per_row=-(-layout.bytes_per_row // unit),
+            page_tokens=layout.page_size,
+            # Where states make each row compute its prompt by itself, little is shared.
+            groups=None if layout.states else joined(live.groups, [row.group.number for row in starting]),
+            ends_at_limit=joined(live.ends_at_limit, [row.ends_at_limit for row in starting]),
+            waiting=self._queue.upcoming(),
             steps=tuple(self._steps),
             finished=tuple(self._finished),
         )
@@ -186,24 +197,25 @@ class Loop:
 
     # -- computing -----------------------------------------------------------------------------------
 
-    def _forward(self, prefill_tokens: int) -> tuple[int, int, int]:
-        """One token for every live row and the next part of the oldest prefills, in one packed forward.
+    def _forward(self, decision: Decision) -> tuple[StepSample, int]:
+        """One token for every live row that is not paused and the next part of the oldest prefills, in one forward.
 
         Only when that is on its way are the tokens of the step before read.
 
-        Returns the rows that decoded, the tokens that they attended to, and the tokens prefilled.
+        Returns what ran, its time left open, and the rows that were paused.
         """
-        running = self._running
-        running.make_room()
+        running, prefill_tokens = self._running, decision.prefill_tokens
+        slots = running.make_room(decision.decode_rows)
         parts = running.prefill_parts(
             prefill_tokens if self._oom_prefill is None else min(prefill_tokens, self._oom_prefill)
         )
-        packed = running.packed(parts)
+        packed = running.packed(slots, parts)
         if packed is None:
             self._settle()
-            return 0, 0, 0
+            return StepSample(0, 0, 0, 0.0), 0
         logits = self._runner.forward(packed)
-        rows = len(running.live)
+        rows = len(slots)
+        paused = len(running.live) - rows
         for prefill, length in parts:
             prefill.computed += length
         sources = np.arange(rows)
@@ -211,22 +223,22 @@ class Loop:
         if ready:
             joined = running.go_live([parts[i][0] for i in ready])
             sources = np.concatenate([sources, rows + np.array(ready)[joined]])
+            slots = np.concatenate([slots, running.live.active[-len(joined) :]])
         drawn = None
-        if len(sources):
-            drawn = self._draw(logits[uploaded(sources, logits.device)] if parts else logits)
+        if len(slots):
+            drawn = self._draw(slots, logits[uploaded(sources, logits.device)] if parts else logits)
         self._settle()
         self._outstanding = drawn
         if not (self._late and running.alive):
             self._settle()
         prefilled = int(packed.lengths[rows:].sum())
         self.tally.prefilled_tokens += prefilled
-        return rows, int(packed.ends[:rows].sum()), prefilled
+        return StepSample(rows, int(packed.ends[:rows].sum()), prefilled, 0.0), paused
 
-    def _draw(self, logits: torch.Tensor) -> Draw:
-        """Draws a token for every live row from its row of ``logits``, without waiting for it."""
-        live = self._running.live
-        slots, positions = live.active, live.generated[live.active]
-        sampled = sample(logits, live.sampling(), uploaded(positions, logits.device))
+    def _draw(self, slots: IntArray, logits: torch.Tensor) -> Draw:
+        """Draws a token for the row in each of ``slots`` from its row of ``logits``, without waiting for it."""
+        live, positions = self._running.live, self._running.live.generated[slots]
+        sampled = sample(logits, live.sampling(slots), uploaded(positions, logits.device))
         drawn = Draw.of(slots, positions, sampled)
         live.advance(slots, sampled.tokens)
         self.tally.drawn_tokens += len(slots)
@@ -269,7 +281,8 @@ class Loop:
             error = "The model's logits are not finite."
             self._recorder.fail(row.request, row.sample, completion, "not_finite", error)
             return
-        self._finished.append(FinishedRow(len(row.group.prompt_ids), len(completion)))
+        cut = not stopped and len(completion) >= row.limit
+        self._finished.append(FinishedRow(len(row.group.prompt_ids), len(completion), cut))
         self._recorder.finish(row.request, row.sample, completion, "stop" if stopped else "length")
 
     # -- when memory runs out ------------------------------------------------------------------------
@@ -327,17 +340,21 @@ class Loop:
 
     # -- telling -------------------------------------------------------------------------------------
 
-    def _account(self, decision: Decision, done: StepSample, alive: int, new_tokens: int, preempted: int) -> None:
+    def _account(self, decision: Decision, done: StepSample, alive: int, paused: int) -> None:
         """One step more, with ``alive`` rows in it, in the books of the policy, the totals and whoever listens."""
-        waiting, pool = len(self._queue), self._memory.pool
+        waiting, pool, tally = len(self._queue), self._memory.pool, self.tally
+        told, self._told = self._told, (tally.drawn_tokens, tally.preempted_rows, tally.out_of_memory_events)
+        new_tokens, preempted, out_of_memory = (now - before for now, before in zip(self._told, told, strict=True))
         self._steps.append(done)
-        self.tally.steps += 1
-        self.tally.saw_live_rows(alive, waiting)
+        tally.steps += 1
+        tally.paused_row_steps += paused
+        tally.saw_live_rows(alive, waiting)
         if self._on_step is not None:
             self._on_step(
                 StepReport(
-                    step=self.tally.steps,
+                    step=tally.steps,
                     live_rows=alive,
+                    paused_rows=paused,
                     waiting_rows=waiting,
                     row_target=decision.rows,
                     reason=decision.reason,
@@ -347,6 +364,7 @@ class Loop:
                     prefill_tokens=done.prefill_tokens,
                     new_tokens=new_tokens,
                     preempted_rows=preempted,
+                    out_of_memory_events=out_of_memory,
                     step_ms=done.ms,
                 )
             )

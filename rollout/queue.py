@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, islice
 
 import numpy as np
 
+from rollout.batcher.types import WaitingRows
 from rollout.requests import Request
 from rollout.rows import Group, Row
+
+#: Policies are told of so many waiting rows.
+_TOLD = 64
 
 
 class Queue:
@@ -26,6 +31,8 @@ class Queue:
         self._vocabulary = vocabulary
         self._rows: deque[Row] = deque()
         self._last_group: Group | None = None
+        self._groups = count()
+        self._upcoming: WaitingRows | None = None
         self._ended = False
         self._refused: list[tuple[Request, str, str]] = []
         self.waiting_prompt_tokens = 0
@@ -63,7 +70,7 @@ class Queue:
             return
         prompt = np.asarray(request.prompt_ids, np.int64)
         if self._last_group is None or not np.array_equal(self._last_group.prompt_ids, prompt):
-            self._last_group = Group(prompt)
+            self._last_group = Group(next(self._groups), prompt)
         limit = request.params.max_new_tokens
         if self._context_limit is not None:
             limit = min(limit, self._context_limit - len(prompt))
@@ -91,6 +98,7 @@ class Queue:
     def pop(self) -> Row:
         """Takes out the row to be admitted next."""
         row = self._rows.popleft()
+        self._upcoming = None
         row.group.waiting -= 1
         if not row.group.waiting:
             self.waiting_prompt_tokens -= len(row.group.prompt_ids)
@@ -102,10 +110,24 @@ class Queue:
         self._count(rows)
 
     def _count(self, rows: Sequence[Row]) -> None:
+        self._upcoming = None
         for row in rows:
             if not row.group.waiting:
                 self.waiting_prompt_tokens += len(row.group.prompt_ids)
             row.group.waiting += 1
+
+    def upcoming(self) -> WaitingRows:
+        """The rows to be admitted next, as policies are told of them."""
+        if self._upcoming is None:
+            rows = list(islice(self._rows, _TOLD))
+            self._upcoming = WaitingRows(
+                prompt_tokens=np.array([len(row.group.prompt_ids) for row in rows], np.int64),
+                generated_tokens=np.array([len(row.completion) for row in rows], np.int64),
+                max_new_tokens=np.array([row.limit for row in rows], np.int64),
+                groups=np.array([row.group.number for row in rows], np.int64),
+                ends_at_limit=np.array([row.ends_at_limit for row in rows], np.bool_),
+            )
+        return self._upcoming
 
     @property
     def demand(self) -> int:

@@ -33,6 +33,8 @@ class StepReport:
 
     step: int
     live_rows: int
+    paused_rows: int
+    """Of these, rows that could decode and did not."""
     waiting_rows: int
     row_target: int
     reason: str
@@ -42,4 +44,6 @@ class StepReport:
     prefill_tokens: int
     new_tokens: int
     preempted_rows: int
+    """Since the last report, as the next."""
+    out_of_memory_events: int
     step_ms: float

@@ -36,6 +36,8 @@ class Group:
     While any of them lives, the group itself holds the prompt's full pages, for others to join.
     """
 
+    number: int
+    """No other group of the queue has it."""
     prompt_ids: IntArray
     pages: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     holders: int = 0
@@ -57,6 +59,12 @@ class Row:
     """Most tokens that it may generate: ``max_new_tokens``, or what the context leaves."""
     completion: Completion = NOTHING
     """What it had generated when it was preempted."""
+
+    @property
+    def ends_at_limit(self) -> bool:
+        """Whether nothing but ``limit`` ends it."""
+        params = self.request.params
+        return params.ignore_eos and not (params.stop or params.stop_token_ids)
 
     @property
     def context(self) -> IntArray:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from rollout.batcher.victims import Victim, cheapest, youngest
 from rollout.live import LiveRows
 from rollout.memory import Memory
 from rollout.models.packed import Packed
 from rollout.models.upload import uploaded
 from rollout.queue import Queue
-from rollout.rows import IntArray, Prefill, Row
+from rollout.rows import Group, IntArray, Prefill, Row
 from rollout.stats import Tally
 
 _NO_PAGES: IntArray = np.zeros(0, np.int64)
@@ -98,7 +99,7 @@ class Running:
             self.preempt(slot)
 
     def _crossing(self, boundary: int) -> IntArray:
-        slots: IntArray = self.live.active[self.live.lengths == boundary + 1]
+        slots: IntArray = self.live.active[self.live.lengths(self.live.active) == boundary + 1]
         return slots
 
     def _reserve(self, pages: int, states: int = 0, leaving: int = 0) -> bool:
@@ -136,29 +137,28 @@ class Running:
             parts.append((prefill, length))
         return parts
 
-    def packed(self, parts: Sequence[tuple[Prefill, int]]) -> Packed | None:
-        """The forward of a step: the last token of every live row, then ``parts``; None when there is nothing."""
-        live = self.live
-        rows = len(live)
+    def packed(self, slots: IntArray, parts: Sequence[tuple[Prefill, int]]) -> Packed | None:
+        """The forward of a step: the last token of the row in each of ``slots``, then ``parts``; None of nothing."""
+        live, rows = self.live, len(slots)
         if not rows and not parts:
             return None
         pages = [prefill.pages[: self._pages_for(prefill.computed + length)] for prefill, length in parts]
-        width = max([int(live.page_counts[live.active].max(initial=0)), *map(len, pages)])
+        width = max([int(live.page_counts[slots].max(initial=0)), *map(len, pages)])
         tables = np.zeros((rows + len(parts), width), np.int64)
-        tables[:rows] = live.tables[live.active, :width]
+        tables[:rows] = live.tables[slots, :width]
         for table, held in zip(tables[rows:], pages, strict=True):
             table[: len(held)] = held
-        tokens = live.last_tokens()
+        tokens, lengths = live.last_tokens(slots), live.lengths(slots)
         if parts:
             new = [prefill.context[prefill.computed : prefill.computed + length] for prefill, length in parts]
             tokens = torch.cat([tokens, uploaded(np.concatenate(new), tokens.device)])
         return Packed(
             tokens=tokens,
             tables=tables,
-            starts=np.concatenate([live.lengths - 1, np.array([prefill.computed for prefill, _ in parts], np.int64)]),
+            starts=np.concatenate([lengths - 1, np.array([prefill.computed for prefill, _ in parts], np.int64)]),
             lengths=np.concatenate([np.ones(rows, np.int64), np.array([length for _, length in parts], np.int64)]),
-            texts=np.concatenate([live.lengths, np.array([len(prefill.context) for prefill, _ in parts], np.int64)]),
-            states=np.concatenate([live.states[live.active].ravel(), *(prefill.states[:1] for prefill, _ in parts)]),
+            texts=np.concatenate([lengths, np.array([len(prefill.context) for prefill, _ in parts], np.int64)]),
+            states=np.concatenate([live.states[slots].ravel(), *(prefill.states[:1] for prefill, _ in parts)]),
         )
 
     def go_live(self, prefills: Sequence[Prefill]) -> IntArray:
@@ -209,15 +209,19 @@ class Running:
 
     # -- decoding ------------------------------------------------------------------------------------
 
-    def make_room(self) -> None:
-        """A page for every row whose next token needs one; the youngest rows make way while there is none."""
-        if not self._pool.page_bytes:
-            return
-        while len(slots := self.live.without_page()):
-            if self._reserve(len(slots)):
-                self.live.give_pages(slots, self._pool.allocate(len(slots)))
-            else:
-                self.preempt_youngest()
+    def make_room(self, most: int | None) -> IntArray:
+        """The rows to decode next: the ``most`` oldest, or all, each with a page for its next token.
+
+        While there are too few pages, rows make way.
+        """
+        while True:
+            slots = self.live.active[: None if most is None else max(1, most)]
+            lacking = self.live.without_page(slots) if self._pool.page_bytes else slots[:0]
+            if self._reserve(len(lacking)):
+                if len(lacking):
+                    self.live.give_pages(lacking, self._pool.allocate(len(lacking)))
+                return slots
+            self._preempt_one(cheapest)
 
     # -- leaving -------------------------------------------------------------------------------------
 
@@ -242,6 +246,10 @@ class Running:
 
         Or only takes out rows that have ended, if that was not known yet.
         """
+        return self._preempt_one(youngest)
+
+    def _preempt_one(self, victim: Victim) -> bool:
+        """The same of the youngest that is being prefilled, or of ``victim`` where none is."""
         if self._settle():
             return True
         if self.prefills:
@@ -258,9 +266,19 @@ class Running:
                 self._tally.recomputed_tokens += prefill.computed
             return True
         if len(self.live):
-            self.preempt(int(self.live.active[-1]))
+            self.preempt(int(self.live.active[victim(self._costs())]))
             return True
         return False
+
+    def _costs(self) -> IntArray:
+        """For each live row the tokens to compute again if it makes way."""
+        slots = self.live.active
+        kept = np.array([self._kept_by_others(self.live.row(slot).group) for slot in slots.tolist()], np.int64)
+        return self.live.lengths(slots) - 1 - kept
+
+    def _kept_by_others(self, group: Group) -> int:
+        """Tokens of the prompt that stay where they are when one row of the group leaves."""
+        return 0 if group.holders == 1 else self._page_size * len(group.pages)
 
     def preempt(self, slot: int) -> None:
         """Puts a live row, all of whose tokens are here, back into the queue."""
@@ -268,7 +286,8 @@ class Running:
         row = self.live.row(slot)
         row.completion = self.live.completion(slot)
         self._tally.preempted_rows += 1
-        self._tally.recomputed_tokens += len(row.group.prompt_ids) + max(0, len(row.completion) - 1)
+        lost = len(row.group.prompt_ids) + max(0, len(row.completion) - 1)
+        self._tally.recomputed_tokens += lost - self._kept_by_others(row.group)
         self.leave(slot)
         self._queue.put_back([row])
 
@@ -278,7 +297,7 @@ class Running:
         """Gives at least so much back; rows are preempted only when what they hold has nowhere to move."""
         target = self._memory.bytes_held - excess_bytes
         while self._memory.bytes_held > target:
-            if not self._memory.shrink(self.held_pages(), self.held_states()) and not self.preempt_youngest():
+            if not self._memory.shrink(self.held_pages(), self.held_states()) and not self._preempt_one(cheapest):
                 return
 
     def drop_free_slabs(self) -> bool:

@@ -30,6 +30,10 @@ class Stats:
     seconds: float
     deciding_seconds: float
     """Part of ``seconds`` spent observing and deciding."""
+    target_changes: int
+    """Decisions that named another row target than the one before."""
+    paused_row_steps: int
+    """Tokens that live rows could have had and did not, paused for the latency budget."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -53,6 +57,8 @@ class Tally:
     live_rows_min: int | None = None
     live_rows_max: int = 0
     deciding_seconds: float = 0.0
+    target_changes: int = 0
+    paused_row_steps: int = 0
 
     def saw_live_rows(self, live: int, waiting: int) -> None:
         """Counts one step's rows."""
@@ -78,4 +84,6 @@ class Tally:
             kv_bytes_held=kv_bytes_held,
             seconds=seconds,
             deciding_seconds=self.deciding_seconds,
+            target_changes=self.target_changes,
+            paused_row_steps=self.paused_row_steps,
         )

@@ -97,6 +97,7 @@ def report_of(step: int, **values: Any) -> StepReport:
     report = StepReport(
         step=step,
         live_rows=5,
+        paused_rows=0,
         waiting_rows=3,
         row_target=6,
         reason="memory",
@@ -106,6 +107,7 @@ def report_of(step: int, **values: Any) -> StepReport:
         prefill_tokens=0,
         new_tokens=5,
         preempted_rows=0,
+        out_of_memory_events=0,
         step_ms=2.0,
     )
     return replace(report, **values)

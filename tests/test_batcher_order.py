@@ -48,10 +48,6 @@ def test_groups_stay_together_and_count_at_their_mean():
     assert early_enough(groups, expected, 1).tolist()[:2] == [1, 4]
 
 
-def test_the_cheapest_victim_frees_enough():
-    recompute, pages = np.array([900, 100, 300, 300]), np.array([50, 1, 9, 9])
-    assert youngest(recompute, pages, 5) == 3
-    assert cheapest(recompute, pages, 1) == 1
-    assert cheapest(recompute, pages, 5) == 3, "the youngest of equals"
-    assert cheapest(recompute, pages, 20) == 0
-    assert cheapest(recompute, pages, 99) == 0, "none frees enough: the largest"
+def test_the_cheapest_victim_has_the_fewest_tokens_to_compute_again():
+    recompute = np.array([900, 300, 100, 100, 500])
+    assert (cheapest(recompute), youngest(recompute)) == (3, 4)

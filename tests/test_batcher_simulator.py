@@ -100,7 +100,7 @@ def test_pages_add_up_whatever_happens(name: str, victim: Victim):
     outcome = simulate(job, machine, policy, reveal=name == "oracle", victim=victim)
     finished = [row for seen in policy.seen for row in seen.finished]
     assert outcome.output_tokens == job.output_tokens.sum()
-    assert len(finished) >= 119, "the last ones are told to nobody"
+    assert len(finished) >= 117, "the last ones are told to nobody"
     assert not Counter(row.output_tokens for row in finished) - Counter(job.output_tokens.tolist())
     for seen in policy.seen:
         assert seen.kv_tokens_held + seen.kv_tokens_free == 1600

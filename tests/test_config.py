@@ -36,7 +36,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         "system_prompt": None,
     }
     assert config.sampling.params() == SamplingParams()
-    assert (config.batcher.name, config.batcher.latency_budget_ms) == ("paper", None)
+    assert (config.batcher.name, config.batcher.latency_budget_ms) == ("predictive", None)
     assert (config.batcher.max_rows, config.batcher.min_rows) == (1024, 1)
     assert asdict(config.memory) == {"max_kv_bytes": None, "reserve_fraction": 0.05}
     assert asdict(config.output) == {"dir": "out", "format": "parquet", "rows_per_shard": 1024}
@@ -92,9 +92,10 @@ def test_bulk_inference_needs_data_and_output() -> None:
         ("sampling.stop=['']", "sampling.stop", "non-empty"),
         ("batcher.max_rows=0", "batcher.min_rows", "max_rows"),
         ("batcher.min_rows=0", "batcher.min_rows", "from 1"),
-        ("batcher.epsilon_m=1", "batcher.epsilon_m", "between 0 and 1"),
-        ("batcher.form=eq13", "batcher.form", "eq12"),
-        ("batcher.alpha=0", "batcher.alpha", "at least 1"),
+        ("batcher=paper batcher.epsilon_m=1", "batcher.epsilon_m", "between 0 and 1"),
+        ("batcher=paper batcher.form=eq13", "batcher.form", "eq12"),
+        ("batcher=paper batcher.alpha=0", "batcher.alpha", "at least 1"),
+        ("batcher.memory_rows=0", "batcher.memory_rows", "at least 1"),
         ("batcher.latency_budget_ms=0", "batcher.latency_budget_ms", "above 0"),
         ("memory.max_kv_bytes=0", "memory.max_kv_bytes", "above 0"),
         ("memory.reserve_fraction=1", "memory.reserve_fraction", "below 1"),
@@ -109,7 +110,7 @@ def test_bulk_inference_needs_data_and_output() -> None:
 )
 def test_values_out_of_range_are_refused(override: str, key: str, wanted: str) -> None:
     with pytest.raises(InputError) as refused:
-        load_config([OUT, override])
+        load_config([OUT, *override.split()])
     message = str(refused.value)
     assert message.startswith(key)
     assert wanted in message

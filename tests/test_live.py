@@ -13,7 +13,7 @@ import torch
 from rollout.live import LiveRows
 from rollout.params import SamplingParams
 from rollout.requests import Request
-from rollout.rows import Completion, Group, Row, noise_key
+from rollout.rows import Completion, Group, IntArray, Row, noise_key
 
 PAGE_SIZE = 4
 CPU = torch.device("cpu")
@@ -36,8 +36,16 @@ class Plain:
     sampler: list[float] = field(default_factory=list)
 
 
-def row_of(name: str, prompt: int, params: SamplingParams, sample: int = 0, done: int = 0, limit: int = 99) -> Row:
-    group = Group(np.arange(prompt))
+def row_of(
+    name: str,
+    prompt: int,
+    params: SamplingParams,
+    sample: int = 0,
+    done: int = 0,
+    limit: int = 99,
+    group_number: int = 7,
+) -> Row:
+    group = Group(group_number, np.arange(prompt))
     row = Row(Request(name, group.prompt_ids.tolist(), params, seed=3), sample, group, limit)
     if done:
         values = np.linspace(-1, -2, done).astype(np.float32)
@@ -86,7 +94,7 @@ class Model:
         self.count += 1
         done = rng.choice([0, 0, 1, 7, 40])
         prompt = rng.randint(1, 90)
-        row = row_of(f"row {self.count}", prompt, params, self.count % 100, done, limit=rng.randint(done + 1, 99))
+        row = row_of(f"row {self.count}", prompt, params, self.count % 100, done, rng.randint(done + 1, 99), self.count)
         pages = self.new_pages(-(-(prompt + done) // PAGE_SIZE))
         slot = self.live.add(row, np.array(pages))
         assert slot not in self.plain
@@ -147,7 +155,7 @@ class Model:
 
     def step(self) -> None:
         """Pages for all that lack one, then a token for every row that has one."""
-        lacking = self.live.without_page()
+        lacking = self.live.without_page(self.live.active)
         assert lacking.tolist() == [
             slot for slot, p in self.active.items() if len(p.pages) * PAGE_SIZE < p.prompt + p.drawn
         ]
@@ -165,7 +173,7 @@ class Model:
         assert len(live) == len(slots)
         assert live.all_rows() == [p.row for p in plain.values()]
         assert [pages.tolist() for pages in live.all_pages()] == [p.pages for p in plain.values()]
-        assert live.lengths.tolist() == [p.prompt + p.drawn for p in active.values()]
+        assert live.lengths(live.active).tolist() == [p.prompt + p.drawn for p in active.values()]
         assert live.without_token().tolist() == [s for s, p in active.items() if p.drawn == p.joined]
         assert live.prompt_lengths[live.active].tolist() == [p.prompt for p in active.values()]
         assert live.generated[live.active].tolist() == [p.drawn for p in active.values()]
@@ -173,8 +181,12 @@ class Model:
         assert live.limits[live.held].tolist() == [p.row.limit for p in plain.values()]
         params = [p.row.request.params for p in plain.values()]
         assert live.ignore_eos[live.held].tolist() == [p.ignore_eos for p in params]
+        assert live.ends_at_limit[live.held].tolist() == [
+            p.ignore_eos and not p.stop and not p.stop_token_ids for p in params
+        ]
+        assert live.groups[live.held].tolist() == [p.row.group.number for p in plain.values()]
         assert live.has_stops[live.held].tolist() == [bool(p.stop or p.stop_token_ids) for p in params]
-        for token, p in zip(live.last_tokens().tolist(), active.values(), strict=True):
+        for token, p in zip(live.last_tokens(live.active).tolist(), active.values(), strict=True):
             assert p.drawn == p.joined or token == p.last
         for slot, p in plain.items():
             assert live.row(slot) is p.row
@@ -184,12 +196,13 @@ class Model:
             assert completion.logprobs.tolist() == p.logprobs
             assert completion.sampler_logprobs.tolist() == p.sampler
         if slots:
-            self.check_sampling()
+            self.check_sampling(live.active)
+            self.check_sampling(live.active[: self.random.randint(1, len(slots))])
 
-    def check_sampling(self) -> None:
-        rows = [self.plain[slot].row for slot in self.live.active.tolist()]
+    def check_sampling(self, slots: IntArray) -> None:
+        rows = [self.plain[slot].row for slot in slots.tolist()]
         params = [row.request.params for row in rows]
-        sampling = self.live.sampling()
+        sampling = self.live.sampling(slots)
         assert sampling.temperature.tolist() == [p.temperature for p in params]
         assert sampling.top_k.tolist() == [p.top_k for p in params]
         assert sampling.top_p.tolist() == [p.top_p for p in params]
@@ -250,12 +263,12 @@ def test_sampling_tensors_are_made_once_a_batch() -> None:
     """And again when it changes: a slot that is taken again must not sample as its last row did."""
     live = LiveRows(PAGE_SIZE, CPU)
     slot = live.add(row_of("a", 5, SamplingParams(temperature=0.5)), np.array([3, 4]))
-    first = live.sampling()
+    first = live.sampling(live.active)
     append(live, slot, 7)
-    assert live.sampling() is first
+    assert live.sampling(live.active) is first
     live.remove(slot)
     assert live.add(row_of("b", 5, SamplingParams(temperature=2.0)), np.array([3, 4])) == slot
-    assert live.sampling().temperature.tolist() == [2.0]
+    assert live.sampling(live.active).temperature.tolist() == [2.0]
 
 
 def test_noise_keys_differ_by_seed_and_row_and_fit_32_bits() -> None:

@@ -229,8 +229,10 @@ def plain(count: int, tokens: int = 6, new: int = 8, n: int = 1) -> list[Request
 class Fixed:
     """Always the same decision."""
 
-    def __init__(self, rows: int = 8, prefill_tokens: int = 64, reason: str = "cap") -> None:
-        self.decision = Decision(rows, prefill_tokens, reason)
+    def __init__(
+        self, rows: int = 8, prefill_tokens: int = 64, reason: str = "cap", decode_rows: int | None = None
+    ) -> None:
+        self.decision = Decision(rows, prefill_tokens, reason, decode_rows)
 
     def decide(self, observation: Observation) -> Decision:
         return self.decision
@@ -247,7 +249,15 @@ class Wild:
         assert len(o.prompt_tokens) == len(o.generated_tokens) == len(o.max_new_tokens) == o.live_rows
         assert (o.generated_tokens <= o.max_new_tokens).all()
         assert o.kv_tokens_held % PAGE_SIZE == o.kv_tokens_free % PAGE_SIZE == 0
-        return Decision(self.random.randint(1, 10), self.random.randint(1, 40), "wild")
+        assert o.page_tokens == PAGE_SIZE
+        assert o.groups is not None
+        assert o.ends_at_limit is not None
+        assert o.waiting is not None
+        assert len(o.groups) == len(o.ends_at_limit) == o.live_rows
+        assert len(o.waiting) == min(64, o.waiting_rows)
+        assert (o.waiting.generated_tokens <= o.waiting.max_new_tokens).all()
+        rng = self.random
+        return Decision(rng.randint(1, 10), rng.randint(1, 40), "wild", rng.choice([None, 0, 1, 2, 4]))
 
 
 @dataclass
@@ -358,6 +368,25 @@ def test_the_prompt_of_many_samples_is_prefilled_once() -> None:
     assert_same(world.run(), all_expected(requests))
     assert world.tally.prefilled_tokens == 11
     assert (world.tally.live_rows_max, world.tally.preempted_rows) == (8, 0)
+
+
+def test_paused_rows_keep_what_they_hold_and_go_on_when_older_ones_have_ended(late_or_not: bool) -> None:
+    requests = plain(5, tokens=6, new=9)
+    world = World(requests, Fixed(rows=5, decode_rows=2))
+    assert_same(world.run(), all_expected(requests))
+    assert (world.tally.preempted_rows, world.tally.prefilled_tokens) == (0, 5 * 6)
+    # All draw their first token where their prefill ends; then no more than two decode at a time.
+    assert [report.new_tokens for report in world.reports if report.new_tokens][:3] == [5, 2, 2]
+    assert max(report.new_tokens for report in world.reports[1:]) == 2
+    assert [report.paused_rows for report in world.reports[1:3]] == [3, 3]
+    assert world.tally.paused_row_steps == sum(report.paused_rows for report in world.reports) > 0
+    assert late_or_not or [report.live_rows for report in world.reports][8:11] == [5, 3, 3]
+
+
+def test_a_policy_that_pauses_all_lets_one_go_on() -> None:
+    requests = plain(3, tokens=6, new=5)
+    world = World(requests, Fixed(rows=3, decode_rows=0))
+    assert_same(world.run(), all_expected(requests))
 
 
 def test_a_long_prompt_is_prefilled_in_parts_between_decodes() -> None:
@@ -957,9 +986,42 @@ def test_the_policy_is_told_of_steps_and_of_finished_rows() -> None:
     steps: list[Any] = [sample for observation in told for sample in observation.steps]
     finished = [row for observation in told for row in observation.finished]
     assert len(steps) == len(world.reports) - 1, "each once; the last was not followed by a decision"
-    assert {(row.prompt_tokens, row.output_tokens) for row in finished} == {(5, 4)}
+    assert {(row.prompt_tokens, row.output_tokens, row.cut) for row in finished} == {(5, 4, True)}
     assert len(finished) == 4, "the last two ended in the last step"
     assert max(step.rows for step in steps) == 2
     assert sum(step.prefill_tokens for step in steps) == 30
     assert max(observation.live_rows for observation in told) == 2
     assert all((observation.prompt_tokens == 5).all() for observation in told)
+
+
+def test_the_policy_is_told_what_rows_share_and_which_only_their_limit_ends() -> None:
+    told: list[Observation] = []
+
+    class Listening(Fixed):
+        def decide(self, observation: Observation) -> Decision:
+            told.append(observation)
+            return super().decide(observation)
+
+    endless = SamplingParams(n=3, max_new_tokens=6, ignore_eos=True)
+    stopping = SamplingParams(n=2, max_new_tokens=6, ignore_eos=True, stop_token_ids=(11,))
+    requests = [
+        Request("a", [1, 2, 3, 4, 5], endless),
+        Request("b", [1, 2, 3, 4, 5], stopping),
+        Request("c", [6, 7, 8, 9], SamplingParams(max_new_tokens=400)),
+    ]
+    world = World(requests, Listening(rows=4))
+    records = world.run()
+    first, second = told[0].waiting, told[1]
+    assert first is not None
+    assert first.groups.tolist() == [0, 0, 0, 0, 0, 1], "equal prompts that follow each other are one group"
+    assert first.ends_at_limit.tolist() == [True, True, True, False, False, False]
+    assert (first.prompt_tokens.tolist(), first.max_new_tokens.tolist()) == ([5] * 5 + [4], [6] * 5 + [400])
+    assert second.groups is not None
+    assert second.ends_at_limit is not None
+    assert second.waiting is not None
+    assert (second.groups.tolist(), second.waiting.groups.tolist()) == ([0] * 4, [0, 1])
+    assert second.ends_at_limit.tolist() == [True, True, True, False]
+    cut = [row.cut for observation in told for row in observation.finished]
+    assert len(cut) < len(records), "the last were told to nobody"
+    by_stop = sum(record.finish_reason == "stop" for record in records)
+    assert cut.count(False) in (by_stop, by_stop - 1)

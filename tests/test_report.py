@@ -116,7 +116,13 @@ def test_a_run_as_a_job_leaves_it(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"{tmp_path / 'out' / 'report.html'}\n"
     text = Page((tmp_path / "out" / "report.html").read_text()).text
-    for said in ("30 of 30; 1 of 1 shards", "max_new_tokens 77", "latency_budget_ms 50.0", "name paper", "complete ·"):
+    for said in (
+        "30 of 30; 1 of 1 shards",
+        "max_new_tokens 77",
+        "latency_budget_ms 50.0",
+        "name predictive",
+        "complete ·",
+    ):
         assert said in text
     assert verify(tmp_path / "out").complete
 
@@ -409,12 +415,13 @@ def test_preemption_and_running_out_of_memory_are_marked(paths: RunPaths, capsys
     assert "preempted rows 0 out of memory 0 times" in page.text
     assert not [value for _, value in page.attributes if value in ("mark red", "diamond red")]
     reasons = ["memory"] * 4 + ["oom"] * 4 + ["hold"] * 4 + ["oom"] * 2
-    write_metrics(
-        paths, 0, 0, BEGAN + 4, [{"reason": reason, "preempted_rows": 3 * (reason == "hold")} for reason in reasons]
-    )
+    steps = [{"reason": reason, "preempted_rows": 3 * (reason == "hold")} for reason in reasons]
+    for step, failures in ((4, 1), (13, 2)):
+        steps[step]["out_of_memory_events"] = failures
+    write_metrics(paths, 0, 0, BEGAN + 4, steps)
     page = drawn(paths, capsys)
     text = page.text
-    assert "preempted rows 12 out of memory 2 times" in text
+    assert "preempted rows 12 out of memory 3 times" in text
     assert "preempted (at most 6 in a bin)" in text
     assert [value for _, value in page.attributes].count("mark red") == 2
     assert hover(page, 1)["preempted"] == [0] * 8 + [6, 6, 0]

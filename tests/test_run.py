@@ -33,7 +33,7 @@ def test_what_is_written_first(tmp_path: Path) -> None:
     assert stored["digest"] == FINGERPRINT.digest
     assert stored["config"]["sampling"]["n"] == 3
     assert set(stored["packages"]) >= {"rollout", "torch", "transformers", "python"}
-    assert stored["attempts"][0]["batcher"]["name"] == "paper"
+    assert stored["attempts"][0]["batcher"]["name"] == "predictive"
     assert stored["attempts"][0]["attention"] == "gather"
     assert not list(run.paths.shards.iterdir())
 
@@ -44,7 +44,7 @@ def test_later_attempts_keep_the_partition(tmp_path: Path) -> None:
     assert (run.rows_per_shard, run.attempt) == (4, 1)
     assert opened(tmp_path).attempt == 2
     attempts = json.loads(run.paths.run.read_text())["attempts"]
-    assert [attempt["batcher"]["name"] for attempt in attempts] == ["paper", "static", "paper"]
+    assert [attempt["batcher"]["name"] for attempt in attempts] == ["predictive", "static", "predictive"]
     assert [attempt["workers"] for attempt in attempts] == [1, 5, 1]
 
 

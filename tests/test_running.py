@@ -99,12 +99,13 @@ class World:
         self.draw(slots)
         return slots
 
-    def decode(self) -> None:
-        self.running.make_room()
+    def decode(self, most: int | None = None) -> None:
+        slots = self.running.make_room(most)
         self.check()
-        slots = self.live.active
         if len(slots):
-            for slot, token, length in zip(slots, self.live.last_tokens().tolist(), self.live.lengths, strict=True):
+            for slot, token, length in zip(
+                slots, self.live.last_tokens(slots).tolist(), self.live.lengths(slots), strict=True
+            ):
                 self.write(int(self.live.pages(slot)[(length - 1) // PAGE_SIZE]), int(length) - 1, token)
                 for page in self.live.states[slot]:
                     self.fold(page, folded([token], self.state(page)))
@@ -331,20 +332,20 @@ def test_prefill_goes_on_oldest_first_in_parts() -> None:
 
 def test_a_step_packs_the_last_token_of_each_live_row_and_then_the_parts_of_prefills() -> None:
     world = World([request("a", 5), request("b", 9, start=20), request("c", 6, start=40)])
-    assert world.running.packed([]) is None
+    assert world.running.packed(world.live.active, []) is None
     world.admit(rows=1)
     world.prefill()
     world.decode()
     world.admit()
     world.prefill(3)
-    world.running.make_room()
+    world.running.make_room(None)
     parts = world.running.prefill_parts(8)
-    packed = world.running.packed(parts)
+    packed = world.running.packed(world.live.active, parts)
     assert packed is not None
     a, (b, c) = world.live.pages(0), (prefill.pages for prefill in world.running.prefills)
     assert packed.starts.tolist() == [6, 3, 0]
     assert packed.lengths.tolist() == [1, 6, 2]
-    assert packed.tokens.tolist() == [*world.live.last_tokens().tolist(), *range(23, 29), 40, 41]
+    assert packed.tokens.tolist() == [*world.live.last_tokens(world.live.active).tolist(), *range(23, 29), 40, 41]
     assert packed.positions.tolist() == [6, 3, 4, 5, 6, 7, 8, 0, 1]
     size = PAGE_SIZE
     wanted = [(a, 6), *((b, i) for i in range(3, 9)), (c, 0), (c, 1)]
@@ -474,6 +475,26 @@ def test_a_step_makes_room_by_preempting_the_youngest() -> None:
     assert world.waiting() == ["a0", "b0", "c0"], "a row that outgrew memory alone goes back too"
 
 
+def test_the_row_that_costs_least_to_compute_again_makes_way_for_pages() -> None:
+    """Here not the youngest: a sample whose prompt another one keeps."""
+    world = World([request("a", 8, n=2), request("b", 6, start=50)], slabs=2).all_live()
+    assert world.alive() == ["a0", "a1", "b0"]
+    while not world.tally.preempted_rows:
+        world.decode()
+    assert world.waiting() == ["a1"]
+    length = len(world.queue.first().context)  # type: ignore[union-attr]
+    assert world.tally.recomputed_tokens == length - 1 - 8
+
+
+def test_rows_beyond_the_oldest_get_no_page() -> None:
+    world = World([request(name, 7, start=10 * i) for i, name in enumerate("abc")]).all_live()
+    before = [len(world.live.pages(slot)) for slot in world.live.active.tolist()]
+    for _ in range(5):
+        world.decode(most=1)
+    assert [len(world.live.pages(slot)) for slot in world.live.active.tolist()] == [before[0] + 1, *before[1:]]
+    assert world.live.generated[world.live.active].tolist() == [6, 1, 1]
+
+
 # -- giving memory back ----------------------------------------------------------------------------------
 
 
@@ -489,12 +510,12 @@ def test_rows_that_have_ended_make_way_for_those_that_go_on() -> None:
 def test_a_row_keeps_its_pages_until_its_last_token_is_here() -> None:
     world = World([Request("a", list(range(5)), SamplingParams(max_new_tokens=2, ignore_eos=True)), request("b", 7)])
     slot, other = world.all_live().live.active.tolist()
-    world.running.make_room()
+    world.running.make_room(None)
     world.live.advance(world.live.active, torch.tensor([1, 2]))
     assert (world.live.active.tolist(), world.live.held.tolist()) == ([other], [slot, other])
     assert world.running.alive == 1
     world.pool.check_integrity(world.running.held_pages())
-    packed = world.running.packed([])
+    packed = world.running.packed(world.live.active, [])
     assert packed is not None
     assert (packed.tokens.tolist(), packed.starts.tolist()) == ([2], [8])
     world.running.leave(slot)
@@ -505,7 +526,7 @@ def test_a_row_keeps_its_pages_until_its_last_token_is_here() -> None:
 
 def test_a_row_whose_last_token_is_not_here_cannot_be_preempted() -> None:
     world = World([request("a", 5)]).all_live()
-    world.running.make_room()
+    world.running.make_room(None)
     world.live.advance(world.live.active, torch.tensor([1]))
     with pytest.raises(AssertionError):
         world.running.preempt(0)
@@ -646,8 +667,8 @@ def test_a_step_tells_where_states_are() -> None:
     world.admit(rows=2)
     world.prefill()
     world.admit()
-    world.running.make_room()
-    packed = world.running.packed(world.running.prefill_parts(ALL))
+    world.running.make_room(None)
+    packed = world.running.packed(world.live.active, world.running.prefill_parts(ALL))
     assert packed is not None
     states = [*world.live.states[world.live.active].ravel(), *world.running.prefills[0].states]
     assert packed.states.tolist() == states[:3], "a prompt's is computed for its first sample"

@@ -14,12 +14,10 @@ import numpy as np
 from rollout.report.charts import Lane, Series, chart, strip
 from rollout.report.history import History
 from rollout.report.timeaxis import TimeAxis, clock
-from rollout.report.tracks import FloatArray, Track, together
+from rollout.report.tracks import Track, together
 
 MOST_WORKERS = 64
 """So many have charts of their own; the others are in those of all workers."""
-OUT_OF_MEMORY = "oom"
-"""The reason of decisions that an allocator failure holds down."""
 _COLOURS = {
     "memory": "blue",
     "latency": "orange",
@@ -27,7 +25,7 @@ _COLOURS = {
     "hold": "grey",
     "running": "purple",
     "over_budget": "pink",
-    OUT_OF_MEMORY: "red",
+    "oom": "red",
 }
 _OTHER_COLOURS = ("teal", "yellow", "brown")
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("bytes", 1))
@@ -65,7 +63,8 @@ def _section(track: Track, lanes: Mapping[str, Track], history: History) -> str:
     axis, bins = TimeAxis(history.spans), (history.starts, history.ends)
     starts = {number: activity.spans[0].start for number, activity in history.attempts.items()}
     named = starts if len(starts) > 1 else None
-    marks = np.unique(np.concatenate([out_of_memory(one, history) for one in lanes.values()]))
+    marks = history.starts[track.out_of_memory > 0]
+    paused = track.level("paused_rows")
     held, room, cap = (track.level(name) for name in ("kv_bytes", "room_bytes", "max_kv_bytes"))
     unit, factor = byte_unit(float(np.nanmax(held)))
     if any(track.step_ms_counts):
@@ -78,6 +77,7 @@ def _section(track: Track, lanes: Mapping[str, Track], history: History) -> str:
     figures = [
         ("Live rows", "", 170, [
             Series("live", track.level("live_rows"), "blue", "area"),
+            Series("paused", paused if np.nansum(paused) else np.full_like(paused, np.nan), "purple", leading=False),
             Series("target", track.level("row_target"), "orange", "dashed", leading=False),
         ]),
         ("KV memory", unit, 150, [
@@ -152,13 +152,6 @@ def _reason_colours(tracks: Iterable[Track]) -> dict[str, str]:
     others = [name for name, _ in steps.most_common() if name not in _COLOURS]
     colours = _COLOURS | {name: _OTHER_COLOURS[i % len(_OTHER_COLOURS)] for i, name in enumerate(others)}
     return {name: colours[name] for name, _ in steps.most_common()}
-
-
-def out_of_memory(track: Track, history: History) -> FloatArray:
-    """When an allocator failure began to hold rows down."""
-    held = track.reasons.get(OUT_OF_MEMORY, np.zeros(len(history.starts))) > 0
-    began: FloatArray = history.starts[held & ~np.concatenate([[False], held[:-1]])]
-    return began
 
 
 def byte_unit(value: float) -> tuple[str, int]:

@@ -31,6 +31,7 @@ class Activity:
     new_tokens: float = 0.0
     prefill_tokens: float = 0.0
     preempted_rows: float = 0.0
+    out_of_memory_events: float = 0.0
     step_ms_counts: Counts = field(default_factory=dict)
 
     @property
@@ -44,6 +45,7 @@ class Activity:
         self.new_tokens += line.new_tokens
         self.prefill_tokens += line.prefill_tokens
         self.preempted_rows += line.preempted_rows
+        self.out_of_memory_events += line.out_of_memory_events
         add_counts(self.step_ms_counts, line.step_ms_counts)
 
 

@@ -22,6 +22,10 @@ _NUMBERS = (
 )
 
 
+_LATER_NUMBERS = ("paused_rows", "out_of_memory_events")
+"""0 in lines of earlier versions."""
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Time, in seconds since 1970."""
@@ -44,6 +48,7 @@ class Line:
     """The time that it is about; those of one worker and attempt follow each other without gaps."""
     steps: float
     live_rows: float
+    paused_rows: float
     row_target: float
     reasons: dict[str, float]
     """Steps by the reason of their decision."""
@@ -53,6 +58,7 @@ class Line:
     prefill_tokens: float
     new_tokens: float
     preempted_rows: float
+    out_of_memory_events: float
     step_ms: float
     """Mean."""
     step_ms_max: float
@@ -64,6 +70,7 @@ class Line:
         """A line as it was read; None if it is not one that `rollout.metrics.MetricsWriter` would write."""
         try:
             number = {name: _number(values[name]) for name in _NUMBERS}
+            number |= {name: _number(values.get(name, 0)) for name in _LATER_NUMBERS}
             end, headroom = number.pop("time"), values["headroom_bytes"]
             seconds = max(number.pop("seconds"), _LEAST_SECONDS)
             reasons = values["reasons"] if "reasons" in values else {values["reason"]: number["steps"]}

@@ -14,7 +14,7 @@ from importlib import resources
 from typing import Any
 
 from rollout.report.charts import rounded
-from rollout.report.figures import byte_unit, each_worker, out_of_memory, over_time
+from rollout.report.figures import byte_unit, each_worker, over_time
 from rollout.report.history import Activity, History
 from rollout.report.timeaxis import clock
 from rollout.report.tracks import Counts, Limits, add_counts, quantile, share_above
@@ -96,7 +96,7 @@ def _tiles(subject: Subject, history: History) -> str:
     times = _step_times(history.attempts.values())
     p50, p95, p99 = (_ms(quantile(times, q)) for q in (0.5, 0.95, 0.99))
     over, of = _over_budget(history.attempts, subject.limits)
-    oom = sum(len(out_of_memory(track, history)) for track in history.tracks.values())
+    oom = round(sum(activity.out_of_memory_events for activity in history.attempts.values()))
     tiles = [
         ("samples", f"{totals.samples:,}", f"of {run.rows * run.samples:,}; {totals.shards} of {run.shards} shards"),
         ("tokens generated", f"{totals.completion_tokens:,}", f"{totals.prompt_tokens:,} of prompts"),

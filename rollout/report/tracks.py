@@ -15,7 +15,7 @@ FloatArray = NDArray[np.float64]
 Counts = dict[float, float]
 """Steps by the milliseconds that they took at most. A step may be shared out over bins."""
 
-_LEVELS = ("live_rows", "row_target", "kv_tokens", "kv_bytes", "room_bytes", "max_kv_bytes")
+_LEVELS = ("live_rows", "paused_rows", "row_target", "kv_tokens", "kv_bytes", "room_bytes", "max_kv_bytes")
 _AMOUNTS = ("steps", "busy_ms", "new_tokens", "prefill_tokens")
 _PEAKS = ("step_ms_max", "latency_budget_ms")
 
@@ -41,6 +41,8 @@ class Track:
     peaks: FloatArray
     """NaN where there is none."""
     preempted_rows: FloatArray
+    out_of_memory: FloatArray
+    """Failures of the allocator."""
     reasons: dict[str, FloatArray]
     """Steps by the reason of their decision."""
     step_ms_counts: list[Counts]
@@ -54,13 +56,15 @@ class Track:
             amounts=np.zeros((len(_AMOUNTS), bins)),
             peaks=np.full((len(_PEAKS), bins), np.nan),
             preempted_rows=np.zeros(bins),
+            out_of_memory=np.zeros(bins),
             reasons={},
             step_ms_counts=[{} for _ in range(bins)],
         )
 
     def level(self, name: str) -> FloatArray:
-        """Mean while it ran: ``live_rows``, ``row_target``, ``kv_tokens``, ``kv_bytes``, ``room_bytes`` (what the pool
-        may hold: what it holds and headroom, up to the user's limit) or ``max_kv_bytes``; NaN where it did not run."""
+        """Mean while it ran: ``live_rows``, ``paused_rows`` of these, ``row_target``, ``kv_tokens``, ``kv_bytes``,
+        ``room_bytes`` (what the pool may hold: what it holds and headroom, up to the user's limit) or ``max_kv_bytes``;
+        NaN where it did not run."""
         return self._a_second(self.levels[_LEVELS.index(name)])
 
     def level_seconds(self, name: str) -> float:
@@ -95,7 +99,7 @@ class Track:
         share = overlap / overlap.sum()
         cap = math.nan if limits.max_kv_bytes is None else limits.max_kv_bytes
         room = np.fmin(max(0.0, line.kv_bytes + line.headroom_bytes), cap)
-        levels = (line.live_rows, line.row_target, line.kv_tokens, line.kv_bytes, room, cap)
+        levels = (line.live_rows, line.paused_rows, line.row_target, line.kv_tokens, line.kv_bytes, room, cap)
         amounts = (line.steps, line.steps * line.step_ms, line.new_tokens, line.prefill_tokens)
         budget = math.nan if limits.latency_budget_ms is None else limits.latency_budget_ms
         self.covered[at] += overlap
@@ -103,6 +107,7 @@ class Track:
         self.amounts[:, at] += np.outer(amounts, share)
         self.peaks[:, at] = np.fmax(self.peaks[:, at], np.array([[line.step_ms_max], [budget]]))
         self.preempted_rows[at.stop - 1] += line.preempted_rows  # whole rows
+        self.out_of_memory[at.stop - 1] += line.out_of_memory_events
         for reason, steps in line.reasons.items():
             self.reasons.setdefault(reason, np.zeros(len(starts)))[at] += steps * share
         for counts, part in zip(self.step_ms_counts[at], share.tolist(), strict=True):
@@ -119,6 +124,7 @@ def together(tracks: Iterable[Track]) -> Track:
         total.amounts += track.amounts
         total.peaks = np.fmax(total.peaks, track.peaks)
         total.preempted_rows += track.preempted_rows
+        total.out_of_memory += track.out_of_memory
         for reason, steps in track.reasons.items():
             total.reasons[reason] = total.reasons.get(reason, 0.0) + steps
         for counts, more in zip(total.step_ms_counts, track.step_ms_counts, strict=True):

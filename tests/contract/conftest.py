@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from rollout import Engine, Record
 from rollout.loop import Loop
 from rollout.models.serve import serve
+from rollout.rows import IntArray
 from rollout.running import Running
 from tests.families import VOCABULARY
 
@@ -22,10 +23,11 @@ def integrity(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every page and state is accounted for before each decode of every engine in these tests."""
     make_room = Running.make_room
 
-    def checked(self: Running) -> None:
-        make_room(self)
+    def checked(self: Running, most: int | None) -> IntArray:
+        slots = make_room(self, most)
         self._pool.check_integrity(self.held_pages())
         self._pool.states.check_integrity(self.held_states())
+        return slots
 
     monkeypatch.setattr(Running, "make_room", checked)
 
