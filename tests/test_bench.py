@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import batching
 import decode
 import machine
 import peers
@@ -30,8 +31,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from workload import Request, Shape
 
+from rollout import Engine, SamplingParams
+from rollout.batcher.types import Decision, Observation, StepSample
 from rollout.models.paged import PagedStep
+from rollout.requests import Request as EngineRequest
 from tests.families import tiny
+from tests.jobs import report_of
 
 PROMPTS = [[1, 2, 3 + i] for i in range(128)]
 GIB = 2**30
@@ -601,10 +606,77 @@ class TestDecode:
         assert 1e8 < decode.copy_bandwidth(torch.device("cpu")) < 1e13
 
 
-def test_step_times_around_a_neighbour() -> None:
-    times = [("before", 0.0, 30 * 10**9), ("before", 0.1, 30 * 10**9), ("meanwhile", 0.4, 20 * 10**9)]
-    assert squeeze.lines([*times, ("after", 0.5, 30 * 10**9), ("after", 0.7, 31 * 10**9)])[1:] == [
-        ("before", "1", "100.00", "100.00", "100.00", "30.00", "30.00"),
-        ("meanwhile", "1", "300.00", "300.00", "300.00", "20.00", "20.00"),
-        ("after", "2", "150.00", "200.00", "200.00", "30.00", "31.00"),
-    ]
+class TestSqueeze:
+    def test_memory_is_taken_and_returned_twice(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(squeeze, "load", lambda task: tiny("llama"))
+        arguments = ["--device", "cpu", "--rows", "12", "--context", "9", "--new", "40", "--steps", "20"]
+        arguments += ["--memory", "0.0002", "--take", "0.0001"]
+        monkeypatch.setattr(sys, "argv", ["squeeze.py", "random:tiny", *arguments])
+        assert squeeze.main() == 0
+        said = capsys.readouterr().out
+        assert [line.split()[0] for line in said.splitlines()[1:]] == [name.split()[0] for name in squeeze.PHASES]
+
+    def test_figures_of_a_phase(self) -> None:
+        def phase(name: str, held: list[int], live: list[int]) -> list[squeeze.Step]:
+            reports = (report_of(i, kv_bytes=b * 10**9, live_rows=r, step_ms=100.0, new_tokens=r) for i, (b, r) in
+                       enumerate(zip(held, live, strict=True)))  # fmt: skip
+            return [squeeze.Step(name, report) for report in reports]
+
+        steps = phase("before", [30] * 4, [8] * 4) + phase("taken", [30, 30, 25, 20, 20, 20, 20], [8, 8, 7, 5, 5, 5, 5])
+        steps += phase("returned", [20, 30, 30, 30, 30], [5, 6, 8, 8, 8])
+        assert squeeze.reaction(steps, "taken") == 1
+        assert squeeze.reaction(steps, "returned") == 1
+        table_ = [list(line) for line in squeeze.lines(steps)[1:]]
+        assert table_[0] == ["before", "4", "80", "100.00", "100.00", "100.00", "8", "0", "30.00", "30.00", ""]
+        assert [line[-3:] for line in table_[1:]] == [["20.00", "30.00", "1"], ["20.00", "30.00", "1"]]
+
+
+class TestBatching:
+    def test_policies_take_turns(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        requests = workload.build(PROMPTS, Shape(requests=10, max_new=60))
+        workload.write(requests, tmp_path / "w.json")
+        monkeypatch.setattr(batching, "load", lambda task: tiny("llama"))
+        arguments = ["random:tiny", str(tmp_path / "w.json"), "--kv-rows", "3", "--budget-ms", "1000"]
+        monkeypatch.setattr(sys, "argv", ["batching.py", *arguments, "--policies", "static:2x8,predictive"])
+        assert batching.main() == 0
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in said[-2:]] == ["static:2x8", "predictive"]
+        assert "over 1000 ms" in said[-3]
+
+    def test_a_policy_is_not_told_where_rows_end(self) -> None:
+        told: list[Observation] = []
+
+        class Listening:
+            def decide(self, observation: Observation) -> Decision:
+                told.append(observation)
+                return Decision(4, 64, "cap")
+
+        model = tiny("llama")
+        policy = batching.Unaware(Listening(), 50)
+        params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (3, 9, 20, 7, 5, 4)]
+        requests = [EngineRequest(str(i), [5, 6, 7], one) for i, one in enumerate(params)]
+        outcome = batching.run(Engine(model, None, policy=policy), policy, requests)
+        assert outcome.stats.output_tokens == sum(one.max_new_tokens for one in params)
+        assert len(outcome.step_ms) == outcome.stats.steps
+        assert all((seen.max_new_tokens == 50).all() and seen.ends_at_limit is None for seen in told)
+        waiting = [seen.waiting for seen in told if seen.waiting is not None and len(seen.waiting)]
+        assert waiting
+        assert all((rows.max_new_tokens == 50).all() and not rows.ends_at_limit.any() for rows in waiting)
+        assert not any(row.cut for seen in told for row in seen.finished)
+
+    def test_errors_of_what_is_foretold(self) -> None:
+        steps = [StepSample(rows, 100 * rows, 0, 5.0 + 0.1 * rows) for rows in range(1, 200)]
+        errors = batching.errors_of([*steps, StepSample(200, 20_000, 0, 50.0)])
+        assert len(errors) == 200 - 64
+        assert max(map(abs, errors[:-1])) < 0.01
+        assert errors[-1] == pytest.approx(-0.5, rel=1e-3)
+
+    def test_what_is_no_setting(self) -> None:
+        assert batching.Setting.of("static:16x32") == batching.Setting("static:16x32", "static", 16, 32)
+        for wrong in ("statik", "static:many", "static:4xall"):
+            with pytest.raises(ValueError, match=r"static"):
+                batching.Setting.of(wrong)
