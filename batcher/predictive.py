@@ -67,7 +67,9 @@ class PredictivePolicy:
         if self._forecast is None or self._decisions % _DECISIONS_PER_ESTIMATE == 0:
             self._forecast = self._estimate(observation)
         self._decisions += 1
-        rows = observation.live_rows + self._admissible(observation, self._forecast)
+        rows = observation.live_rows
+        if rows < bounds.max_rows:
+            rows += self._admissible(observation, self._forecast)
         reason = "memory"
         decode_rows, prefill_tokens = None, bounds.prefill_tokens
         if self._latency is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,14 +70,27 @@ class FakeHeadroom:
 class HostHeadroom:
     """Host memory: the tightest of what the kernel calls available and the limits of the cgroups around us.
 
-    A read opens a few small files of ``/proc`` and ``/sys``, about a tenth of a millisecond, so nothing is cached.
+    The small files of ``/proc`` and ``/sys`` that say so take a tenth of a millisecond and more to read, so they are
+    read at most every ``refresh_s`` seconds. What this process takes in between is known from its resident memory at
+    once, only others are seen late.
 
     Args:
         membership: the file that names this process's cgroups.
         mount: where cgroups are mounted.
+        refresh_s: seconds for which an answer is believed.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> None:
+    def __init__(
+        self,
+        membership: Path = MEMBERSHIP,
+        mount: Path = MOUNT,
+        refresh_s: float = 0.02,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._refresh_s, self._clock = refresh_s, clock
+        self._read_at = -float("inf")
+        self._without_us = 0
         self._cgroups = tuple(_memory_cgroups(membership, mount))
         limits = [limit for cgroup in self._cgroups if (limit := cgroup.limit_bytes()) is not None]
         self._total = min([int(psutil.virtual_memory().total), *limits])
@@ -86,8 +100,20 @@ class HostHeadroom:
         return self._total
 
     def free_bytes(self) -> int:
+        resident, now = _resident_bytes(), self._clock()
+        if now - self._read_at >= self._refresh_s:
+            self._without_us, self._read_at = self._read() + resident, now
+        return self._without_us - resident
+
+    def _read(self) -> int:
         free = [cgroup_free for cgroup in self._cgroups if (cgroup_free := cgroup.free_bytes()) is not None]
         return min([int(psutil.virtual_memory().available), *free])
+
+
+def _resident_bytes() -> int:
+    """Physical memory of this process."""
+    pages = int(_read(Path("/proc/self/statm")).split()[1])
+    return pages * resource.getpagesize()
 
 
 @dataclass(frozen=True, slots=True)

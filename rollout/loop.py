@@ -77,6 +77,7 @@ class Loop:
         self._steps: list[StepSample] = []
         self._finished: list[FinishedRow] = []
         self._target: int | None = None
+        self._reason = ""
         self._oom_rows: int | None = None
         self._oom_prefill: int | None = None
         self._calm = 0
@@ -151,10 +152,11 @@ class Loop:
         if self._oom_rows is not None and self._oom_rows < decision.rows:
             decision = replace(decision, rows=self._oom_rows, reason="oom")
         if decision.rows != self._target:
-            logger.info(
-                "step %d: row target %s -> %d: %s", self.tally.steps, self._target, decision.rows, decision.reason
-            )
-            self._target = decision.rows
+            # A policy may change its mind with each row that ends; why, it changes seldom.
+            level = logging.DEBUG if decision.reason == self._reason else logging.INFO
+            change = (self.tally.steps, self._target, decision.rows, decision.reason)
+            logger.log(level, "step %d: row target %s -> %d: %s", *change)
+            self._target, self._reason = decision.rows, decision.reason
             self.tally.target_changes += 1
         if decision.reason == "over_budget" and not self._told_over_budget:
             self._told_over_budget = True

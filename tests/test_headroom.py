@@ -12,7 +12,7 @@ import torch
 
 from rollout import headroom
 from rollout.errors import InputError
-from rollout.headroom import CudaHeadroom, FakeHeadroom, HostHeadroom, after_reserve, headroom_for
+from rollout.headroom import CudaHeadroom, FakeHeadroom, HostHeadroom, _resident_bytes, after_reserve, headroom_for
 
 GIB = 1 << 30
 UNLIMITED_V1 = 9223372036854771712
@@ -35,7 +35,7 @@ def write(folder: Path, **files: object) -> None:
 
 def host_headroom(tmp_path: Path, membership: str) -> HostHeadroom:
     (tmp_path / "cgroup").write_text(membership)
-    return HostHeadroom(membership=tmp_path / "cgroup", mount=tmp_path / "fs")
+    return HostHeadroom(membership=tmp_path / "cgroup", mount=tmp_path / "fs", refresh_s=0.0)
 
 
 def stat(active: int = 0, inactive: int = 0, mapped: int = 0, prefix: str = "") -> str:
@@ -107,7 +107,30 @@ def test_the_host_binds_when_it_is_tighter(tmp_path: Path, host: SimpleNamespace
     assert (memory.total_bytes, memory.free_bytes()) == (64 * GIB, 3 * GIB)
 
 
-def test_each_read_is_fresh_and_a_cgroup_that_vanishes_limits_nothing(tmp_path: Path):
+def test_others_are_seen_after_a_while_and_this_process_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now, resident = 5.0, 2 * GIB
+    monkeypatch.setattr("rollout.headroom._resident_bytes", lambda: resident)
+    write(tmp_path / "fs/job", max=16 * GIB, current=12 * GIB, stat=stat())
+    (tmp_path / "cgroup").write_text("0::/job\n")
+    memory = HostHeadroom(tmp_path / "cgroup", tmp_path / "fs", 0.5, lambda: now)
+    assert memory.free_bytes() == 4 * GIB
+    resident += GIB
+    write(tmp_path / "fs/job", current=15 * GIB)
+    now += 0.4
+    assert memory.free_bytes() == 3 * GIB
+    now += 0.2
+    assert memory.free_bytes() == 1 * GIB
+    resident -= GIB
+    assert memory.free_bytes() == 2 * GIB
+
+
+def test_the_resident_memory_of_this_process():
+    before = _resident_bytes()
+    taken = b"x" * (64 << 20)
+    assert _resident_bytes() - before > 0.9 * len(taken)
+
+
+def test_a_cgroup_that_vanishes_limits_nothing(tmp_path: Path):
     write(tmp_path / "fs/job", max=16 * GIB, current=12 * GIB, stat=stat())
     memory = host_headroom(tmp_path, "0::/job\n")
     write(tmp_path / "fs/job", current=15 * GIB)

@@ -972,6 +972,22 @@ def test_changes_of_the_row_target_are_logged_with_their_reason(caplog: pytest.L
     assert [record.getMessage() for record in caplog.records] == ["step 0: row target None -> 3: memory"]
 
 
+def test_a_target_that_changes_for_the_same_reason_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    class Falling:
+        rows = 9
+
+        def decide(self, observation: Observation) -> Decision:
+            self.rows = max(2, self.rows - 1)
+            return Decision(self.rows, 64, "memory" if self.rows > 4 else "latency")
+
+    with caplog.at_level(logging.INFO, logger="rollout.batcher"):
+        world = World(plain(3, new=20), Falling())
+        world.run()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["step 0: row target None -> 8: memory", "step 4: row target 5 -> 4: latency"]
+    assert world.tally.target_changes == 7
+
+
 def test_the_policy_is_told_of_steps_and_of_finished_rows() -> None:
     told: list[Observation] = []
 
