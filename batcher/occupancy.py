@@ -72,8 +72,8 @@ class Forecast:
     def together(self, rows: Rows) -> Occupancy:
         """[grid] of all rows together.
 
-        Rows of an age are alike but for what they hold, so they are summed up by age before anything is computed;
-        only those that reach their limit within the grid are looked at one by one.
+        Rows of an age are alike but for what they hold, so they are summed up by age before anything is computed, and
+        those that reach their limit within the grid by age and by the part of the grid that they may live to see.
         """
         apart = rows.ends_at_limit | (rows.remaining <= self.steps[-1])
         bins = bins_of(rows.ages)
@@ -86,10 +86,31 @@ class Forecast:
         mean = tokens[:grid] + steps * rows_[:grid]
         variance = squares[grid:] + 2 * steps * tokens[grid:] + steps**2 * rows_[grid:]
         if apart.any():
-            few = self.one_by_one(rows.taken(apart))
-            mean += few.mean.sum(0)
-            variance += few.variance.sum(0)
+            limited = self._limited(rows.taken(apart))
+            mean += limited.mean
+            variance += limited.variance
         return Occupancy(mean, variance, rows.own_tokens.sum() + len(rows) * steps)
+
+    def _limited(self, rows: Rows) -> Occupancy:
+        """The same of rows whose limits are within the grid, or alone end them."""
+        # The first bin is of those that nothing else ends.
+        bins = np.where(rows.ends_at_limit, 0, 1 + bins_of(rows.ages))
+        top, grid, steps = int(bins.max()) + 1, len(self.steps), self.steps
+        cells = bins * (grid + 1) + np.searchsorted(steps, rows.remaining)
+
+        def living(weights: FloatArray | None) -> FloatArray:
+            """[top, grid] of the rows of a bin that may live then."""
+            counts = np.bincount(cells, weights, top * (grid + 1)).reshape(top, grid + 1)
+            return counts[:, :0:-1].cumsum(1)[:, ::-1]
+
+        count, held, squares = living(None), living(rows.own_tokens), living(rows.own_tokens**2)
+        both = self._both[: top - 1]
+        mean, variance = held + steps * count, squares[1:] + 2 * steps * held[1:] + steps**2 * count[1:]
+        return Occupancy(
+            mean[0] + (both[:, :grid] * mean[1:]).sum(0),
+            (both[:, grid:] * variance).sum(0),
+            rows.own_tokens.sum() + len(rows) * steps,
+        )
 
     def of_prompts(self, shared: Shared, rows: Rows) -> Occupancy:
         """[grid] of what the live rows share; the rows of a prompt are taken to be as old as the youngest of them."""
