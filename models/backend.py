@@ -15,6 +15,7 @@ from rollout.models.gather import GatherStep
 from rollout.models.packed import Packed
 from rollout.models.paged import PagedStep
 from rollout.models.pages import PagePool
+from rollout.models.spread import SpreadSteps
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,9 @@ class CompiledSteps:
 
 
 def fastest(pool: PagePool) -> Steps:
-    """The fastest attention for the layout and device of ``pool``."""
+    """The fastest attention for the layout and device of ``pool``; of several devices, each has its own."""
+    if len(pool.parts) > 1:
+        return SpreadSteps([fastest(part) for part in pool.parts])
     layout, device = pool.layout, pool.device
     if device.type == "cuda" and layout.sites:
         dims = frozenset((site.key_dim, site.value_dim) for site in layout.sites)

@@ -9,7 +9,7 @@ import torch
 
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import IntArray, KVLayout
-from rollout.models.loan import family_name, unwrap, vocabulary_size
+from rollout.models.loan import family_name, home, vocabulary_size
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.tier import Tier
@@ -65,7 +65,7 @@ def check_pages(tier: Tier) -> None:
 def _logits_over_pages(tier: Tier, trials: list[_Trial], layout: KVLayout) -> torch.Tensor:
     """[forwards, sequences, V] of the last token of each forward."""
     pages = sum(len(trial.pages) for trial in trials)
-    pool = PagePool(layout, pages, unwrap(tier.model).device, len(trials))
+    pool = PagePool(layout, pages, home(tier.model), len(trials))
     states = np.zeros(0, np.int64)
     if pages:
         pool.grow()

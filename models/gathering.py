@@ -19,7 +19,7 @@ from torch import nn
 
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import IntArray, KVLayout, Site, Span
-from rollout.models.loan import Loan, family_name, refuse_recurrent, unwrap, vocabulary_size
+from rollout.models.loan import Loan, family_name, home, refuse_recurrent, unwrap, vocabulary_size
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.rotary import Rotary, texts_of
@@ -48,7 +48,7 @@ class GatheringTier(Tier):
     def probe(self) -> KVLayout:
         """See `Tier.probe`."""
         cache = _RecordingCache(_PROBE_TOKENS)
-        positions = torch.arange(_PROBE_TOKENS, device=unwrap(self.model).device)[None]
+        positions = torch.arange(_PROBE_TOKENS, device=home(self.model))[None]
         with self.on_loan():
             _Forward(self.model)(positions % vocabulary_size(self.model), torch.ones_like(positions), positions, cache)
         return replace(cache.layout(family_name(self.model)), boundary=Rotary(self.model).boundary)
@@ -70,7 +70,7 @@ class GatheringRunner(Runner):
     def __init__(self, model: nn.Module, pool: PagePool) -> None:
         self._run = _Forward(model)
         self._pool = pool
-        self._device = unwrap(model).device
+        self._device = home(model)
         self._token_bytes = pool.layout.dtype.itemsize * max(
             site.kv_heads * (site.key_dim + site.value_dim) for site in pool.layout.sites
         )
@@ -216,7 +216,7 @@ class _RecordingCache(_Cache):
         for stored in (keys, values):
             if stored.ndim != 4 or stored.shape[0] != 1 or stored.shape[1:3] != (keys.shape[1], self._queries):
                 self._odd.append(str(tuple(stored.shape)))
-        self._sites.append(Site(None, keys.shape[1], keys.shape[-1], values.shape[-1], Span()))
+        self._sites.append(Site(None, keys.shape[1], keys.shape[-1], values.shape[-1], Span(), values.device))
         self._dtypes.add(values.dtype)
         return keys.contiguous(), values.contiguous()
 
@@ -240,17 +240,19 @@ class _GatheringCache(_Cache):
 
     def __init__(self, pool: PagePool, batch: _Batch) -> None:
         super().__init__(batch.sources.shape[1], batch.mask.shape[1])
-        self._writes, self._reads = Slots.of(pool, batch.writes), Slots.of(pool, batch.reads)
+        self._slots = [(Slots.of(part, batch.writes), Slots.of(part, batch.reads)) for part in pool.parts]
         # The queries that are no padding; all of them in most forwards, and then None.
         some = len(batch.new) < batch.sources.size
-        self._new = torch.from_numpy(batch.new).to(pool.device) if some else None
-        self._sites = pool.layout.sites
+        self._new = [torch.from_numpy(batch.new).to(part.device) if some else None for part in pool.parts]
+        self._places = pool.places
 
     def exchange(self, site: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if site >= len(self._sites):
+        if site >= len(self._places):
             raise RuntimeError("The model stores more often than the probe saw.")
-        self._writes.write(site, self._rows(keys), self._rows(values))
-        stored = zip(self._reads.read(site), (keys, values), strict=True)
+        part, index = self._places[site]
+        writes, reads = self._slots[part]
+        writes.write(index, *(self._rows(states, self._new[part]) for states in (keys, values)))
+        stored = zip(reads.read(index), (keys, values), strict=True)
         # The model goes on in its own dtypes: under autocast keys may be wider than what is kept.
         gathered = [
             rows.view(len(new), self._keys, *rows.shape[1:]).transpose(1, 2).to(new.dtype).contiguous()
@@ -258,11 +260,14 @@ class _GatheringCache(_Cache):
         ]
         return gathered[0], gathered[1]
 
-    def _rows(self, states: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _rows(states: torch.Tensor, new: torch.Tensor | None) -> torch.Tensor:
         """[b, kv_heads, t, dim] to [new tokens, kv_heads, dim]."""
         rows = states.transpose(1, 2).flatten(0, 1)
-        return rows if self._new is None else rows.index_select(0, self._new)
+        return rows if new is None else rows.index_select(0, new)
 
     def finish(self) -> None:
-        if len(self._updated) != len(self._sites):
-            raise RuntimeError(f"The model stored {len(self._updated)} times, not {len(self._sites)} as the probe saw.")
+        if len(self._updated) != len(self._places):
+            raise RuntimeError(
+                f"The model stored {len(self._updated)} times, not {len(self._places)} as the probe saw."
+            )

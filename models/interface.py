@@ -13,8 +13,8 @@ from torch import nn
 from rollout.models import attention
 from rollout.models.backend import Steps, fastest
 from rollout.models.errors import UnsupportedModel
-from rollout.models.layout import KVLayout
-from rollout.models.loan import Loan, family_name, unwrap
+from rollout.models.layout import IntArray, KVLayout
+from rollout.models.loan import Loan, family_name, home, unwrap
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.probe import probe
@@ -74,7 +74,7 @@ class InterfaceRunner(Runner):
         self._model = model
         self._pool, self._steps = pool, steps
         self.attention = steps.name
-        self._device = unwrap(model).device
+        self._device = home(model)
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """See `Runner.forward`."""
@@ -85,7 +85,11 @@ class InterfaceRunner(Runner):
                 input_ids=packed.tokens[None],
                 position_ids=uploaded(packed.positions[None], self._device),
                 use_cache=False,
-                logits_to_keep=uploaded(last, self._device) if len(last) < len(packed.tokens) else 0,
+                logits_to_keep=self._kept(last) if len(last) < len(packed.tokens) else 0,
             )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _kept(self, last: IntArray) -> torch.Tensor | list[int]:
+        """Indices among the last layer's tokens: a tensor would be taken to the first layer's device, a list is not."""
+        return uploaded(last, self._device) if len(self._pool.parts) == 1 else last.tolist()

@@ -45,6 +45,13 @@ class Site:
     value_dim: int
     span: Span
     """Full where the model masks by itself."""
+    device: torch.device | None = None
+    """Where its keys and values arrive, and are kept; None is the device of the pool."""
+
+    @property
+    def elements(self) -> int:
+        """Numbers that it stores of a token."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +91,15 @@ class KVLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        elements = sum(site.kv_heads * (site.key_dim + site.value_dim) for site in self.sites)
-        return elements * self.dtype.itemsize
+        return sum(site.elements for site in self.sites) * self.dtype.itemsize
+
+    def shares(self, device: torch.device) -> dict[torch.device, float]:
+        """How keys and values are spread over devices: each one's share of their bytes. ``device`` is the pool's."""
+        bytes_on: dict[torch.device, int] = {}
+        for site in self.sites:
+            place = site.device or device
+            bytes_on[place] = bytes_on.get(place, 0) + site.elements * self.dtype.itemsize
+        return {place: size / self.bytes_per_token for place, size in bytes_on.items()}
 
     @property
     def bytes_per_page(self) -> int:

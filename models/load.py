@@ -40,12 +40,14 @@ CAUSAL_NAMES = ("CausalLM", "LMHead")
 class ModelSource:
     """Which model to load and how; the names and defaults of ``model.*`` on the command line.
 
-    ``path`` is a folder, a GGUF file, a Hub id or ``packaged:NAME``. An ``adapter`` is merged into the weights.
+    ``path`` is a folder, a GGUF file, a Hub id or ``packaged:NAME``. An ``adapter`` is merged into the weights. With
+    "auto" as ``device_map``, accelerate spreads the layers over the CUDA devices of this process.
     """
 
     path: str
     dtype: str = "auto"
     device: str = "auto"
+    device_map: str | None = None
     revision: str | None = None
     adapter: str | None = None
     trust_remote_code: bool = False
@@ -77,6 +79,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
     """The model on its device, ready for inference: eval mode, and its adapter, if any, merged into the weights.
 
+    On a CPU there is nothing to spread, and a device map has no effect.
+
     Raises:
         UnsupportedModel: it is no causal language model, or of an architecture that is not known.
         ValueError: it is missing or cannot be loaded; one sentence naming the key.
@@ -85,7 +89,8 @@ def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
         _require_peft(source.adapter)
     path = Path(resolve_path(source.path, source.revision, code=source.trust_remote_code))
     model = _from_gguf(source, path, device) if path.is_file() else _from_folder(source, path, device)
-    model = _placed(model, device)
+    if not _spreads(source, device):
+        model = _placed(model, device)
     if source.adapter is not None:
         model = _merged(model, Path(source.adapter).expanduser(), device)
     model.eval()
@@ -143,6 +148,7 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
     config = _config(source, folder)
     _check_causal(config, source)
     dtype = resolve_dtype(source.dtype, device, _stored_dtype(config))
+    placement = {"device_map": source.device_map, "max_memory": _own_memory()} if _spreads(source, device) else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -151,10 +157,17 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
             use_safetensors=True,
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
+            **placement,
         )
     except Exception as error:
         raise ValueError(f"model.path {source.path!r} cannot be loaded ({first_line(error)}).") from error
     model: PreTrainedModel = loaded[0]
+    # Each forward would read from the disk what accelerate had no other place for.
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise ValueError(
+            f"model.path {source.path!r} needs more memory for its weights than {len(_own_memory())} CUDA devices have "
+            "free: take more devices, a smaller model, or model.dtype=bfloat16."
+        )
     # transformers would fill them with random numbers and go on.
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
@@ -168,6 +181,11 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
 
 def _from_gguf(source: ModelSource, path: Path, device: torch.device) -> PreTrainedModel:
     _check_gguf(path)
+    if _spreads(source, device):
+        raise ValueError(
+            f"model.path {source.path!r} is a GGUF file, which is unpacked on one device: set model.device_map=null, "
+            "or give the model's folder."
+        )
     # What a GGUF file stores is mostly no dtype that torch computes in.
     dtype = resolve_dtype(source.dtype, device, None)
     try:
@@ -220,6 +238,24 @@ def _check_causal(config: PreTrainedConfig, source: ModelSource) -> None:
 def _stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
     stored = config.dtype or config.get_text_config(decoder=True).dtype
     return getattr(torch, stored) if isinstance(stored, str) else stored
+
+
+def _spreads(source: ModelSource, device: torch.device) -> bool:
+    return source.device_map is not None and device.type == "cuda"
+
+
+def _own_memory() -> dict[int, int]:
+    """The CUDA devices of this process and what each has free: the ranks of a machine share its devices evenly.
+
+    Raises:
+        ValueError: there are fewer devices than ranks.
+    """
+    count = torch.cuda.device_count()
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if ranks > count:
+        raise ValueError(f"{ranks} processes share {count} CUDA devices: start at most one process a device.")
+    own = range(count * rank // ranks, count * (rank + 1) // ranks)
+    return {index: torch.cuda.mem_get_info(index)[0] for index in own}
 
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

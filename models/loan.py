@@ -33,6 +33,17 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return seen
 
 
+def home(model: nn.Module) -> torch.device:
+    """The device on which token ids are given, and logits come out.
+
+    Of a model whose layers accelerate has placed on several devices, it is that of the last one: accelerate takes ids
+    to the first by itself, and brings logits back to where the ids were, which is then where they are computed.
+    """
+    base = unwrap(model)
+    device = getattr(getattr(base.get_output_embeddings(), "_hf_hook", None), "execution_device", None)
+    return base.device if device is None else torch.device(device)
+
+
 def family_name(model: nn.Module) -> str:
     """How messages name a model: its class and model type."""
     base = unwrap(model)

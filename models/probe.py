@@ -20,7 +20,7 @@ from transformers import AttentionMaskInterface
 from rollout.models import attention
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import KVLayout, Site, Span
-from rollout.models.loan import family_name, refuse_recurrent, unwrap, vocabulary_size
+from rollout.models.loan import family_name, home, refuse_recurrent, vocabulary_size
 
 MaskPredicate = Callable[[Any, Any, Any, Any], Any]
 
@@ -36,7 +36,7 @@ def probe(model: nn.Module) -> KVLayout:
             in a way that is not causal, causal in a window, or causal in chunks.
     """
     refuse_recurrent(model)
-    positions = torch.arange(PROBE_TOKENS, device=unwrap(model).device)[None]
+    positions = torch.arange(PROBE_TOKENS, device=home(model))[None]
     sites, dtype = attention_sites(model, position_ids=positions, use_cache=False)
     if dtype is None:
         raise UnsupportedModel(f"{family_name(model)} made no call through transformers' attention interface.")
@@ -50,7 +50,7 @@ def attention_sites(model: nn.Module, **arguments: object) -> tuple[tuple[Site, 
         UnsupportedModel: a mask is not causal, causal in a window, or causal in chunks, or values differ in dtype.
     """
     step = _Probe()
-    ids = torch.arange(PROBE_TOKENS, device=unwrap(model).device)[None] % vocabulary_size(model)
+    ids = torch.arange(PROBE_TOKENS, device=home(model))[None] % vocabulary_size(model)
     with _masks(step), attention.running(step):
         model(input_ids=ids, **arguments)
     if len(step.dtypes) > 1:
@@ -84,7 +84,7 @@ class _Probe:
         if not isinstance(attention_mask, torch.Tensor):
             raise UnsupportedModel(f"{type(module).__name__} attends without a causal mask.")
         span = self.spans[int(attention_mask[0, 0, 0, 0])]
-        self.sites.append(Site(module, key.shape[1], key.shape[-1], value.shape[-1], span))
+        self.sites.append(Site(module, key.shape[1], key.shape[-1], value.shape[-1], span, value.device))
         # Under autocast, queries and keys may come out of the rotary embedding in fp32: values tell.
         self.dtypes.add(value.dtype)
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])

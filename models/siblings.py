@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from rollout.models.loan import Loan, unwrap
+from rollout.models.loan import Loan, home
 
 Siblings = tuple[nn.Linear, ...]
 
@@ -21,7 +21,7 @@ def siblings(model: nn.Module) -> list[Siblings]:
 
     Those of a group have inputs and dtype in common and are called once a forward. On a GPU none are looked for.
     """
-    if unwrap(model).device.type != "cpu":
+    if home(model).type != "cpu":
         return []
     calls: list[tuple[nn.Linear, torch.Tensor, int]] = []
 
@@ -37,7 +37,7 @@ def siblings(model: nn.Module) -> list[Siblings]:
                 stack.callback(layer.register_forward_pre_hook(saw).remove)
         # Also where the caller's is an inference mode, since its tensors do not tell changes in place.
         with torch.inference_mode(False), Loan(model)():
-            ids = torch.arange(_TOKENS, device=unwrap(model).device)[None]
+            ids = torch.arange(_TOKENS, device=home(model))[None]
             model(input_ids=ids, use_cache=False)
     groups: list[list[nn.Linear]] = []
     before: tuple[torch.Tensor, int] | None = None

@@ -112,10 +112,12 @@ class RecordedStates(StateCache):
     def __init__(self) -> None:
         super().__init__(fresh=True)
         self.states: list[State] = []
+        self.devices: set[torch.device] = set()
         self.updates = 0
         """Times that keys and values were stored."""
 
     def store(self, kind: Kind, layer: int, number: int, values: torch.Tensor) -> None:
+        self.devices.add(values.device)
         self.states.append(State(layer, kind, number, tuple(values.shape[1:]), values.dtype))
 
     def update(

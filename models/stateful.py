@@ -20,7 +20,7 @@ from rollout.models import attention
 from rollout.models.backend import fastest
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import IntArray, KVLayout
-from rollout.models.loan import Loan, family_name, unwrap
+from rollout.models.loan import Loan, family_name, home, unwrap
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.probe import PAGE_SIZE, PROBE_TOKENS, attention_sites
@@ -49,12 +49,17 @@ class StateTier(Tier):
     def probe(self) -> KVLayout:
         """See `Tier.probe`."""
         recorded = RecordedStates()
-        positions = torch.arange(PROBE_TOKENS, device=unwrap(self.model).device)[None]
+        positions = torch.arange(PROBE_TOKENS, device=home(self.model))[None]
         with self.on_loan():
             sites, dtype = attention_sites(self.model, **self._arguments(positions, recorded))
         if not recorded.states:
             raise UnsupportedModel(
                 f"{family_name(self.model)} stored no recurrent state in the cache that it was given."
+            )
+        devices = recorded.devices | {site.device for site in sites}
+        if len(devices) > 1:
+            raise UnsupportedModel(
+                f"{family_name(self.model)} keeps recurrent states, but lies on several devices: place it on one."
             )
         if recorded.updates != len(sites):
             raise UnsupportedModel(
@@ -69,7 +74,7 @@ class StateTier(Tier):
 
         Its chunked and its step form of a recurrence differ by more than rounding in some families.
         """
-        tokens = torch.from_numpy(ids[None]).to(unwrap(self.model).device)
+        tokens = torch.from_numpy(ids[None]).to(home(self.model))
         positions = torch.arange(len(ids), device=tokens.device)[None]
         cache, start, own = None, 0, []
         with Loan(self.model)():

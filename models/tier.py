@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rollout.models.layout import IntArray, KVLayout
-from rollout.models.loan import Loan, unwrap
+from rollout.models.loan import Loan, home
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 
@@ -63,7 +63,7 @@ class Tier(ABC):
 
     def own_logits(self, ids: IntArray, ends: Sequence[int]) -> torch.Tensor:
         """What the model itself gives, with no tier: logits [ends, V] after so many of the tokens ids [n] each."""
-        tokens = torch.from_numpy(ids[None]).to(unwrap(self.model).device)
+        tokens = torch.from_numpy(ids[None]).to(home(self.model))
         with Loan(self.model)():
             logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits[0]
         return logits[[end - 1 for end in ends]]
@@ -78,4 +78,4 @@ class Tier(ABC):
 
     def attention(self) -> str:
         """See `Runner.attention`."""
-        return self.runner(PagePool(self.probe(), 1, unwrap(self.model).device)).attention
+        return self.runner(PagePool(self.probe(), 1, home(self.model))).attention

@@ -33,6 +33,7 @@ class ModelConfig:
     path: str = MISSING
     dtype: str = MISSING
     device: str = MISSING
+    device_map: str | None = MISSING
     revision: str | None = MISSING
     adapter: str | None = MISSING
     trust_remote_code: bool = MISSING
@@ -274,6 +275,8 @@ def _model_checks(config: Config) -> list[Check]:
             device in ("auto", "cpu", "cuda") or (device.startswith("cuda:") and index.isdigit()),
             "auto, cpu, cuda or cuda:N",
         ),
+        ("model.device_map", model.device_map, model.device_map in (None, "auto"), "auto, or null for one device"),
+        ("model.device", device, model.device_map is None or device == "auto", "auto where model.device_map is set"),
     ]
 
 

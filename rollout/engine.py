@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from rollout.batcher.registry import make_policy
 from rollout.batcher.types import Bounds, Policy
 from rollout.errors import InputError
-from rollout.headroom import Headroom, after_reserve, headroom_for
+from rollout.headroom import Headroom, after_reserve, headroom_over
 from rollout.loop import Loop
 from rollout.memory import Memory
 from rollout.models.context import context_limit
 from rollout.models.fused import FusedParts
 from rollout.models.linears import PackedLinears
-from rollout.models.loan import unwrap, vocabulary_size
+from rollout.models.loan import home, unwrap, vocabulary_size
 from rollout.models.serve import serve
 from rollout.models.siblings import siblings
 from rollout.params import SamplingParams
@@ -48,7 +48,7 @@ class Engine:
     """Generates with a live module: its own weights, no copy, and it is given back as it was.
 
     Args:
-        model: a transformers causal LM, PEFT-wrapped or not, on one device.
+        model: a transformers causal LM, PEFT-wrapped or not, on one device, or on several as accelerate places it.
         tokenizer: for text prompts, chat messages and the text of completions; None when prompts are
             token ids and no text is wanted.
         policy: how many rows live, by name or as an object of your own.
@@ -56,7 +56,7 @@ class Engine:
         max_rows, min_rows: bounds on live rows.
         max_kv_bytes: never more KV bytes than this; None uses all headroom.
         reserve_fraction: share of the device's total memory that is always left free.
-        headroom: telemetry to follow instead of the device's own.
+        headroom: telemetry to follow instead of that of the devices.
 
     Raises:
         UnsupportedModel: the model cannot be served; the message says why.
@@ -82,7 +82,7 @@ class Engine:
         self.weight_version = 0
         """Stamped on records; set it when the weights change."""
         base = unwrap(model)
-        self._device = base.device
+        self._device = home(model)
         self._tier = serve(model)
         self.attention = self._tier.attention()
         """What attends: triton, compiled, gather; own: the model itself; none: nothing."""
@@ -91,7 +91,9 @@ class Engine:
         self._policy = make_policy(policy, bounds) if isinstance(policy, str) else policy
         self._max_kv_bytes = max_kv_bytes
         self._reserve_fraction = reserve_fraction
-        self._headroom = headroom_for(self._device) if headroom is None else headroom
+        if headroom is None:
+            headroom = headroom_over(self._tier.probe().shares(self._device) or {self._device: 1.0}, reserve_fraction)
+        self._headroom = headroom
         self.context_limit = context_limit(base.config)
         """Most tokens of prompt and completion together; None when the model states none."""
         self._vocabulary = vocabulary_size(model)

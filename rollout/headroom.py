@@ -6,7 +6,7 @@ import functools
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +50,38 @@ def headroom_for(device: torch.device) -> Headroom:
     if device.type == "cuda":
         return CudaHeadroom(device)
     raise InputError(f"model.device is {device.type!r}, but memory can only be followed on cpu and cuda.")
+
+
+def headroom_over(shares: Mapping[torch.device, float], reserve_fraction: float) -> Headroom:
+    """Telemetry for a pool of which each device holds a share; of the one device, where there is one.
+
+    Raises:
+        InputError: there is none for a device.
+    """
+    parts = [(headroom_for(device), share) for device, share in shares.items()]
+    return parts[0][0] if len(parts) == 1 else SpreadHeadroom(parts, reserve_fraction)
+
+
+class SpreadHeadroom:
+    """Several devices that share a pool: how many bytes of it they have room for together, which the tightest decides.
+
+    Args:
+        parts: each device, and its share of the pool's bytes.
+        reserve_fraction: share of its total memory that is left free on every device.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Headroom, float]], reserve_fraction: float) -> None:
+        self._parts = tuple(parts)
+        self._reserve_fraction = reserve_fraction
+
+    @property
+    def total_bytes(self) -> int:
+        return int(min(memory.total_bytes / share for memory, share in self._parts))
+
+    def free_bytes(self) -> int:
+        """Above the reserve of the total, exactly what every device has room for above its own."""
+        room = min(after_reserve(memory, self._reserve_fraction) / share for memory, share in self._parts)
+        return int(room) + int(self._reserve_fraction * self.total_bytes)
 
 
 @dataclass
