@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from rollout.models.checkpoint import check_adapter, check_folder, first_line, resolve_path
 from rollout.models.errors import UnsupportedModel
@@ -41,13 +42,15 @@ class ModelSource:
     """Which model to load and how; the names and defaults of ``model.*`` on the command line.
 
     ``path`` is a folder, a GGUF file, a Hub id or ``packaged:NAME``. An ``adapter`` is merged into the weights. With
-    "auto" as ``device_map``, accelerate spreads the layers over the CUDA devices of this process.
+    "auto" as ``device_map``, accelerate spreads the layers over the CUDA devices of this process. With
+    ``tensor_parallel``, transformers gives each of the processes that were launched together a slice of every layer.
     """
 
     path: str
     dtype: str = "auto"
     device: str = "auto"
     device_map: str | None = None
+    tensor_parallel: bool = False
     revision: str | None = None
     adapter: str | None = None
     trust_remote_code: bool = False
@@ -89,7 +92,7 @@ def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
         _require_peft(source.adapter)
     path = Path(resolve_path(source.path, source.revision, code=source.trust_remote_code))
     model = _from_gguf(source, path, device) if path.is_file() else _from_folder(source, path, device)
-    if not _spreads(source, device):
+    if not (_spreads(source, device) or _slices(source)):
         model = _placed(model, device)
     if source.adapter is not None:
         model = _merged(model, Path(source.adapter).expanduser(), device)
@@ -148,7 +151,16 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
     config = _config(source, folder)
     _check_causal(config, source)
     dtype = resolve_dtype(source.dtype, device, _stored_dtype(config))
-    placement = {"device_map": source.device_map, "max_memory": _own_memory()} if _spreads(source, device) else {}
+    placement: dict[str, Any] = {}
+    if _spreads(source, device):
+        placement = {"device_map": source.device_map, "max_memory": _own_memory()}
+    elif _slices(source):
+        if not config.get_text_config(decoder=True).base_model_tp_plan:
+            raise UnsupportedModel(
+                f"model.path {source.path!r} is of model_type {config.model_type!r}, for which transformers has no "
+                "plan of tensor parallelism: set model.tensor_parallel=false."
+            )
+        placement = {"distributed_config": DistributedConfig(tp_plan="auto")}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -181,10 +193,11 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
 
 def _from_gguf(source: ModelSource, path: Path, device: torch.device) -> PreTrainedModel:
     _check_gguf(path)
-    if _spreads(source, device):
+    if _spreads(source, device) or _slices(source):
+        key = "device_map=null" if _spreads(source, device) else "tensor_parallel=false"
         raise ValueError(
-            f"model.path {source.path!r} is a GGUF file, which is unpacked on one device: set model.device_map=null, "
-            "or give the model's folder."
+            f"model.path {source.path!r} is a GGUF file, which is unpacked on one device: set model.{key}, or give the "
+            "model's folder."
         )
     # What a GGUF file stores is mostly no dtype that torch computes in.
     dtype = resolve_dtype(source.dtype, device, None)
@@ -242,6 +255,10 @@ def _stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
 
 def _spreads(source: ModelSource, device: torch.device) -> bool:
     return source.device_map is not None and device.type == "cuda"
+
+
+def _slices(source: ModelSource) -> bool:
+    return source.tensor_parallel and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _own_memory() -> dict[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,10 +68,11 @@ class PagePool(Pool[Slab]):
         """
         return self._parts or (self,)
 
-    def grow(self) -> None:
+    def grow(self, agree: Callable[[bool], bool] = bool) -> bool:
         """See `Pool.grow`."""
-        super().grow()
+        grown = super().grow(agree)
         self._tell_parts()
+        return grown
 
     def shrink(self, tables: Iterable[IntArray]) -> bool:
         """See `Pool.shrink`."""

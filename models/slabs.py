@@ -8,7 +8,7 @@ the keys and values of a few tokens, or, in a pool of its own, the recurrent sta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -77,13 +77,19 @@ class Pool(ABC, Generic[_S]):
 
     # -- growing and shrinking -----------------------------------------------------------------------
 
-    def grow(self) -> None:
-        """Adds one slab.
+    def grow(self, agree: Callable[[bool], bool] = bool) -> bool:
+        """Adds one slab, if others who must have one too ``agree``; they are told whether there is memory for this one.
 
         Raises:
             torch.OutOfMemoryError, RuntimeError: the allocator refuses; the pool is as it was.
         """
-        slab = self._allocate_slab()
+        try:
+            slab = self._allocate_slab()
+        except (RuntimeError, MemoryError):
+            agree(False)
+            raise
+        if not agree(True):
+            return False
         index = next((i for i, held in enumerate(self.slabs) if held is None), len(self.slabs))
         if index == len(self.slabs):
             self.slabs.append(None)
@@ -93,6 +99,7 @@ class Pool(ABC, Generic[_S]):
         first = index * self.slab_pages
         self._free[index] = list(range(first + self.slab_pages - 1, first - 1, -1))
         self._free_count += self.slab_pages
+        return True
 
     def shrink(self, tables: Iterable[IntArray]) -> bool:
         """Drops the emptiest slab, after moving its pages to others; ``tables`` are rewritten in place.

@@ -34,6 +34,7 @@ class ModelConfig:
     dtype: str = MISSING
     device: str = MISSING
     device_map: str | None = MISSING
+    tensor_parallel: bool = MISSING
     revision: str | None = MISSING
     adapter: str | None = MISSING
     trust_remote_code: bool = MISSING
@@ -258,6 +259,8 @@ def _refuse_unknown_keys(composed: DictConfig, config: Config) -> None:
 
 _EXAMPLES = {"output.dir": "runs/my_run", "data.path": "prompts.jsonl", "model.path": "org/model"}
 
+_WITH_TENSOR_PARALLEL = "where model.tensor_parallel is true"
+
 Check = tuple[str, object, bool, str]
 """A key, its value, whether that is right, and what would be."""
 
@@ -277,6 +280,19 @@ def _model_checks(config: Config) -> list[Check]:
         ),
         ("model.device_map", model.device_map, model.device_map in (None, "auto"), "auto, or null for one device"),
         ("model.device", device, model.device_map is None or device == "auto", "auto where model.device_map is set"),
+        ("model.device", device, not model.tensor_parallel or device == "auto", f"auto {_WITH_TENSOR_PARALLEL}"),
+        (
+            "model.device_map",
+            model.device_map,
+            not (model.tensor_parallel and model.device_map),
+            f"null {_WITH_TENSOR_PARALLEL}",
+        ),
+        (
+            "model.adapter",
+            model.adapter,
+            not (model.tensor_parallel and model.adapter),
+            f"null {_WITH_TENSOR_PARALLEL}",
+        ),
     ]
 
 

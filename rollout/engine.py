@@ -31,6 +31,7 @@ from rollout.records import Batch, Record
 from rollout.requests import Request, StepReport
 from rollout.stats import Stats
 from rollout.stops import Text
+from rollout.together import together
 
 #: Rows that are read before the first decision; their size sets the size of a slab.
 _FIRST_ROWS = 64
@@ -48,7 +49,9 @@ class Engine:
     """Generates with a live module: its own weights, no copy, and it is given back as it was.
 
     Args:
-        model: a transformers causal LM, PEFT-wrapped or not, on one device, or on several as accelerate places it.
+        model: a transformers causal LM, PEFT-wrapped or not, on one device, or on several as accelerate places it; or,
+            with transformers' tensor parallelism, a share of one: then all processes that hold it make an engine, call
+            the same methods in the same order with the same arguments, and get the same records.
         tokenizer: for text prompts, chat messages and the text of completions; None when prompts are
             token ids and no text is wanted.
         policy: how many rows live, by name or as an object of your own.
@@ -83,6 +86,7 @@ class Engine:
         """Stamped on records; set it when the weights change."""
         base = unwrap(model)
         self._device = home(model)
+        self._together = together(model)
         self._tier = serve(model)
         self.attention = self._tier.attention()
         """What attends: triton, compiled, gather; own: the model itself; none: nothing."""
@@ -93,7 +97,7 @@ class Engine:
         self._reserve_fraction = reserve_fraction
         if headroom is None:
             headroom = headroom_over(self._tier.probe().shares(self._device) or {self._device: 1.0}, reserve_fraction)
-        self._headroom = headroom
+        self._headroom = self._together.headroom(headroom)
         self.context_limit = context_limit(base.config)
         """Most tokens of prompt and completion together; None when the model states none."""
         self._vocabulary = vocabulary_size(model)
@@ -179,6 +183,7 @@ class Engine:
             self._reserve_fraction,
             queue.demand,
             max(1, len(queue)),
+            self._together,
         )
         loop = Loop(
             self._tier.runner(memory.pool),
@@ -189,6 +194,7 @@ class Engine:
             queue,
             self.weight_version,
             on_step,
+            together=self._together,
         )
         try:
             while True:

@@ -106,7 +106,7 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
     Raises:
         InputError: the configuration or the input is wrong; the message is one sentence.
     """
-    place = Place.of(os.environ)
+    place = Place.of(os.environ, config.model.tensor_parallel)
     reward = load_reward(config.reward)
     prompts = read_prompts(config.data, with_columns=reward is not None)
     paths = prepare(config.output.dir)
@@ -120,7 +120,10 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
                 open_run(paths, config, fingerprint, prompts.row_ids, *facts, place.workers)
             ranks.wait()
             run = read_run(paths)
-            _generate(run, config, prompts, loaded.engine, reward, place)
+            if place.together and place.rank:
+                _follow(loaded.engine, ranks)
+            else:
+                _generate(run, config, prompts, loaded.engine, reward, place, ranks)
         elif place.rank == 0:
             logger.info("The run in %s is complete already.", paths.root)
     run = run or read_run(paths)
@@ -129,8 +132,15 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
     return _report(run) if place.rank == 0 else Exit.COMPLETE
 
 
+def _follow(engine: Generator, ranks: Ranks) -> None:
+    """Take part in computing what the first rank is asked; what becomes of it is the first one's business."""
+    for requests in ranks.followed():
+        for _ in engine.run(requests):
+            pass
+
+
 def _generate(
-    run: Run, config: Config, prompts: Prompts, engine: Generator, reward: Reward | None, place: Place
+    run: Run, config: Config, prompts: Prompts, engine: Generator, reward: Reward | None, place: Place, ranks: Ranks
 ) -> None:
     """Work on shards until none can be claimed; rank 0 until all are committed, whoever works on them."""
     claims = FileClaims(run.paths, run.shards, place.workers)
@@ -150,7 +160,7 @@ def _generate(
         waiting = False
         while not run.complete():
             if work.claim():
-                for record in engine.run(work.requests(), on_step=on_step):
+                for record in engine.run(ranks.shared(work.requests()), on_step=on_step):
                     work.take(record)
             elif place.rank == 0:
                 # Should one of the others die, its shards can be claimed here.
@@ -160,6 +170,7 @@ def _generate(
                 time.sleep(POLL_SECONDS)
             else:
                 return
+        ranks.done()
 
 
 def _report(run: Run) -> Exit:

@@ -26,6 +26,7 @@ from rollout.rows import IntArray
 from rollout.running import Running
 from rollout.stats import Tally
 from rollout.stops import Text
+from rollout.together import Alone
 
 logger = logging.getLogger("rollout.batcher")
 _T = TypeVar("_T", bound=np.generic)
@@ -51,6 +52,7 @@ class Loop:
         late: whether the tokens of a step are read only when the next one is on its way, so that the device need not
             wait for the host; None where that is a GPU. Records are the same. A row that ends with a token that nobody
             could foresee takes part in one step too many, whose token is dropped: steps and drawn tokens count it.
+        together: who decides.
     """
 
     def __init__(
@@ -64,10 +66,12 @@ class Loop:
         weight_version: int = 0,
         on_step: Callable[[StepReport], None] | None = None,
         late: bool | None = None,
+        together: Alone | None = None,
     ) -> None:
         self._runner, self._memory, self._policy, self._text, self._queue = runner, memory, policy, text, queue
         self._eos = np.array(eos, np.int64)
         self._on_step = on_step
+        self._together = together or Alone()
         self.tally = Tally()
         self._recorder = Recorder(text, self.tally, weight_version)
         self._running = Running(memory, queue, self.tally, self._settle)
@@ -112,7 +116,8 @@ class Loop:
             alive = running.alive
             done, paused = self._forward(decision)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            # The others wait in the middle of the forward for this one's part of it, and cannot be told.
+            if not is_out_of_memory(error) or not self._together.alone:
                 raise
             self._back_off()
             return
@@ -122,7 +127,8 @@ class Loop:
         if lacking is not None:
             self._wait_or_give_up(lacking)
         self._calm_down()
-        self._account(decision, replace(done, ms=1e3 * (time.perf_counter() - started)), alive, paused)
+        step_ms = self._together.measured(1e3 * (time.perf_counter() - started))
+        self._account(decision, replace(done, ms=step_ms), alive, paused)
 
     def close(self) -> None:
         """Drops all rows and gives all memory back."""
@@ -240,7 +246,7 @@ class Loop:
     def _draw(self, slots: IntArray, logits: torch.Tensor) -> Draw:
         """Draws a token for the row in each of ``slots`` from its row of ``logits``, without waiting for it."""
         live, positions = self._running.live, self._running.live.generated[slots]
-        sampled = sample(logits, live.sampling(slots), uploaded(positions, logits.device))
+        sampled = self._together.drawn(sample(logits, live.sampling(slots), uploaded(positions, logits.device)))
         drawn = Draw.of(slots, positions, sampled)
         live.advance(slots, sampled.tokens)
         self.tally.drawn_tokens += len(slots)
@@ -327,7 +333,7 @@ class Loop:
 
         Others may give memory back; a row is given up when it could never fit, or when no token was drawn for long.
         """
-        now = time.monotonic()
+        now = self._together.measured(time.monotonic())
         self._stuck_since = self._stuck_since or now
         if self._memory.could_hold(pages, int(self._running.recurrent)) and now - self._stuck_since < _PATIENCE_S:
             time.sleep(_RETRY_S)

@@ -11,6 +11,7 @@ from rollout.headroom import Headroom, after_reserve
 from rollout.models.layout import IntArray, KVLayout
 from rollout.models.pages import PagePool
 from rollout.models.states import StatePool
+from rollout.together import Alone
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Memory:
         max_kv_bytes: never more bytes than this in both pools; None is no cap.
         reserve_fraction: share of the device's total memory that is always left free.
         demand_tokens, demand_rows: what the first rows will hold at most; slabs are no larger than they ask for.
+        together: whose pools grow together.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class Memory:
         reserve_fraction: float,
         demand_tokens: int,
         demand_rows: int = 1,
+        together: Alone | None = None,
     ) -> None:
+        self._together = together or Alone()
         self._headroom = headroom
         self._max_kv_bytes = max_kv_bytes
         self._reserve_fraction = reserve_fraction
@@ -142,11 +146,13 @@ class Memory:
     def _grow(self, pool: PagePool | StatePool, slabs: int) -> bool:
         for _ in range(slabs):
             try:
-                pool.grow()
+                grown = pool.grow(self._together.all)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                grown = False
                 logger.warning("The allocator refused a slab of %d bytes; going on without.", pool.slab_bytes)
+            if not grown:
                 self.headroom_bytes = 0  # until the next reading
                 return False
             self.headroom_bytes -= pool.slab_bytes

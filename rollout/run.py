@@ -219,7 +219,7 @@ def rows_per_shard(rows: int, wanted: int, workers: int) -> int:
 
 def _attempt(config: Config, attention: str, workers: int) -> dict[str, Any]:
     """What may differ between the attempts of a run."""
-    model = {"device": config.model.device, "device_map": config.model.device_map}
+    model = {key: getattr(config.model, key) for key in ("device", "device_map", "tensor_parallel")}
     execution = {"batcher": asdict(config.batcher), "memory": asdict(config.memory), **model}
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

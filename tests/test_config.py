@@ -22,6 +22,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         "dtype": "auto",
         "device": "auto",
         "device_map": None,
+        "tensor_parallel": False,
         "revision": None,
         "adapter": None,
         "trust_remote_code": False,

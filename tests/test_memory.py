@@ -170,7 +170,7 @@ def test_a_refusal_of_the_allocator_stops_growth_until_the_next_reading(
     assert memory.reserve(10)
     grow, calls = memory.pool.grow, list[int]()
 
-    def refuse() -> None:
+    def refuse(agree: object) -> None:
         calls.append(1)
         raise error
 
@@ -190,7 +190,7 @@ def test_a_refusal_of_the_allocator_stops_growth_until_the_next_reading(
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = made(160 * PAGE)
 
-    def fail() -> None:
+    def fail(agree: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(memory.pool, "grow", fail)

@@ -1,0 +1,128 @@
+"""Two processes that hold one model: the numbers of one that holds all of it, one worker, and the same decisions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from rollout import Engine
+from rollout.config import load_config
+from rollout.errors import InputError
+from rollout.job import run_job
+from rollout.metrics import read_metrics
+from rollout.models.errors import UnsupportedModel
+from rollout.models.load import ModelSource, load_model
+from rollout.paths import RunPaths
+from rollout.place import Place
+from rollout.run import read_run
+from rollout.together import Alone, together
+from rollout.verify import verify
+from tests.families import tiny
+from tests.jobs import read_records, without_attempt
+from tests.sharded import GREEDY, PROMPTS, SAMPLED
+from tests.test_cli import tiny as saved_tiny  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def launch(*arguments: str) -> str:
+    """What a module writes to stdout in two processes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*LAUNCH, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_both_have_the_records_of_one_that_holds_all(tmp_path: Path) -> None:
+    # Qwen3 has norms of each head, which every process keeps whole.
+    models = {family: tiny(family) for family in ("llama", "qwen3")}
+    for family, model in models.items():
+        model.save_pretrained(tmp_path / family)
+    launch("tests.sharded", *(str(tmp_path / family) for family in models))
+    for family, model in models.items():
+        told: list[dict[str, Any]] = [json.loads((tmp_path / family / f"{rank}.json").read_text()) for rank in (0, 1)]
+        assert told[0] == told[1]
+        assert told[0]["heads"] == [model.config.num_key_value_heads // 2] * model.config.num_hidden_layers
+        assert told[0]["preempted"] > 0, "headroom was not squeezed"
+        engine = Engine(model, None)
+        expected = [record for params in (GREEDY, SAMPLED) for record in engine.generate(PROMPTS, params, seed=7)]
+        assert len(told[0]["records"]) == len(expected)
+        for ours, theirs in zip(told[0]["records"], expected, strict=True):
+            assert ours["completion_ids"] == theirs.completion_ids
+            np.testing.assert_allclose(ours["logprobs"], theirs.logprobs, atol=1e-5)
+        for record, prompt in zip(expected, PROMPTS, strict=False):
+            whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)[0, len(prompt) :]
+            assert record.completion_ids == whole.tolist()
+
+
+def test_the_processes_of_a_job_are_one_worker(tmp_path: Path, saved_tiny: Path) -> None:  # noqa: F811
+    keys = [f"model.path={saved_tiny}", "model.dtype=float32", "data.limit=12", "sampling.max_new_tokens=10"]
+    keys += ["output.rows_per_shard=5", "sampling.n=2"]
+    told = launch("rollout", *keys, f"output.dir={tmp_path / 'two'}", "model.tensor_parallel=true")
+    assert told.count("12 rows, 24 samples") == 1
+    run_job(load_config([*keys, f"output.dir={tmp_path / 'one'}"]))
+    assert verify(tmp_path / "two").complete
+    ours, theirs = (without_attempt(read_records(tmp_path / name)) for name in ("two", "one"))
+    assert [record["completion_ids"] for record in ours] == [record["completion_ids"] for record in theirs]
+    run = read_run(RunPaths(tmp_path / "two"))
+    assert run.shards == 3, "cut for one worker"
+    assert {line["worker"] for line in read_metrics(RunPaths(tmp_path / "two"))} == {0}
+
+
+def test_a_family_without_a_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("falcon").save_pretrained(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedModel, match=r"no plan of tensor parallelism: set model\.tensor_parallel=false"):
+        load_model(ModelSource(str(tmp_path), tensor_parallel=True), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("other", ["model.device=cpu", "model.device_map=auto", "model.adapter=folder"])
+def test_what_does_not_go_with_it(other: str) -> None:
+    with pytest.raises(InputError, match=f"{other.split('=')[0]} is .* where model.tensor_parallel is true"):
+        load_config(["output.dir=out", "model.tensor_parallel=true", other])
+
+
+def test_a_place_among_processes_that_work_together() -> None:
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_ID": "2"}
+    place = Place.of(launched, together=True)
+    assert (place.together, place.rank, place.workers, place.worker) == (True, 1, 3, 2)
+    assert not Place.of({}, together=True).together
+
+
+@pytest.fixture
+def two_processes() -> Iterator[None]:
+    """A process group of which the other process is not there; nothing is sent."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("two_processes")
+@pytest.mark.parametrize("name", [("fsdp",), None])
+def test_other_ways_to_shard_are_refused(name: tuple[str, ...] | None) -> None:
+    """Each would compute its own rows, and wait for the other's part of their weights for ever."""
+    model = tiny("llama")
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=name)
+    model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh, [Shard(0)]))
+    with pytest.raises(UnsupportedModel, match="sharded over the mesh dimensions"):
+        Engine(model, None)
+
+
+def test_a_whole_model_decides_alone() -> None:
+    assert type(together(tiny("llama"))) is Alone
