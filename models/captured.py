@@ -27,6 +27,7 @@ from torch import nn
 from rollout.models import attention
 from rollout.models.loan import Loan, family_name
 from rollout.models.packed import Packed
+from rollout.models.parallel import tensor_parallel_group
 from rollout.models.rotary import Rotary
 from rollout.models.step_buffers import Room, StepBuffers
 from rollout.models.tier import Runner
@@ -95,7 +96,8 @@ def capturing(eager: Runner, model: nn.Module, steps: TritonSteps, loan: Loan) -
 
     Not captured are models whose rotary embeddings depend on the text's length, dynamic scaling or longrope: they
     look positions or lengths up on the host to choose among frequencies, and a graph would replay one choice for ever.
-    Nor models on several devices: a graph is of one.
+    Nor models on several devices: a graph is of one. Nor those that several processes hold together: each could find on
+    its own that a step cannot be captured, while the others wait in it.
 
     Args:
         eager: serves all other forwards.
@@ -109,6 +111,8 @@ def capturing(eager: Runner, model: nn.Module, steps: TritonSteps, loan: Loan) -
             _refuse(model, "its rotary embeddings depend on the length of a text")
         elif len(devices) > 1:
             _refuse(model, f"it lies on {len(devices)} devices")
+        elif tensor_parallel_group(model) is not None:
+            _refuse(model, "several processes hold it together")
     if model in _refused:
         return eager
     return CapturedRunner(eager, model, steps, loan, CudaGraphs(steps.slabs.pool.device))

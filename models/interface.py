@@ -51,7 +51,7 @@ class InterfaceTier(Tier):
         """See `Tier.runner`."""
         steps = fastest(pool)
         eager = InterfaceRunner(self.model, pool, steps)
-        if pool.device.type == "cuda" and steps.name == "triton":
+        if pool.device.type == "cuda" and steps.name == "triton" and len(pool.parts) == 1:
             # Triton comes with torch's builds for GPUs, and with no other.
             from rollout.models.captured import capturing
             from rollout.models.triton_attention import TritonSteps

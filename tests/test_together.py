@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,12 +19,14 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PreTrainedModel
 
 from rollout import Engine
 from rollout.config import load_config
 from rollout.errors import InputError
 from rollout.job import run_job
 from rollout.metrics import read_metrics
+from rollout.models.captured import capturing
 from rollout.models.errors import UnsupportedModel
 from rollout.models.load import ModelSource, load_model
 from rollout.paths import RunPaths
@@ -113,15 +117,29 @@ def two_processes() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+def sliced(dimensions: tuple[str, ...] | None) -> PreTrainedModel:
+    """A model of which this process has half of the last layer."""
+    model = tiny("llama")
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=dimensions)
+    model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh, [Shard(0)]))
+    return model
+
+
 @pytest.mark.usefixtures("two_processes")
 @pytest.mark.parametrize("name", [("fsdp",), None])
 def test_other_ways_to_shard_are_refused(name: tuple[str, ...] | None) -> None:
     """Each would compute its own rows, and wait for the other's part of their weights for ever."""
-    model = tiny("llama")
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=name)
-    model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh, [Shard(0)]))
     with pytest.raises(UnsupportedModel, match="sharded over the mesh dimensions"):
-        Engine(model, None)
+        Engine(sliced(name), None)
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_steps_are_not_captured(caplog: pytest.LogCaptureFixture) -> None:
+    """One process could find that it has no memory for a graph while the other waits in the step."""
+    eager, nothing = Mock(), cast(Any, None)
+    with caplog.at_level(logging.WARNING):
+        assert capturing(eager, sliced(("tp",)), nothing, nothing) is eager
+    assert "several processes hold it together" in caplog.text
 
 
 def test_a_whole_model_decides_alone() -> None:
