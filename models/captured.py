@@ -25,10 +25,12 @@ import torch
 from torch import nn
 
 from rollout.models import attention
+from rollout.models.backend import Steps
 from rollout.models.loan import Loan, family_name
 from rollout.models.packed import Packed
 from rollout.models.parallel import tensor_parallel_group
 from rollout.models.rotary import Rotary
+from rollout.models.spread import SpreadSteps
 from rollout.models.step_buffers import Room, StepBuffers
 from rollout.models.tier import Runner
 from rollout.models.triton_attention import TritonStep, TritonSteps
@@ -91,7 +93,7 @@ class Graphs(Protocol):
         """Gives all memory back; all graphs have been reset."""
 
 
-def capturing(eager: Runner, model: nn.Module, steps: TritonSteps, loan: Loan) -> Runner:
+def capturing(eager: Runner, model: nn.Module, steps: Steps, loan: Loan) -> Runner:
     """A runner that captures decode steps; ``eager`` itself where that cannot be, and the log says why, once a model.
 
     Not captured are models whose rotary embeddings depend on the text's length, dynamic scaling or longrope: they
@@ -102,19 +104,20 @@ def capturing(eager: Runner, model: nn.Module, steps: TritonSteps, loan: Loan) -
     Args:
         eager: serves all other forwards.
         model: what it runs.
-        steps: of the pool, and the attention that ``eager`` uses.
+        steps: of the pool, and the attention that ``eager`` uses: Triton's, on one device or on each of several.
         loan: on which the model is while it runs.
     """
     if model not in _refused:
         devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
         if Rotary(model).by_length:
             _refuse(model, "its rotary embeddings depend on the length of a text")
-        elif len(devices) > 1:
-            _refuse(model, f"it lies on {len(devices)} devices")
+        elif len(devices) > 1 or isinstance(steps, SpreadSteps):
+            _refuse(model, "it lies on several devices")
         elif tensor_parallel_group(model) is not None:
             _refuse(model, "several processes hold it together")
     if model in _refused:
         return eager
+    assert isinstance(steps, TritonSteps)
     return CapturedRunner(eager, model, steps, loan, CudaGraphs(steps.slabs.pool.device))
 
 

@@ -51,12 +51,10 @@ class InterfaceTier(Tier):
         """See `Tier.runner`."""
         steps = fastest(pool)
         eager = InterfaceRunner(self.model, pool, steps)
-        if pool.device.type == "cuda" and steps.name == "triton" and len(pool.parts) == 1:
+        if pool.device.type == "cuda" and steps.name == "triton":
             # Triton comes with torch's builds for GPUs, and with no other.
             from rollout.models.captured import capturing
-            from rollout.models.triton_attention import TritonSteps
 
-            assert isinstance(steps, TritonSteps)
             return capturing(eager, self.model, steps, self._loan)
         return eager
 

@@ -80,6 +80,13 @@ class PackedLinears:
                 "results may depend on the batch.",
                 left_out,
             )
+        patched = sum(isinstance(layer, nn.Linear) and _is_patched(layer) for layer in model.modules())
+        if patched:
+            logger.warning(
+                "%d linear layers are not packed, since others have replaced their forward, as accelerate's hooks and "
+                "tensor parallelism do; they are slower, and in half precision results may depend on the batch.",
+                patched,
+            )
 
     def _take(self, layers: Siblings, form: _Form, room_bytes: int) -> bool:
         """Counts the copies of some layers; False, and nothing is counted, where there is no room for them."""
@@ -157,12 +164,17 @@ def _is_plain(layer: nn.Linear) -> bool:
     """Whether a layer is on a CPU, that nobody has patched, with an ordinary weight."""
     return (
         type(layer) is nn.Linear
-        and "forward" not in vars(layer)
+        and not _is_patched(layer)
         and type(layer.weight.data) is torch.Tensor
         and layer.weight.device.type == "cpu"
         and layer.weight.layout == torch.strided
         and layer.weight.is_floating_point()
     )
+
+
+def _is_patched(layer: nn.Linear) -> bool:
+    """Whether a layer on a CPU computes what somebody has put in place of its forward."""
+    return "forward" in vars(layer) and layer.weight.device.type == "cpu"
 
 
 def _key(layer: nn.Linear) -> int:

@@ -21,11 +21,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.distributed.configuration_utils import DistributedConfig
 
 from rollout.models.checkpoint import check_adapter, check_folder, first_line, resolve_path
 from rollout.models.errors import UnsupportedModel
 from rollout.models.gguf_file import read_model, read_tokenizer, require_gguf
+from rollout.models.placement import check_spread, sliced, spread
 from rollout.models.precision import cpu_multiplies
 
 __all__ = ["ModelSource", "load_model", "load_tokenizer", "resolve_device", "resolve_dtype", "resolve_path"]
@@ -82,8 +82,6 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
     """The model on its device, ready for inference: eval mode, and its adapter, if any, merged into the weights.
 
-    On a CPU there is nothing to spread, and a device map has no effect.
-
     Raises:
         UnsupportedModel: it is no causal language model, or of an architecture that is not known.
         ValueError: it is missing or cannot be loaded; one sentence naming the key.
@@ -92,7 +90,7 @@ def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
         _require_peft(source.adapter)
     path = Path(resolve_path(source.path, source.revision, code=source.trust_remote_code))
     model = _from_gguf(source, path, device) if path.is_file() else _from_folder(source, path, device)
-    if not (_spreads(source, device) or _slices(source)):
+    if not (source.device_map or source.tensor_parallel):
         model = _placed(model, device)
     if source.adapter is not None:
         model = _merged(model, Path(source.adapter).expanduser(), device)
@@ -152,15 +150,10 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
     _check_causal(config, source)
     dtype = resolve_dtype(source.dtype, device, _stored_dtype(config))
     placement: dict[str, Any] = {}
-    if _spreads(source, device):
-        placement = {"device_map": source.device_map, "max_memory": _own_memory()}
-    elif _slices(source):
-        if not config.get_text_config(decoder=True).base_model_tp_plan:
-            raise UnsupportedModel(
-                f"model.path {source.path!r} is of model_type {config.model_type!r}, for which transformers has no "
-                "plan of tensor parallelism: set model.tensor_parallel=false."
-            )
-        placement = {"distributed_config": DistributedConfig(tp_plan="auto")}
+    if source.device_map is not None:
+        placement = spread(source.path, config, device, source.device_map)
+    elif source.tensor_parallel:
+        placement = sliced(source.path, config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -174,12 +167,8 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
     except Exception as error:
         raise ValueError(f"model.path {source.path!r} cannot be loaded ({first_line(error)}).") from error
     model: PreTrainedModel = loaded[0]
-    # Each forward would read from the disk what accelerate had no other place for.
-    if "disk" in getattr(model, "hf_device_map", {}).values():
-        raise ValueError(
-            f"model.path {source.path!r} needs more memory for its weights than {len(_own_memory())} CUDA devices have "
-            "free: take more devices, a smaller model, or model.dtype=bfloat16."
-        )
+    if source.device_map is not None:
+        check_spread(source.path, model)
     # transformers would fill them with random numbers and go on.
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
@@ -193,8 +182,8 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
 
 def _from_gguf(source: ModelSource, path: Path, device: torch.device) -> PreTrainedModel:
     _check_gguf(path)
-    if _spreads(source, device) or _slices(source):
-        key = "device_map=null" if _spreads(source, device) else "tensor_parallel=false"
+    if source.device_map or source.tensor_parallel:
+        key = "device_map=null" if source.device_map else "tensor_parallel=false"
         raise ValueError(
             f"model.path {source.path!r} is a GGUF file, which is unpacked on one device: set model.{key}, or give the "
             "model's folder."
@@ -251,28 +240,6 @@ def _check_causal(config: PreTrainedConfig, source: ModelSource) -> None:
 def _stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
     stored = config.dtype or config.get_text_config(decoder=True).dtype
     return getattr(torch, stored) if isinstance(stored, str) else stored
-
-
-def _spreads(source: ModelSource, device: torch.device) -> bool:
-    return source.device_map is not None and device.type == "cuda"
-
-
-def _slices(source: ModelSource) -> bool:
-    return source.tensor_parallel and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def _own_memory() -> dict[int, int]:
-    """The CUDA devices of this process and what each has free: the ranks of a machine share its devices evenly.
-
-    Raises:
-        ValueError: there are fewer devices than ranks.
-    """
-    count = torch.cuda.device_count()
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    if ranks > count:
-        raise ValueError(f"{ranks} processes share {count} CUDA devices: start at most one process a device.")
-    own = range(count * rank // ranks, count * (rank + 1) // ranks)
-    return {index: torch.cuda.mem_get_info(index)[0] for index in own}
 
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -8,10 +8,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from rollout.models.errors import UnsupportedModel
-from rollout.models.loan import family_name
+from rollout.models.loan import family_name, unwrap
 
 _DIMENSION = "tp"
-"""What transformers calls it in a device mesh."""
+"""What transformers calls it in a device mesh, if it has a name."""
 
 
 def tensor_parallel_group(model: nn.Module) -> ProcessGroup | None:
@@ -25,7 +25,9 @@ def tensor_parallel_group(model: nn.Module) -> ProcessGroup | None:
     if not meshes:
         return None
     mesh = next(iter(meshes))
-    if len(meshes) > 1 or mesh.mesh_dim_names != (_DIMENSION,):
+    # Some versions of transformers give a mesh that is of nothing else no name.
+    unnamed = mesh.mesh_dim_names is None and mesh.ndim == 1 and unwrap(model).tp_size == mesh.size()
+    if len(meshes) > 1 or not (unnamed or mesh.mesh_dim_names == (_DIMENSION,)):
         raise UnsupportedModel(
             f"{family_name(model)} has weights sharded over the mesh dimensions {mesh.mesh_dim_names}, of which "
             f"only {_DIMENSION!r} alone is served: gather the weights first."

@@ -73,8 +73,12 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         return _plain(args[0]).cpu().clone()
     if func is torch.Tensor.numpy and places != {_CPU}:
         raise TypeError(f"can't convert {places} device type tensor to numpy")
+    if func is torch._has_compatible_shallow_copy_type:  # asked when a module moves
+        return len(places) == 1
     if len(places) > 1 and func not in _MOVES:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {sorted(map(str, places))}.")
+    if func == torch.Tensor.data.__set__:
+        return func(args[0], _plain(args[1]))
     place = _place(args[0]) if func is torch.Tensor.copy_ else next(iter(places), _CPU)
     if func is torch.Tensor.to:
         place, own = _place(args[0]), _plain(args[0])

@@ -1,6 +1,7 @@
-"""What each process of a launch runs that holds one model together: ``python -m tests.sharded MODEL …``.
+"""Two processes that hold one model together, each of which runs ``python -m tests.sharded MODEL …``.
 
-Generates with a headroom of random numbers, other ones in each process, and writes the records to ``MODEL/RANK.json``.
+They generate with a headroom of random numbers, other ones in each process, and with room for few pages, and write
+the records to ``MODEL/RANK.json``.
 """
 
 from __future__ import annotations
@@ -8,19 +9,65 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import distributed
+from transformers import PreTrainedModel
 
 from rollout import Engine, SamplingParams
-from rollout.models.load import ModelSource, load_model
+from rollout.loop import Loop
+from rollout.models.load import ModelSource, load_model, resolve_device
+from tests.devices import DEVICE, GPU
 
 PROMPTS = [list(range(3, 3 + length)) for length in (5, 20, 33, 12)]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24)
 SAMPLED = SamplingParams(n=3, max_new_tokens=24, top_p=0.9)
+#: For 12 rows of up to 4 each.
+_PAGES = 10
+
+
+def launch(*arguments: str) -> str:
+    """What a module writes to stdout in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if GPU is None:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_as_one_that_holds_all(models: dict[str, PreTrainedModel], folder: Path) -> None:
+    """Launches two processes on these models, and compares what they tell with what the models themselves do."""
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+    launch("tests.sharded", *(str(folder / name) for name in models))
+    for name, model in models.items():
+        told: list[dict[str, Any]] = [json.loads((folder / name / f"{rank}.json").read_text()) for rank in (0, 1)]
+        assert told[0] == told[1]
+        assert told[0]["heads"] == [model.config.num_key_value_heads // 2] * model.config.num_hidden_layers
+        assert sum(told[0]["preempted"][:2]) > 0, "headroom was not squeezed"
+        assert told[0]["preempted"][2] > 0, "there was room for all"
+        engine = Engine(model, None)
+        greedy, sampled = (list(engine.generate(PROMPTS, params, seed=7)) for params in (GREEDY, SAMPLED))
+        expected = [*greedy, *sampled, *sampled]
+        assert len(told[0]["records"]) == len(expected)
+        for ours, theirs in zip(told[0]["records"], expected, strict=True):
+            assert ours["completion_ids"] == theirs.completion_ids
+            np.testing.assert_allclose(ours["logprobs"], theirs.logprobs, atol=1e-5)
+        for record, prompt in zip(greedy, PROMPTS, strict=True):
+            ids = torch.tensor([prompt], device=DEVICE)
+            whole = model.generate(ids, do_sample=False, max_new_tokens=24)[0, len(prompt) :]
+            assert record.completion_ids == whole.tolist()
 
 
 class RandomHeadroom:
@@ -38,15 +85,18 @@ class RandomHeadroom:
 def main(model: str) -> None:
     """Generates with one of the models."""
     rank = int(os.environ["RANK"])
-    held = load_model(ModelSource(model, dtype="float32", tensor_parallel=True), torch.device("cpu"))
-    engine = Engine(held, None, latency_budget_ms=5.0, reserve_fraction=0.0, headroom=RandomHeadroom(rank))
-    heads = [site.kv_heads for site in engine._tier.probe().sites]
-    batches = [engine.generate(PROMPTS, params, seed=7) for params in (GREEDY, SAMPLED)]
+    held = load_model(ModelSource(model, dtype="float32", tensor_parallel=True), resolve_device())
+    squeezed = Engine(held, None, latency_budget_ms=5.0, reserve_fraction=0.0, headroom=RandomHeadroom(rank))
+    layout = squeezed._tier.probe()
+    tight = Engine(held, None, max_kv_bytes=_PAGES * layout.bytes_per_page)
+    batches = [squeezed.generate(PROMPTS, params, seed=7) for params in (GREEDY, SAMPLED)]
+    with patch("rollout.engine.Loop", partial(Loop, late=True)):
+        batches.append(tight.generate(PROMPTS, SAMPLED, seed=7))
     told = {
-        "heads": heads,
+        "heads": [site.kv_heads for site in layout.sites],
         "records": [asdict(record) for batch in batches for record in batch],
-        "preempted": sum(batch.stats.preempted_rows for batch in batches),
-        "steps": sum(batch.stats.steps for batch in batches),
+        "preempted": [batch.stats.preempted_rows for batch in batches],
+        "steps": [batch.stats.steps for batch in batches],
     }
     (Path(model) / f"{rank}.json").write_text(json.dumps(told))
 

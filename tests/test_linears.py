@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -156,13 +157,15 @@ def test_what_does_not_fit_computes_as_ever(caplog: pytest.LogCaptureFixture) ->
 
 
 @torch.no_grad()
-def test_patched_layers_and_subclasses_are_left_alone() -> None:
+def test_patched_layers_and_subclasses_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     class Own(nn.Linear):
         pass
 
     model = nn.Sequential(nn.Linear(8, 8), Own(8, 8))
     model[0].forward = lambda x: x + 1  # type: ignore[method-assign, assignment]
-    held = PackedLinears(model, PLENTY)
+    with caplog.at_level(logging.WARNING):
+        held = PackedLinears(model, PLENTY)
+    assert "1 linear layers are not packed, since others have replaced their forward" in caplog.text
     assert held.bytes_held == 0
     with held.in_place():
         assert torch.equal(model[0](torch.zeros(8)), torch.ones(8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from rollout import Engine, SamplingParams
 from rollout.headroom import FakeHeadroom, SpreadHeadroom, after_reserve, headroom_over
+from rollout.loop import Loop
 from rollout.memory import Memory
 from rollout.models import load
 from rollout.models.errors import UnsupportedModel
@@ -42,8 +44,13 @@ LAYOUT = KVLayout(
 
 
 # Through the interface, with tied embeddings (computed on the first device again), and gathering.
-@pytest.mark.parametrize(("family", "last"), [("llama", FAR), ("gemma2", NEAR), ("falcon", NEAR)])
-def test_two_devices_give_the_records_of_one(family: str, last: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("family", "last", "late"), [("llama", FAR, True), ("gemma2", NEAR, False), ("falcon", NEAR, True)]
+)
+def test_two_devices_give_the_records_of_one(
+    family: str, last: torch.device, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rollout.engine.Loop", partial(Loop, late=late))
     whole = Engine(tiny(family), None, max_kv_bytes=10_000_000)
     expected, page_bytes = list(whole.generate(PROMPTS, SAMPLED)), whole._tier.probe().bytes_per_page
     model = tiny(family)
@@ -191,16 +198,42 @@ def test_ranks_share_the_devices(saved: Path, two_gpus: dict[str, Any], monkeypa
 
 def test_a_model_that_does_not_fit_is_refused(saved: Path, two_gpus: dict[str, Any]) -> None:
     two_gpus["short"] = True
-    with pytest.raises(ValueError, match="more memory for its weights than 2 CUDA devices have free"):
+    with pytest.raises(ValueError, match=r"than is free on the CUDA devices of a process \(0, 1\):"):
         load_model(ModelSource(str(saved), device_map="auto"), AUTO)
 
 
-def test_gguf_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "set_to"),
+    [({"device_map": "auto"}, "device_map=null"), ({"tensor_parallel": True}, "tensor_parallel=false")],
+)
+def test_gguf_is_refused(key: dict[str, Any], set_to: str, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"unpacked on one device: set model\.device_map=null"):
-        load_model(ModelSource(str(tmp_path / "model.gguf"), device_map="auto"), AUTO)
+    with pytest.raises(ValueError, match=rf"unpacked on one device: set model\.{set_to}"):
+        load_model(ModelSource(str(tmp_path / "model.gguf"), **key), AUTO)
 
 
 def test_on_a_cpu_there_is_nothing_to_spread(saved: Path) -> None:
-    assert load_model(ModelSource(str(saved), device_map="auto"), CPU).device == CPU
-    assert load._spreads(ModelSource("", device_map="auto"), AUTO)
+    with pytest.raises(ValueError, match=r"no CUDA device here to spread a model over: set model\.device_map=null"):
+        load_model(ModelSource(str(saved), device_map="auto"), CPU)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_recurrent_states_are_refused_before_weights_are_read(tmp_path: Path) -> None:
+    tiny("mamba").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(UnsupportedModel, match=r"keeps recurrent states and must lie on one device"):
+        load_model(ModelSource(str(tmp_path), device_map="auto"), AUTO)
+
+
+def test_an_adapter_is_merged_where_its_layers_lie(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft.get_peft_model(tiny("llama"), settings).save_pretrained(tmp_path)
+    ids = torch.arange(9)[None]
+    expected = load._merged(tiny("llama"), tmp_path, CPU)(ids).logits
+    with Devices():
+        merged = load._merged(spread(tiny("llama")), tmp_path, CPU)
+        assert {weight.device for weight in merged.parameters()} == {NEAR, FAR}
+        logits = merged(ids.to(FAR)).logits.cpu()
+    assert torch.equal(logits, expected)
+    assert not torch.equal(logits, tiny("llama")(ids).logits)

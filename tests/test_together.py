@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
@@ -24,11 +19,14 @@ from transformers import PreTrainedModel
 from rollout import Engine
 from rollout.config import load_config
 from rollout.errors import InputError
+from rollout.headroom import FakeHeadroom
 from rollout.job import run_job
+from rollout.memory import Memory
 from rollout.metrics import read_metrics
 from rollout.models.captured import capturing
 from rollout.models.errors import UnsupportedModel
 from rollout.models.load import ModelSource, load_model
+from rollout.models.parallel import tensor_parallel_group
 from rollout.paths import RunPaths
 from rollout.place import Place
 from rollout.run import read_run
@@ -36,43 +34,16 @@ from rollout.together import Alone, together
 from rollout.verify import verify
 from tests.families import tiny
 from tests.jobs import read_records, without_attempt
-from tests.sharded import GREEDY, PROMPTS, SAMPLED
+from tests.sharded import assert_as_one_that_holds_all, launch
 from tests.test_cli import tiny as saved_tiny  # noqa: F401 - a fixture
-
-ROOT = Path(__file__).parent.parent
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-def launch(*arguments: str) -> str:
-    """What a module writes to stdout in two processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*LAUNCH, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from tests.test_loop import LAYOUT, World, plain, refuse_at
 
 
 def test_both_have_the_records_of_one_that_holds_all(tmp_path: Path) -> None:
-    # Qwen3 has norms of each head, which every process keeps whole.
-    models = {family: tiny(family) for family in ("llama", "qwen3")}
-    for family, model in models.items():
-        model.save_pretrained(tmp_path / family)
-    launch("tests.sharded", *(str(tmp_path / family) for family in models))
-    for family, model in models.items():
-        told: list[dict[str, Any]] = [json.loads((tmp_path / family / f"{rank}.json").read_text()) for rank in (0, 1)]
-        assert told[0] == told[1]
-        assert told[0]["heads"] == [model.config.num_key_value_heads // 2] * model.config.num_hidden_layers
-        assert told[0]["preempted"] > 0, "headroom was not squeezed"
-        engine = Engine(model, None)
-        expected = [record for params in (GREEDY, SAMPLED) for record in engine.generate(PROMPTS, params, seed=7)]
-        assert len(told[0]["records"]) == len(expected)
-        for ours, theirs in zip(told[0]["records"], expected, strict=True):
-            assert ours["completion_ids"] == theirs.completion_ids
-            np.testing.assert_allclose(ours["logprobs"], theirs.logprobs, atol=1e-5)
-        for record, prompt in zip(expected, PROMPTS, strict=False):
-            whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)[0, len(prompt) :]
-            assert record.completion_ids == whole.tolist()
+    # Qwen3 has norms of each head, which every process keeps whole. An odd vocabulary is none that every version of
+    # transformers can slice.
+    models = {family: tiny(family, vocab_size=200) for family in ("llama", "qwen3")}
+    assert_as_one_that_holds_all(models, tmp_path)
 
 
 def test_the_processes_of_a_job_are_one_worker(tmp_path: Path, saved_tiny: Path) -> None:  # noqa: F811
@@ -89,10 +60,21 @@ def test_the_processes_of_a_job_are_one_worker(tmp_path: Path, saved_tiny: Path)
     assert {line["worker"] for line in read_metrics(RunPaths(tmp_path / "two"))} == {0}
 
 
-def test_a_family_without_a_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny("falcon").save_pretrained(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UnsupportedModel, match=r"no plan of tensor parallelism: set model\.tensor_parallel=false"):
+@pytest.mark.parametrize(
+    ("family", "processes", "reason"),
+    [
+        ("falcon", 2, r"no plan of tensor parallelism: set model\.tensor_parallel=false"),
+        ("llama", 3, r"has 2 key-value heads, which 3 processes cannot share evenly"),
+        ("llama", 1, r"this launch has one process: start several"),
+    ],
+)
+def test_what_cannot_be_sliced_is_refused_before_weights_are_read(
+    family: str, processes: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(family).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(ValueError, match=reason):
         load_model(ModelSource(str(tmp_path), tensor_parallel=True), torch.device("cpu"))
 
 
@@ -134,12 +116,46 @@ def test_other_ways_to_shard_are_refused(name: tuple[str, ...] | None) -> None:
 
 
 @pytest.mark.usefixtures("two_processes")
+def test_a_mesh_without_a_name_is_served_where_transformers_says_what_it_is() -> None:
+    model = sliced(None)
+    model._tp_size = 2
+    assert tensor_parallel_group(model) is distributed.group.WORLD
+
+
+@pytest.mark.usefixtures("two_processes")
 def test_steps_are_not_captured(caplog: pytest.LogCaptureFixture) -> None:
     """One process could find that it has no memory for a graph while the other waits in the step."""
     eager, nothing = Mock(), cast(Any, None)
     with caplog.at_level(logging.WARNING):
         assert capturing(eager, sliced(("tp",)), nothing, nothing) is eager
     assert "several processes hold it together" in caplog.text
+
+
+class Other(Alone):
+    """One of two, of which the other has no memory left."""
+
+    alone = False
+
+    def all(self, own: bool) -> bool:
+        return False
+
+
+def test_a_slab_that_another_has_no_room_for_is_not_taken() -> None:
+    memory = Memory(LAYOUT, FakeHeadroom(1000 * LAYOUT.bytes_per_page), torch.device("cpu"), None, 0.0, 100, 1, Other())
+    assert memory.obtainable_pages > 1
+    assert not memory.reserve(1)
+    assert (memory.bytes_held, memory.pool.slabs, memory.obtainable_pages) == (0, [], 0)
+
+
+def test_an_allocator_failure_inside_of_a_step_ends_the_loop() -> None:
+    """The other process waits for this one's part of that very step."""
+    trouble, raised = refuse_at({3})
+    world = World(plain(4), trouble=trouble)
+    world.loop._together = Other()
+    world.memory.reserve(100)  # type: ignore[union-attr]
+    with pytest.raises(torch.OutOfMemoryError):
+        world.run()
+    assert raised == [3]
 
 
 def test_a_whole_model_decides_alone() -> None:
