@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 #: Rows that oneDNN lays weights out for. Whatever the hint, from 16 rows on it chooses kernels that give a row the same
 #: bits in any company (seen on x86-64 with AVX2 and AVX512_BF16 for 2 to 2048 rows), which plain products do not.
 _ROWS_HINT = 128
+
+#: Models of which the log says already that others have replaced forwards in them.
+_told: WeakSet[nn.Module] = WeakSet()
 
 
 class PackedLinears:
@@ -81,7 +85,8 @@ class PackedLinears:
                 left_out,
             )
         patched = sum(isinstance(layer, nn.Linear) and _is_patched(layer) for layer in model.modules())
-        if patched:
+        if patched and model not in _told:
+            _told.add(model)
             logger.warning(
                 "%d linear layers are not packed, since others have replaced their forward, as accelerate's hooks and "
                 "tensor parallelism do; they are slower, and in half precision results may depend on the batch.",
