@@ -54,7 +54,8 @@ class Engine:
             the same methods in the same order with the same arguments, and get the same records.
         tokenizer: for text prompts, chat messages and the text of completions; None when prompts are
             token ids and no text is wanted.
-        policy: how many rows live, by name or as an object of your own.
+        policy: how many rows live, by name or as an object of your own. With tensor parallelism each process has
+            one, which must decide by what it observes alone.
         latency_budget_ms: what a step may take; None is no budget.
         max_rows, min_rows: bounds on live rows.
         max_kv_bytes: never more KV bytes than this; None uses all headroom.

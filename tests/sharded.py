@@ -1,6 +1,6 @@
 """Two processes that hold one model together, each of which runs ``python -m tests.sharded MODEL …``.
 
-They generate with a headroom of random numbers, other ones in each process, and with room for few pages, and write
+They generate with a headroom of random numbers, other ones in each process, then with room for few pages, and write
 the records to ``MODEL/RANK.json``.
 """
 
@@ -55,11 +55,10 @@ def assert_as_one_that_holds_all(models: dict[str, PreTrainedModel], folder: Pat
         told: list[dict[str, Any]] = [json.loads((folder / name / f"{rank}.json").read_text()) for rank in (0, 1)]
         assert told[0] == told[1]
         assert told[0]["heads"] == [model.config.num_key_value_heads // 2] * model.config.num_hidden_layers
-        assert sum(told[0]["preempted"][:2]) > 0, "headroom was not squeezed"
-        assert told[0]["preempted"][2] > 0, "there was room for all"
+        assert min(told[0]["preempted"]) > 0, "there was room for all"
         engine = Engine(model, None)
         greedy, sampled = (list(engine.generate(PROMPTS, params, seed=7)) for params in (GREEDY, SAMPLED))
-        expected = [*greedy, *sampled, *sampled]
+        expected = [*greedy, *sampled]
         assert len(told[0]["records"]) == len(expected)
         for ours, theirs in zip(told[0]["records"], expected, strict=True):
             assert ours["completion_ids"] == theirs.completion_ids
@@ -88,8 +87,8 @@ def main(model: str) -> None:
     held = load_model(ModelSource(model, dtype="float32", tensor_parallel=True), resolve_device())
     squeezed = Engine(held, None, latency_budget_ms=5.0, reserve_fraction=0.0, headroom=RandomHeadroom(rank))
     layout = squeezed._tier.probe()
-    tight = Engine(held, None, max_kv_bytes=_PAGES * layout.bytes_per_page)
-    batches = [squeezed.generate(PROMPTS, params, seed=7) for params in (GREEDY, SAMPLED)]
+    tight = Engine(held, None, policy="static", max_kv_bytes=_PAGES * layout.bytes_per_page)
+    batches = [squeezed.generate(PROMPTS, GREEDY, seed=7)]
     with patch("rollout.engine.Loop", partial(Loop, late=True)):
         batches.append(tight.generate(PROMPTS, SAMPLED, seed=7))
     told = {

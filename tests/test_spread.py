@@ -58,7 +58,7 @@ def test_two_devices_give_the_records_of_one(
         spread(model)
         assert home(model) == last
         # Small enough for rows to be preempted and slabs to come and go.
-        engine = Engine(model, None, max_kv_bytes=8 * page_bytes, headroom=FakeHeadroom(1_000_000))
+        engine = Engine(model, None, policy="static", max_kv_bytes=8 * page_bytes, headroom=FakeHeadroom(1_000_000))
         assert {site.device for site in engine._tier.probe().sites} == {NEAR, FAR}
         batch = engine.generate(PROMPTS, SAMPLED)
     assert [record.completion_ids for record in batch] == [record.completion_ids for record in expected]

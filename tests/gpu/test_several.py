@@ -26,7 +26,7 @@ def test_layers_that_are_spread(tmp_path: Path) -> None:
     engine = Engine(held, None)
     layout = engine._tier.probe()
     assert len({site.device for site in layout.sites}) == 2
-    for each in (engine, Engine(held, None, max_kv_bytes=12 * layout.bytes_per_page)):
+    for each in (engine, Engine(held, None, policy="static", max_kv_bytes=12 * layout.bytes_per_page)):
         for ours, theirs in zip(each.generate(prompts, params), expected, strict=True):
             assert ours.completion_ids == theirs.completion_ids
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
