@@ -6,6 +6,8 @@ what is measured is not, so all take the tightest headroom, and the first one's 
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import distributed, nn
 from torch.distributed import ProcessGroup
@@ -47,11 +49,13 @@ class Together(Alone):
     alone = False
 
     def __init__(self, group: ProcessGroup) -> None:
-        self._group = group
         # Numbers of the host do not go by way of a GPU.
-        self._host = distributed.new_group(
+        host = distributed.new_group(
             distributed.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
         )
+        # torch holds them until they are destroyed. Nobody may for longer: the threads of a group end with it, and one
+        # that still lets go of a tensor when the interpreter ends takes the whole process down.
+        self._group, self._host = weakref.ref(group), weakref.ref(host)
 
     def headroom(self, own: Headroom) -> Headroom:
         """See `Alone.headroom`."""
@@ -59,12 +63,13 @@ class Together(Alone):
 
     def measured(self, value: float) -> float:
         """See `Alone.measured`."""
-        return float(of_first(torch.tensor(value, dtype=torch.float64), self._host))
+        return float(of_first(torch.tensor(value, dtype=torch.float64), _living(self._host)))
 
     def drawn(self, own: Sampled) -> Sampled:
         """See `Alone.drawn`."""
         tensors = (own.tokens, own.logprobs, own.sampler_logprobs)
-        return Sampled(*(of_first(x.contiguous(), self._group) for x in tensors))
+        group = _living(self._group)
+        return Sampled(*(of_first(x.contiguous(), group) for x in tensors))
 
     def all(self, own: bool) -> bool:
         """See `Alone.all`."""
@@ -73,8 +78,14 @@ class Together(Alone):
     def least(self, value: int) -> int:
         """The least of all values."""
         least = torch.tensor(value, dtype=torch.int64)
-        distributed.all_reduce(least, distributed.ReduceOp.MIN, group=self._host)
+        distributed.all_reduce(least, distributed.ReduceOp.MIN, group=_living(self._host))
         return int(least)
+
+
+def _living(group: weakref.ref[ProcessGroup]) -> ProcessGroup:
+    found = group()
+    assert found is not None, "the process group was destroyed"
+    return found
 
 
 class _Tightest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,7 @@ from rollout.models.parallel import tensor_parallel_group
 from rollout.paths import RunPaths
 from rollout.place import Place
 from rollout.run import read_run
-from rollout.together import Alone, together
+from rollout.together import Alone, Together, together
 from rollout.verify import verify
 from tests.families import tiny
 from tests.jobs import read_records, without_attempt
@@ -156,6 +157,19 @@ def test_an_allocator_failure_inside_of_a_step_ends_the_loop() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         world.run()
     assert raised == [3]
+
+
+def test_a_process_group_ends_when_it_is_destroyed() -> None:
+    """One whose threads outlive the interpreter aborts the process, now and then."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    group = distributed.group.WORLD
+    assert group is not None
+    one = Together(group)
+    groups = [weakref.ref(group), one._host]
+    del group
+    assert (one.least(3), one.measured(2.5)) == (3, 2.5)
+    distributed.destroy_process_group()
+    assert [reference() for reference in groups] == [None, None]
 
 
 def test_a_whole_model_decides_alone() -> None:
