@@ -65,6 +65,7 @@ class Ranks:
     def __init__(self, place: Place) -> None:
         self._place = place
         self._state: Any = None
+        self._group: Any = None
         if place.world_size > 1:
             from accelerate import PartialState
             from torch import cuda, distributed
@@ -74,15 +75,19 @@ class Ranks:
             self._state = PartialState(cpu=True, **({"timeout": _PATIENCE} if place.together else {}))
             # Without this, ranks that do not see each other would all take themselves for the first.
             assert self._state.num_processes == place.world_size, self._state
+            if place.together:
+                # The default group lives as long as the model's device mesh, so beyond `close`, and so do its threads:
+                # one that still lets go of what was sent when the interpreter ends would abort the process.
+                self._group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
     def of_first(self, value: T) -> T:
         """What rank 0 calls it with; all ranks call it."""
         if self._state is None:
             return value
-        from accelerate.utils import broadcast_object_list
+        from torch import distributed
 
         values = [value]
-        broadcast_object_list(values)
+        distributed.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
     def wait(self) -> None:
@@ -119,5 +124,6 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the process group; ranks may be done at different times."""
+        self._group = None
         if self._state is not None:
             self._state.destroy_process_group()
