@@ -34,11 +34,12 @@ class FusedParts:
     They hold copies of the norms' weights, so this is made anew after weights change.
 
     Args:
-        model: the module. Where not all of it is on a CPU, nothing of it is replaced.
+        model: the module. Where some of it is on another device than a CPU, nothing of it is replaced.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        kernel = pointwise() if {weight.device.type for weight in model.parameters()} == {"cpu"} else None
+        devices = {weight.device.type for weight in model.parameters()} - {"meta"}
+        kernel = pointwise() if devices == {"cpu"} else None
         self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._rotary: list[tuple[ModuleType, Callable[..., Any], Callable[..., Any]]] = []
         if kernel is None:
