@@ -16,6 +16,8 @@ from rollout.models.packed import Packed
 from rollout.models.paged import PagedStep
 from rollout.models.pages import PagePool
 from rollout.models.precision import cpu_multiplies
+from rollout.models.segments import Segments
+from rollout.models.upload import uploaded
 
 #: Gathered keys of one group of rows stay below this, so that they are still in cache when they are read.
 _GROUP_BYTES = 2 << 20
@@ -60,18 +62,24 @@ class _Group:
 
 
 class GatherStep(PagedStep):
-    """Gathers what each sequence sees; what depends on lengths alone is planned once and serves every layer."""
+    """Gathers what each sequence sees; what depends on lengths alone is planned once and serves every layer.
+
+    Args:
+        prefills: attends for sequences with several new tokens, instead.
+    """
 
     name: ClassVar[str] = "gather"
 
-    def __init__(self, pool: PagePool, packed: Packed) -> None:
+    def __init__(self, pool: PagePool, packed: Packed, prefills: Segments | None = None) -> None:
         super().__init__(pool, packed)
+        self._prefills = prefills
         size = pool.layout.page_size
         slow = pool.device.type == "cpu" and not cpu_multiplies(pool.layout.dtype)
         self._compute_dtype = torch.float32 if slow else pool.layout.dtype
         self._writes = self._by_slab(packed.slots(size), pool.slab_pages * size)
         self._single = np.flatnonzero(packed.lengths == 1)
-        self._segments = [self._segment(int(i)) for i in np.flatnonzero(packed.lengths > 1)]
+        several = packed.lengths > 1 if prefills is None else np.zeros(0, np.bool_)
+        self._segments = [self._segment(int(i)) for i in np.flatnonzero(several)]
         self._groups: dict[Span, list[_Group]] = {}
         self._masks: dict[tuple[int, Span], torch.Tensor | None] = {}
         self._most_pages = 0
@@ -89,6 +97,8 @@ class GatherStep(PagedStep):
         self._attend_groups(index, q, scores, output)
         for segment in self._segments:
             self._attend_segment(segment, index, (q, k, v), scores, output)
+        if self._prefills is not None:
+            self._prefills.attend(index, q, k, v, scores, output)
         return output
 
     # -- several new tokens ----------------------------------------------------------------------------
@@ -221,7 +231,7 @@ class GatherStep(PagedStep):
         return pages
 
     def _tensor(self, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.pool.device)
+        return uploaded(values, self.pool.device)
 
 
 def _width(site: Site, which: str) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rollout.models.choice import AUTO
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import IntArray, KVLayout, Site, Span
 from rollout.models.loan import Loan, family_name, home, refuse_recurrent, unwrap, vocabulary_size
@@ -39,9 +40,10 @@ class GatheringTier(Tier):
     """Families that store keys and values through the cache they are given, and mask by padding."""
 
     name: ClassVar[str] = "gathering"
+    chooses_attention: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, choice: str = AUTO) -> None:
+        super().__init__(model, choice)
         refuse_recurrent(model)
         self._loan = Loan(model)
 
@@ -243,7 +245,7 @@ class _GatheringCache(_Cache):
         self._slots = [(Slots.of(part, batch.writes), Slots.of(part, batch.reads)) for part in pool.parts]
         # The queries that are no padding; all of them in most forwards, and then None.
         some = len(batch.new) < batch.sources.size
-        self._new = [torch.from_numpy(batch.new).to(part.device) if some else None for part in pool.parts]
+        self._new = [uploaded(batch.new, part.device) if some else None for part in pool.parts]
         self._places = pool.places
 
     def exchange(self, site: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from rollout.models import attention
-from rollout.models.backend import Steps, fastest
+from rollout.models.backend import Steps, chosen
+from rollout.models.choice import AUTO
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import IntArray, KVLayout
 from rollout.models.loan import Loan, family_name, home, unwrap
@@ -28,8 +29,8 @@ class InterfaceTier(Tier):
 
     name: ClassVar[str] = "interface"
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, choice: str = AUTO) -> None:
+        super().__init__(model, choice)
         base = unwrap(model)
         if not base._can_set_attn_implementation():
             raise UnsupportedModel(
@@ -49,9 +50,10 @@ class InterfaceTier(Tier):
 
     def runner(self, pool: PagePool) -> Runner:
         """See `Tier.runner`."""
-        steps = fastest(pool)
+        steps = chosen(self.choice, pool)
         eager = InterfaceRunner(self.model, pool, steps)
-        if pool.device.type == "cuda" and steps.name == "triton":
+        # Decode steps, which Triton's kernels may serve beside a library.
+        if pool.device.type == "cuda" and steps.name.endswith("triton"):
             # Triton comes with torch's builds for GPUs, and with no other.
             from rollout.models.captured import capturing
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from rollout.models.errors import UnsupportedModel
 from rollout.models.layout import IntArray
+from rollout.models.upload import uploaded
 
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -145,7 +146,7 @@ def _following(own: Callable[..., Any], boundaries: dict[str | None, int]) -> Ca
         cos, sin = (tensor[:, :-1] for tensor in of(torch.cat([position_ids, last], 1)))
         if long.all():
             return cos, sin
-        mask = torch.from_numpy(long).to(position_ids.device).expand(position_ids.shape)
+        mask = uploaded(long, position_ids.device).expand(position_ids.shape)
         short_cos, short_sin = of(position_ids.masked_fill(mask, 0))
         return torch.where(mask[..., None], cos, short_cos), torch.where(mask[..., None], sin, short_sin)
 

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from rollout.models.check import check_pages
-from rollout.models.errors import UnsupportedModel
+from rollout.models.choice import AUTO
+from rollout.models.errors import UnsupportedAttention, UnsupportedModel
 from rollout.models.gathering import GatheringTier
 from rollout.models.interface import InterfaceTier
 from rollout.models.loan import family_name
@@ -17,19 +18,25 @@ from rollout.models.tier import Tier
 TIERS: tuple[type[Tier], ...] = (InterfaceTier, GatheringTier, StateTier)
 
 
-def serve(model: nn.Module) -> Tier:
-    """The first tier whose numbers are the model's own.
+def serve(model: nn.Module, choice: str = AUTO) -> Tier:
+    """The first tier whose numbers are the model's own, with the attention that was chosen.
 
     Raises:
+        UnsupportedAttention: that attention cannot serve it.
         UnsupportedModel: there is none; says each tier's reason.
         torch.OutOfMemoryError, MemoryError: there is no room for the trial.
     """
-    reasons = []
+    reasons: list[str] = []
     cause: Exception | None = None
     for tier in TIERS:
         try:
-            served = tier(model)
+            served = tier(model, choice)
+            if choice != AUTO and not tier.chooses_attention:
+                said = " ".join(dict.fromkeys(reasons)).rstrip(".")
+                raise UnsupportedAttention(choice, f"the model attends with code of its own ({said})")
             check_pages(served)
+        except UnsupportedAttention:
+            raise
         except UnsupportedModel as reason:
             reasons.append(str(reason))
         except (torch.OutOfMemoryError, MemoryError):

@@ -10,6 +10,7 @@ import torch
 
 from rollout.models.layout import IntArray
 from rollout.models.pages import PagePool
+from rollout.models.upload import uploaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Slots:
         """The slots [n], at least one."""
 
         def tensor(values: IntArray) -> torch.Tensor:
-            return torch.from_numpy(values).to(pool.device)
+            return uploaded(values, pool.device)
 
         slabs, inside = np.divmod(slots, pool.slab_pages * pool.layout.page_size)
         held = np.unique(slabs)

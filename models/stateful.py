@@ -17,8 +17,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from rollout.models import attention
-from rollout.models.backend import fastest
-from rollout.models.errors import UnsupportedModel
+from rollout.models.backend import Steps, chosen
+from rollout.models.choice import AUTO
+from rollout.models.errors import UnsupportedAttention, UnsupportedModel
 from rollout.models.layout import IntArray, KVLayout
 from rollout.models.loan import Loan, family_name, home, unwrap
 from rollout.models.packed import Packed
@@ -37,8 +38,8 @@ class StateTier(Tier):
     name: ClassVar[str] = "state"
     whole_contexts: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, choice: str = AUTO) -> None:
+        super().__init__(model, choice)
         self._arguments = _Arguments(model)
         if self._arguments.cache is None or not _has_state_layers(model) or _keeps_states_itself(model):
             raise UnsupportedModel(
@@ -91,7 +92,11 @@ class StateTier(Tier):
 
     def runner(self, pool: PagePool) -> StateRunner:
         """See `Tier.runner`."""
-        return StateRunner(self.model, pool)
+        if pool.layout.sites:
+            return StateRunner(self.model, pool, chosen(self.choice, pool))
+        if self.choice != AUTO:
+            raise UnsupportedAttention(self.choice, f"{family_name(self.model)} does not attend at all")
+        return StateRunner(self.model, pool, None)
 
 
 class StateRunner(Runner):
@@ -102,13 +107,14 @@ class StateRunner(Runner):
     Args:
         model: on loan while `forward` runs.
         pool: where keys and values lie, and states.
+        steps: how keys and values are written and read; None where there are none.
     """
 
-    def __init__(self, model: nn.Module, pool: PagePool) -> None:
+    def __init__(self, model: nn.Module, pool: PagePool, steps: Steps | None) -> None:
         self._model = model
         self._arguments = _Arguments(model)
-        self._pool, self._steps = pool, fastest(pool) if pool.layout.sites else None
-        self.attention = "none" if self._steps is None else self._steps.name
+        self._pool, self._steps = pool, steps
+        self.attention = "none" if steps is None else steps.name
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """See `Runner.forward`.

@@ -10,6 +10,7 @@ import torch
 
 from rollout.models.layout import IntArray, State
 from rollout.models.slabs import Pool
+from rollout.models.upload import uploaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class StateRows:
         """The rows with these ``pages``, at least one, all different."""
 
         def tensor(values: IntArray) -> torch.Tensor:
-            return torch.from_numpy(values).to(pool.device)
+            return uploaded(values, pool.device)
 
         slabs, inside = np.divmod(pages, pool.slab_pages)
         held = np.unique(slabs).tolist()

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import nn
 
+from rollout.models.choice import AUTO
 from rollout.models.layout import IntArray, KVLayout
 from rollout.models.loan import Loan, home
 from rollout.models.packed import Packed
@@ -42,6 +43,10 @@ class Runner(Protocol):
 class Tier(ABC):
     """Serves one model.
 
+    Args:
+        model: a transformers causal LM, wrapped or not.
+        choice: of attention, a name of `rollout.models.choice`.
+
     Raises:
         UnsupportedModel: the model is not of this tier.
     """
@@ -50,8 +55,11 @@ class Tier(ABC):
     whole_contexts: ClassVar[bool] = False
     """Whether a sequence's first forward must have its whole context, and each further one a single token."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    chooses_attention: ClassVar[bool] = True
+    """Whether it is the engine that attends, and not the model's own code."""
+
+    def __init__(self, model: nn.Module, choice: str = AUTO) -> None:
+        self.model, self.choice = model, choice
 
     @abstractmethod
     def probe(self) -> KVLayout:

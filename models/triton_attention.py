@@ -19,6 +19,7 @@ from rollout.models.attention import Scores
 from rollout.models.packed import Packed
 from rollout.models.paged import PagedStep
 from rollout.models.pages import PagePool
+from rollout.models.segments import Library, Segments
 from rollout.models.self_test import TOLERANCE, Attention, largest_error
 from rollout.models.slab_table import SlabTable
 from rollout.models.step_buffers import Room, StepBuffers, Work
@@ -94,12 +95,14 @@ class TritonStep(PagedStep):
 
     Args:
         buffers: filled with ``packed``, or with another forward at each replay of a capture.
+        prefills: attends for sequences with several new tokens, instead; never in a capture, which has none.
     """
 
     name: ClassVar[str] = "triton"
 
-    def __init__(self, pool: PagePool, packed: Packed, buffers: StepBuffers) -> None:
+    def __init__(self, pool: PagePool, packed: Packed, buffers: StepBuffers, prefills: Segments | None = None) -> None:
         super().__init__(pool, packed)
+        self._prefills = prefills
         self._buffers, self._slabs = buffers, buffers.slabs
         self._programs = _PROGRAMS * _multiprocessors(pool.device)
         entries = len(buffers.pages)
@@ -131,6 +134,9 @@ class TritonStep(PagedStep):
             splits = self._buffers.splits.get(site.span)
             if splits is not None:
                 self._attend_splits(index, q, out, scores, splits)
+            if self._prefills is not None:
+                self._prefills.attend(index, q, k, v, scores, out)
+                return out
             most = blocks(self.layout.dtype.itemsize, max(site.key_dim, site.value_dim), heads // site.kv_heads, False)
             tiles = self._buffers.tiles(site.span, most.queries // (heads // site.kv_heads))
             if tiles is not None:
@@ -236,13 +242,18 @@ class TritonStep(PagedStep):
 
 
 class TritonSteps:
-    """Makes steps for the forwards of one pool."""
+    """Makes steps for the forwards of one pool.
 
-    name: ClassVar[str] = TritonStep.name
+    Args:
+        pool: where keys and values lie.
+        library: attends in prefills, instead of the kernels.
+    """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, library: Library | None = None) -> None:
         self.slabs = SlabTable(pool)
         """Shared by all buffers."""
+        self._library = library
+        self.name = TritonStep.name if library is None else f"{library.name}+{TritonStep.name}"
 
     def buffers(self, room: Room) -> StepBuffers:
         """Buffers for forwards of up to a size, to be filled again and again."""
@@ -253,7 +264,8 @@ class TritonSteps:
         assert pool is self.slabs.pool, "steps are made for one pool"
         buffers = self.buffers(Room.of(packed, pool.layout.page_size))
         buffers.fill(packed)
-        return TritonStep(pool, packed, buffers)
+        prefills = None if self._library is None else Segments(pool, packed, self._library)
+        return TritonStep(pool, packed, buffers, prefills)
 
 
 def _power(size: int) -> int:

@@ -14,6 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from rollout.batcher.registry import make_policy
 from rollout.batcher.types import Bounds, Policy
 from rollout.errors import InputError
+from rollout.models.choice import ATTENTIONS
 from rollout.params import SamplingParams
 
 CONFIG_MODULE = "rollout.conf"
@@ -38,6 +39,7 @@ class ModelConfig:
     revision: str | None = MISSING
     adapter: str | None = MISSING
     trust_remote_code: bool = MISSING
+    attention: str = MISSING
 
 
 @dataclass
@@ -272,6 +274,7 @@ def _model_checks(config: Config) -> list[Check]:
     return [
         ("model.path", model.path, bool(model.path), "a folder, a hub id or a GGUF file"),
         ("model.dtype", model.dtype, model.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+        ("model.attention", model.attention, model.attention in ATTENTIONS, f"one of {', '.join(ATTENTIONS)}"),
         (
             "model.device",
             device,

@@ -19,6 +19,7 @@ from rollout.errors import InputError
 from rollout.headroom import Headroom, after_reserve, headroom_over
 from rollout.loop import Loop
 from rollout.memory import Memory
+from rollout.models.choice import ATTENTIONS, AUTO
 from rollout.models.context import context_limit
 from rollout.models.fused import FusedParts
 from rollout.models.linears import PackedLinears
@@ -60,10 +61,11 @@ class Engine:
         max_rows, min_rows: bounds on live rows.
         max_kv_bytes: never more KV bytes than this; None uses all headroom.
         reserve_fraction: share of the device's total memory that is always left free.
+        attention: what attends, see `rollout.models.backend.chosen`; ``auto`` is the fastest of the engine's own.
         headroom: telemetry to follow instead of that of the devices.
 
     Raises:
-        UnsupportedModel: the model cannot be served; the message says why.
+        UnsupportedModel: the model cannot be served, or not by that attention; the message says why.
         InputError: an argument is out of range.
     """
 
@@ -78,9 +80,10 @@ class Engine:
         min_rows: int = 1,
         max_kv_bytes: int | None = None,
         reserve_fraction: float = 0.05,
+        attention: str = AUTO,
         headroom: Headroom | None = None,
     ) -> None:
-        _check_arguments(latency_budget_ms, max_rows, min_rows, max_kv_bytes, reserve_fraction)
+        _check_arguments(latency_budget_ms, max_rows, min_rows, max_kv_bytes, reserve_fraction, attention)
         self.model = model
         self.tokenizer = tokenizer
         self.weight_version = 0
@@ -88,9 +91,10 @@ class Engine:
         base = unwrap(model)
         self._device = home(model)
         self._together = together(model)
-        self._tier = serve(model)
+        self._tier = serve(model, attention)
         self.attention = self._tier.attention()
-        """What attends: triton, compiled, gather; own: the model itself; none: nothing."""
+        """What attends: triton, compiled, gather; varlen or flash_attn to prefills, and after a + what attends to rows
+        that decode; own: the model itself; none: nothing."""
         logger.info("The %s tier serves the model; attention: %s.", self._tier.name, self.attention)
         bounds = Bounds(min_rows, max_rows, latency_budget_ms)
         self._policy = make_policy(policy, bounds) if isinstance(policy, str) else policy
@@ -233,7 +237,12 @@ class Engine:
 
 
 def _check_arguments(
-    latency_budget_ms: float | None, max_rows: int, min_rows: int, max_kv_bytes: int | None, reserve_fraction: float
+    latency_budget_ms: float | None,
+    max_rows: int,
+    min_rows: int,
+    max_kv_bytes: int | None,
+    reserve_fraction: float,
+    attention: str,
 ) -> None:
     checks = (
         ("latency_budget_ms", latency_budget_ms is None or latency_budget_ms > 0, latency_budget_ms, "above 0 or None"),
@@ -241,6 +250,7 @@ def _check_arguments(
         ("max_rows", max_rows >= min_rows, max_rows, f"at least min_rows ({min_rows})"),
         ("max_kv_bytes", max_kv_bytes is None or max_kv_bytes > 0, max_kv_bytes, "above 0 or None"),
         ("reserve_fraction", 0 <= reserve_fraction < 1, reserve_fraction, "at least 0 and below 1"),
+        ("attention", attention in ATTENTIONS, attention, f"one of {', '.join(ATTENTIONS)}"),
     )
     for name, right, value, wanted in checks:
         if not right:

@@ -64,12 +64,16 @@ def load_engine(config: Config, prompts: Prompts, place: Place) -> Loaded:
     import transformers
 
     from rollout.engine import Engine
+    from rollout.models.backend import require
     from rollout.models.load import ModelSource, load_model, load_tokenizer, resolve_device
 
     transformers.utils.logging.disable_progress_bar()
-    source = ModelSource(**asdict(config.model))
+    named = asdict(config.model)
+    attention = named.pop("attention")
+    source = ModelSource(**named)
     try:
         device = resolve_device(source.device)
+        require(attention, device)
         if device.type == "cpu" and (count := threads(place.local_world_size, os.environ)) is not None:
             torch.set_num_threads(count)
         tokenizer = load_tokenizer(source)
@@ -90,6 +94,7 @@ def load_engine(config: Config, prompts: Prompts, place: Place) -> Loaded:
         min_rows=config.batcher.min_rows,
         max_kv_bytes=config.memory.max_kv_bytes,
         reserve_fraction=config.memory.reserve_fraction,
+        attention=attention,
     )
     return Loaded(engine, str(model.dtype).removeprefix("torch."), engine.attention)
 

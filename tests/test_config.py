@@ -26,6 +26,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         "revision": None,
         "adapter": None,
         "trust_remote_code": False,
+        "attention": "auto",
     }
     assert asdict(config.data) == {
         "path": "builtin:arithmetic",

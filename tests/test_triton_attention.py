@@ -17,6 +17,7 @@ import torch
 
 from rollout.models import backend, step_buffers, triton_attention
 from rollout.models.attention import Scores
+from rollout.models.errors import UnsupportedAttention
 from rollout.models.gather import GatherStep
 from rollout.models.layout import KVLayout, Site, Span
 from rollout.models.packed import Packed
@@ -429,15 +430,20 @@ def test_more_slabs_than_the_table_holds(device: torch.device) -> None:
 # -- which is chosen ------------------------------------------------------------------------------------
 
 
+def forget_what_serves() -> None:
+    for found in (backend._triton_serves, backend._triton_failure):
+        found.cache_clear()
+
+
 @pytest.fixture
 def gpu_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A pool as of a GPU, for what looks at its layout and device alone."""
-    backend._triton_serves.cache_clear()
+    forget_what_serves()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    monkeypatch.setattr(triton_attention, "TritonSteps", lambda pool: SimpleNamespace(name="triton"))
+    monkeypatch.setattr(triton_attention, "TritonSteps", lambda pool, library: SimpleNamespace(name="triton"))
     layout = KVLayout((Site(None, 1, 16, 16, Span()),), torch.bfloat16, 16)
     yield SimpleNamespace(layout=layout, device=torch.device("cuda", 0))
-    backend._triton_serves.cache_clear()
+    forget_what_serves()
 
 
 def test_a_gpu_gets_triton_where_it_passes_its_check(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,6 +465,18 @@ def test_a_gpu_gathers_where_it_does_not_and_says_so_once(
     assert len(caplog.records) == 1
     assert "some GPU, pages are gathered instead" in caplog.text
     assert "RuntimeError: Failed to find C compiler." in caplog.text
+
+
+def test_triton_asked_for_by_name_is_not_replaced(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*about: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nmore")
+
+    monkeypatch.setattr(triton_attention, "check", fails)
+    with pytest.raises(UnsupportedAttention, match=r"attention=triton .*\(RuntimeError: Failed to find C compiler\): "):
+        backend.chosen("triton", gpu_pool)
+    monkeypatch.setattr(triton_attention, "check", lambda *about: None)
+    forget_what_serves()
+    assert backend.chosen("triton", gpu_pool).name == "triton"
 
 
 def test_no_room_for_the_check_is_no_reason_to_gather(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
