@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 LEAST_PAGES = 64
 """Pages a row that a graph has room for at first, if not more. Room for a page takes 20 bytes, and partial results."""
 _PAUSE = 256
-"""Steps without graphs after one could not be captured for want of memory."""
+"""Steps without graphs after memory was short."""
 
 #: Models that go on without graphs, and why.
 _refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -172,6 +172,15 @@ class CapturedRunner(Runner):
             return self._eager.forward(packed)
         captured.graph.replay()
         return captured.logits[: len(packed.lengths)]
+
+    def shed(self) -> bool:
+        """See `Runner.shed`."""
+        if not self._captured:
+            return False
+        self._drop()
+        self._paused = _PAUSE
+        logger.info("Memory is short: %d decode steps go on without CUDA graphs, which are given back.", _PAUSE)
+        return True
 
     def close(self) -> None:
         """See `Runner.close`."""

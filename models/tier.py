@@ -35,6 +35,13 @@ class Runner(Protocol):
         """
         ...
 
+    def shed(self) -> bool:
+        """Gives back, as memory is short, what it can make again, and goes without for a while, more slowly.
+
+        Returns whether there was any.
+        """
+        return False
+
     def close(self) -> None:
         """Gives all memory back that it has taken besides the pool's; a further forward takes it anew."""
         return

@@ -154,6 +154,8 @@ class Loop:
     def _decide(self) -> Decision:
         started = time.perf_counter()
         self._memory.read(self._runner.bytes_kept)
+        if self._memory.wants_rows_back and self._runner.shed():
+            self._memory.read(self._runner.bytes_kept)
         decision = self._policy.decide(self._observe())
         if self._oom_rows is not None and self._oom_rows < decision.rows:
             decision = replace(decision, rows=self._oom_rows, reason="oom")
@@ -317,6 +319,7 @@ class Loop:
             for slot in running.live.active[::-1].tolist():
                 running.preempt(slot)
         running.drop_free_slabs()
+        self._runner.shed()
         if self._memory.pool.device.type == "cuda":
             torch.cuda.empty_cache()
         if not running.alive and len(self._queue):

@@ -107,6 +107,11 @@ class Memory:
         """Bytes to give back for headroom to be what was reserved."""
         return min(self.bytes_held, max(0, -self.headroom_bytes))
 
+    @property
+    def wants_rows_back(self) -> bool:
+        """Whether giving back `excess_bytes` takes more than what is free."""
+        return self.excess_bytes > sum(pool.free_pages * pool.page_bytes for pool in self._pools)
+
     def could_hold(self, pages: int, states: int = 0) -> bool:
         """Whether so much would fit if nobody but this process used the device."""
         room = int((1 - self._reserve_fraction) * self._headroom.total_bytes)

@@ -287,6 +287,27 @@ def test_want_of_memory_is_seen_behind_what_follows_from_it() -> None:
     assert world.model not in captured._refused
 
 
+def test_graphs_are_given_back_when_memory_is_short_and_captured_again_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(captured, "_PAUSE", 3)
+    world = World()
+    assert not world.runner.shed()
+    world.same([(0, 4), (1, 9)])
+    world.decode(0, 1)
+    with caplog.at_level(logging.INFO):
+        assert world.runner.shed()
+    assert "Memory is short: 3 decode steps go on without CUDA graphs, which are given back." in caplog.text
+    assert (world.runner.bytes_kept, world.fake.released) == (0, 1)
+    assert not world.runner._logits
+    assert not world.runner.shed()
+    for _ in range(2):
+        world.decode(0, 1)
+    assert not world.sizes
+    world.decode(0, 1)
+    assert world.sizes == [2]
+
+
 def test_closing_gives_everything_back_and_says_what_it_cost(caplog: pytest.LogCaptureFixture) -> None:
     world = World()
     world.same([(0, 4), (1, 9)])

@@ -819,6 +819,50 @@ def test_memory_follows_others_up_and_down(seed: int, monkeypatch: pytest.Monkey
     assert clock.sleeps < 5000
 
 
+class Keeping(ToyRunner):
+    """Has memory of its own until it is asked for it; telemetry takes it for free."""
+
+    kept = 0
+
+    @property
+    def bytes_kept(self) -> int:
+        return self.kept
+
+    def shed(self) -> bool:
+        had, self.kept = self.kept > 0, 0
+        return had
+
+
+@pytest.mark.parametrize(("taken", "sheds"), [(5, False), (25, True)])
+def test_what_can_be_made_again_goes_before_rows_do(taken: int, sheds: bool) -> None:
+    """Four rows hold 40 of 100 pages when others take some, and 52 in the end."""
+    requests = plain(4, tokens=20, new=30)
+    world = World(requests, Fixed(rows=4), pages=100)
+    runner = Keeping(world.pool, None)
+    runner.kept = 40 * PAGE
+    world.runner = world.loop._runner = runner
+
+    def squeeze(done: StepReport) -> None:
+        if world.tally.steps == 20:
+            world.headroom.taken_bytes = taken * PAGE
+
+    world.loop._on_step = squeeze
+    assert_same(world.run(), all_expected(requests))
+    assert (runner.kept == 0) == sheds
+    assert world.tally.preempted_rows == 0
+
+
+def test_what_can_be_made_again_goes_when_the_allocator_fails() -> None:
+    requests = plain(4)
+    trouble, _ = refuse_at({5})
+    world = World(requests, trouble=trouble)
+    runner = Keeping(world.pool, trouble)
+    runner.kept = 40 * PAGE
+    world.runner = world.loop._runner = runner
+    assert_same(world.run(), all_expected(requests))
+    assert runner.kept == 0
+
+
 # -- tokens that are read late ---------------------------------------------------------------------------
 
 
