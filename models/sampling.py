@@ -15,12 +15,11 @@ import torch.nn.functional as F
 
 from rollout.models.gumbel_max import GumbelMax, gumbel_max
 from rollout.models.philox import gumbel
+from rollout.models.top_p import top_p_threshold
 
 _BLOCK = 256
 #: On a CPU, rows are sampled a few at a time, so that their logits stay in cache between the passes.
 _CPU_ROWS = 16
-#: Top-p first looks among this many tokens, and sorts the vocabulary only where their mass is too small.
-_TOP_P_CANDIDATES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +133,7 @@ def keep(scores: torch.Tensor, rows: RowSampling) -> torch.Tensor:
     if rows.most_top_k:
         scores = scores.masked_fill(scores < _top_k_threshold(scores, rows.top_k, rows.most_top_k), -torch.inf)
     if rows.any_top_p:
-        scores = scores.masked_fill(scores < _top_p_threshold(scores, rows.top_p), -torch.inf)
+        scores = scores.masked_fill(scores < top_p_threshold(scores, rows.top_p), -torch.inf)
     if rows.any_min_p:
         scores = scores.masked_fill(scores < _min_p_threshold(scores, rows.min_p), -torch.inf)
     return scores
@@ -150,17 +149,3 @@ def _top_k_threshold(scores: torch.Tensor, top_k: torch.Tensor, most: int) -> to
 def _min_p_threshold(scores: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """[B, 1] the score of min_p times the largest probability (Nguyen et al., arXiv 2407.01082)."""
     return scores.amax(-1, keepdim=True) + min_p[:, None].log()
-
-
-def _top_p_threshold(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """[B, 1] the smallest score in the smallest set of largest scores whose mass reaches top_p."""
-    total = scores.logsumexp(-1, keepdim=True)
-    wanted = torch.where(top_p < 1, top_p, 2.0)[:, None]
-    candidates = min(_TOP_P_CANDIDATES, scores.shape[1])
-    largest = scores.topk(candidates, dim=-1).values
-    mass = (largest - total).exp().cumsum(-1)
-    if candidates < scores.shape[1] and bool(((mass[:, -1:] < wanted) & (wanted <= 1)).any()):
-        largest = scores.sort(dim=-1, descending=True).values
-        mass = (largest - total).exp().cumsum(-1)
-    reached = (mass < wanted).sum(-1, keepdim=True).clamp(max=largest.shape[1] - 1)
-    return torch.where(wanted <= 1, largest.gather(1, reached), -torch.inf)

@@ -8,7 +8,6 @@ capture: slabs may come and go, since all that changes is read from those buffer
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ import torch
 
 from rollout.models import triton_kernels
 from rollout.models.attention import Scores
+from rollout.models.launch import launching_on
 from rollout.models.packed import Packed
 from rollout.models.paged import PagedStep
 from rollout.models.pages import PagePool
@@ -107,7 +107,7 @@ class TritonStep(PagedStep):
         self._programs = _PROGRAMS * _multiprocessors(pool.device)
         entries = len(buffers.pages)
         if entries:
-            with _on(pool.device):
+            with launching_on(pool.device):
                 triton_kernels.locate[(min(-(-entries // _LOCATE_BLOCK), self._programs),)](
                     buffers.pages,
                     self._slabs.addresses,
@@ -129,7 +129,7 @@ class TritonStep(PagedStep):
         out = torch.empty((tokens, heads, site.value_dim), dtype=self.layout.dtype, device=q.device)
         if not tokens:
             return out
-        with _on(self.pool.device):
+        with launching_on(self.pool.device):
             self._write(index, k, v, out)
             splits = self._buffers.splits.get(site.span)
             if splits is not None:
@@ -279,10 +279,3 @@ def _multiprocessors(device: torch.device) -> int:
         return 1
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.multi_processor_count)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever its arguments are on."""
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return nullcontext()
-    return torch.cuda.device(device)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rollout.models import triton_top_p
 from rollout.models.triton_attention import _BLOCKS, blocks
 
 _SHARED_BYTES = 227 << 10
@@ -23,10 +24,10 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rollout.models import triton_kernels
+from rollout.models import triton_kernels, triton_top_p
 
 def compiled(name, types, constants, unaligned, warps):
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(triton_top_p if name == "search" else triton_kernels, name)
     aligned = [a for a, t in types.items() if t != "fp32" and a not in unaligned]
     source = ASTSource(
         kernel,
@@ -127,5 +128,7 @@ def test_everything_that_models_ask_for(tmp_path: Path) -> None:
     parts = dict.fromkeys(("partial", "maxima", "sums"), "*fp32") | {"sinks": "*bf16", "out": "*bf16", "rows": "*i32"}
     sizes = {"SINKS": True, "KV_HEADS": 2, "GROUP": 6, "VALUE_DIM": 128, "BLOCK_GROUP": 8, "BLOCK_VALUE": 128}
     cases.append(("reduce", parts, sizes, (), 4))
+    rows = {"scores": "*fp32", "top_p": "*fp32", "out": "*fp32", "row_scores": "i32", "vocabulary": "i32"}
+    cases.append(("search", rows, {"BLOCK": triton_top_p.BLOCK}, (), triton_top_p._WARPS))
     for case, made in zip(cases, compiled(tmp_path, cases), strict=True):
         assert made["shared"] <= _SHARED_BYTES, (case[:3], made)
