@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import batching
+import caps
 import decode
 import machine
+import one_model
 import peers
 import pytest
 import random_models
@@ -25,6 +27,7 @@ import table
 import torch
 import turns
 import workload
+from engines.transformers_continuous import Continuous
 from spec import Spec
 from table import Run, Setup, render, setups, summarise
 from torch import nn
@@ -610,7 +613,7 @@ class TestSqueeze:
     def test_memory_is_taken_and_returned_twice(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(squeeze, "load", lambda task: tiny("llama"))
+        monkeypatch.setattr(one_model, "load", lambda task: tiny("llama"))
         arguments = ["--device", "cpu", "--rows", "12", "--context", "9", "--new", "40", "--steps", "20"]
         arguments += ["--memory", "0.0002", "--take", "0.0001"]
         monkeypatch.setattr(sys, "argv", ["squeeze.py", "random:tiny", *arguments])
@@ -680,3 +683,42 @@ class TestBatching:
         for wrong in ("statik", "static:many", "static:4xall"):
             with pytest.raises(ValueError, match=r"static"):
                 batching.Setting.of(wrong)
+
+
+class TestCaps:
+    def test_samples_that_differ_and_where(self) -> None:
+        first = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+        assert caps.parted(first, [[1, 2, 3], [4, 5, 7], [0, 8, 9]]) == [2, 0]
+        by_cap = {8: first, 64: first, 256: [[1, 2, 3], [4, 5, 7], [0, 8, 9]]}
+        assert caps.lines("some", "greedy", (8, 64, 256), by_cap.__getitem__) == [
+            ("some", "greedy", "64", "8", "3", "0.00 %", "-"),
+            ("some", "greedy", "256", "8", "3", "66.67 %", "1"),
+        ]
+
+    def test_both_engines_run_within_their_caps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        requests = [Request(tuple(range(3, 7 + 3 * i)), 5, i) for i in range(4)]
+        most = []
+        forward = nn.Module.__call__
+
+        def watched(module: nn.Module, *arguments: Any, **named: Any) -> Any:
+            if module is model:
+                most.append(int((named["cu_seq_lens_q"].diff() > 0).sum()))
+            return forward(module, *arguments, **named)
+
+        model = tiny("llama")
+        expected = [
+            model.generate(
+                torch.tensor([request.ids]), do_sample=False, max_new_tokens=5, eos_token_id=-1, pad_token_id=0
+            )
+            for request in requests
+        ]
+        monkeypatch.setattr(nn.Module, "__call__", watched)
+        for rows in (1, 3):
+            most.clear()
+            done = Continuous(model, torch.device("cpu"), rows, 8, do_sample=False)(requests)
+            assert [[*r.ids, *ids] for r, ids in zip(requests, done, strict=True)] == [x[0].tolist() for x in expected]
+            assert max(most) == rows
+        monkeypatch.undo()
+        for compare, draws in ((caps.ours, 2), (caps.continuous, 1)):
+            found = compare(tiny("llama"), requests, (1, 3))
+            assert [line[2:6] for line in found] == [("3", "1", "4", "0.00 %")] * draws

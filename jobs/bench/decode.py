@@ -10,7 +10,6 @@ were: what is left of the step is the gap.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections import Counter
@@ -20,11 +19,9 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-import random_models
+import one_model
 import table
 import torch
-from engines.harness import Task
-from engines.loading import load
 from torch import nn
 
 from rollout import Engine, SamplingParams
@@ -231,21 +228,14 @@ def line(measured: Measured, found: Profile | None) -> tuple[str, ...]:
 
 def main() -> int:
     """Prints a line for each number of rows, and on a GPU the kernels that a step spends its time in."""
-    parser = argparse.ArgumentParser(description="Compares decode steps with the bandwidth of the device.")
-    parser.add_argument("model", help="model folder, Hub id, packaged:NAME, or random:NAME")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser = one_model.options("Compares decode steps with the bandwidth of the device.")
     parser.add_argument("--rows", default="64,256", help="numbers of rows, with commas between")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row")
     given = parser.parse_args()
-    try:
-        folder = random_models.resolve(given.model)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = one_model.folder(parser, given)
     device = torch.device(given.device)
     bandwidth = copy_bandwidth(device)
-    model: Any = load(Task(folder, given.dtype, given.device, None, []))
+    model = one_model.model(folder, given)
     lines: list[tuple[str, ...]] = [HEADER]
     profiles = dict[int, Profile]()
     for rows in map(int, given.rows.split(",")):

@@ -12,19 +12,15 @@ many rows as before.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any
 
-import random_models
+import one_model
 import table
 import torch
-from engines.harness import Task
-from engines.loading import load
 
 from rollout import Engine, SamplingParams
 from rollout.headroom import FakeHeadroom
@@ -180,10 +176,7 @@ def lines(steps: Sequence[Step]) -> table.Lines:
 
 def main() -> int:
     """Prints figures by phase."""
-    parser = argparse.ArgumentParser(description="Takes memory from a running engine, and gives it back.")
-    parser.add_argument("model", help="model folder, Hub id, packaged:NAME, or random:NAME")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser = one_model.options("Takes memory from a running engine, and gives it back.")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--context", type=int, default=1024, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=750, help="mean of the tokens generated, evenly from 1 to twice it")
@@ -191,12 +184,7 @@ def main() -> int:
     parser.add_argument("--memory", type=float, default=0.6, help="GB for keys and values, on a CPU")
     parser.add_argument("--steps", type=int, default=200, help="of a phase")
     given = parser.parse_args()
-    try:
-        folder = random_models.resolve(given.model)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    model: Any = load(Task(folder, given.dtype, given.device, None, []))
+    model = one_model.model(one_model.folder(parser, given), given)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     draws = torch.Generator().manual_seed(0)
     # Many more than live at once, so that the pool takes all the memory that there is.
