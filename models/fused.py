@@ -1,4 +1,4 @@
-"""Norms, rotary embeddings, attention and MLP modules on a CPU, in place of the many small operations of transformers'.
+"""Norms, rotary embeddings, and on a CPU attention and MLP modules, in place of transformers' many small operations.
 
 Nothing is known by its name alone: a norm and a family's rotary function are replaced where they give the kernel's
 numbers on a trial, an attention or MLP module where its code is known, and all stay what they are elsewhere.
@@ -11,8 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -34,18 +35,18 @@ class FusedParts:
     They hold copies of the norms' weights, so this is made anew after weights change.
 
     Args:
-        model: the module. Where some of it is on another device than a CPU, nothing of it is replaced.
+        model: the module. Where it lies on several devices, nothing of it is replaced.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        devices = {weight.device.type for weight in model.parameters()} - {"meta"}
-        kernel = pointwise() if devices == {"cpu"} else None
+        devices = {weight.device for weight in model.parameters()} - {torch.device("meta")}
+        kernel = _kernel(device := devices.pop()) if len(devices) == 1 else None
         self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._rotary: list[tuple[ModuleType, Callable[..., Any], Callable[..., Any]]] = []
         if kernel is None:
             return
         for module in model.modules():
-            fused = _norm(module, kernel)
+            fused = _norm(module, kernel, device)
             if fused is not None:
                 self._forwards.append((module, fused))
         for name in {type(module).__module__ for module in model.modules()}:
@@ -53,8 +54,10 @@ class FusedParts:
             own = getattr(source, _ROTARY, None)
             if isinstance(own, _Rotary):  # inside a block of another thread
                 own = own.own
-            if source is not None and own is not None and _rotates_halves(own, kernel):
+            if source is not None and own is not None and _rotates_halves(own, kernel, device):
                 self._rotary.append((source, own, _Rotary(own, kernel)))
+        if not isinstance(kernel, Pointwise):
+            return
         rotating = {source.__name__ for source, _, _ in self._rotary}
         for module in model.modules():
             rotates = type(module).__module__ in rotating
@@ -80,15 +83,42 @@ class FusedParts:
             _on_loan.reset(token)
 
 
+class Kernel(Protocol):
+    """What `rollout.models.pointwise.Pointwise` computes; says what each is."""
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]: ...
+
+    def norm_factors(self, weight: torch.Tensor, dtype: torch.dtype) -> NormFactors: ...
+
+    def rms_norm(self, x: torch.Tensor, factors: NormFactors, eps: float, late: bool) -> torch.Tensor: ...
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def _kernel(device: torch.device) -> Kernel | None:
+    """For tensors on a device; None where there is none."""
+    if device.type == "cpu":
+        return pointwise()
+    # Comes with torch's builds for GPUs, and with no other.
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from rollout.models.triton_pointwise import triton_pointwise
+
+    return triton_pointwise(device)
+
+
 # -- norms -----------------------------------------------------------------------------------------------
 
 
-def _norm(module: nn.Module, kernel: Pointwise) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _norm(module: nn.Module, kernel: Kernel, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """What computes the root mean square norm that ``module`` is; None where it is none that the kernel has."""
-    weight, eps = _weight(module), next((getattr(module, n) for n in _EPSILONS if hasattr(module, n)), None)
+    weight, eps = _weight(module, device), next((getattr(module, n) for n in _EPSILONS if hasattr(module, n)), None)
     if weight is None or not isinstance(eps, float) or weight.dtype not in kernel.dtypes:
         return None
-    trial = _trial(3, len(weight)).mul(torch.tensor([[1.0], [1e-3], [30.0]])).to(weight.dtype)
+    trial = _trial(3, len(weight)).mul(torch.tensor([[1.0], [1e-3], [30.0]])).to(device, weight.dtype)
     with torch.no_grad():
         wanted = module.forward(trial)  # without its hooks: they stay, and are for the model's own calls
     for plus in (0.0, 1.0):  # some families keep what the factor is above 1
@@ -99,20 +129,20 @@ def _norm(module: nn.Module, kernel: Pointwise) -> Callable[[torch.Tensor], torc
     return None
 
 
-def _weight(module: nn.Module) -> torch.Tensor | None:
+def _weight(module: nn.Module, device: torch.device) -> torch.Tensor | None:
     """The weight of what may be a norm: a module with one vector and nothing else, that nobody has patched."""
     own = [*module.named_parameters(), *module.named_buffers()]
     if len(own) != 1 or own[0][0] != "weight" or "forward" in vars(module):
         return None
     weight = own[0][1]
-    plain = type(weight.data) is torch.Tensor and weight.dim() == 1 and weight.device.type == "cpu"
+    plain = type(weight.data) is torch.Tensor and weight.dim() == 1 and weight.device == device
     # Others take a gate, or what to add, besides.
     takes_one = len(inspect.signature(module.forward).parameters) == 1
     return weight if plain and takes_one and "RMSNorm" in type(module).__name__ else None
 
 
 def _fused_norm(
-    own: Callable[..., torch.Tensor], kernel: Pointwise, factors: NormFactors, eps: float, late: bool
+    own: Callable[..., torch.Tensor], kernel: Kernel, factors: NormFactors, eps: float, late: bool
 ) -> Callable[..., torch.Tensor]:
     width = len(factors.values)
 
@@ -127,14 +157,14 @@ def _fused_norm(
 # -- rotary embeddings -----------------------------------------------------------------------------------
 
 
-def _rotates_halves(own: Callable[..., Any], kernel: Pointwise) -> bool:
+def _rotates_halves(own: Callable[..., Any], kernel: Kernel, device: torch.device) -> bool:
     """Whether a family's function rotates the halves of heads, as the kernel does."""
     if list(inspect.signature(own).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     tokens, dim = 3, 8
     for dtype in kernel.dtypes:
-        query, key = (_trial(heads * tokens, dim).view(1, heads, tokens, dim).to(dtype) for heads in (4, 2))
-        angles = [_trial(tokens, dim).mul(step).cos().view(1, tokens, dim).to(dtype) for step in (2.0, 3.0)]
+        query, key = (_trial(heads * tokens, dim).view(1, heads, tokens, dim).to(device, dtype) for heads in (4, 2))
+        angles = [_trial(tokens, dim).mul(step).cos().view(1, tokens, dim).to(device, dtype) for step in (2.0, 3.0)]
         try:
             wanted = own(query, key, *angles)
         except RuntimeError:  # it takes angles of another shape
@@ -148,7 +178,7 @@ def _rotates_halves(own: Callable[..., Any], kernel: Pointwise) -> bool:
 class _Rotary:
     """Takes the place of a family's function: computes what the kernel can, for threads in a block, by the kernel."""
 
-    def __init__(self, own: Callable[..., Any], kernel: Pointwise) -> None:
+    def __init__(self, own: Callable[..., Any], kernel: Kernel) -> None:
         self.own, self._kernel = own, kernel
 
     def __call__(
@@ -169,7 +199,7 @@ class _Rotary:
 
 
 def _rotated(
-    kernel: Pointwise, query: torch.Tensor, key: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
+    kernel: Kernel, query: torch.Tensor, key: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Heads [b, heads, t, dim] by angles [b, t, dim]; like the others, but laid out token by token."""
     given = (x.transpose(1, 2).flatten(0, 1) for x in (query, key))

@@ -15,7 +15,8 @@ def kernels_run_here(patch: pytest.MonkeyPatch) -> torch.device:
     """Sees to it that kernels run, and says where: on a GPU, or in the interpreter.
 
     The interpreter's own matrix product multiplies the bit patterns of bfloat16 numbers (triton 3.6 to 3.9), and BLAS,
-    which it calls, gives a row other bits in another place of the matrix. So it gets one that adds up in order.
+    which it calls, gives a row other bits in another place of the matrix. So it gets one that adds up in order. It cuts
+    numbers off where they become bfloat16, which a GPU rounds to the nearest; so that is torch's here.
     """
     if GPU is not None:
         return GPU
@@ -38,5 +39,14 @@ def kernels_run_here(patch: pytest.MonkeyPatch) -> torch.device:
             result += left[:, k : k + 1] * right[k : k + 1]
         return handle(result + total.data, float32)
 
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding(builder: Any, source: Any, target: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) != (float32, bfloat16):
+            return cast(builder, source, target)
+        rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16).view(torch.int16).numpy()
+        return handle(rounded.view(np.uint16), bfloat16)
+
     patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    patch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounding)
     return torch.device("cpu")

@@ -24,10 +24,11 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rollout.models import triton_kernels, triton_top_p
+from rollout.models import triton_kernels, triton_pointwise, triton_top_p
 
 def compiled(name, types, constants, unaligned, warps):
-    kernel = getattr(triton_top_p if name == "search" else triton_kernels, name)
+    modules = triton_kernels, triton_pointwise, triton_top_p
+    kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
     aligned = [a for a, t in types.items() if t != "fp32" and a not in unaligned]
     source = ASTSource(
         kernel,
@@ -130,5 +131,12 @@ def test_everything_that_models_ask_for(tmp_path: Path) -> None:
     cases.append(("reduce", parts, sizes, (), 4))
     rows = {"scores": "*fp32", "top_p": "*fp32", "out": "*fp32", "row_scores": "i32", "vocabulary": "i32"}
     cases.append(("search", rows, {"BLOCK": triton_top_p.BLOCK}, (), triton_top_p._WARPS))
+    for dtype in ("bf16", "fp32"):
+        rows = {"x": f"*{dtype}", "factors": "*fp32", "out": f"*{dtype}", "x_row": "i32", "width": "i32", "eps": "fp32"}
+        cases += [("norm", rows, {"LATE": late, "BLOCK": 2048}, (), 4) for late in (False, True)]
+        heads = dict.fromkeys(("query", "key", "query_out", "key_out", "cosines", "sines"), f"*{dtype}")
+        heads |= dict.fromkeys(("query_token", "query_head", "key_token", "key_head"), "i32")
+        sizes = {"HEADS": 12, "KEY_HEADS": 2, "HALF": 64, "BLOCK_HEADS": 16, "BLOCK_HALF": 64}
+        cases.append(("rotate", heads, sizes, (), 4))
     for case, made in zip(cases, compiled(tmp_path, cases), strict=True):
         assert made["shared"] <= _SHARED_BYTES, (case[:3], made)
