@@ -642,7 +642,7 @@ class TestBatching:
     ) -> None:
         requests = workload.build(PROMPTS, Shape(requests=10, max_new=60))
         workload.write(requests, tmp_path / "w.json")
-        monkeypatch.setattr(batching, "load", lambda task: tiny("llama"))
+        monkeypatch.setattr(one_model, "load", lambda task: tiny("llama"))
         arguments = ["random:tiny", str(tmp_path / "w.json"), "--kv-rows", "3", "--budget-ms", "1000"]
         monkeypatch.setattr(sys, "argv", ["batching.py", *arguments, "--policies", "static:2x8,predictive"])
         assert batching.main() == 0

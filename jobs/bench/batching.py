@@ -9,20 +9,16 @@ Each request gets its exact number of tokens, but no policy is told: it sees one
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 import numpy as np
-import random_models
+import one_model
 import table
 import workload
-from engines.harness import Task
-from engines.loading import load
 
 from rollout import Engine, SamplingParams
 from rollout.batcher.registry import make_policy
@@ -169,24 +165,20 @@ def lines(outcomes: dict[str, list[Outcome]], budget_ms: float | None) -> table.
 
 def main() -> int:
     """Prints a line a run and the table."""
-    parser = argparse.ArgumentParser(description="Runs batching policies on the engine, turn by turn.")
-    parser.add_argument("model", help="model folder, Hub id, packaged:NAME, or random:NAME")
+    parser = one_model.options("Runs batching policies on the engine, turn by turn.", device="cpu")
     parser.add_argument("workload", type=Path, help="a file of workload.py")
     parser.add_argument("--kv-rows", type=float, default=40.0, help="rows of mean final length that memory holds")
     parser.add_argument("--policies", default=POLICIES, help="NAME[:ROWS[xCHUNK]],...")
     parser.add_argument("--budget-ms", type=float, help="of a step")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     given = parser.parse_args()
+    folder = one_model.folder(parser, given)
     try:
-        folder = random_models.resolve(given.model)
         settings = [Setting.of(text) for text in given.policies.split(",")]
         work = workload.read(given.workload)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    model: Any = load(Task(folder, given.dtype, given.device, None, work))
+        parser.error(str(error))
+    model = one_model.model(folder, given)
     layout = serve(model).probe()
     mean = fmean(len(request.ids) + request.n for request in work)
     max_kv_bytes = int(given.kv_rows * layout.pages_for(int(mean)) * layout.bytes_per_page)

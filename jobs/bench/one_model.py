@@ -10,11 +10,11 @@ from engines.harness import Task
 from engines.loading import load
 
 
-def options(description: str) -> argparse.ArgumentParser:
-    """A parser of what such scripts have in common."""
+def options(description: str, device: str = "cuda") -> argparse.ArgumentParser:
+    """A parser of what such scripts have in common; on ``device`` if none is given."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", help="model folder, Hub id, packaged:NAME, or random:NAME")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default=device)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     return parser
 
