@@ -196,8 +196,8 @@ def _left(span: Span) -> int:
 
 
 def _most_keys(packing: Packing, span: Span) -> int:
-    """Or more: where no text is as long as the window, FlashAttention 2 takes another kernel, whose bits may differ."""
-    return max(packing.most_keys, span.size) if span.kind == "window" else packing.most_keys
+    """Or more: where no text is longer than the window, FlashAttention takes another kernel, whose bits may differ."""
+    return max(packing.most_keys, span.size + 1) if span.kind == "window" else packing.most_keys
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
