@@ -32,7 +32,8 @@ _on_loan: ContextVar[bool] = ContextVar("rollout_fused_parts", default=False)
 class FusedParts:
     """Replacements of parts of a module, used while `in_place`.
 
-    They hold copies of the norms' weights, so this is made anew after weights change.
+    On a CPU they hold copies of the norms' weights, on a GPU the memory of those, so this is made anew after weights
+    change, or on a GPU after they move.
 
     Args:
         model: the module. Where it lies on several devices, nothing of it is replaced.
@@ -89,7 +90,7 @@ class Kernel(Protocol):
     @property
     def dtypes(self) -> frozenset[torch.dtype]: ...
 
-    def norm_factors(self, weight: torch.Tensor, dtype: torch.dtype) -> NormFactors: ...
+    def norm_factors(self, weight: torch.Tensor, dtype: torch.dtype, plus: float = 0.0) -> NormFactors: ...
 
     def rms_norm(self, x: torch.Tensor, factors: NormFactors, eps: float, late: bool) -> torch.Tensor: ...
 
@@ -123,7 +124,7 @@ def _norm(module: nn.Module, kernel: Kernel, device: torch.device) -> Callable[[
         wanted = module.forward(trial)  # without its hooks: they stay, and are for the model's own calls
     for plus in (0.0, 1.0):  # some families keep what the factor is above 1
         for late in (False, True):
-            factors = kernel.norm_factors(weight.detach().float() + plus, weight.dtype)
+            factors = kernel.norm_factors(weight, weight.dtype, plus)
             if _same(kernel.rms_norm(trial, factors, eps, late), wanted):
                 return _fused_norm(module.forward, kernel, factors, eps, late)
     return None

@@ -23,9 +23,11 @@ class NormFactors:
     """What a root mean square norm multiplies with, as the kernel reads it."""
 
     values: torch.Tensor
-    """float32 [width]."""
+    """[width], float32 on a CPU, as the weight is on a GPU."""
     dtype: torch.dtype
     """Of the rows that they are for."""
+    plus: float = 0.0
+    """To be added to ``values``."""
 
 
 class Pointwise:
@@ -49,9 +51,9 @@ class Pointwise:
             entry.restype = None
         self._parallel = gomp_parallel()
 
-    def norm_factors(self, weight: torch.Tensor, dtype: torch.dtype) -> NormFactors:
-        """For `rms_norm` of rows of a dtype: weight [width] in any float dtype."""
-        weight = weight.detach().float().contiguous()
+    def norm_factors(self, weight: torch.Tensor, dtype: torch.dtype, plus: float = 0.0) -> NormFactors:
+        """For `rms_norm` of rows of a dtype: weight [width], in any float dtype, plus a constant."""
+        weight = (weight.detach().float() + plus).contiguous()
         values = torch.empty_like(weight)
         self._factors(_DTYPES[dtype], len(weight), weight.data_ptr(), values.data_ptr())
         return NormFactors(values, dtype)

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 @triton.jit
-def norm(x, factors, out, x_row, width, eps, LATE: tl.constexpr, BLOCK: tl.constexpr):
-    """One row of x [rows, width] over the root of its mean square, times float32 factors [width]."""
+def norm(x, factors, out, x_row, width, eps, plus, LATE: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of x [rows, width] over the root of its mean square, times factors [width] plus a constant."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -31,7 +31,7 @@ def norm(x, factors, out, x_row, width, eps, LATE: tl.constexpr, BLOCK: tl.const
     scaled = given * tl.rsqrt(tl.sum(given * given, 0) / width + eps)
     if not LATE:
         scaled = scaled.to(out.dtype.element_ty).to(tl.float32)
-    factor = tl.load(factors + at, mask=inside, other=0.0)
+    factor = tl.load(factors + at, mask=inside, other=0.0).to(tl.float32) + plus
     tl.store(out + row * width + at, (scaled * factor).to(out.dtype.element_ty), mask=inside)
 
 
@@ -87,9 +87,9 @@ class TritonPointwise:
 
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
-    def norm_factors(self, weight: torch.Tensor, dtype: torch.dtype) -> NormFactors:
-        """See `Pointwise.norm_factors`."""
-        return NormFactors(weight.detach().float().contiguous(), dtype)
+    def norm_factors(self, weight: torch.Tensor, dtype: torch.dtype, plus: float = 0.0) -> NormFactors:
+        """See `Pointwise.norm_factors`; no copy, so that changes of a contiguous weight in its place are followed."""
+        return NormFactors(weight.detach().contiguous(), dtype, plus)
 
     def rms_norm(self, x: torch.Tensor, factors: NormFactors, eps: float, late: bool) -> torch.Tensor:
         """See `Pointwise.rms_norm`."""
@@ -104,6 +104,7 @@ class TritonPointwise:
                     width,
                     width,
                     eps,
+                    factors.plus,
                     LATE=late,
                     BLOCK=triton.next_power_of_2(width),
                     num_warps=4 if width <= 4096 else 8,

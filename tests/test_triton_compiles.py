@@ -132,7 +132,8 @@ def test_everything_that_models_ask_for(tmp_path: Path) -> None:
     rows = {"scores": "*fp32", "top_p": "*fp32", "out": "*fp32", "row_scores": "i32", "vocabulary": "i32"}
     cases.append(("search", rows, {"BLOCK": triton_top_p.BLOCK}, (), triton_top_p._WARPS))
     for dtype in ("bf16", "fp32"):
-        rows = {"x": f"*{dtype}", "factors": "*fp32", "out": f"*{dtype}", "x_row": "i32", "width": "i32", "eps": "fp32"}
+        rows = dict.fromkeys(("x", "factors", "out"), f"*{dtype}") | {"x_row": "i32", "width": "i32"}
+        rows |= {"eps": "fp32", "plus": "fp32"}
         cases += [("norm", rows, {"LATE": late, "BLOCK": 2048}, (), 4) for late in (False, True)]
         heads = dict.fromkeys(("query", "key", "query_out", "key_out", "cosines", "sines"), f"*{dtype}")
         heads |= dict.fromkeys(("query_token", "query_head", "key_token", "key_head"), "i32")

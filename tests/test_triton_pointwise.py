@@ -36,7 +36,9 @@ def test_a_norm_is_the_model_s(dtype: torch.dtype, width: int, late: bool, devic
     own = (GemmaRMSNorm(width, 1e-6) if late else LlamaRMSNorm(width, 1e-6)).to(device, dtype)
     own.weight.data = numbers(width, dtype=dtype, device=device, seed=1)
     x = numbers(2, 5, width, dtype=dtype, device=device, seed=2)
-    factors = KERNEL.norm_factors(own.weight.float() + late, dtype)
+    factors = KERNEL.norm_factors(own.weight, dtype, float(late))
+    # As a trainer does between two records.
+    own.weight.data.mul_(-1.5)
     found, wanted = KERNEL.rms_norm(x, factors, 1e-6, late), own(x)
     assert found.dtype == dtype
     torch.testing.assert_close(found, wanted, rtol=ROUNDING[dtype], atol=0.0)
