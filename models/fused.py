@@ -40,10 +40,13 @@ class FusedParts:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        devices = {weight.device for weight in model.parameters()} - {torch.device("meta")}
-        kernel = _kernel(device := devices.pop()) if len(devices) == 1 else None
         self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._rotary: list[tuple[ModuleType, Callable[..., Any], Callable[..., Any]]] = []
+        devices = {weight.device for weight in model.parameters()} - {torch.device("meta")}
+        if len(devices) != 1:
+            return
+        device = devices.pop()
+        kernel = _kernel(device)
         if kernel is None:
             return
         for module in model.modules():
