@@ -442,7 +442,7 @@ def gpu_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     monkeypatch.setattr(triton_attention, "TritonSteps", lambda pool, library: SimpleNamespace(name="triton"))
     layout = KVLayout((Site(None, 1, 16, 16, Span()),), torch.bfloat16, 16)
-    yield SimpleNamespace(layout=layout, device=torch.device("cuda", 0))
+    yield SimpleNamespace(layout=layout, device=torch.device("cuda", 0), parts=(None,))
     forget_what_serves()
 
 
