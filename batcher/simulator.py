@@ -9,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 
+from rollout.batcher.order import Ordering
 from rollout.batcher.types import (
     Decision,
     FinishedRow,
@@ -87,6 +88,7 @@ def simulate(
     reveal: bool = False,
     victim: Victim = cheapest,
     kv_tokens_at: Callable[[int], int] | None = None,
+    ordering: Ordering | None = None,
 ) -> Outcome:
     """Runs a job to its end.
 
@@ -99,11 +101,12 @@ def simulate(
         reveal: tell the policy the true lengths, as limits that rows surely reach.
         victim: which live row makes way.
         kv_tokens_at: tokens that memory holds at a step, when others take some; None: all of ``machine``'s.
+        ordering: arranges the rows that wait by the workload's hints; None: they are admitted as they come.
 
     Raises:
         ValueError: a row does not fit into memory even alone, or the policy lets nothing go on.
     """
-    return _Simulation(workload, machine, policy, seed, watermark, reveal, victim, kv_tokens_at).run()
+    return _Simulation(workload, machine, policy, seed, watermark, reveal, victim, kv_tokens_at, ordering).run()
 
 
 @dataclass(eq=False, slots=True)
@@ -162,9 +165,11 @@ class _Simulation:
         reveal: bool,
         victim: Victim,
         kv_tokens_at: Callable[[int], int] | None,
+        ordering: Ordering | None,
     ) -> None:
         self._work, self._machine, self._policy, self._victim = workload, machine, policy, victim
         self._watermark, self._reveal, self._kv_tokens_at = watermark, reveal, kv_tokens_at
+        self._ordering = None if workload.length_hints is None else ordering
         self._page = machine.page_tokens
         self._pages = machine.kv_tokens // self._page
         self._used = 0
@@ -204,6 +209,8 @@ class _Simulation:
         while self._queue or self._alive:
             if self._kv_tokens_at is not None:
                 self._squeeze(self._kv_tokens_at(len(times)))
+            if self._ordering is not None and self._ordering.due:
+                self._arrange(self._ordering)
             decision = self._policy.decide(self._observe())
             while self._alive > max(0, decision.rows) and self._preempt():
                 pass
@@ -287,6 +294,21 @@ class _Simulation:
                 np.full(len(rows), self._reveal),
             )
         return self._next
+
+    def _arrange(self, ordering: Ordering) -> None:
+        """What was preempted, and the rest of groups that live, stay in front."""
+        hints = self._work.length_hints
+        assert hints is not None
+        begun = [row for row in self._queue if self._has_begun(row)]
+        rest = np.array(sorted(row for row in self._queue if not self._has_begun(row)), np.int64)
+        work = self._work
+        order = ordering.order(work.groups[rest], work.prompt_tokens[rest], hints[rest], self._pages * self._page)
+        self._queue = deque(begun + rest[order].tolist())
+        self._next = None
+
+    def _has_begun(self, row: int) -> bool:
+        group = self._groups[row]
+        return bool(self._kept[row]) or group in self._holders or group in self._under_way
 
     # -- admitting -----------------------------------------------------------------------------------
 
@@ -432,6 +454,8 @@ class _Simulation:
         for slot in np.flatnonzero(ended).tolist():
             prompt, generated, limit = (int(live[field, slot]) for field in (_PROMPT, _GENERATED, _LIMIT))
             self._finished.append(FinishedRow(prompt, generated, generated >= limit))
+            if self._ordering is not None and self._work.length_hints is not None:
+                self._ordering.learn(float(self._work.length_hints[int(live[_ID, slot])]), generated)
             self._leave(slot)
         self._live = live[:, ~ended]
 
