@@ -12,12 +12,13 @@ from rollout.batcher.types import FloatArray, IntArray
 # row's length costs less than to be alone at the end.
 _CAUTION = 2.0
 # It is started earlier by so many standard deviations of what lengths turn out to be about their expectations.
-_DEVIATIONS = 3.0
-# What expectations are taken for until so many rows have ended: right, with an error of this standard deviation.
+_DEVIATIONS = 2.0
+# Until so many rows have ended, expectations are taken to be right.
 _BELIEVED_UNTIL = 16
-_BELIEVED_ERROR = 0.35
 # Expectations are of use when their slope is so many standard errors above zero.
 _CERTAINTY = 3.0
+# Rows are arranged anew when slope or error have changed by so much.
+_CHANGE = 0.1
 _KEEP = 1 - 1 / 4096
 
 
@@ -71,19 +72,21 @@ class Ordering:
 
     Of the rows that have ended, the logarithm of the length is regressed on that of the expectation: log(length) =
     a + b * log(expected), with residuals of standard deviation s. What is expected of others is corrected by that (so
-    hints may be in words, or half of the truth), and the caution is 2 * exp(3 * s): with right hints long rows are
+    hints may be in words, or half of the truth), and the caution is 2 * exp(2 * s): with right hints long rows are
     spread over the time that they may start in, with vague ones the longest go first, for any of them may be longer
     still. Where b is not clearly above zero, the hints tell nothing and the order is that of arrival.
 
-    Until 16 rows have ended, expectations are taken to be right but for an error of s = 0.35. Short rows end first, so
-    that a young regression doubts too much; what it decides then is only which rows go first.
+    Until 16 rows have ended, expectations are taken to be right. Short rows end first, so that a young regression
+    doubts too much; but the end of the job, for which the order matters, is arranged by an old one.
     """
 
     def __init__(self) -> None:
         self._sums = np.zeros(6)
         """Of 1, x, y, x * x, x * y, y * y over the rows that ended; old ones fade."""
         self._seen = 0
-        self._due = 0
+        self._next_look = 0
+        self._used: tuple[float, float] | None = None
+        """b and s of the last order."""
 
     def learn(self, expected_tokens: float, tokens: int) -> None:
         """A row has ended; NaN was expected of it where nobody knew."""
@@ -94,10 +97,13 @@ class Ordering:
         self._sums += (1.0, x, y, x * x, x * y, y * y)
         self._seen += 1
 
-    @property
-    def due(self) -> bool:
-        """Whether so much was learned since `order` that the rows that wait should be arranged anew."""
-        return self._seen >= self._due
+    def changed(self) -> bool:
+        """Whether what was learned since the last `order` calls for another one; looked at from time to time."""
+        if self._seen < self._next_look:
+            return False
+        self._next_look = max(_BELIEVED_UNTIL, self._seen + max(8, self._seen // 8))
+        _, b, error = self._fitted()
+        return self._used is None or max(abs(b - self._used[0]), abs(error - self._used[1])) > _CHANGE
 
     def order(
         self,
@@ -114,8 +120,8 @@ class Ordering:
             kv_tokens: that memory holds.
             most_rows: that live at a time, whatever memory holds.
         """
-        self._due = max(_BELIEVED_UNTIL, self._seen + max(8, self._seen // 8))
         a, b, error = self._fitted()
+        self._used = b, error
         known = ~np.isnan(expected_tokens)
         if not b or not known.any():
             return together(groups)
@@ -126,7 +132,7 @@ class Ordering:
     def _fitted(self) -> tuple[float, float, float]:
         """a, b and s; b is 0 where expectations tell nothing."""
         if self._seen < _BELIEVED_UNTIL:
-            return -(_BELIEVED_ERROR**2) / 2, 1.0, _BELIEVED_ERROR
+            return 0.0, 1.0, 0.0
         n = self._sums[0]
         x, y, xx, xy, yy = (self._sums[1:] / n).tolist()
         spread, common = xx - x * x, xy - x * y

@@ -209,7 +209,7 @@ class _Simulation:
         while self._queue or self._alive:
             if self._kv_tokens_at is not None:
                 self._squeeze(self._kv_tokens_at(len(times)))
-            if self._ordering is not None and self._ordering.due:
+            if self._ordering is not None and self._ordering.changed():
                 self._arrange(self._ordering)
             decision = self._policy.decide(self._observe())
             while self._alive > max(0, decision.rows) and self._preempt():

@@ -51,6 +51,8 @@ class DataConfig:
     split: str = MISSING
     prompt_column: str = MISSING
     id_column: str | None = MISSING
+    length_hint_column: str | None = MISSING
+    lengths_from: str | None = MISSING
     limit: int | None = MISSING
     as_chat: bool = MISSING
     system_prompt: str | None = MISSING

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from typing import Any
 
@@ -31,9 +32,11 @@ class PromptRow:
     row_id: str
     prompt: Prompt | None
     columns: dict[str, Any]
-    """All columns of the row where a reward reads them, else the prompt's alone."""
+    """All columns of the row where a reward reads them, else those that the configuration names."""
     error_class: str = ""
     error: str = ""
+    length_hint: float | None = None
+    """Tokens that its output is expected to have; None where the column has no positive number."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,24 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.row_ids)
 
+    @property
+    def hinted(self) -> bool:
+        """Whether rows have length hints."""
+        return self._config.length_hint_column is not None
+
     def rows(self, start: int, stop: int) -> Iterator[PromptRow]:
         """Rows ``[start, stop)``."""
         for index, columns in enumerate(_dicts(self._dataset[start:stop]), start):
-            yield _prompt_row(index, self.row_ids[index], columns, self._config)
+            row = _prompt_row(index, self.row_ids[index], columns, self._config)
+            column = self._config.length_hint_column
+            yield row if column is None else replace(row, length_hint=_hint(columns[column]))
 
 
 def read_prompts(config: DataConfig, with_columns: bool = False) -> Prompts:
     """Read a dataset and give every row its id.
 
     Args:
-        with_columns: keep all columns, for a reward; else the prompt and the id alone are read.
+        with_columns: keep all columns, for a reward; else those alone that the configuration names.
 
     Raises:
         InputError: there is nothing to read, or it cannot be read as prompts; the message says what to change.
@@ -72,7 +82,8 @@ def read_prompts(config: DataConfig, with_columns: bool = False) -> Prompts:
     if config.limit is not None:
         dataset = dataset.select(range(min(config.limit, len(dataset))))
     if not with_columns:
-        dataset = dataset.select_columns([c for c in (config.prompt_column, config.id_column) if c is not None])
+        columns = (config.prompt_column, config.id_column, config.length_hint_column)
+        dataset = dataset.select_columns(list(dict.fromkeys(c for c in columns if c is not None)))
     try:
         prompts = _identified(dataset, config, with_columns)
     except UnicodeDecodeError as error:
@@ -142,6 +153,10 @@ def _prompt_row(index: int, row_id: str, columns: dict[str, Any], config: DataCo
     return PromptRow(index, row_id, None, columns, "bad_prompt", error)
 
 
+def _hint(value: float | None) -> float | None:
+    return None if value is None or not 0 < value < math.inf else float(value)
+
+
 def _without_nulls(value: Any) -> Any:
     """Arrow fills the fields that some messages have into all others, as nulls; templates test for presence."""
     if isinstance(value, list):
@@ -190,7 +205,11 @@ def _refuse_duplicates(row_ids: Sequence[str], config: DataConfig) -> None:
 
 
 def _check_columns(dataset: datasets.Dataset, config: DataConfig) -> None:
-    for key, column in (("data.prompt_column", config.prompt_column), ("data.id_column", config.id_column)):
+    for key, column in (
+        ("data.prompt_column", config.prompt_column),
+        ("data.id_column", config.id_column),
+        ("data.length_hint_column", config.length_hint_column),
+    ):
         if column is not None and column not in dataset.column_names:
             raise InputError(
                 f"{key}={column} is no column of {config.path}, which has {', '.join(dataset.column_names)}."
@@ -202,6 +221,14 @@ def _check_columns(dataset: datasets.Dataset, config: DataConfig) -> None:
             f"data.prompt_column={config.prompt_column} holds {kind} values, but prompts are text, lists of chat "
             "messages or lists of token ids."
         )
+    if config.length_hint_column is not None:
+        hints = dataset.features[config.length_hint_column]
+        kind = getattr(hints, "dtype", type(hints).__name__)
+        if not isinstance(hints, datasets.Value) or not kind.startswith(("int", "uint", "float")):
+            raise InputError(
+                f"data.length_hint_column={config.length_hint_column} holds {kind} values, but hints are numbers of "
+                "tokens."
+            )
 
 
 def _may_hold_prompts(feature: object) -> bool:

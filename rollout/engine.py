@@ -7,16 +7,19 @@ import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import count
 from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rollout.batcher.order import Ordering
 from rollout.batcher.registry import make_policy
 from rollout.batcher.types import Bounds, Policy
 from rollout.errors import InputError
 from rollout.headroom import Headroom, after_reserve, headroom_over
+from rollout.lengths import Lengths
 from rollout.loop import Loop
 from rollout.memory import Memory
 from rollout.models.choice import ATTENTIONS, AUTO
@@ -29,13 +32,17 @@ from rollout.models.siblings import siblings
 from rollout.params import SamplingParams
 from rollout.queue import Queue
 from rollout.records import Batch, Record
-from rollout.requests import Request, StepReport
+from rollout.requests import Request, StepReport, in_windows
 from rollout.stats import Stats
 from rollout.stops import Text
 from rollout.together import together
 
 #: Rows that are read before the first decision; their size sets the size of a slab.
 _FIRST_ROWS = 64
+
+#: Prompts whose lengths are remembered from call to call, and how many of a list are put in order together.
+_REMEMBERED = 1 << 16
+_WINDOW = 1 << 12
 
 #: Of the headroom, what packed copies of linear weights may take; the rest is for keys and values.
 _COPIES_SHARE = 0.5
@@ -109,6 +116,8 @@ class Engine:
         self._text = Text(tokenizer)
         self._eos = _eos_ids(base.generation_config)
         _warn_of_unapplied(base.generation_config)
+        self._lengths = Lengths(_REMEMBERED)
+        self._ordering = Ordering()
         self.stats: Stats | None = None
         """Totals of the last call that ran to its end or was closed."""
 
@@ -151,17 +160,25 @@ class Engine:
         seed: int = 0,
         row_ids: Iterable[str] | None = None,
     ) -> Iterator[Record]:
-        """Like `generate`, but yields records as they finish, and reads ``prompts`` only as rows are admitted."""
+        """Like `generate`, but yields records as they finish, and reads ``prompts`` only as rows are admitted.
+
+        A sequence of prompts is at hand anyway, so that prompts that an earlier call completed can be put in order: up
+        to 4096 of them are looked at together, and those that were long then start early enough.
+        """
         many = params if isinstance(params, Sequence) else None
         if many is not None and isinstance(prompts, Sequence) and len(many) != len(prompts):
             raise InputError(f"params has {len(many)} entries, but there are {len(prompts)} prompts.")
         one = params if isinstance(params, SamplingParams) else SamplingParams()
         ids = (str(i) for i in count()) if row_ids is None else iter(row_ids)
         requests = (
-            Request(next(ids), self.encode(prompt), one if many is None else many[i], seed)
+            self._expecting(Request(next(ids), self.encode(prompt), one if many is None else many[i], seed))
             for i, prompt in enumerate(prompts)
         )
-        return self.run(requests)
+        return self.run(in_windows(requests, _WINDOW) if isinstance(prompts, Sequence) and self._lengths else requests)
+
+    def _expecting(self, request: Request) -> Request:
+        """With the length that earlier calls' completions of the prompt had."""
+        return replace(request, expected_tokens=self._lengths.expected(request.prompt_ids))
 
     def run(
         self, requests: Iterable[Request], *, on_step: Callable[[StepReport], None] | None = None
@@ -178,7 +195,7 @@ class Engine:
         linears = PackedLinears(self.model, int(room), siblings(self.model))
         # Recurrent states carry differences of rounding on and on, so those models keep their own arithmetic.
         fused = nullcontext if layout.states else FusedParts(self.model).in_place
-        queue = Queue(requests, self.context_limit, self._vocabulary)
+        queue = Queue(requests, self.context_limit, self._vocabulary, self._ordering)
         queue.fill(_FIRST_ROWS)
         memory = Memory(
             layout,
@@ -208,6 +225,8 @@ class Engine:
                     records = loop.advance()
                 if records is None:
                     return
+                for record in records:
+                    self._lengths.learn(record)
                 yield from records
         finally:
             loop.close()

@@ -17,6 +17,8 @@ from rollout.cores import threads
 from rollout.data import Prompt, Prompts, read_prompts
 from rollout.errors import Exit, InputError
 from rollout.fingerprint import fingerprint_of
+from rollout.former import lengths_of_run
+from rollout.lengths import Lengths
 from rollout.metrics import MetricsWriter
 from rollout.place import Place, Ranks
 from rollout.progress import Progress
@@ -114,6 +116,9 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
     place = Place.of(os.environ, config.model.tensor_parallel)
     reward = load_reward(config.reward)
     prompts = read_prompts(config.data, with_columns=reward is not None)
+    former = None if config.data.lengths_from is None else lengths_of_run(config.data.lengths_from)
+    if former is not None:
+        logger.info("Lengths of %d prompts are known from %s.", len(former), config.data.lengths_from)
     paths = prepare(config.output.dir)
     fingerprint = fingerprint_of(config, prompts.content, _model_path(config))
     run = earlier_run(paths, fingerprint)
@@ -128,7 +133,7 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
             if place.together and place.rank:
                 _follow(loaded.engine, ranks)
             else:
-                _generate(run, config, prompts, loaded.engine, reward, place, ranks)
+                _generate(run, config, prompts, loaded.engine, reward, former, place, ranks)
         elif place.rank == 0:
             logger.info("The run in %s is complete already.", paths.root)
     run = run or read_run(paths)
@@ -145,11 +150,18 @@ def _follow(engine: Generator, ranks: Ranks) -> None:
 
 
 def _generate(
-    run: Run, config: Config, prompts: Prompts, engine: Generator, reward: Reward | None, place: Place, ranks: Ranks
+    run: Run,
+    config: Config,
+    prompts: Prompts,
+    engine: Generator,
+    reward: Reward | None,
+    former: Lengths | None,
+    place: Place,
+    ranks: Ranks,
 ) -> None:
     """Work on shards until none can be claimed; rank 0 until all are committed, whoever works on them."""
     claims = FileClaims(run.paths, run.shards, place.workers)
-    work = Work(run, claims, prompts, engine.encode, config.sampling.params(), config.seed, reward)
+    work = Work(run, claims, prompts, engine.encode, config.sampling.params(), config.seed, reward, former)
     with ExitStack() as stack:
         stack.enter_context(closing(work))
         metrics = stack.enter_context(MetricsWriter(run.paths.metrics(place.worker), place.worker, run.attempt))

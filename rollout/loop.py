@@ -93,8 +93,11 @@ class Loop:
     # -- the loop ------------------------------------------------------------------------------------
 
     def refill(self) -> None:
-        """Reads on in the stream of requests, as far as the next steps may admit."""
+        """Reads on in the stream of requests, as far as the next steps may admit, and puts what waits in order."""
         self._queue.fill(self._lookahead)
+        memory = self._memory
+        unit = max(1, memory.pool.layout.bytes_per_token)
+        self._queue.arrange((memory.bytes_used + memory.obtainable_bytes) // unit, self._target)
         for request, error_class, error in self._queue.take_refused():
             self._recorder.refuse(request, error_class, error)
 
@@ -292,6 +295,7 @@ class Loop:
             self._recorder.fail(row.request, row.sample, completion, "not_finite", error)
             return
         cut = not stopped and len(completion) >= row.limit
+        self._queue.learn(row, len(completion))
         self._finished.append(FinishedRow(len(row.group.prompt_ids), len(completion), cut))
         self._recorder.finish(row.request, row.sample, completion, "stop" if stopped else "length")
 

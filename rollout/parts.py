@@ -52,6 +52,17 @@ def decode_record(line: bytes) -> Record:
     return Record(**values)
 
 
+def whole_records(path: Path) -> Iterator[Record]:
+    """The records of a part file that others may be writing to, up to the first line that is not whole."""
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                record = decode_record(line)
+            except (ValueError, TypeError):
+                return
+            yield record
+
+
 class Part:
     """The part file of one shard, open by the worker that holds the shard's claim."""
 

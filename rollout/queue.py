@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
 
 import numpy as np
 
+from rollout.batcher.order import Ordering
 from rollout.batcher.types import WaitingRows
 from rollout.requests import Request
 from rollout.rows import Group, Row
@@ -17,23 +19,34 @@ _TOLD = 64
 
 
 class Queue:
-    """First in, first out; preempted rows come back to the front, oldest first.
+    """First in, first out, but for what `arrange` does; preempted rows come back to the front, oldest first.
 
     Args:
         requests: the stream.
         context_limit: most tokens of a row, None when the model has no limit.
         vocabulary: token ids are below this.
+        ordering: arranges rows of which something is expected.
     """
 
-    def __init__(self, requests: Iterable[Request], context_limit: int | None, vocabulary: int) -> None:
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        context_limit: int | None,
+        vocabulary: int,
+        ordering: Ordering | None = None,
+    ) -> None:
         self._requests: Iterator[Request] = iter(requests)
         self._context_limit = context_limit
         self._vocabulary = vocabulary
+        self._ordering = Ordering() if ordering is None else ordering
         self._rows: deque[Row] = deque()
         self._last_group: Group | None = None
         self._groups = count()
         self._upcoming: WaitingRows | None = None
         self._ended = False
+        self._ahead = 0
+        """Requests that the stream has at hand."""
+        self._has_expectations = self._has_new = False
         self._refused: list[tuple[Request, str, str]] = []
         self.waiting_prompt_tokens = 0
         """Prompt tokens of the rows known to wait, each prompt counted once."""
@@ -50,12 +63,13 @@ class Queue:
         return not self._ended and len(self._rows) < rows
 
     def fill(self, rows: int) -> None:
-        """Reads the stream until ``rows`` rows wait, or it ends."""
-        while self.wants(rows):
+        """Reads the stream until ``rows`` rows wait and nothing more is at hand, or it ends."""
+        while self.wants(rows) or self._ahead:
             request = next(self._requests, None)
             if request is None:
-                self._ended = True
+                self._ended, self._ahead = True, 0
             else:
+                self._ahead = request.ahead
                 self._enter(request)
 
     def take_refused(self) -> list[tuple[Request, str, str]]:
@@ -77,6 +91,8 @@ class Queue:
         rows = [Row(request, sample, self._last_group, limit) for sample in request.wanted_samples]
         self._rows.extend(rows)
         self._count(rows)
+        self._has_expectations |= request.expected_tokens is not None
+        self._has_new = True
 
     def _refusal(self, prompt_ids: Sequence[int]) -> tuple[str, str] | None:
         count = len(prompt_ids)
@@ -90,6 +106,39 @@ class Queue:
         if min(prompt_ids) < 0 or max(prompt_ids) >= self._vocabulary:
             return "bad_prompt", f"The prompt has token ids outside of the vocabulary of {self._vocabulary}."
         return None
+
+    # -- order ---------------------------------------------------------------------------------------
+
+    def learn(self, row: Row, tokens: int) -> None:
+        """A row has ended with so many tokens."""
+        self._ordering.learn(row.expected_tokens, tokens)
+
+    def arrange(self, kv_tokens: int, most_rows: int | None) -> None:
+        """Puts rows in order by what is expected of them, if there are new ones or more is known.
+
+        Rows that have tokens, and those whose prompt is in memory, stay in front. Where nothing is expected, nothing
+        is done.
+
+        Args:
+            kv_tokens: that memory holds.
+            most_rows: that live at a time, None when that is not known.
+        """
+        if not self._has_expectations or not (self._has_new or self._ordering.changed()):
+            return
+        self._has_new = False
+        # By arrival, whatever the order was: it is part of the key.
+        rest = sorted((row for row in self._rows if not row.begun), key=lambda row: row.group.number)
+        order = self._ordering.order(
+            groups=np.array([row.group.number for row in rest], np.int64),
+            prompt_tokens=np.array([len(row.group.prompt_ids) for row in rest], np.int64),
+            expected_tokens=np.array([row.expected_tokens for row in rest], np.float64),
+            kv_tokens=kv_tokens,
+            most_rows=math.inf if most_rows is None else most_rows,
+        )
+        self._rows = deque([row for row in self._rows if row.begun] + [rest[i] for i in order.tolist()])
+        self._upcoming = None
+
+    # -- rows ----------------------------------------------------------------------------------------
 
     def first(self) -> Row | None:
         """The row to be admitted next."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from rollout.params import SamplingParams
 
@@ -21,10 +22,22 @@ class Request:
     seed: int = 0
     samples: Sequence[int] | None = None
     """Which samples to draw; all ``params.n`` of them when None. A resumed job asks for the missing ones."""
+    expected_tokens: float | None = None
+    """How long its completions are expected to be; None: nobody knows. Nothing but the order of work depends on it."""
+    ahead: int = 0
+    """How many of the requests that follow are at hand, so that they may be read at once and put in another order."""
 
     @property
     def wanted_samples(self) -> Sequence[int]:
         return range(self.params.n) if self.samples is None else self.samples
+
+
+def in_windows(requests: Iterable[Request], size: int) -> Iterator[Request]:
+    """The same requests, up to ``size`` of them read at a time and marked as at hand together."""
+    rest = iter(requests)
+    while window := list(islice(rest, size)):
+        for number, request in enumerate(window, 1):
+            yield replace(request, ahead=len(window) - number)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,10 +62,21 @@ class Row:
     """What it had generated when it was preempted."""
 
     @property
+    def expected_tokens(self) -> float:
+        """Tokens that it is expected to generate in all, NaN where nobody knows."""
+        expected = self.request.expected_tokens
+        return math.nan if expected is None else min(expected, float(self.limit))
+
+    @property
     def ends_at_limit(self) -> bool:
         """Whether nothing but ``limit`` ends it."""
         params = self.request.params
         return params.ignore_eos and not (params.stop or params.stop_token_ids)
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has tokens, or its prompt is in memory or on its way there."""
+        return len(self.completion) > 0 or self.group.holders > 0 or self.group.prefill is not None
 
     @property
     def context(self) -> IntArray:

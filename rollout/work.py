@@ -9,10 +9,11 @@ from jinja2 import TemplateError
 
 from rollout.claims import Claims
 from rollout.data import Prompt, PromptRow, Prompts
+from rollout.lengths import Lengths
 from rollout.params import SamplingParams
 from rollout.parts import Part
 from rollout.records import Record
-from rollout.requests import Request
+from rollout.requests import Request, in_windows
 from rollout.rewards import Reward, scored
 from rollout.run import Run
 from rollout.shards import commit
@@ -52,6 +53,7 @@ class Work:
         params: SamplingParams,
         seed: int,
         reward: Reward | None = None,
+        former: Lengths | None = None,
     ) -> None:
         self._run = run
         self._claims = claims
@@ -60,6 +62,8 @@ class Work:
         self._params = params
         self._seed = seed
         self._reward = reward
+        self._former = former
+        """Lengths that outputs of a former run had."""
         self._claimed: int | None = None
         self._open: dict[int, OpenShard] = {}
         self._shard_of: dict[str, OpenShard] = {}
@@ -75,7 +79,9 @@ class Work:
         while self.claim():
             index, self._claimed = self._claimed, None
             assert index is not None
-            yield from self._requests_of(self._opened(index))
+            requests = self._requests_of(self._opened(index))
+            # Where something may be expected of rows, those of a shard are put in order together.
+            yield from in_windows(requests, self._run.rows_per_shard) if self._has_expectations else requests
 
     def take(self, record: Record) -> None:
         """A record that the engine finished: score and keep it, and commit its shard if it was the last one."""
@@ -116,9 +122,19 @@ class Work:
                 for sample in missing:
                     shard.part.append(self._error_record(row.row_id, sample, error_class, error))
             else:
-                yield Request(row.row_id, ids, self._params, self._seed, missing)
+                yield Request(row.row_id, ids, self._params, self._seed, missing, self._expected(row, ids))
         # All its rows may be there already, or in error.
         self._commit_if_finished(shard)
+
+    @property
+    def _has_expectations(self) -> bool:
+        return self._former is not None or self._prompts.hinted
+
+    def _expected(self, row: PromptRow, ids: list[int]) -> float | None:
+        """The row's own hint, or else what a former run says of its prompt."""
+        if row.length_hint is None and self._former is not None:
+            return self._former.expected(ids)
+        return row.length_hint
 
     def _encoded(self, row: PromptRow) -> tuple[list[int], str, str]:
         """Token ids of a row, or the class and words of what is wrong with it."""

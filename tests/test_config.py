@@ -34,6 +34,8 @@ def test_defaults_are_those_of_the_contract() -> None:
         "split": "train",
         "prompt_column": "prompt",
         "id_column": None,
+        "length_hint_column": None,
+        "lengths_from": None,
         "limit": None,
         "as_chat": False,
         "system_prompt": None,

@@ -257,3 +257,36 @@ def test_a_folder_that_is_no_saved_dataset(tmp_path: Path) -> None:
 def test_an_unknown_split(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.split=nope .* has test, train"):
         read_prompts(data(files(tmp_path)["saved_dict"], "data.split=nope"))
+
+
+# Length hints
+
+
+def test_hints_are_read_and_what_is_no_number_of_tokens_is_unknown(tmp_path: Path) -> None:
+    rows = [{"prompt": str(i), "tokens": value, "other": i} for i, value in enumerate([5, None, 0, -3, 2.5])]
+    path = write(tmp_path / "rows.jsonl", rows)
+    hinted = read_prompts(data(path, "data.length_hint_column=tokens"))
+    assert hinted.hinted
+    assert [row.length_hint for row in rows_of(hinted)] == [5.0, None, None, None, 2.5]
+    assert set(rows_of(hinted)[0].columns) == {"prompt", "tokens"}
+    plain = read_prompts(data(path))
+    assert not plain.hinted
+    assert {row.length_hint for row in rows_of(plain)} == {None}
+    assert plain.content == hinted.content, "hints change no result"
+
+
+def test_a_hint_of_nan_is_unknown(tmp_path: Path) -> None:
+    table = {"prompt": ["a", "b", "c"], "tokens": [float("nan"), float("inf"), 7.0]}
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "rows.parquet")
+    prompts = read_prompts(data(tmp_path / "rows.parquet", "data.length_hint_column=tokens"))
+    assert [row.length_hint for row in rows_of(prompts)] == [None, None, 7.0]
+
+
+@pytest.mark.parametrize("values", [["5", "6"], [True, False], [[5], [6]], [None, None]])
+def test_a_column_that_holds_no_hints(tmp_path: Path, values: list[Any]) -> None:
+    rows = [{"prompt": str(i), "tokens": value} for i, value in enumerate(values)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match=r"^data\.length_hint_column=tokens holds .* values, but hints are numbers"):
+        read_prompts(data(path, "data.length_hint_column=tokens"))
+    with pytest.raises(InputError, match=r"^data\.length_hint_column=length is no column of .* prompt, tokens\."):
+        read_prompts(data(path, "data.length_hint_column=length"))

@@ -47,6 +47,8 @@ def test_what_changes_results_differs(tmp_path: Path, override: str, keys: list[
         "output.dir=elsewhere",
         "output.rows_per_shard=3",
         "data.path=elsewhere",
+        "data.length_hint_column=tokens",
+        "data.lengths_from=elsewhere",
     ],
 )
 def test_execution_settings_do_not(tmp_path: Path, override: str) -> None:

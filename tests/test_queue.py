@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from rollout.batcher.order import Ordering
 from rollout.params import SamplingParams
 from rollout.queue import Queue
-from rollout.requests import Request
-from rollout.rows import Row
+from rollout.requests import Request, in_windows
+from rollout.rows import Completion, Row
 
 
 class Stream:
@@ -31,8 +34,13 @@ def request(name: str, prompt: Sequence[int] = (1, 2, 3), n: int = 1, **params: 
     return Request(name, prompt, SamplingParams(n=n, **params))  # type: ignore[arg-type]
 
 
-def queue_of(requests: Sequence[Request], context_limit: int | None = None, vocabulary: int = 100) -> Queue:
-    return Queue(requests, context_limit, vocabulary)
+def queue_of(
+    requests: Sequence[Request],
+    context_limit: int | None = None,
+    vocabulary: int = 200,
+    ordering: Ordering | None = None,
+) -> Queue:
+    return Queue(requests, context_limit, vocabulary, ordering)
 
 
 def drain(queue: Queue) -> list[tuple[str, int]]:
@@ -139,6 +147,98 @@ def test_any_sequence_behaves_as_a_list() -> None:
             assert name_of(first) == ahead.pop(0)
 
 
+# -- expectations ----------------------------------------------------------------------------------------
+
+
+def expecting(name: str, tokens: float | None, n: int = 1, **params: object) -> Request:
+    return replace(request(name, [len(name), *name.encode()], n, **params), expected_tokens=tokens)
+
+
+def test_what_is_at_hand_is_read_together_and_no_further() -> None:
+    stream = Stream([*in_windows([expecting(str(i), None) for i in range(5)], 3), request("last")])
+    queue = queue_of(stream)  # type: ignore[arg-type]
+    for wanted, read in ((1, 3), (3, 3), (4, 5), (5, 5), (6, 6), (9, 6)):
+        queue.fill(wanted)
+        assert (stream.read, len(queue)) == (read, read)
+
+
+def test_windows_keep_requests_and_their_order() -> None:
+    requests = [request(str(i)) for i in range(7)]
+    windows = list(in_windows(iter(requests), 3))
+    assert [replace(r, ahead=0) for r in windows] == requests
+    assert [r.ahead for r in windows] == [2, 1, 0, 2, 1, 0, 0]
+    assert list(in_windows([], 3)) == []
+
+
+def test_without_expectations_nothing_is_arranged() -> None:
+    queue = queue_of([*in_windows([expecting(name, None, n=2) for name in "abc"], 9)], ordering=Untouched())
+    queue.fill(1)
+    queue.arrange(1000, None)
+    assert drain(queue) == [(name, sample) for name in "abc" for sample in range(2)]
+
+
+class Untouched(Ordering):
+    def order(self, *arguments: object, **named: object) -> Any:
+        raise AssertionError("there was nothing to order by")
+
+
+def test_rows_that_are_long_go_first_with_their_groups() -> None:
+    requests = [expecting("a", 5, n=2), expecting("b", 200, n=2), expecting("c", None), expecting("d", 250, n=2)]
+    queue = queue_of([*in_windows(requests, 9)])
+    queue.fill(1)
+    before = queue.upcoming()
+    queue.arrange(10_000, None)
+    assert queue.upcoming() is not before, "policies are told of the new order"
+    assert drain(queue) == [("d", 0), ("d", 1), ("b", 0), ("b", 1), ("c", 0), ("a", 0), ("a", 1)]
+
+
+def test_a_row_is_expected_to_be_no_longer_than_its_limit() -> None:
+    requests = [expecting("a", 50), expecting("b", 10**9, max_new_tokens=5), expecting("c", 60)]
+    queue = queue_of([*in_windows(requests, 9)])
+    queue.fill(1)
+    queue.arrange(10_000, None)
+    assert [name for name, _ in drain(queue)] == ["c", "a", "b"]
+
+
+def test_rows_that_have_begun_stay_in_front() -> None:
+    queue = queue_of([*in_windows([expecting(name, 10.0 + i, n=3) for i, name in enumerate("abcd")], 9)])
+    queue.fill(1)
+    first = [queue.pop() for _ in range(4)]
+    first[0].completion = Completion(*(np.zeros(2) for _ in range(3)))  # type: ignore[arg-type]
+    queue.put_back([first[0]])
+    first[3].group.holders = 1
+    queue.arrange(10_000, None)
+    assert drain(queue) == [("a", 0), ("b", 1), ("b", 2), *((name, i) for name in "dc" for i in range(3))]
+
+
+def test_rows_are_arranged_again_only_for_new_ones_or_when_hints_turn_out_otherwise() -> None:
+    ordering = Counting()
+    queue = queue_of([expecting(str(i), 10.0 + i) for i in range(500)], ordering=ordering)
+    queue.fill(300)
+    rows = [queue.pop() for _ in range(100)]
+    for wanted, orders in ((300, 1), (300, 1), (301, 2), (301, 2)):
+        queue.fill(wanted)
+        queue.arrange(1000, 4)
+        assert ordering.orders == orders
+    for row in rows:
+        queue.learn(row, int(row.expected_tokens))
+        queue.arrange(1000, 4)
+    assert ordering.orders == 2, "the hints were right"
+    for row in rows:
+        queue.learn(row, 200 - int(row.expected_tokens))
+        queue.arrange(1000, 4)
+    assert ordering.orders > 2
+    assert [name for name, _ in drain(queue)] == [str(i) for i in range(100, 500)], "they turned out to be useless"
+
+
+class Counting(Ordering):
+    orders = 0
+
+    def order(self, *arguments: Any, **named: Any) -> Any:
+        self.orders += 1
+        return super().order(*arguments, **named)
+
+
 # -- groups and limits -----------------------------------------------------------------------------------
 
 
@@ -188,7 +288,7 @@ def test_demand_and_prompt_tokens_of_what_waits() -> None:
         ([], "empty_prompt", "no tokens"),
         ([1] * 8, "prompt_too_long", "has 8 tokens; the model's context of 8 leaves none"),
         ([1] * 9, "prompt_too_long", "has 9 tokens"),
-        ([1, 100], "bad_prompt", "outside of the vocabulary of 100"),
+        ([1, 200], "bad_prompt", "outside of the vocabulary of 200"),
         ([-1, 1], "bad_prompt", "outside of the vocabulary"),
     ],
 )
@@ -196,7 +296,7 @@ def test_a_prompt_that_cannot_run_is_refused_and_the_next_goes_on(
     prompt: list[int], error_class: str, said: str
 ) -> None:
     bad = request("bad", prompt, n=4)
-    queue = queue_of([request("a"), bad, request("b", [0, 99])], context_limit=8)
+    queue = queue_of([request("a"), bad, request("b", [0, 199])], context_limit=8)
     assert drain(queue) == [("a", 0), ("b", 0)]
     ((refused, found_class, message),) = queue.take_refused()
     assert refused is bad
