@@ -12,7 +12,7 @@ from rollout.batcher.types import FloatArray, IntArray
 # row's length costs less than to be alone at the end.
 _CAUTION = 2.0
 # It is started earlier by so many standard deviations of what lengths turn out to be about their expectations.
-_DEVIATIONS = 2.0
+_DEVIATIONS = 3.0
 # Until so many rows have ended, expectations are taken to be right.
 _BELIEVED_UNTIL = 16
 # Expectations are of use when their slope is so many standard errors above zero.
@@ -72,7 +72,7 @@ class Ordering:
 
     Of the rows that have ended, the logarithm of the length is regressed on that of the expectation: log(length) =
     a + b * log(expected), with residuals of standard deviation s. What is expected of others is corrected by that (so
-    hints may be in words, or half of the truth), and the caution is 2 * exp(2 * s): with right hints long rows are
+    hints may be in words, or half of the truth), and the caution is 2 * exp(3 * s): with right hints long rows are
     spread over the time that they may start in, with vague ones the longest go first, for any of them may be longer
     still. Where b is not clearly above zero, the hints tell nothing and the order is that of arrival.
 

@@ -88,12 +88,11 @@ def simulate(
     reveal: bool = False,
     victim: Victim = cheapest,
     kv_tokens_at: Callable[[int], int] | None = None,
-    ordering: Ordering | None = None,
 ) -> Outcome:
     """Runs a job to its end.
 
     Args:
-        workload: the rows.
+        workload: the rows. If it has hints, rows are put in order by them, as in the engine (`order.Ordering`).
         machine: costs and memory.
         policy: a new one; it keeps state.
         seed: of the noise in step times.
@@ -101,12 +100,11 @@ def simulate(
         reveal: tell the policy the true lengths, as limits that rows surely reach.
         victim: which live row makes way.
         kv_tokens_at: tokens that memory holds at a step, when others take some; None: all of ``machine``'s.
-        ordering: arranges the rows that wait by the workload's hints; None: they are admitted as they come.
 
     Raises:
         ValueError: a row does not fit into memory even alone, or the policy lets nothing go on.
     """
-    return _Simulation(workload, machine, policy, seed, watermark, reveal, victim, kv_tokens_at, ordering).run()
+    return _Simulation(workload, machine, policy, seed, watermark, reveal, victim, kv_tokens_at).run()
 
 
 @dataclass(eq=False, slots=True)
@@ -165,11 +163,10 @@ class _Simulation:
         reveal: bool,
         victim: Victim,
         kv_tokens_at: Callable[[int], int] | None,
-        ordering: Ordering | None,
     ) -> None:
         self._work, self._machine, self._policy, self._victim = workload, machine, policy, victim
         self._watermark, self._reveal, self._kv_tokens_at = watermark, reveal, kv_tokens_at
-        self._ordering = None if workload.length_hints is None else ordering
+        self._ordering = None if workload.length_hints is None else Ordering()
         self._page = machine.page_tokens
         self._pages = machine.kv_tokens // self._page
         self._used = 0

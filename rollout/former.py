@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -50,4 +49,4 @@ def _completions(table: pa.Table) -> Iterator[tuple[IntArray, int]]:
     tokens = pc.list_value_length(table.column("completion_ids")).to_pylist()
     ids, bounds = prompts.values.to_numpy(zero_copy_only=False), prompts.offsets.to_pylist()
     for start, stop, length in zip(bounds, bounds[1:], tokens, strict=False):
-        yield cast(IntArray, ids[start:stop]), length
+        yield ids[start:stop], length

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rollout.records import Record
+from rollout.rows import IntArray
 
 #: A mean follows what is new: the last completion weighs at least one in so many.
 _MEMORY = 32
@@ -28,7 +29,7 @@ class Lengths:
     def __len__(self) -> int:
         return len(self._known)
 
-    def add(self, prompt_ids: Sequence[int], tokens: int) -> None:
+    def add(self, prompt_ids: Sequence[int] | IntArray, tokens: int) -> None:
         """A completion of so many tokens."""
         key = _key(prompt_ids)
         count, mean = self._known.pop(key, (0, 0.0))
@@ -42,11 +43,11 @@ class Lengths:
         if record.finish_reason != "error":
             self.add(record.prompt_ids, len(record.completion_ids))
 
-    def expected(self, prompt_ids: Sequence[int]) -> float | None:
+    def expected(self, prompt_ids: Sequence[int] | IntArray) -> float | None:
         """The mean length of the prompt's completions, None where there were none."""
-        known = self._known.get(_key(prompt_ids))
+        known = self._known.get(_key(prompt_ids)) if self._known else None
         return None if known is None else known[1]
 
 
-def _key(prompt_ids: Sequence[int]) -> bytes:
+def _key(prompt_ids: Sequence[int] | IntArray) -> bytes:
     return hashlib.blake2b(np.asarray(prompt_ids, "<i8").tobytes(), digest_size=16).digest()

@@ -92,7 +92,8 @@ class Queue:
         self._rows.extend(rows)
         self._count(rows)
         self._has_expectations |= request.expected_tokens is not None
-        self._has_new = True
+        # What comes one by one is not looked at one by one: that would be work at every step.
+        self._has_new |= request.ahead > 0
 
     def _refusal(self, prompt_ids: Sequence[int]) -> tuple[str, str] | None:
         count = len(prompt_ids)
@@ -114,7 +115,7 @@ class Queue:
         self._ordering.learn(row.expected_tokens, tokens)
 
     def arrange(self, kv_tokens: int, most_rows: int | None) -> None:
-        """Puts rows in order by what is expected of them, if there are new ones or more is known.
+        """Puts rows in order by what is expected of them, if several new ones were at hand or more is known.
 
         Rows that have tokens, and those whose prompt is in memory, stay in front. Where nothing is expected, nothing
         is done.

@@ -15,7 +15,6 @@ from statistics import fmean
 
 import numpy as np
 
-from rollout.batcher.order import early_enough, steady_rows
 from rollout.batcher.simulator import Machine
 from rollout.batcher.trials import Spec, Trial, parse_spec
 from rollout.batcher.workloads import WORKLOADS, Workload, named_workload, workload_of
@@ -146,16 +145,6 @@ def _workload(arguments: argparse.Namespace, seed: int) -> Workload:
     return read_lengths(Path(name), arguments.requests, arguments.max_new, arguments.group or 1)
 
 
-def _arranged(workload: Workload, kv_tokens: int) -> Workload:
-    """In the order in which a queue that knows the hints would admit the rows."""
-    hints = workload.length_hints
-    if hints is None or np.isnan(hints).all():
-        return workload
-    known = np.maximum(1.0, hints[~np.isnan(hints)])
-    rows = steady_rows(kv_tokens, workload.prompt_tokens, known)
-    return workload.taken(early_enough(workload.groups, hints, rows))
-
-
 # -- printing ----------------------------------------------------------------------------------------------
 
 
@@ -259,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results: list[Result] = []
         statics: list[str] = []
         for seed in range(given.seeds):
-            workload = _arranged(_workload(given, seed), given.kv_tokens)
+            workload = _workload(given, seed)
             trial = Trial(workload, Machine(given.kv_tokens, given.step_ms), seed, given.budget_ms)
             results += compare(trial, specs, seed)
             bounds, _ = trial.best_static

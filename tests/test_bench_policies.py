@@ -21,6 +21,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         ("memory", ["workload", "predictive", "memory"]),
         ("budget", ["workload", "best static", "paused"]),
         ("hints", ["workload", "error 0.6", "former epoch"]),
+        ("useless", ["workload", "machine", "standard error"]),
         ("victims", ["workload", "cheapest / youngest"]),
     ],
 )

@@ -213,10 +213,11 @@ def test_rows_that_have_begun_stay_in_front() -> None:
 
 def test_rows_are_arranged_again_only_for_new_ones_or_when_hints_turn_out_otherwise() -> None:
     ordering = Counting()
-    queue = queue_of([expecting(str(i), 10.0 + i) for i in range(500)], ordering=ordering)
-    queue.fill(300)
+    windows = in_windows([expecting(str(i), 10.0 + i) for i in range(500)], 300)
+    queue = queue_of([*windows, *(expecting(str(i), 10.0) for i in range(500, 600))], ordering=ordering)
+    queue.fill(1)
     rows = [queue.pop() for _ in range(100)]
-    for wanted, orders in ((300, 1), (300, 1), (301, 2), (301, 2)):
+    for wanted, orders in ((200, 1), (200, 1), (201, 2), (400, 2), (410, 2)):
         queue.fill(wanted)
         queue.arrange(1000, 4)
         assert ordering.orders == orders
@@ -228,7 +229,7 @@ def test_rows_are_arranged_again_only_for_new_ones_or_when_hints_turn_out_otherw
         queue.learn(row, 200 - int(row.expected_tokens))
         queue.arrange(1000, 4)
     assert ordering.orders > 2
-    assert [name for name, _ in drain(queue)] == [str(i) for i in range(100, 500)], "they turned out to be useless"
+    assert [name for name, _ in drain(queue)] == [str(i) for i in range(100, 600)], "they turned out to be useless"
 
 
 class Counting(Ordering):

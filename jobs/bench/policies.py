@@ -2,7 +2,8 @@
 
 python jobs/bench/policies.py memory --machines A,B,S,E --seeds 3
 python jobs/bench/policies.py budget
-python jobs/bench/policies.py hints
+python jobs/bench/policies.py hints --workloads ln1.5,ln0.6,geom,grpo --seeds 4
+python jobs/bench/policies.py useless --machines S --workloads ln1.5,ln0.6,geom,grpo --seeds 100
 python jobs/bench/policies.py paper
 python jobs/bench/policies.py cost
 """
@@ -191,10 +192,13 @@ def _kept(outcome: Outcome, limit: float) -> tuple[float, float]:
 
 def hints(given: argparse.Namespace) -> None:
     """What length hints are worth to the predictive policy, relative to the order of arrival."""
-    sigmas = (0.0, 0.3, 0.6, 1.0, 1.5, math.inf)
-    heads = [f"error {sigma:g}" for sigma in sigmas[:-1]]
-    lines = [["workload", "order", *heads, "useless", "useless: standard error", "former epoch"]]
-    orders = {"early enough": early_enough, "longest first": _longest_first}
+    sigmas = (0.0, 0.3, 0.6, 1.0, 1.5)
+    lines = [["workload", "order", *(f"error {sigma:g}" for sigma in sigmas), "former epoch"]]
+    orders: dict[str, Callable[[Workload, float], Workload]] = {
+        "learned": lambda job, _: job,
+        "early enough": lambda job, rows: _fixed(job, early_enough(job.groups, _hints_of(job), rows)),
+        "longest first": lambda job, _: _fixed(job, _longest_first(job.groups, _hints_of(job))),
+    }
     setting = SETTINGS["B"]
     for name in given.workloads.split(","):
         gains: dict[str, dict[str, list[float]]] = {order: {} for order in orders}
@@ -207,20 +211,44 @@ def hints(given: argparse.Namespace) -> None:
             }
             for order, arrange in orders.items():
                 for text, own in hinted.items():
-                    assert own.length_hints is not None
-                    job = own.taken(arrange(own.groups, own.length_hints, rows))
+                    job = arrange(own, rows)
                     rate = run(parse_spec("predictive"), job, setting.machine, seed).tokens_per_s
                     gains[order].setdefault(text, []).append(rate / base)
         for order, own_gains in gains.items():
-            useless = own_gains["error inf"]
-            error = stdev(useless) / math.sqrt(len(useless)) if len(useless) > 1 else math.nan
-            cells = [f"{geomean(values):.3f}" for values in own_gains.values()]
-            lines.append([name, order, *cells[:-1], f"{error:.3f}", cells[-1]])
+            lines.append([name, order, *(f"{geomean(values):.3f}" for values in own_gains.values())])
     print(f"\nB: {given.seeds} seeds, {setting.requests} rows; tokens/s relative to the order of arrival")
     _tell(lines)
 
 
-def _longest_first(groups: IntArray, expected: FloatArray, rows: float) -> IntArray:  # noqa: ARG001
+def useless(given: argparse.Namespace) -> None:
+    """What hints that tell nothing cost the predictive policy, relative to the order of arrival."""
+    lines = [["workload", "machine", "mean", "standard error"]]
+    for letter in given.machines.split(","):
+        setting = SETTINGS[letter]
+        for name in given.workloads.split(","):
+            ratios = []
+            for seed in range(given.seeds):
+                workload = setting.workload(name, seed)
+                jobs = workload, with_hints(workload, math.inf, seed)
+                base, rate = (run(parse_spec("predictive"), job, setting.machine, seed).tokens_per_s for job in jobs)
+                ratios.append(rate / base)
+            error = stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
+            lines.append([name, letter, f"{fmean(ratios):.4f}", f"{error:.4f}"])
+    print(f"\n{given.seeds} seeds; tokens/s with useless hints relative to the order of arrival")
+    _tell(lines)
+
+
+def _hints_of(workload: Workload) -> FloatArray:
+    assert workload.length_hints is not None
+    return workload.length_hints
+
+
+def _fixed(workload: Workload, order: IntArray) -> Workload:
+    """In this order, and without hints that would change it."""
+    return replace(workload.taken(order), length_hints=None)
+
+
+def _longest_first(groups: IntArray, expected: FloatArray) -> IntArray:
     _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     means = np.bincount(inverse, expected) / np.bincount(inverse)
     return np.lexsort((np.arange(len(groups)), first[inverse], -means[inverse]))
@@ -383,6 +411,7 @@ FIGURES: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "memory": memory,
     "budget": budget,
     "hints": hints,
+    "useless": useless,
     "victims": victims,
     "paper": paper,
     "cost": cost,
