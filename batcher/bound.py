@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from rollout.batcher.simulator import Machine
 from rollout.batcher.types import Bounds
 from rollout.batcher.workloads import Workload
 
+# 1 % of normal deviates are beyond.
+_ONE_PERCENT = 2.326
 
-def lower_bound_s(workload: Workload, machine: Machine, prefill_tokens: int = Bounds().prefill_tokens) -> float:
+
+def lower_bound_s(
+    workload: Workload,
+    machine: Machine,
+    prefill_tokens: int = Bounds().prefill_tokens,
+    budget_ms: float | None = None,
+) -> float:
     """Seconds that the job takes at least, whatever is known and whoever decides, but for the noise of steps.
 
     Work: each row decodes all its tokens but the first, each attends to what is before it, each prompt is prefilled
     at least once. Steps: as many as the longest row has tokens; as the tokens held, summed over decode steps, fill
     memory (pages of a prompt that rows share count once, for as long as the longest of its rows); and as the prompts
-    fill prefills of ``prefill_tokens``, the most in a step.
+    fill prefills of ``prefill_tokens``, the most in a step. With a budget also as many as it takes to do the work in
+    steps so long that the noise takes 1 % of them over it (inf if there are none); a few far beyond it could do more.
     """
     page = machine.page_tokens
     prompts, decodes = workload.prompt_tokens, workload.output_tokens - 1
@@ -33,4 +44,7 @@ def lower_bound_s(workload: Workload, machine: Machine, prefill_tokens: int = Bo
     )
     c0, c1, c2, c3 = machine.step_ms
     work = c1 * decodes.sum() + c2 * attended.sum() + c3 * prompts[first].sum()
+    if budget_ms is not None:
+        full = budget_ms / (1 + _ONE_PERCENT * machine.noise)
+        steps = max(steps, work / (full - c0)) if full > c0 else math.inf
     return float(c0 * steps + work) / 1e3

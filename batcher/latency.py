@@ -10,9 +10,8 @@ from rollout.batcher.limits import decoding_rows
 from rollout.batcher.steptime import StepTime
 from rollout.batcher.types import Bounds, Observation
 
-# So many standard deviations of the error of a step's time are left free: 0.5 % of steps go beyond.
-_MARGIN = 2.6
-_MOST_MARGIN = 0.5
+# What is left free against steps that take longer than the fit says is at most half of the budget.
+_MOST_LATE = 1.0
 # A step is at most so much larger than any that was seen: the fit is not trusted far from what it rests on.
 _GROWTH = 2
 
@@ -33,7 +32,8 @@ class Latency:
     """Inverts the fit of step times (``StepTime``) for the largest step within the budget.
 
     Decoding rows go first, oldest first; those that no longer fit are paused until older ones have ended. What they
-    leave of the budget is spent on prefill. Nothing is admitted while rows are paused.
+    leave of the budget is spent on prefill. Nothing is admitted while rows are paused. Steps are filled so far that few
+    of them take longer than the budget (``StepTime.late``).
 
     Args:
         bounds: with a ``latency_budget_ms``.
@@ -54,7 +54,7 @@ class Latency:
             self._most_rows = max(self._most_rows, _GROWTH * step.rows)
             self._most_prefill = max(self._most_prefill, _GROWTH * step.prefill_tokens)
         c = self._steps.coefficients
-        left = self._budget_ms * (1 - min(_MARGIN * self._steps.deviation, _MOST_MARGIN)) - c.step
+        left = self._budget_ms / (1 + min(self._steps.late, _MOST_LATE)) - c.step
         decoding = decoding_rows(observation)
         lengths = (observation.prompt_tokens + observation.generated_tokens)[:decoding]
         costs = c.row * np.arange(1, decoding + 1) + c.kv_token * np.cumsum(lengths)

@@ -21,6 +21,11 @@ _YOUNG = 64
 _STEPS_PER_SOLUTION = 8
 # No step is an outlier that is off by less, however regular the others are: the model is linear, the world is not.
 _LEAST_OUTLIER = 0.1
+_OUTLIER = 4.0
+# In standard deviations: what few steps go beyond at first guess, and by how much one that does so moves it. It settles
+# in some hundred steps, and then swings by a seventh of one.
+_FIRST_BOUND = 2.6
+_BOUND_GAIN = 0.1
 
 
 class Coefficients(NamedTuple):
@@ -45,11 +50,18 @@ class StepTime:
     (a compilation, an allocation, a burst of another process): it is set aside, and counts only if most of the
     last 16 steps are like it. Then the world has changed, and everything is learned anew from these.
 
+    How late steps are is followed by quantile tracking (Angelopoulos, Candes, Tibshirani, arXiv 2307.16895): each
+    step beyond the bound raises it, each other one lowers it by so much less that the wanted share goes beyond in
+    the long run, whatever the noise is like and whatever the model of it lacks. It is counted in standard deviations,
+    which follow sooner; outliers, which no bound could hold, raise it to where they begin at most.
+
     Args:
+        late_share: share of the steps that may take longer than ``late`` says.
         memory_steps: after so many more steps of its regime, a step counts for 1/e.
     """
 
-    def __init__(self, memory_steps: int = 512) -> None:
+    def __init__(self, late_share: float = 0.009, memory_steps: int = 512) -> None:
+        self._late_share = late_share
         self._keep = 1 - 1 / memory_steps
         self._recent: deque[StepSample] = deque(maxlen=_RECENT)
         self._outliers: deque[bool] = deque(maxlen=_RECENT)
@@ -61,6 +73,7 @@ class StepTime:
         self._right = np.zeros((_REGIMES, 4))
         self._square = 0.0
         self._weight = 0.0
+        self._bound = _FIRST_BOUND
         self._outliers.clear()
         self.samples = 0
         """Steps that the fit rests on."""
@@ -77,6 +90,11 @@ class StepTime:
         """Relative standard deviation of the error; taken for 5 % while little is known."""
         prior = 4.0
         return math.sqrt((self._square + prior * 0.05**2) / (self._weight + prior))
+
+    @property
+    def late(self) -> float:
+        """By how much of what was predicted a step may take longer, but for ``late_share`` of them: 0.05 is 5 %."""
+        return self._bound * self.deviation
 
     def predict(self, rows: int, kv_tokens: int, prefill_tokens: int) -> float:
         """Milliseconds of a step."""
@@ -97,7 +115,11 @@ class StepTime:
                 self._start_from(tuple(self._recent))
             return
         error = self._error(step)
-        outlier = abs(error) > max(_LEAST_OUTLIER, 4 * self.deviation)
+        deviation = self.deviation
+        usual = max(_LEAST_OUTLIER, _OUTLIER * deviation)
+        moved = self._bound + _BOUND_GAIN * ((error > self._bound * deviation) - self._late_share)
+        self._bound = min(max(moved, 0.0), usual / deviation)
+        outlier = abs(error) > usual
         self._outliers.append(outlier)
         if not outlier:
             self._square = self._keep * self._square + error**2

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -187,6 +188,16 @@ def test_the_bound_counts_what_fills_memory_and_prompts_that_are_shared_once():
     assert lower_bound_s(job, machine) == pytest.approx(held / 1600 / 100)
     shared = rows([96] * 64, [65] * 64, group=64)
     assert lower_bound_s(shared, machine) == pytest.approx((64 * 64 * 65 // 2 + 96 * 64) / 1600 / 100)
+
+
+def test_with_a_budget_the_bound_counts_steps_that_keep_it():
+    job = rows([96] * 64, [65] * 64)
+    machine = Machine(1_000_000, (10, 1, 0, 0.5), noise=0.01)
+    work = 64 * 64 + 0.5 * 64 * 96
+    room = 30 / (1 + 2.326 * 0.01) - 10
+    assert lower_bound_s(job, machine, budget_ms=30) == pytest.approx((work / room * 10 + work) / 1000)
+    assert lower_bound_s(job, machine, budget_ms=1000) == lower_bound_s(job, machine), "the longest row takes as many"
+    assert lower_bound_s(job, machine, budget_ms=9) == math.inf
 
 
 # -- workloads ---------------------------------------------------------------------------------------------
