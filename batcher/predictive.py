@@ -58,6 +58,8 @@ class PredictivePolicy:
         self._latency = None if bounds.latency_budget_ms is None else Latency(bounds, self._steps)
         self._decisions = 0
         self._theta = 0.0
+        self._admitted = 0
+        """Rows that memory was found to have room for at the last decision."""
         self._forecast: Forecast | None = None
 
     def decide(self, observation: Observation) -> Decision:
@@ -70,6 +72,7 @@ class PredictivePolicy:
         rows = observation.live_rows
         if rows < bounds.max_rows:
             rows += self._admissible(observation, self._forecast)
+        self._admitted = rows
         reason = "memory"
         decode_rows, prefill_tokens = None, bounds.prefill_tokens
         if self._latency is not None:
@@ -90,15 +93,19 @@ class PredictivePolicy:
             limits = observation.waiting.max_new_tokens
         typical = float(limits.mean()) if len(limits) else float(TYPICAL_MAX_NEW)
         self._hazard.estimate(observation.generated_tokens, typical)
-        rho = self._price(observation.live_rows)
+        rho = self._price(max(observation.live_rows, self._admitted))
         self._theta = NormalDist().inv_cdf(1 - 0.045 / (rho + 0.15))
         horizon = min(max(16.0, 512 * rho), _MOST_HORIZON)
         return Forecast(self._hazard, _grid(horizon, min(horizon, self._hazard.length(0.9))))
 
     def _price(self, rows: int) -> float:
-        """What it costs to compute a token again, in units of a row's share of a step; 0.2 while nobody knows."""
+        """What it costs to compute a token again, in units of a row's share of a step.
+
+        1 while nobody knows: the rows that a job begins with are many and of unknown lengths, and to be careful with
+        them for some steps costs little.
+        """
         c0, _, _, c3 = self._steps.coefficients
-        return min(c3 * max(rows, 1) / c0, 64.0) if c0 > 0 and self._steps.samples >= 8 else 0.2
+        return min(c3 * max(rows, 1) / c0, 64.0) if c0 > 0 and self._steps.samples >= 8 else 1.0
 
     # -- fitting -------------------------------------------------------------------------------------
 

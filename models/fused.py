@@ -20,6 +20,7 @@ from torch import nn
 
 from rollout.models.known_forwards import shorter_attention, shorter_mlp
 from rollout.models.pointwise import NormFactors, Pointwise, pointwise
+from rollout.models.replaced import replaced
 
 _ROTARY = "apply_rotary_pos_emb"
 _EPSILONS = ("variance_epsilon", "eps")
@@ -74,16 +75,13 @@ class FusedParts:
         """They are in place of the model's own inside this block, for this thread."""
         token = _on_loan.set(True)
         try:
-            for module, fused in self._forwards:
-                module.forward = fused
-            for source, _, function in self._rotary:
-                setattr(source, _ROTARY, function)
-            yield
+            with replaced(self._forwards):
+                for source, _, function in self._rotary:
+                    setattr(source, _ROTARY, function)
+                yield
         finally:
             for source, own, _ in self._rotary:
                 setattr(source, _ROTARY, own)
-            for module, _ in self._forwards:
-                vars(module).pop("forward", None)
             _on_loan.reset(token)
 
 

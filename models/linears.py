@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rollout.models.precision import cpu_multiplies
+from rollout.models.replaced import replaced
 from rollout.models.siblings import Siblings, version
 
 logger = logging.getLogger(__name__)
@@ -104,12 +105,9 @@ class PackedLinears:
     def in_place(self) -> Iterator[None]:
         """The layers compute from their copies inside this block."""
         try:
-            for layer, product in self._products:
-                layer.forward = product  # type: ignore[method-assign, assignment]
-            yield
+            with replaced(self._products):
+                yield
         finally:
-            for layer, _ in self._products:
-                vars(layer).pop("forward", None)
             for together in self._together:
                 together.forget()
 
