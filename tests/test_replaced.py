@@ -31,10 +31,16 @@ def test_what_was_patched_before_stays_and_computes() -> None:
 
 def test_what_is_patched_inside_the_block_stays() -> None:
     module = nn.Identity()
-    with pytest.raises(ZeroDivisionError), replaced([(module, lambda x: 2 * x)]):
+    with replaced([(module, lambda x: 2 * x)]):
         module.forward = lambda x: 7 * x  # type: ignore[method-assign]
-        raise ZeroDivisionError
     assert module(ONE).item() == 7
+
+
+def test_a_block_that_fails_leaves_nothing() -> None:
+    module = nn.Identity()
+    with pytest.raises(ZeroDivisionError), replaced([(module, lambda x: 2 * x)]):
+        raise ZeroDivisionError
+    assert module(ONE).item() == 1
 
 
 def test_a_trainer_may_patch_a_layer_between_two_records() -> None:
