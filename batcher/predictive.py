@@ -71,7 +71,7 @@ class PredictivePolicy:
         self._decisions += 1
         rows = observation.live_rows
         if rows < bounds.max_rows:
-            rows += self._admissible(observation, self._forecast)
+            rows += self._admissible(observation, self._forecast, bounds.max_rows - rows)
         self._admitted = rows
         reason = "memory"
         decode_rows, prefill_tokens = None, bounds.prefill_tokens
@@ -109,13 +109,18 @@ class PredictivePolicy:
 
     # -- fitting -------------------------------------------------------------------------------------
 
-    def _admissible(self, observation: Observation, forecast: Forecast) -> int:
-        """How many waiting rows more may live; beyond those that are known, rows like them are imagined."""
+    def _admissible(self, observation: Observation, forecast: Forecast, most: int) -> int:
+        """How many waiting rows more may live, of ``most`` that are asked for.
+
+        Beyond those that are known, rows like them are imagined.
+        """
         live, shared = live_rows(observation)
         waiting = waiting_rows(observation)
         eta = observation.kv_tokens_total
         if not len(waiting):
             return 0
+        if len(waiting) > most:
+            waiting = waiting.taken(np.arange(most))
         if live.ends_at_limit.all() and waiting.ends_at_limit.all():
             return fitting_exactly(live, shared, waiting, eta)
         held = forecast.together(live)
@@ -131,6 +136,8 @@ class PredictivePolicy:
         fits = self._fits(held + more.up_to_each(), eta)
         if not fits.all():
             return int(np.argmin(fits))
+        if len(waiting) == most:
+            return most
         unknown = more.times(np.arange(1, _MOST_UNKNOWN_ROWS + 1))
         fits = self._fits(held + more.up_to_each().last() + unknown, eta)
         return len(waiting) + (_MOST_UNKNOWN_ROWS if fits.all() else int(np.argmin(fits)))

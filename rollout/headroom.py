@@ -117,7 +117,7 @@ class HostHeadroom:
         self,
         membership: Path = MEMBERSHIP,
         mount: Path = MOUNT,
-        refresh_s: float = 0.02,
+        refresh_s: float = 0.05,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._refresh_s, self._clock = refresh_s, clock
