@@ -14,6 +14,8 @@ from rollout.batcher.types import Bounds, Observation
 _MOST_LATE = 1.0
 # A step is at most so much larger than any that was seen: the fit is not trusted far from what it rests on.
 _GROWTH = 2
+# Before so many steps ran, nobody is told that a row cannot keep the budget: the first ones load, compile and allocate.
+_TOLD_AFTER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Share:
     rows: int
     """That may live, for all of them to decode."""
     over_budget: bool
-    """Whether one row alone takes longer than the budget."""
+    """Whether one row alone is known to take longer than the budget."""
 
 
 class Latency:
@@ -70,11 +72,12 @@ class Latency:
             # Somebody must go on; what is over the budget anyway may as well take twice as long.
             least = c.step / c.prefill_token if over and c.prefill_token > 0 else 0
             prefill = max(prefill, min(self._bounds.prefill_tokens, max(observation.page_tokens, int(least))))
+        known = over and self._steps.samples >= _TOLD_AFTER
         if decode < decoding:
-            return Share(decode, prefill, observation.live_rows, over)
+            return Share(decode, prefill, observation.live_rows, known)
         typical = float(lengths.mean()) if decode else 0.0
         starting = observation.live_rows - decoding
         a_row = max(c.row + c.kv_token * typical, 1e-9)
         more = max(0, int(left / a_row) - starting)
         rows = 1 if over else min(observation.live_rows + more, max(self._most_rows, observation.live_rows))
-        return Share(decode, prefill, rows, over)
+        return Share(decode, prefill, rows, known)

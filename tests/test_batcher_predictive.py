@@ -143,6 +143,11 @@ def test_a_budget_that_no_row_meets_is_said_and_the_job_goes_on():
     assert alone.reason == OVER_BUDGET
 
 
+def test_slow_first_steps_are_no_reason_to_say_so():
+    early = budgeted(3.0, [100] * 5, steps=9)
+    assert (early.decode_rows, early.reason) == (1, "latency")
+
+
 def test_without_experience_steps_grow_by_doubling():
     policy = PredictivePolicy(Bounds(1, 1000, 50.0))
     first = policy.decide(observe([]))
