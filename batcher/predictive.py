@@ -69,19 +69,20 @@ class PredictivePolicy:
         if self._forecast is None or self._decisions % _DECISIONS_PER_ESTIMATE == 0:
             self._forecast = self._estimate(observation)
         self._decisions += 1
-        rows = observation.live_rows
-        if rows < bounds.max_rows:
-            rows += self._admissible(observation, self._forecast, bounds.max_rows - rows)
-        self._admitted = rows
-        reason = "memory"
+        most, reason = bounds.max_rows, "cap"
         decode_rows, prefill_tokens = None, bounds.prefill_tokens
         if self._latency is not None:
             share = self._latency.share(observation)
             decode_rows, prefill_tokens = share.decode_rows, share.prefill_tokens
-            if share.rows < rows or share.over_budget:
-                rows, reason = share.rows, OVER_BUDGET if share.over_budget else "latency"
-        if rows >= bounds.max_rows:
-            reason = "cap"
+            if share.over_budget or share.rows < most:
+                most, reason = share.rows, OVER_BUDGET if share.over_budget else "latency"
+        rows = min(observation.live_rows, most)
+        if rows < most:
+            # What nobody may use is not looked at: it is most of what a decision costs.
+            rows += self._admissible(observation, self._forecast, most - rows)
+            if rows < most:
+                reason = "memory"
+        self._admitted = rows
         rows = min(max(rows, decoding_rows(observation), bounds.min_rows), bounds.max_rows)
         return Decision(rows, prefill_tokens, reason, decode_rows)
 
@@ -138,9 +139,9 @@ class PredictivePolicy:
             return int(np.argmin(fits))
         if len(waiting) == most:
             return most
-        unknown = more.times(np.arange(1, _MOST_UNKNOWN_ROWS + 1))
-        fits = self._fits(held + more.up_to_each().last() + unknown, eta)
-        return len(waiting) + (_MOST_UNKNOWN_ROWS if fits.all() else int(np.argmin(fits)))
+        imagined = min(most - len(waiting), _MOST_UNKNOWN_ROWS)
+        fits = self._fits(held + more.up_to_each().last() + more.times(np.arange(1, imagined + 1)), eta)
+        return len(waiting) + (imagined if fits.all() else int(np.argmin(fits)))
 
     def _fits(self, needed: Occupancy, eta: int) -> BoolArray:
         """[rows] whether memory will do for each of [rows, grid]."""
