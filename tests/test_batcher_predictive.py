@@ -61,6 +61,8 @@ def test_known_lengths_are_taken_at_their_word():
     room = replace(seen, kv_tokens_free=seen.kv_tokens_free + 5000)
     # 10,500 then and 200 for each newcomer, who lives as long.
     assert admits(room, waiting=waiting(40, known=True, max_new=100)) == 22
+    # Few are known until more are asked for: rows like them are imagined, as many as will fit.
+    assert admits(room, waiting=waiting(1, known=True, max_new=100)) == 22
 
 
 def test_limits_are_respected():
