@@ -123,8 +123,8 @@ class PredictivePolicy:
         if len(waiting) > most:
             waiting = waiting.taken(np.arange(most))
         if live.ends_at_limit.all() and waiting.ends_at_limit.all():
-            imagined = np.arange(min(most, len(waiting) + _MOST_UNKNOWN_ROWS)) % len(waiting)
-            return fitting_exactly(live, shared, waiting.taken(imagined), eta)
+            alike = np.arange(min(most, len(waiting) + _MOST_UNKNOWN_ROWS)) % len(waiting)
+            return fitting_exactly(live, shared, waiting.taken(alike), eta)
         held = forecast.together(live)
         if len(shared):
             held += forecast.of_prompts(shared, live)
