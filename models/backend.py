@@ -13,7 +13,7 @@ from rollout.models import libraries
 from rollout.models.attention import Scores
 from rollout.models.choice import AUTO
 from rollout.models.compiled import CompiledAttention, Kernel, kernel
-from rollout.models.errors import UnsupportedAttention
+from rollout.models.errors import UnsupportedAttention, clause
 from rollout.models.gather import GatherStep
 from rollout.models.layout import KVLayout
 from rollout.models.libraries import LIBRARIES, installed
@@ -192,6 +192,5 @@ def _triton_failure(dims: frozenset[tuple[int, int]], dtype: torch.dtype, device
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - of Triton, its compilers and drivers, each with their own
-        first_line = str(error).strip().partition("\n")[0].rstrip(".")
-        return f"{type(error).__name__}: {first_line}"
+        return clause(error)
     return None

@@ -16,3 +16,9 @@ class UnsupportedAttention(UnsupportedModel):
             f"attention={name} was asked for (model.attention of a job), but {reason}: choose another, or leave it at "
             "auto."
         )
+
+
+def clause(error: BaseException) -> str:
+    """An error of others, of whatever kind, as a part of a sentence: its class and its first line."""
+    first_line = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {first_line}"

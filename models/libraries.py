@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 
 from rollout.models.attention import Scores
-from rollout.models.errors import UnsupportedAttention
+from rollout.models.errors import UnsupportedAttention, clause
 from rollout.models.gather import GatherStep
 from rollout.models.layout import KVLayout, Span
 from rollout.models.packed import Packed
@@ -128,7 +128,7 @@ def installed(name: str) -> Library:
     try:
         return kind(getattr(import_module(kind.module), kind.function))
     except (ImportError, AttributeError, OSError) as error:
-        reason = f"{kind.module}.{kind.function} cannot be loaded ({type(error).__name__}: {_first_line(error)})"
+        reason = f"{kind.module}.{kind.function} cannot be loaded ({clause(error)})"
         raise UnsupportedAttention(name, reason) from error
 
 
@@ -178,16 +178,12 @@ def _failure(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - of packages and drivers, each with their own
-        return f"it fails here ({type(error).__name__}: {_first_line(error)})"
+        return f"it fails here ({clause(error)})"
     return None if wrong <= TOLERANCE[dtype] else f"it computes something else here (by {wrong:.2g})"
 
 
 def _said(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 def _left(span: Span) -> int:

@@ -7,7 +7,7 @@ from torch import nn
 
 from rollout.models.check import check_pages
 from rollout.models.choice import AUTO
-from rollout.models.errors import UnsupportedAttention, UnsupportedModel
+from rollout.models.errors import UnsupportedAttention, UnsupportedModel, clause
 from rollout.models.gathering import GatheringTier
 from rollout.models.interface import InterfaceTier
 from rollout.models.loan import family_name
@@ -43,8 +43,7 @@ def serve(model: nn.Module, choice: str = AUTO) -> Tier:
             raise
         except Exception as error:  # noqa: BLE001 - a family that a tier does not know fails in ways of its own
             cause = error
-            first_line = str(error).strip().partition("\n")[0].rstrip(".")
-            reasons.append(f"{family_name(model)} fails in the {tier.name} tier: {type(error).__name__}: {first_line}.")
+            reasons.append(f"{family_name(model)} fails in the {tier.name} tier: {clause(error)}.")
         else:
             return served
     raise UnsupportedModel(" ".join(dict.fromkeys(reasons))) from cause

@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from rollout.models.errors import clause
+
 logger = logging.getLogger(__name__)
 
 #: On a CPU, top-p first looks among this many tokens, and sorts the vocabulary only where their mass is too small.
@@ -67,8 +69,7 @@ def _kernel_serves(device: torch.device) -> bool:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - of Triton, its compilers and drivers, each with their own
-        first_line = str(error).strip().partition("\n")[0].rstrip(".")
-        reason = f"{type(error).__name__}: {first_line}"
+        reason = clause(error)
     if reason:
         name = torch.cuda.get_device_name(device)
         logger.warning("Triton's top-p is not used on %s, steps with top-p wait for the device: %s.", name, reason)

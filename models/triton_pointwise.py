@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from rollout.models.errors import clause
 from rollout.models.launch import launching_on
 from rollout.models.pointwise import NormFactors
 
@@ -148,8 +149,7 @@ def triton_pointwise(device: torch.device) -> TritonPointwise | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - of Triton, its compilers and drivers, each with their own
-        first_line = str(error).strip().partition("\n")[0].rstrip(".")
-        reason = f"{type(error).__name__}: {first_line}"
+        reason = clause(error)
     if reason is None:
         return TritonPointwise()
     name = torch.cuda.get_device_name(device)

@@ -46,8 +46,7 @@ for line in sys.stdin:
                 time.sleep(0.002)
     else:
         taken.clear()
-        if device != "cpu":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     print(began, time.perf_counter(), flush=True)
 """
 
