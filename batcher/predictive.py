@@ -21,6 +21,9 @@ _DECISIONS_PER_ESTIMATE = 16
 _GRID = 48
 _MOST_HORIZON = 4096
 _MOST_UNKNOWN_ROWS = 256
+# What is thought of lengths before any row has ended is as good as so many ends. With 8, a first wave of rows of one
+# length leaves so much memory idle that another wave is needed at the end; with 32, short jobs outgrow memory.
+_PRIOR_ROWS = 16
 _FIRST = np.zeros(1, np.int64)
 
 
@@ -30,7 +33,7 @@ class PredictivePolicy:
     A row is admitted if, with it, mean + theta * sd of the tokens held stays within memory at every step of a
     horizon. Lengths come from a life table over finished and running rows (``Hazard``), or are known where
     ``max_new_tokens`` alone ends a row. The variance has a term for what is not known of the mean itself:
-    (tokens that rows are expected to give back)^2 / (finished rows + 8). All rows may be longer than thought, which
+    (tokens that rows are expected to give back)^2 / (finished rows + 16). All rows may be longer than thought, which
     matters as far as one counts on their end, and the most while none has ended.
 
     How much to risk depends on what a preemption costs against what an idle slot costs. With step times fitted
@@ -146,7 +149,7 @@ class PredictivePolicy:
 
     def _fits(self, needed: Occupancy, eta: int) -> BoolArray:
         """[rows] whether memory will do for each of [rows, grid]."""
-        unsure = (needed.most - needed.mean) ** 2 / (self._hazard.finished + 8)
+        unsure = (needed.most - needed.mean) ** 2 / (self._hazard.finished + _PRIOR_ROWS)
         most = needed.mean + self._theta * np.sqrt(needed.variance + unsure)
         return np.asarray((most <= eta).all(1))
 
