@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,48 @@ from rollout.models.layout import State
 from rollout.models.states import StateRows
 
 Kind = Literal["conv", "recurrent"]
+
+
+@dataclass(frozen=True, slots=True)
+class _States:
+    """One kind of a layer's states, by number."""
+
+    cache: StateCache
+    kind: Kind
+    layer: int
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return self.cache.load(self.kind, self.layer, number)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer of the cache, as transformers 5.17 reaches into it."""
+
+    cache: StateCache
+    index: int
+
+    @property
+    def record_past(self) -> bool:
+        return self.cache.is_recording_past(self.index)
+
+    @property
+    def conv_states(self) -> _States:
+        return _States(self.cache, "conv", self.index)
+
+    @property
+    def recurrent_states(self) -> _States:
+        return _States(self.cache, "recurrent", self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """All of them: a model asks only for those that it has."""
+
+    cache: StateCache
+
+    def __getitem__(self, index: int) -> _Layer:
+        return _Layer(self.cache, index)
 
 
 class StateCache:
@@ -29,6 +72,11 @@ class StateCache:
         self._fresh = fresh
 
     # -- recurrent layers ------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> _Layers:
+        """What transformers before `get_conv_state` and `get_recurrent_state` asks instead of them."""
+        return _Layers(self)
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:  # noqa: ARG002
         """Whether there are states to go on from."""

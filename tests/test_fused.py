@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from rollout.models import build
 from rollout.models.build import KernelUnavailable
@@ -295,7 +295,7 @@ def quantized(size: int) -> nn.Module:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda size: MambaRMSNormGated(size, group_size=size),
+        lambda size: Zamba2RMSNormGated(size, group_size=size),
         Qwen3NextRMSNormGated,
         nn.LayerNorm,
         lambda size: nn.LayerNorm(size, bias=False),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from rollout.models.errors import UnsupportedModel
 from rollout.models.gathering import GatheringTier
@@ -84,6 +85,8 @@ def test_a_forward_that_somebody_else_put_there_is_used_and_left() -> None:
     assert torch.equal(found, embedding(model, _POSITIONS[:, 4:]))
 
 
+# Its own forward fails at the second long text there.
+@pytest.mark.xfail(transformers.__version__ == "5.17.0", raises=UnboundLocalError, reason="transformers 5.17.0")
 def test_layer_types_have_embeddings_of_their_own() -> None:
     rope = {
         "full_attention": long_model("phi3").config.rope_parameters,

@@ -51,11 +51,16 @@ def page_bytes(model: PreTrainedModel) -> int:
     return serve(model).probe().bytes_per_page
 
 
-def greedy(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
-    """The completion that transformers' own generate gives."""
+def greedy(model: PreTrainedModel, prompt: list[int], tokens: int, use_cache: bool = True) -> list[int]:
+    """The completion that transformers' own generate gives; without a cache, each token from the whole text anew."""
     ids = torch.tensor([prompt], device=model.device)
     out: Any = model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+        use_cache=use_cache,
     )
     return [int(i) for i in out[0, len(prompt) :]]
 

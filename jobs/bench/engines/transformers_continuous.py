@@ -54,7 +54,6 @@ class Continuous:
         # Its fastest on a GPU; on a CPU there is neither.
         cuda = device.type == "cuda"
         self._batching = ContinuousBatchingConfig(
-            page_size=PAGE_TOKENS,
             num_blocks=blocks,
             max_requests_per_batch=rows,
             use_cuda_graph=cuda or None,
