@@ -34,10 +34,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from workload import Request, Shape
 
-from rollout import Engine, SamplingParams
-from rollout.batcher.types import Decision, Observation, StepSample
+from rollout.batcher.types import StepSample
 from rollout.models.paged import PagedStep
-from rollout.requests import Request as EngineRequest
 from tests.families import tiny
 from tests.jobs import report_of
 
@@ -649,27 +647,6 @@ class TestBatching:
         said = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in said[-2:]] == ["static:2x8", "predictive"]
         assert "over 1000 ms" in said[-3]
-
-    def test_a_policy_is_not_told_where_rows_end(self) -> None:
-        told: list[Observation] = []
-
-        class Listening:
-            def decide(self, observation: Observation) -> Decision:
-                told.append(observation)
-                return Decision(4, 64, "cap")
-
-        model = tiny("llama")
-        policy = batching.Unaware(Listening(), 50)
-        params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (3, 9, 20, 7, 5, 4)]
-        requests = [EngineRequest(str(i), [5, 6, 7], one) for i, one in enumerate(params)]
-        outcome = batching.run(Engine(model, None, policy=policy), policy, requests)
-        assert outcome.stats.output_tokens == sum(one.max_new_tokens for one in params)
-        assert len(outcome.step_ms) == outcome.stats.steps
-        assert all((seen.max_new_tokens == 50).all() and seen.ends_at_limit is None for seen in told)
-        waiting = [seen.waiting for seen in told if seen.waiting is not None and len(seen.waiting)]
-        assert waiting
-        assert all((rows.max_new_tokens == 50).all() and not rows.ends_at_limit.any() for rows in waiting)
-        assert not any(row.cut for seen in told for row in seen.finished)
 
     def test_errors_of_what_is_foretold(self) -> None:
         steps = [StepSample(rows, 100 * rows, 0, 5.0 + 0.1 * rows) for rows in range(1, 200)]

@@ -33,6 +33,12 @@ def test_a_figure_is_a_table(figure: str, heads: list[str], capsys: pytest.Captu
     assert {line.split("|")[1].strip() for line in table} >= {"const", "unif"}
 
 
+def test_forecasts_by_machine_and_workload(capsys: pytest.CaptureFixture[str]):
+    policies.main(["forecast", "--machines", "S,B", "--workloads", "const,unif", "--seeds", "2"])
+    table = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert table[2:] == ["S const", "S unif", "B const", "B unif"]
+
+
 def test_the_budget_of_the_reference():
     machine = policies.SETTINGS["B"].machine
     job = policies.workload_of("constant", policies.np.full(9, 100), policies.np.full(9, 100))

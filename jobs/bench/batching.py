@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
@@ -19,11 +19,12 @@ import numpy as np
 import one_model
 import table
 import workload
+from unaware import AHEAD, Unaware, quantiles
 
 from rollout import Engine, SamplingParams
 from rollout.batcher.registry import make_policy
 from rollout.batcher.steptime import StepTime
-from rollout.batcher.types import Bounds, Decision, Observation, Policy, StepSample
+from rollout.batcher.types import Bounds, Policy, StepSample
 from rollout.models.serve import serve
 from rollout.requests import Request, StepReport
 from rollout.stats import Stats
@@ -66,33 +67,6 @@ class Setting:
         return make_policy(self.name, Bounds(1, self.rows, budget_ms, self.chunk))
 
 
-@dataclass(slots=True)
-class Unaware:
-    """Hides from a policy where rows will end, and keeps the steps that it was told of."""
-
-    policy: Policy
-    max_new: int
-    """The limit that all rows are said to have."""
-    steps: list[StepSample] = field(default_factory=list)
-
-    def decide(self, observation: Observation) -> Decision:
-        """Of the policy."""
-        self.steps += observation.steps
-        waiting = observation.waiting
-        if waiting is not None:
-            hidden = np.full_like(waiting.max_new_tokens, self.max_new)
-            waiting = replace(waiting, max_new_tokens=hidden, ends_at_limit=np.zeros(len(waiting), np.bool_))
-        return self.policy.decide(
-            replace(
-                observation,
-                max_new_tokens=np.full_like(observation.max_new_tokens, self.max_new),
-                ends_at_limit=None,
-                waiting=waiting,
-                finished=tuple(replace(row, cut=False) for row in observation.finished),
-            )
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One run."""
@@ -103,6 +77,8 @@ class Outcome:
     """Alive in each step."""
     errors: tuple[float, ...]
     """Of the step time, relative, as foretold by the steps before."""
+    tokens: tuple[tuple[float, ...], ...]
+    """`Unaware.errors`."""
 
 
 def errors_of(steps: Sequence[StepSample]) -> list[float]:
@@ -122,7 +98,7 @@ def run(engine: Engine, policy: Unaware, requests: Sequence[Request]) -> Outcome
         pass
     assert engine.stats is not None
     times, rows = (report.step_ms for report in reports), (report.live_rows for report in reports)
-    return Outcome(engine.stats, tuple(times), tuple(rows), tuple(errors_of(policy.steps)))
+    return Outcome(engine.stats, tuple(times), tuple(rows), tuple(errors_of(policy.steps)), tuple(policy.errors))
 
 
 def lines(outcomes: dict[str, list[Outcome]], budget_ms: float | None) -> table.Lines:
@@ -136,7 +112,8 @@ def lines(outcomes: dict[str, list[Outcome]], budget_ms: float | None) -> table.
     rows = [
         ["policy", "tok/s, each run", "/ best static", "rows", "preempted", "recomputed", "step p50 ms", "p95 ms"]
         + ([f"over {budget_ms:g} ms", "paused"] if budget_ms else [])
-        + ["deciding", "changes an hour", "step time foretold, median error", "p95"]
+        + ["deciding", "changes an hour", "error of step time, median, p95"]
+        + [f"of tokens held {steps} steps ahead" for steps in AHEAD]
     ]
     for text, own in outcomes.items():
         stats = [o.stats for o in own]
@@ -157,7 +134,8 @@ def lines(outcomes: dict[str, list[Outcome]], budget_ms: float | None) -> table.
             + [
                 f"{fmean(s.deciding_seconds / s.seconds for s in stats):.2%}",
                 f"{fmean(3600 * s.target_changes / s.seconds for s in stats):.0f}",
-                *(f"{np.quantile(errors, q):.1%}" if len(errors) else "" for q in (0.5, 0.95)),
+                ", ".join(f"{np.quantile(errors, q):.1%}" for q in (0.5, 0.95)) if len(errors) else "",
+                *quantiles(error for o in own for error in o.tokens),
             ]
         )
     return rows

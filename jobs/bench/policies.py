@@ -4,6 +4,7 @@ python jobs/bench/policies.py memory --machines A,B,S,E --seeds 3
 python jobs/bench/policies.py budget
 python jobs/bench/policies.py hints --workloads ln1.5,ln0.6,geom,grpo --seeds 4
 python jobs/bench/policies.py useless --machines S --workloads ln1.5,ln0.6,geom,grpo --seeds 100
+python jobs/bench/policies.py forecast
 python jobs/bench/policies.py paper
 python jobs/bench/policies.py cost
 """
@@ -19,6 +20,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 from table import Lines, markdown
+from unaware import AHEAD, Unaware, quantiles
 
 from rollout.batcher.bound import lower_bound_s
 from rollout.batcher.order import early_enough, steady_rows
@@ -304,6 +306,26 @@ def victims(given: argparse.Namespace) -> None:
         print(f"{policy}: geomean {geomean(values):.4f}, least {min(values):.3f}", flush=True)
 
 
+# -- forecast ----------------------------------------------------------------------------------------------
+
+
+def forecast(given: argparse.Namespace) -> None:
+    """How far off the tokens are that the predictive policy foretells of the live rows, as a share of memory."""
+    lines = [["workload", *(f"{steps} steps ahead: median, p95" for steps in AHEAD)]]
+    for letter in given.machines.split(","):
+        setting = SETTINGS[letter]
+        for name in given.workloads.split(","):
+            errors = []
+            for seed in range(given.seeds):
+                job = setting.workload(name, seed)
+                policy = Unaware(make_policy("predictive", Bounds(1, MAX_ROWS)), int(job.max_new_tokens.max()))
+                simulate(job, setting.machine, policy, seed=seed, reveal=True)
+                errors += policy.errors
+            lines.append([f"{letter} {name}", *quantiles(errors)])
+    print(f"{given.seeds} seeds; |foretold - true| tokens of the live rows, as a share of memory")
+    _tell(lines)
+
+
 # -- the paper ---------------------------------------------------------------------------------------------
 
 # arXiv 2503.05248, Table I: model, mean prompt, mean output, requests, static and dynamic tok/s.
@@ -422,6 +444,7 @@ FIGURES: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "hints": hints,
     "useless": useless,
     "victims": victims,
+    "forecast": forecast,
     "paper": paper,
     "cost": cost,
 }
