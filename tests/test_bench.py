@@ -627,11 +627,11 @@ class TestSqueeze:
 
         steps = phase("before", [30] * 4, [8] * 4) + phase("taken", [30, 30, 25, 20, 20, 20, 20], [8, 8, 7, 5, 5, 5, 5])
         steps += phase("returned", [20, 30, 30, 30, 30], [5, 6, 8, 8, 8])
-        assert squeeze.reaction(steps, "taken") == 1
-        assert squeeze.reaction(steps, "returned") == 1
+        assert squeeze.reaction(steps, "taken") == 3
+        assert squeeze.reaction(steps, "returned") == 2
         table_ = [list(line) for line in squeeze.lines(steps)[1:]]
         assert table_[0] == ["before", "4", "80", "100.00", "100.00", "100.00", "8", "0", "30.00", "30.00", ""]
-        assert [line[-3:] for line in table_[1:]] == [["20.00", "30.00", "1"], ["20.00", "30.00", "1"]]
+        assert [line[-3:] for line in table_[1:]] == [["20.00", "30.00", "3"], ["20.00", "30.00", "2"]]
 
 
 class TestBatching:

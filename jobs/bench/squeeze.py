@@ -132,7 +132,7 @@ class Pretended:
 
 
 def reaction(steps: Sequence[Step], phase: str) -> int | None:
-    """Steps of a phase from the first that holds less, or more, than the last one before it, until it is as it stays.
+    """Steps of a phase before it is as it stays; on a GPU the time is in it that the neighbour takes.
 
     As it stays is the median of the phase's second half, for held bytes where memory was taken, for live rows where it
     was returned. None where that is never reached.
@@ -141,9 +141,9 @@ def reaction(steps: Sequence[Step], phase: str) -> int | None:
     taken = phase.startswith("taken")
     values = [report.kv_bytes if taken else report.live_rows for report in its]
     stays = median(values[len(values) // 2 :])
-    begins = next((i for i, value in enumerate(values) if (value < values[0] if taken else value > values[0])), 0)
-    reached = (i for i, value in enumerate(values) if (value <= 1.02 * stays if taken else value >= 0.98 * stays))
-    return next((max(0, i - begins) for i in reached if i >= begins), None)
+    return next(
+        (i for i, value in enumerate(values) if (value <= 1.02 * stays if taken else value >= 0.98 * stays)), None
+    )
 
 
 def lines(steps: Sequence[Step]) -> table.Lines:
