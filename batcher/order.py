@@ -43,8 +43,8 @@ def early_enough(groups: IntArray, expected_tokens: FloatArray, rows: float, cau
     lengths stays what it is. Longest-first order does not leave it so: memory then holds long rows only, and whoever
     learns lengths while the job runs is misled. The more caution, the nearer is this order to that one.
 
-    Rows of a group go together, at their mean. Rows of which nothing is expected (NaN) count as the mean of the others,
-    and without any expectation the order is that of `together`.
+    Rows of a group go together, as early as the longest of them should. Rows of which nothing is expected (NaN) count
+    as the mean of the others, and without any expectation the order is that of `together`.
 
     Args:
         groups: [rows] equal in rows with the same prompt.
@@ -60,7 +60,8 @@ def early_enough(groups: IntArray, expected_tokens: FloatArray, rows: float, cau
         return together(groups)
     lengths = np.where(known, expected_tokens, expected_tokens[known].mean())
     _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
-    of_group = np.bincount(inverse, lengths) / np.bincount(inverse)
+    of_group = np.zeros(int(inverse.max()) + 1)
+    np.maximum.at(of_group, inverse, lengths)
     slack = lengths.sum() / max(rows, 1.0) - caution * of_group
     arrived = (np.argsort(np.argsort(first)) + 1) / len(first)
     keys = np.where(slack > 0, arrived * slack, slack)

@@ -42,9 +42,11 @@ def test_short_rows_are_last_and_long_ones_spread(seed: int):
     assert (placed - before_end).max() < 0.4 * (expected - arrived).max()
 
 
-def test_groups_stay_together_and_count_at_their_mean():
+def test_groups_stay_together_and_go_when_the_longest_of_them_should():
     groups = np.array([0, 1, 2, 0, 1, 2])
-    expected = np.array([10.0, 900, 10, 10, UNKNOWN, 10])
+    expected = np.array([300.0, 10, 10, 300, 500, 10])
+    assert early_enough(groups, expected, 1).tolist() == [1, 4, 0, 3, 2, 5]
+    expected[1] = UNKNOWN
     assert early_enough(groups, expected, 1).tolist()[:2] == [1, 4]
 
 
