@@ -1,6 +1,6 @@
 """What batching policies are worth, by simulation: the figures of docs/policies.md, one command each.
 
-python jobs/bench/policies.py memory --machines A,B,S,E --seeds 3
+python jobs/bench/policies.py memory --machines A,B,C,S,E --seeds 3
 python jobs/bench/policies.py budget
 python jobs/bench/policies.py hints --workloads ln1.5,ln0.6,geom,grpo --seeds 4
 python jobs/bench/policies.py useless --machines S --workloads ln1.5,ln0.6,geom,grpo --seeds 100
