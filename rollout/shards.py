@@ -40,14 +40,12 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a committed shard holds."""
+class Contents:
+    """What some records come to."""
 
-    shard: int
-    file: str
     rows: int
     samples: int
-    """Records: rows times samples of each."""
+    """Records; in a shard rows times samples of each."""
     error_rows: int
     """Rows of which at least one sample is in error."""
     errors: dict[str, int]
@@ -58,6 +56,14 @@ class Manifest:
     rewards: int
     """Records that have a reward."""
     reward_sum: float
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest(Contents):
+    """What a committed shard holds, and in which file."""
+
+    shard: int
+    file: str
     bytes: int
     sha256: str
     fingerprint: str
@@ -75,16 +81,9 @@ def read_manifest(path: Path) -> Manifest:
         raise InputError(f"{path} cannot be read as a manifest: {error}.") from error
 
 
-def commit(paths: RunPaths, index: int, form: str, records: Sequence[Record], fingerprint: str) -> Manifest:
-    """Write a shard and then its manifest, which is what makes it committed.
-
-    A kill between the two leaves a shard without a manifest; the next worker writes both again.
-    """
-    path = paths.shard(index, form)
-    write_whole(path, paths.temporary(path), lambda temporary: _WRITERS[form](records, temporary))
-    manifest = Manifest(
-        shard=index,
-        file=path.name,
+def contents_of(records: Sequence[Record]) -> Contents:
+    """In any order."""
+    return Contents(
         rows=len({record.row_id for record in records}),
         samples=len(records),
         error_rows=len({record.row_id for record in records if record.error_class}),
@@ -94,6 +93,20 @@ def commit(paths: RunPaths, index: int, form: str, records: Sequence[Record], fi
         completion_tokens=sum(len(record.completion_ids) for record in records),
         rewards=sum(record.reward is not None for record in records),
         reward_sum=sum(record.reward for record in records if record.reward is not None),
+    )
+
+
+def commit(paths: RunPaths, index: int, form: str, records: Sequence[Record], fingerprint: str) -> Manifest:
+    """Write a shard and then its manifest, which is what makes it committed.
+
+    A kill between the two leaves a shard without a manifest; the next worker writes both again.
+    """
+    path = paths.shard(index, form)
+    write_whole(path, paths.temporary(path), lambda temporary: _WRITERS[form](records, temporary))
+    manifest = Manifest(
+        **asdict(contents_of(records)),
+        shard=index,
+        file=path.name,
         bytes=path.stat().st_size,
         sha256=file_sha256(path),
         fingerprint=fingerprint,

@@ -8,15 +8,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rollout.metrics import read_metrics
+from rollout.parts import whole_records
+from rollout.paths import RunPaths
 from rollout.run import Run
-from rollout.shards import read_manifest
+from rollout.shards import Contents, Manifest, contents_of, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Over the committed shards of a run."""
+    """Of what a run has finished."""
 
     shards: int
+    """Committed ones."""
     samples: int
     error_rows: int
     errors: dict[str, int]
@@ -55,27 +58,40 @@ class Summary:
 
 def summarise(run: Run) -> Summary:
     """The summary of a complete run."""
-    return Summary(run, committed(run), *_speed(run))
+    return Summary(run, finished(run), *_speed(run))
 
 
-def committed(run: Run) -> Totals:
-    """The totals of what is committed so far.
+def finished(run: Run) -> Totals:
+    """The totals of all samples that no kill would lose, in committed shards or not.
 
     Raises:
         InputError: a manifest cannot be read.
     """
-    manifests = [read_manifest(path) for shard in range(run.shards) if (path := run.paths.manifest(shard)).exists()]
-    rewards = sum(manifest.rewards for manifest in manifests)
+    shards = [_contents(run.paths, shard) for shard in range(run.shards)]
+    contents = [shard for shard in shards if shard is not None]
+    rewards = sum(shard.rewards for shard in contents)
     return Totals(
-        shards=len(manifests),
-        samples=sum(manifest.samples for manifest in manifests),
-        error_rows=sum(manifest.error_rows for manifest in manifests),
-        errors=_total(manifest.errors for manifest in manifests),
-        finish_reasons=_total(manifest.finish_reasons for manifest in manifests),
-        prompt_tokens=sum(manifest.prompt_tokens for manifest in manifests),
-        completion_tokens=sum(manifest.completion_tokens for manifest in manifests),
-        mean_reward=sum(manifest.reward_sum for manifest in manifests) / rewards if rewards else None,
+        shards=sum(isinstance(shard, Manifest) for shard in contents),
+        samples=sum(shard.samples for shard in contents),
+        error_rows=sum(shard.error_rows for shard in contents),
+        errors=_total(shard.errors for shard in contents),
+        finish_reasons=_total(shard.finish_reasons for shard in contents),
+        prompt_tokens=sum(shard.prompt_tokens for shard in contents),
+        completion_tokens=sum(shard.completion_tokens for shard in contents),
+        mean_reward=sum(shard.reward_sum for shard in contents) / rewards if rewards else None,
     )
+
+
+def _contents(paths: RunPaths, shard: int) -> Contents | None:
+    """Of a shard that is committed, or that is worked on; None of one that nobody has begun."""
+    manifest = paths.manifest(shard)
+    if not manifest.exists():
+        try:
+            return contents_of(list(whole_records(paths.part(shard))))
+        except FileNotFoundError:  # nobody has begun it, or it was committed a moment ago
+            if not manifest.exists():
+                return None
+    return read_manifest(manifest)
 
 
 def _speed(run: Run) -> tuple[float | None, tuple[int, int] | None]:

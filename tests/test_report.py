@@ -18,13 +18,16 @@ import pytest
 from rollout.errors import Exit
 from rollout.job import run_job
 from rollout.metrics import MetricsWriter, read_metrics
+from rollout.parts import encode_record
 from rollout.paths import RunPaths
+from rollout.records import Record
 from rollout.report.__main__ import main
 from rollout.report.charts import Series, chart
 from rollout.report.history import MOST_BINS, History, read_history
 from rollout.report.lines import Line, Span
 from rollout.report.timeaxis import LEFT, RIGHT, TimeAxis, clock
 from rollout.report.tracks import Limits, quantile, share_above, together
+from rollout.shards import read_shard
 from rollout.verify import verify
 from tests.jobs import config_of, load_fake, report_of
 
@@ -429,11 +432,15 @@ def test_preemption_and_running_out_of_memory_are_marked(paths: RunPaths, capsys
 
 def test_a_run_that_goes_on(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     write_metrics(paths, 0, 0, BEGAN, [{}] * 4)
+    records = read_shard(paths.shard(1, "parquet")).to_pylist()
     for shard in (1, 3):
         paths.manifest(shard).unlink()
+    paths.work.mkdir(exist_ok=True)
+    lines = b"".join(encode_record(Record(**record)) for record in records[:5])
+    paths.part(1).write_bytes(lines[:-9])  # the last one was not written to its end
     text = drawn(paths, capsys).text
     assert "not complete ·" in text
-    assert "samples 12 of 20; 2 of 4 shards" in text
+    assert "samples 16 of 20; 2 of 4 shards" in text
 
 
 def test_step_times_that_were_not_counted(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:

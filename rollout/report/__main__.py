@@ -13,7 +13,7 @@ from rollout.report.history import read_history
 from rollout.report.page import Subject, page
 from rollout.report.tracks import Limits
 from rollout.run import read_description, read_run
-from rollout.summary import committed
+from rollout.summary import finished
 
 
 def report(folder: Path) -> str:
@@ -25,7 +25,7 @@ def report(folder: Path) -> str:
     paths = RunPaths(folder)
     run, description = read_run(paths), read_description(paths)
     limits = {number: _limits(attempt) for number, attempt in enumerate(description["attempts"])}
-    return page(Subject(run, description, committed(run), limits), read_history(paths, limits))
+    return page(Subject(run, description, finished(run), limits), read_history(paths, limits))
 
 
 def _limits(attempt: object) -> Limits:
