@@ -10,9 +10,10 @@ import pynvml
 import pytest
 import torch
 
-from rollout import headroom
 from rollout.errors import InputError
-from rollout.headroom import CudaHeadroom, FakeHeadroom, HostHeadroom, _resident_bytes, after_reserve, headroom_for
+from rollout.headroom import FakeHeadroom, after_reserve, headroom_for
+from rollout.headroom.cuda import CudaHeadroom, _log_without_nvml
+from rollout.headroom.host import HostHeadroom, _resident_bytes
 
 GIB = 1 << 30
 UNLIMITED_V1 = 9223372036854771712
@@ -109,7 +110,7 @@ def test_the_host_binds_when_it_is_tighter(tmp_path: Path, host: SimpleNamespace
 
 def test_others_are_seen_after_a_while_and_this_process_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     now, resident = 5.0, 2 * GIB
-    monkeypatch.setattr("rollout.headroom._resident_bytes", lambda: resident)
+    monkeypatch.setattr("rollout.headroom.host._resident_bytes", lambda: resident)
     write(tmp_path / "fs/job", max=16 * GIB, current=12 * GIB, stat=stat())
     (tmp_path / "cgroup").write_text("0::/job\n")
     memory = HostHeadroom(tmp_path / "cgroup", tmp_path / "fs", 0.5, lambda: now)
@@ -190,7 +191,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", fake.handle)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByPciBusId", fake.handle)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", fake.memory_info)
-    headroom._log_without_nvml.cache_clear()
+    _log_without_nvml.cache_clear()
     return fake
 
 

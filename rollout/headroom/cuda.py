@@ -1,0 +1,102 @@
+"""Memory of a CUDA device: what the driver and torch's allocator leave."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pynvml
+import torch
+
+from rollout.headroom.refreshed import Refreshed
+
+logger = logging.getLogger(__name__)
+
+
+class CudaHeadroom:
+    """Memory of one CUDA device: what all processes leave of it, and what torch caches but does not use.
+
+    The driver is asked at most every ``refresh_s`` seconds, since a question to it can take longer than a
+    small decode step. What this process allocates in between is known from torch's allocator at once, so
+    only other processes are seen late:
+
+        free = total - (driver's used bytes - torch's reserved bytes, both then) - torch's allocated bytes, now
+
+    Cached blocks count as free although they may be in pieces; an allocation can still fail.
+
+    Args:
+        device: a CUDA device, in torch's numbering.
+        refresh_s: seconds for which an answer of the driver is believed.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, device: torch.device, refresh_s: float = 0.05, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._device = device
+        self._nvml = _nvml_handle(device)
+        self._total = int(torch.cuda.get_device_properties(device).total_memory)
+        self._others = Refreshed(self._read_others, refresh_s, clock)
+
+    @property
+    def total_bytes(self) -> int:
+        return self._total
+
+    def free_bytes(self) -> int:
+        return self._total - self._others() - self._torch_bytes("allocated_bytes")
+
+    def _read_others(self) -> int:
+        """What all processes use, less what torch holds here."""
+        return self._total - self._driver_free_bytes() - self._torch_bytes("reserved_bytes")
+
+    def _torch_bytes(self, which: str) -> int:
+        """Bytes that torch's allocator has handed out, or that it holds."""
+        # memory_allocated() flattens some hundred counters to return one; the nested form is much cheaper.
+        stats = torch.cuda.memory_stats_as_nested_dict(self._device)
+        if not stats:  # nothing was ever allocated
+            return 0
+        return int(stats[which]["all"]["current"])
+
+    def _driver_free_bytes(self) -> int:
+        # On a slice of a GPU the two differ: NVML may know the whole one, the runtime knows the slice.
+        free, _ = torch.cuda.mem_get_info(self._device)
+        if self._nvml is not None:
+            try:
+                free = min(free, int(pynvml.nvmlDeviceGetMemoryInfo(self._nvml).free))
+            except pynvml.NVMLError as error:
+                self._nvml = None
+                _log_without_nvml(str(error))
+        return free
+
+
+def _nvml_handle(device: torch.device) -> Any | None:
+    """NVML's handle of a torch device, or None where NVML has none.
+
+    Devices are matched by UUID or PCI address, since NVML does not renumber by CUDA_VISIBLE_DEVICES.
+    """
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub leaves the PCI numbers out
+    pci = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    failure = "no such device"
+    try:
+        pynvml.nvmlInit()
+        for find, key in (
+            (pynvml.nvmlDeviceGetHandleByUUID, f"GPU-{properties.uuid}"),
+            (pynvml.nvmlDeviceGetHandleByUUID, f"MIG-{properties.uuid}"),
+            (pynvml.nvmlDeviceGetHandleByPciBusId, pci),
+        ):
+            try:
+                return find(key)
+            except pynvml.NVMLError as error:
+                failure = str(error)
+    except pynvml.NVMLError as error:
+        failure = str(error)
+    _log_without_nvml(failure)
+    return None
+
+
+@functools.cache  # an engine is made for each call of a trainer, but this is news only once
+def _log_without_nvml(failure: str) -> None:
+    logger.warning("NVML is not available (%s); free GPU memory is read from the CUDA runtime alone.", failure)

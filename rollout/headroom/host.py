@@ -1,0 +1,135 @@
+"""Memory of the host: what the kernel and the cgroups around us leave."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from rollout.cgroups import MEMBERSHIP, MOUNT, cgroups
+from rollout.headroom.refreshed import Refreshed
+
+
+class HostHeadroom:
+    """Host memory: the tightest of what the kernel calls available and the limits of the cgroups around us.
+
+    The small files of ``/proc`` and ``/sys`` that say so take a tenth of a millisecond and more to read, so they are
+    read at most every ``refresh_s`` seconds. What this process takes in between is known from its resident memory at
+    once, only others are seen late.
+
+    Args:
+        membership: the file that names this process's cgroups.
+        mount: where cgroups are mounted.
+        refresh_s: seconds for which an answer is believed.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        membership: Path = MEMBERSHIP,
+        mount: Path = MOUNT,
+        refresh_s: float = 0.05,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._cgroups = tuple(_memory_cgroups(membership, mount))
+        limits = [limit for cgroup in self._cgroups if (limit := cgroup.limit_bytes()) is not None]
+        self._total = min([int(psutil.virtual_memory().total), *limits])
+        self._without_us = Refreshed(self._read_without_us, refresh_s, clock)
+
+    @property
+    def total_bytes(self) -> int:
+        return self._total
+
+    def free_bytes(self) -> int:
+        return self._without_us() - _resident_bytes()
+
+    def _read_without_us(self) -> int:
+        """What would be free if this process held nothing."""
+        free = [cgroup_free for cgroup in self._cgroups if (cgroup_free := cgroup.free_bytes()) is not None]
+        return min([int(psutil.virtual_memory().available), *free]) + _resident_bytes()
+
+
+def _resident_bytes() -> int:
+    """Physical memory of this process."""
+    pages = int(_read(Path("/proc/self/statm")).split()[1])
+    return pages * resource.getpagesize()
+
+
+@dataclass(frozen=True, slots=True)
+class _CgroupFiles:
+    """Names of a cgroup version's files and of the counters in its ``memory.stat``."""
+
+    limits: tuple[str, ...]
+    usage: str
+    file_cache: tuple[str, str]
+    mapped: str
+
+
+# memory.high does not kill, but a process above it is slowed down until it is below.
+_V2 = _CgroupFiles(("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file"), "file_mapped")
+# In version 1 only the counters with total_ include cgroups below, as the usage does.
+_V1 = _CgroupFiles(
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_active_file", "total_inactive_file"),
+    "total_mapped_file",
+)
+# Version 1 says "no limit" with the largest number of whole pages in 63 bits.
+_UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class _Cgroup:
+    """One cgroup that accounts for memory. It may be gone or unreadable at any read; then it limits nothing."""
+
+    folder: Path
+    files: _CgroupFiles
+
+    def limit_bytes(self) -> int | None:
+        limits = [_read_bytes(self.folder / name) for name in self.files.limits]
+        return min((limit for limit in limits if limit is not None and limit < _UNLIMITED), default=None)
+
+    def free_bytes(self) -> int | None:
+        limit = self.limit_bytes()
+        if limit is None:
+            return None
+        usage = _read_bytes(self.folder / self.files.usage)
+        return None if usage is None else limit - usage + self._reclaimable_bytes()
+
+    def _reclaimable_bytes(self) -> int:
+        """File cache that the kernel drops before it refuses an allocation.
+
+        Mapped files are left out: weights that are read through a map would have to be read again.
+        """
+        try:
+            lines = _read(self.folder / "memory.stat").splitlines()
+        except OSError:
+            return 0
+        counters = dict(line.split(" ", 1) for line in lines)
+        cache = sum(int(counters.get(name, 0)) for name in self.files.file_cache)
+        return max(0, cache - int(counters.get(self.files.mapped, 0)))
+
+
+def _memory_cgroups(membership: Path, mount: Path) -> Iterator[_Cgroup]:
+    """Those that account for memory, innermost first."""
+    for cgroup in cgroups("memory", membership, mount):
+        files = _V2 if cgroup.version == 2 else _V1
+        if (cgroup.folder / files.usage).is_file():
+            yield _Cgroup(cgroup.folder, files)
+
+
+def _read(path: Path) -> str:
+    # At each step of a decode loop: Path.read_text() takes twice as long.
+    with open(path, "rb", buffering=0) as file:
+        return file.read().decode()
+
+
+def _read_bytes(path: Path) -> int | None:
+    try:
+        return int(_read(path))
+    except (OSError, ValueError):  # "max" is no number
+        return None
