@@ -17,6 +17,7 @@ from rollout.models.errors import UnsupportedAttention, clause
 from rollout.models.gather import GatherStep
 from rollout.models.layout import KVLayout
 from rollout.models.libraries import LIBRARIES, installed
+from rollout.models.out_of_memory import is_out_of_memory
 from rollout.models.packed import Packed
 from rollout.models.paged import PagedStep
 from rollout.models.pages import PagePool
@@ -189,8 +190,8 @@ def _triton_failure(dims: frozenset[tuple[int, int]], dtype: torch.dtype, device
         from rollout.models.triton_attention import check
 
         check(dims, dtype, device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - of Triton, its compilers and drivers, each with their own
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return clause(error)
     return None

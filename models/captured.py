@@ -27,6 +27,7 @@ from torch import nn
 from rollout.models import attention
 from rollout.models.backend import Steps
 from rollout.models.loan import Loan, family_name
+from rollout.models.out_of_memory import is_out_of_memory
 from rollout.models.packed import Packed
 from rollout.models.parallel import tensor_parallel_group
 from rollout.models.rotary import Rotary
@@ -43,15 +44,20 @@ LEAST_PAGES = 64
 _PAUSE = 256
 """Steps without graphs after memory was short."""
 
+#: Graphs whose captures the driver has broken off, see `CudaGraphs`.
+_broken_off: list[torch.cuda.CUDAGraph] = []
 #: Models that go on without graphs, and why.
 _refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def rung(rows: int) -> int:
-    """Rows of the graph that serves so many: 1, 2, 4, 8, then multiples of 8 up to 256, then of 64."""
-    if rows <= 8:
-        return _power(rows)
-    step = 8 if rows <= 256 else 64
+    """Rows of the graph that serves so many: powers of two up to 8, multiples of 8 up to 64, then four a doubling.
+
+    Each is captured anew in every call, and while a batch runs empty each may serve no more than a few steps. Padding
+    costs less: it attends to nothing, and of more than 64 rows it is less than a fifth.
+    """
+    power = _power(rows)
+    step = power if power <= 8 else max(8, power // 8)
     return -(-rows // step) * step
 
 
@@ -90,7 +96,7 @@ class Graphs(Protocol):
         ...
 
     def release(self) -> None:
-        """Gives all memory back; all graphs have been reset."""
+        """Gives all memory back; all graphs have been reset. The next ones share another."""
 
 
 def capturing(eager: Runner, model: nn.Module, steps: Steps, loan: Loan) -> Runner:
@@ -256,7 +262,7 @@ class CapturedRunner(Runner):
         """On graphs: for a while if memory is short, else for good."""
         self._drop()
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        if _out_of_memory(error):
+        if is_out_of_memory(error):
             self._paused = _PAUSE
             logger.warning("Memory is short: %d decode steps go on without CUDA graphs (%s).", _PAUSE, reason)
         else:
@@ -266,10 +272,14 @@ class CapturedRunner(Runner):
         captured = self._captured.pop(size, None)
         if captured is not None:
             captured.graph.reset()
+            if not self._captured:
+                # torch takes memory that graphs shared for no new graph once the last of them is gone.
+                self._graphs.release()
 
     def _drop(self) -> None:
-        for size in list(self._captured):
-            self._forget(size)
+        for captured in self._captured.values():
+            captured.graph.reset()
+        self._captured.clear()
         self._logits.clear()
         self._weights = None
         self._graphs.release()
@@ -336,12 +346,7 @@ def _cause(error: BaseException) -> BaseException:
     chain = [error]
     while (before := chain[-1].__context__) is not None:
         chain.append(before)
-    return next(filter(_out_of_memory, chain), chain[-1])
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """The driver says it in an error of torch's general kind."""
-    return isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error)
+    return next(filter(is_out_of_memory, chain), chain[-1])
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------
@@ -350,9 +355,8 @@ def _out_of_memory(error: BaseException) -> bool:
 class CudaGraphs:
     """See `Graphs`.
 
-    A capture that the driver breaks off leaves torch's allocator with a pool that it takes for one in use: what was
-    allocated in it until then is lost. So a step is tried out first, with torch's own watch for calls that wait for the
-    device, which is what breaks captures off.
+    A capture that the driver breaks off costs what is done about it in `_end`, and its graph for good. So a step is
+    tried out first, with torch's own watch for calls that wait for the device, which is what breaks captures off.
 
     Args:
         device: of the pool and the model.
@@ -387,13 +391,35 @@ class CudaGraphs:
             # As entering a capture does, so that what is there before and after can be compared.
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(self._device)
-            # Other threads, a trainer's, may go on using the device.
-            with torch.cuda.graph(
-                graph, pool=self._memory, stream=_stream(self._device), capture_error_mode="thread_local"
-            ):
-                step()
+            try:
+                # Other threads, a trainer's, may go on using the device.
+                with torch.cuda.graph(
+                    graph, pool=self._memory, stream=_stream(self._device), capture_error_mode="thread_local"
+                ):
+                    step()
+            except BaseException:
+                self._end(graph)
+                raise
         self.bytes_kept += torch.cuda.memory_reserved(self._device) - before
         return _CudaGraph(graph, self._device)
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Lets go of a graph whose capture failed, on the current device.
+
+        Of a capture that the driver has broken off, torch's allocator is not told that it is over (torch 2.11 to 2.13,
+        ``CUDAGraph::capture_end``): for the rest of the process it would neither give back what it caches nor reuse
+        what other streams have used.
+        """
+        try:
+            graph.pool()
+        except RuntimeError:  # it has one only when its capture was ended
+            device = torch.cuda.current_device()
+            torch._C._cuda_endAllocateToPool(device, self._memory)
+            torch._C._cuda_releasePool(device, self._memory)
+            # What the allocator of pinned memory cannot be told, and asks at every turn, is the graph itself.
+            _broken_off.append(graph)
+        else:
+            graph.reset()
 
     def release(self) -> None:
         """See `Graphs.release`."""

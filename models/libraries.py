@@ -24,6 +24,7 @@ from rollout.models.attention import Scores
 from rollout.models.errors import UnsupportedAttention, clause
 from rollout.models.gather import GatherStep
 from rollout.models.layout import KVLayout, Span
+from rollout.models.out_of_memory import is_out_of_memory
 from rollout.models.packed import Packed
 from rollout.models.pages import PagePool
 from rollout.models.segments import Library, Packing, Segments
@@ -175,9 +176,9 @@ def _failure(
     spans = (Span(), Span("window", _TRIED_WINDOW)) if windows else (Span(),)
     try:
         wrong = max(largest_error(attention, dtype, tuple(sorted(dims)), device, span) for span in spans)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - of packages and drivers, each with their own
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return f"it fails here ({clause(error)})"
     return None if wrong <= TOLERANCE[dtype] else f"it computes something else here (by {wrong:.2g})"
 

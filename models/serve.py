@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from rollout.models.check import check_pages
@@ -11,6 +10,7 @@ from rollout.models.errors import UnsupportedAttention, UnsupportedModel, clause
 from rollout.models.gathering import GatheringTier
 from rollout.models.interface import InterfaceTier
 from rollout.models.loan import family_name
+from rollout.models.out_of_memory import is_out_of_memory
 from rollout.models.stateful import StateTier
 from rollout.models.tier import Tier
 
@@ -39,9 +39,9 @@ def serve(model: nn.Module, choice: str = AUTO) -> Tier:
             raise
         except UnsupportedModel as reason:
             reasons.append(str(reason))
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:  # noqa: BLE001 - a family that a tier does not know fails in ways of its own
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             cause = error
             reasons.append(f"{family_name(model)} fails in the {tier.name} tier: {clause(error)}.")
         else:

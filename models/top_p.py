@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from rollout.models.errors import clause
+from rollout.models.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,9 @@ def _kernel_serves(device: torch.device) -> bool:
 
         right = bool(is_threshold(scores, top_p, threshold(scores, top_p)).all())
         reason = "" if right else "it finds something else"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - of Triton, its compilers and drivers, each with their own
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = clause(error)
     if reason:
         name = torch.cuda.get_device_name(device)

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from rollout.models.errors import clause
 from rollout.models.launch import launching_on
+from rollout.models.out_of_memory import is_out_of_memory
 from rollout.models.pointwise import NormFactors
 
 logger = logging.getLogger(__name__)
@@ -146,9 +147,9 @@ def triton_pointwise(device: torch.device) -> TritonPointwise | None:
     """The kernels, if they compile for a device and agree with torch there; else None, with one warning."""
     try:
         reason = _disagreement(device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - of Triton, its compilers and drivers, each with their own
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = clause(error)
     if reason is None:
         return TritonPointwise()

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from rollout.batcher.types import Decision, FinishedRow, Observation, Policy, StepSample
 from rollout.draws import Draw
-from rollout.memory import Memory, is_out_of_memory
+from rollout.memory import Memory
+from rollout.models.out_of_memory import is_out_of_memory
 from rollout.models.sampling import sample
 from rollout.models.tier import Runner
 from rollout.models.upload import uploaded
@@ -324,8 +325,7 @@ class Loop:
                 running.preempt(slot)
         running.drop_free_slabs()
         self._runner.shed()
-        if self._memory.pool.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._memory.hand_back()
         if not running.alive and len(self._queue):
             self._wait_or_give_up(self._memory.pool.layout.pages_for(1))
 

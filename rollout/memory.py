@@ -9,6 +9,7 @@ import torch
 
 from rollout.headroom import Headroom, after_reserve
 from rollout.models.layout import IntArray, KVLayout
+from rollout.models.out_of_memory import is_out_of_memory
 from rollout.models.pages import PagePool
 from rollout.models.states import StatePool
 from rollout.together import Alone
@@ -18,13 +19,6 @@ logger = logging.getLogger(__name__)
 _MOST_SLAB_BYTES = 1 << 30
 #: The pool at its largest is about so many slabs: a slab is the step by which it follows headroom.
 _SLABS = 16
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator refused; torch's CPU allocator says it in a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 class Memory:
@@ -182,6 +176,11 @@ class Memory:
             while pool.free_pages >= pool.slab_pages and self._shrink(pool, held):
                 pass
         return self.bytes_held < before
+
+    def hand_back(self) -> None:
+        """Lets other processes have what was given back: torch keeps it for this one until it is told not to."""
+        if self.pool.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _shrink(self, pool: PagePool | StatePool, held: Iterable[IntArray]) -> bool:
         shrunk = pool.shrink(held)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 
 from rollout import Engine, SamplingParams
 from rollout.models import captured, step_buffers, triton_attention
-from rollout.models.captured import CapturedRunner, Graphs, capturing, rung
+from rollout.models.captured import CapturedRunner, CudaGraphs, Graphs, capturing, rung
 from rollout.models.interface import InterfaceRunner, InterfaceTier
 from rollout.models.layout import IntArray
 from rollout.models.packed import Packed
@@ -146,7 +148,9 @@ class World:
             packed[row, : len(tables[text])] = tables[text]
         starts = np.array([self.lengths[text] for text, _ in parts])
         new = [self.tokens[text, self.lengths[text] : self.lengths[text] + count] for text, count in parts]
-        return Packed(torch.from_numpy(np.concatenate(new)), packed, starts, np.array([count for _, count in parts]))
+        return Packed(
+            torch.from_numpy(np.concatenate(new)).to(DEVICE), packed, starts, np.array([count for _, count in parts])
+        )
 
     @property
     def sizes(self) -> list[int]:
@@ -155,8 +159,10 @@ class World:
 
 def test_the_ladder() -> None:
     rungs = [rung(rows) for rows in range(1, 1025)]
-    assert sorted(set(rungs)) == [1, 2, 4, *range(8, 257, 8), *range(320, 1025, 64)]
+    halves = [range(size // 2 + size // 8, size + 1, size // 8) for size in (128, 256, 512, 1024)]
+    assert sorted(set(rungs)) == [1, 2, 4, *range(8, 65, 8), *chain(*halves)]
     assert all(size >= rows for rows, size in enumerate(rungs, 1))
+    assert all(size - rows < size / 5 for rows, size in enumerate(rungs, 1) if rows > 64)
     assert all(rung(size) == size for size in rungs)
 
 
@@ -235,6 +241,7 @@ def test_pages_that_outgrow_the_room_are_captured_anew(monkeypatch: pytest.Monke
         rooms.append(world.runner._captured[2].inputs.buffers.room.entries)
     assert rooms == [4, 4, 16, 16, 16]
     assert [graph.gone for graph in world.fake.graphs] == [True, False]
+    assert world.fake.released == 1, "of memory that no graph is left to share, torch lets no new one have any"
 
 
 def test_a_model_that_cannot_be_captured_goes_on_eagerly(caplog: pytest.LogCaptureFixture) -> None:
@@ -388,3 +395,99 @@ def test_an_engine_on_captured_steps_generates_what_it_does_without(monkeypatch:
     assert batches[0] == batches[1]
     assert sum(graph.replays for graph in graphs[-1].graphs) >= 6
     assert graphs[-1].bytes_kept == 0
+
+
+# -- torch's own graphs, with no device ------------------------------------------------------------------
+
+
+@dataclass
+class Driver:
+    """What `CudaGraphs` calls of torch, and in which order."""
+
+    calls: list[str] = field(default_factory=list)
+    handles: int = 0
+    breaks_off: bool = False
+    """Captures cannot be ended."""
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    said = Driver()
+
+    class CUDAGraph:
+        def __init__(self) -> None:
+            self.ended = False
+
+        def pool(self) -> tuple[int, int]:
+            if not self.ended:
+                raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+            return 0, 1
+
+        def reset(self) -> None:
+            said.calls.append("reset")
+
+    @contextmanager
+    def capture(graph: CUDAGraph, pool: tuple[int, int], **_: object) -> Iterator[None]:
+        said.calls.append(f"begin {pool[1]}")
+        try:
+            yield
+        finally:
+            if said.breaks_off:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            graph.ended = True
+
+    def handle() -> tuple[int, int]:
+        said.handles += 1
+        return 0, said.handles
+
+    def called(name: str) -> Callable[..., None]:
+        return lambda *about: said.calls.append(f"{name} {about[-1][1]}")
+
+    for name, stand_in in (
+        ("CUDAGraph", CUDAGraph),
+        ("graph", capture),
+        ("graph_pool_handle", handle),
+        ("device", lambda _: nullcontext()),
+        ("stream", lambda _: nullcontext()),
+        ("current_stream", lambda _: None),
+        ("current_device", lambda: 0),
+        ("memory_reserved", lambda _: 0),
+        ("empty_cache", lambda: None),
+        ("synchronize", lambda _: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", called("end"), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", called("release"), raising=False)
+    monkeypatch.setattr(captured, "_stream", lambda _: None)
+    monkeypatch.setattr(captured, "_broken_off", [])
+    return said
+
+
+def fails() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_capture_that_the_driver_breaks_off_is_over_for_torch_s_allocator(driver: Driver) -> None:
+    graphs = CudaGraphs(torch.device("cuda", 0))
+    driver.breaks_off = True
+    with pytest.raises(RuntimeError, match="previous error") as caught:
+        graphs.capture(fails)
+    assert isinstance(captured._cause(caught.value), torch.OutOfMemoryError)
+    assert driver.calls == ["begin 1", "end 1", "release 1"]
+    assert len(captured._broken_off) == 1
+
+
+def test_a_capture_that_fails_and_can_be_ended_leaves_no_graph(driver: Driver) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        CudaGraphs(torch.device("cuda", 0)).capture(fails)
+    assert driver.calls == ["begin 1", "reset"]
+    assert not captured._broken_off
+
+
+def test_memory_is_shared_until_it_is_released(driver: Driver) -> None:
+    graphs = CudaGraphs(torch.device("cuda", 0))
+    for _ in range(2):
+        graphs.capture(lambda: None)
+    graphs.release()
+    graphs.capture(lambda: None)
+    assert driver.calls == ["begin 1", "begin 1", "begin 2"]

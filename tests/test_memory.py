@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from rollout.headroom import FakeHeadroom
-from rollout.memory import Memory, is_out_of_memory
+from rollout.memory import Memory
 from rollout.models.layout import KVLayout, Site, Span
+from rollout.models.out_of_memory import is_out_of_memory
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 4
@@ -202,6 +203,12 @@ def test_what_torch_really_raises_is_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+    for said in (
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ):
+        assert is_out_of_memory(RuntimeError(said))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
 
