@@ -8,13 +8,17 @@ the keys and values of a few tokens, or, in a pool of its own, the recurrent sta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from rollout.models.layout import IntArray
+from rollout.models.upload import uploaded
+
+#: Pages that are copied in one go; a model's keys at one site take some kilobytes a page.
+_COPIED_TOGETHER = 64
 
 
 class PoolExhausted(RuntimeError):
@@ -165,21 +169,30 @@ class Pool(ABC, Generic[_S]):
         a weight of 0 by NaN.
         """
         self._references[pages] -= 1
-        for page in pages[self._references[pages] == 0].tolist():
-            slab, offset = divmod(page, self.slab_pages)
-            self._free[slab].append(page)
-            self._free_count += 1
-            if scrub:
-                for tensor in self.slab(slab).tensors:
-                    tensor[offset].zero_()
+        freed = pages[self._references[pages] == 0]
+        for page in freed.tolist():
+            self._free[page // self.slab_pages].append(page)
+        self._free_count += len(freed)
+        if scrub:
+            for slab in np.unique(freed // self.slab_pages).tolist():
+                tensors = self.slab(slab).tensors
+                inside = _on_devices(freed[freed // self.slab_pages == slab] % self.slab_pages, tensors)
+                for tensor in tensors:
+                    tensor.index_fill_(0, inside[tensor.device], 0)
 
     def copy(self, source: IntArray, target: IntArray) -> None:
-        """Copies the contents of pages."""
-        for from_page, to_page in zip(source.tolist(), target.tolist(), strict=True):
-            from_slab, to_slab = self.slab(from_page // self.slab_pages), self.slab(to_page // self.slab_pages)
-            i, j = from_page % self.slab_pages, to_page % self.slab_pages
-            for from_tensor, to_tensor in zip(from_slab.tensors, to_slab.tensors, strict=True):
-                to_tensor[j].copy_(from_tensor[i])
+        """Copies the contents of pages, no two of which may have one target, nor be both source and target.
+
+        Many at a time: a launch for each tensor of each page would keep a GPU waiting. But not more than take little
+        memory on the way, since pages move when there is none.
+        """
+        slabs = np.stack([source, target]) // self.slab_pages
+        for from_slab, to_slab in np.unique(slabs, axis=1).T.tolist():
+            between = np.flatnonzero((slabs[0] == from_slab) & (slabs[1] == to_slab))
+            for start in range(0, len(between), _COPIED_TOGETHER):
+                pages = between[start : start + _COPIED_TOGETHER]
+                inside = source[pages] % self.slab_pages, target[pages] % self.slab_pages
+                _copy(self.slab(from_slab).tensors, self.slab(to_slab).tensors, *inside)
 
     def slab(self, index: int) -> _S:
         """The slab with this index.
@@ -205,3 +218,20 @@ class Pool(ABC, Generic[_S]):
         held = set(np.flatnonzero(counts).tolist())
         if len(free) != self._free_count or sorted([*free, *held]) != sorted(every):
             raise AssertionError("free and held pages do not make up the slabs")
+
+
+def _copy(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], source: IntArray, target: IntArray) -> None:
+    """From pages ``source`` of the tensors of one slab to pages ``target`` of those of one."""
+    if len(source) == 1:
+        for from_tensor, to_tensor in zip(sources, targets, strict=True):
+            to_tensor[int(target[0])].copy_(from_tensor[int(source[0])])
+        return
+    given, wanted = _on_devices(source, targets), _on_devices(target, targets)
+    for from_tensor, to_tensor in zip(sources, targets, strict=True):
+        device = to_tensor.device
+        to_tensor.index_copy_(0, wanted[device], from_tensor.index_select(0, given[device]))
+
+
+def _on_devices(pages: IntArray, tensors: Iterable[torch.Tensor]) -> dict[torch.device, torch.Tensor]:
+    """The pages where they are to be indices."""
+    return {device: uploaded(pages, device) for device in {tensor.device for tensor in tensors}}

@@ -199,12 +199,15 @@ class Running:
         states = prefill.states.reshape(len(prefill.rows), self._states_per_row)
         self._states.release(states[fitting:].ravel())
         forks = [(prefill.rows[0], prefill.pages, states[0])]
-        for row, state in zip(prefill.rows[1:fitting], states[1:], strict=False):
+        copies = fitting - 1
+        own = self._pool.allocate(copies * len(partial))
+        self._pool.copy(np.tile(partial, copies), own)
+        self._states.copy(np.tile(states[0], copies), states[1:fitting].ravel())
+        for row, pages, state in zip(
+            prefill.rows[1:fitting], own.reshape(copies, len(partial)), states[1:fitting], strict=True
+        ):
             self._pool.share(shared)
-            own = self._pool.allocate(len(partial))
-            self._pool.copy(partial, own)
-            self._states.copy(states[0], state)
-            forks.append((row, np.concatenate([shared, own]), state))
+            forks.append((row, np.concatenate([shared, pages]), state))
         return forks
 
     # -- decoding ------------------------------------------------------------------------------------
@@ -295,10 +298,12 @@ class Running:
 
     def shrink(self, excess_bytes: int) -> None:
         """Gives at least so much back; rows are preempted only when what they hold has nowhere to move."""
-        target = self._memory.bytes_held - excess_bytes
-        while self._memory.bytes_held > target:
+        before = self._memory.bytes_held
+        while self._memory.bytes_held > before - excess_bytes:
             if not self._memory.shrink(self.held_pages(), self.held_states()) and not self._preempt_one(cheapest):
-                return
+                break
+        if self._memory.bytes_held < before:
+            self._memory.hand_back()
 
     def drop_free_slabs(self) -> bool:
         """Gives back what is free, moving pages together, with no row the worse. Returns whether there was any."""

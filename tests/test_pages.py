@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from rollout.models import slabs
 from rollout.models.layout import IntArray, KVLayout, Site, Span
 from rollout.models.pages import PagePool
 from rollout.models.slabs import PoolExhausted
@@ -171,6 +172,28 @@ def test_a_copy_holds_the_same_and_leaves_its_source() -> None:
     for one, other in zip(source.tolist(), target.tolist(), strict=True):
         assert holds(pool, one, stamp=1 + one)
         assert holds(pool, other, stamp=1 + one)
+
+
+def test_a_page_may_be_copied_to_many_and_launches_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each page by itself would be a launch for each of its tensors."""
+    monkeypatch.setattr(slabs, "_COPIED_TOGETHER", 3)
+    pool = pool_of(4)
+    source, target = pool.allocate(1), pool.allocate(7)
+    write(pool, int(source[0]), stamp=5)
+    calls: list[int] = []
+    index_copy = torch.Tensor.index_copy_
+
+    def counted(self: torch.Tensor, dim: int, index: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        calls.append(len(index))
+        return index_copy(self, dim, index, given)
+
+    monkeypatch.setattr(torch.Tensor, "index_copy_", counted)
+    pool.copy(np.tile(source, 7), target)
+    assert all(holds(pool, page, stamp=5) for page in (*source.tolist(), *target.tolist()))
+    pages_a_slab = np.bincount(target // pool.slab_pages)
+    rounds = [min(3, count - start) for count in pages_a_slab.tolist() for start in range(0, count, 3)]
+    tensors = len(pool.slab(0).tensors)
+    assert sorted(calls) == sorted(count for count in rounds if count > 1 for _ in range(tensors))
 
 
 # -- shrinking -------------------------------------------------------------------------------------------

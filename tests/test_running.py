@@ -554,6 +554,21 @@ def test_slabs_are_given_back_without_preempting_while_pages_can_move() -> None:
     assert world.all_live().alive() == ["b0", "d0", "f0"]
 
 
+def test_what_others_want_of_a_gpu_leaves_torch_s_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a neighbour that waits for memory would wait for ever."""
+    world = World([request(name, 12, start=20 * i) for i, name in enumerate("abcdef")]).all_live()
+    held: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(world.pool.live_slabs))
+    before = world.pool.live_slabs
+    world.running.shrink(1)
+    assert not held, "on a CPU there is none"
+    world.pool.device = torch.device("cuda", 0)
+    world.running.shrink(0)
+    assert not held
+    world.running.shrink(2 * world.pool.slab_bytes)
+    assert held == [before - 3]
+
+
 def test_free_slabs_are_given_back_with_no_row_the_worse() -> None:
     world = World([request(name, 12, start=20 * i) for i, name in enumerate("abcdef")]).all_live()
     for slot in world.live.active.tolist()[::2]:
