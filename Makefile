@@ -46,8 +46,8 @@ unit: setup
 # only a GPU has.
 test-gpu: setup
 	ROLLOUT_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest \
-	  tests/gpu tests/test_triton_attention.py tests/test_top_p.py tests/test_triton_pointwise.py \
-	  tests/test_triton_compiles.py tests/contract $(ARGS)
+	  tests/gpu tests/test_triton_attention.py tests/test_top_p.py tests/test_gumbel_max.py \
+	  tests/test_triton_pointwise.py tests/test_triton_compiles.py tests/contract $(ARGS)
 
 setup: $(STAMP)
 

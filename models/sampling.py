@@ -3,19 +3,28 @@
 Gumbel-max in two levels: first over blocks of the vocabulary by their log-sum-exp, then over the tokens
 of the winning block. This draws exactly from the softmax, needs a few hundred random numbers a row instead
 of one a vocabulary entry, and rounding noise in the logits flips a draw only about as often as it moves
-probability mass. On a CPU, rows without filters are drawn by a compiled kernel that does the same.
+probability mass. Kernels do the same, a compiled one on a CPU, two of Triton's on a GPU; what is here is what they
+must come to, and serves where there are none.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-from rollout.models.gumbel_max import GumbelMax, gumbel_max
+from rollout.models.errors import clause
+from rollout.models.gumbel_max import gumbel_max
+from rollout.models.out_of_memory import is_out_of_memory
 from rollout.models.philox import gumbel
 from rollout.models.top_p import top_p_threshold
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 256
 #: On a CPU, rows are sampled a few at a time, so that their logits stay in cache between the passes.
@@ -75,12 +84,10 @@ def sample(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> 
         rows: parameters of the B rows.
         positions: [B] int64, how many tokens each completion has already.
     """
-    if logits.device.type != "cpu":
-        return _sample(logits, rows, positions)
-    kernel = gumbel_max()
+    kernel = gumbel_max() if logits.device.type == "cpu" else _triton(logits.device)
     if kernel is not None:
         return _sample_compiled(kernel, logits, rows, positions)
-    if len(logits) <= _CPU_ROWS:
+    if logits.device.type != "cpu" or len(logits) <= _CPU_ROWS:
         return _sample(logits, rows, positions)
     parts = [slice(start, start + _CPU_ROWS) for start in range(0, len(logits), _CPU_ROWS)]
     done = [_sample(logits[part], rows.rows(part), positions[part]) for part in parts]
@@ -91,7 +98,62 @@ def sample(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> 
     )
 
 
-def _sample_compiled(kernel: GumbelMax, logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
+class Kernel(Protocol):
+    """What `rollout.models.gumbel_max.GumbelMax` computes; says what each is."""
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        temperatures: torch.Tensor,
+        keys: torch.Tensor,
+        samples: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+@cache
+def _triton(device: torch.device) -> Kernel | None:
+    """Triton's, if they compile for a device and draw what tensor operations do; else None, with one warning."""
+    # Comes with torch's builds for GPUs, and with no other.
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from rollout.models.triton_gumbel_max import TritonGumbelMax
+
+    kernel = TritonGumbelMax()
+    try:
+        reason = _disagreement(kernel, device)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = clause(error)
+    if reason is None:
+        return kernel
+    name = torch.cuda.get_device_name(device)
+    logger.warning("Triton's sampling is not used on %s, which is slower: %s.", name, reason)
+    return None
+
+
+def _disagreement(kernel: Kernel, device: torch.device) -> str | None:
+    """What of some draws is not as it should be; None if nothing."""
+    count, vocabulary = 24, 5000
+    # No random numbers: the process's generators stay as they are.
+    logits = torch.arange(count * vocabulary, device=device).mul(0.37).sin().mul(4).view(count, vocabulary)
+    number = torch.arange(count, device=device)
+    off, zero = torch.ones(count, device=device), torch.zeros(count, device=device)
+    temperature = (number % 4).float() / 2
+    keys = torch.stack((number * 7919, 2**32 - 1 - number), 1)
+    rows = RowSampling(temperature, number * 0, off, zero, keys, number % 3, 0, False, False, any_greedy=True)
+    tokens, logprobs, totals = kernel.draw(logits, temperature, keys, rows.samples, 5 * number)
+    wanted = _sample(logits, rows, 5 * number)
+    if not torch.equal(tokens, wanted.tokens):
+        return "it draws other tokens"
+    distance = float((logprobs - wanted.logprobs).abs().max())
+    chosen = _scores(logits, rows).gather(1, tokens[:, None])[:, 0]
+    distance = max(distance, float((chosen - totals - logprobs).abs().max()))
+    return None if distance <= 1e-5 else f"its log-probabilities are others (by {distance:.2g})"
+
+
+def _sample_compiled(kernel: Kernel, logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
     """A row without filters comes out with the same bits, whether others have some or not."""
     noise = (rows.keys, rows.samples, positions)
     tokens, logprobs, totals = kernel.draw(logits, rows.temperature, *noise)

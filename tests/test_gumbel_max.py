@@ -1,4 +1,7 @@
-"""The compiled sampler against the one of tensor operations, and against the definition."""
+"""The samplers by kernels against the one of tensor operations, and against the definition.
+
+Triton's runs on a GPU where there is one, else in its interpreter.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,30 @@ import torch
 from rollout.models import gumbel_max as module
 from rollout.models import sampling
 from rollout.models.gumbel_max import GumbelMax, gumbel_max
-from rollout.models.sampling import RowSampling, Sampled, sample
+from rollout.models.sampling import Kernel, RowSampling, Sampled, sample
+from rollout.models.triton_gumbel_max import TritonGumbelMax
+from tests.devices import GPU
+from tests.interpreter import kernels_run_here
 
 
-@pytest.fixture
-def kernel() -> GumbelMax:
+class Placed:
+    """Triton's, with the tensors of a test on their way to where it runs and back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def draw(self, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens, logprobs, totals = TritonGumbelMax().draw(*(x.to(self._device) for x in given))
+        return tokens.cpu(), logprobs.cpu(), totals.cpu()
+
+
+@pytest.fixture(params=["compiled", "triton"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """What `sample` takes."""
+    if request.param == "triton":
+        placed = Placed(kernels_run_here(monkeypatch))
+        monkeypatch.setattr(sampling, "gumbel_max", lambda: placed)
+        return placed
     found = gumbel_max()
     if found is None:
         pytest.skip("there is no compiler on this machine")
@@ -66,7 +88,7 @@ def by_tensors(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [1, 7, 255, 256, 257, 1000, 5000])
-def test_the_same_draws_as_tensor_operations(kernel: GumbelMax, vocabulary: int, dtype: torch.dtype) -> None:
+def test_the_same_draws_as_tensor_operations(kernel: Kernel, vocabulary: int, dtype: torch.dtype) -> None:
     logits, rows, positions = case(64, vocabulary, vocabulary, dtype)
     got, wanted = sample(logits, rows, positions), by_tensors(logits, rows, positions)
     assert torch.equal(got.tokens, wanted.tokens)
@@ -74,7 +96,7 @@ def test_the_same_draws_as_tensor_operations(kernel: GumbelMax, vocabulary: int,
     assert torch.equal(got.sampler_logprobs, got.logprobs)
 
 
-def test_filtered_rows_too(kernel: GumbelMax) -> None:
+def test_filtered_rows_too(kernel: Kernel) -> None:
     logits, rows, positions = case(64, 1500, 3)
     rows = replace(
         rows, top_k=torch.arange(64) % 3 * 4, most_top_k=8, top_p=1 - 0.1 * (torch.arange(64) % 2), any_top_p=True
@@ -85,7 +107,7 @@ def test_filtered_rows_too(kernel: GumbelMax) -> None:
     assert torch.allclose(got.sampler_logprobs, wanted.sampler_logprobs, atol=3e-6)
 
 
-def test_a_row_has_the_same_bits_in_any_company(kernel: GumbelMax) -> None:
+def test_a_row_has_the_same_bits_in_any_company(kernel: Kernel) -> None:
     """With others or alone, with filters beside it or not, in one thread or two."""
     logits, rows, positions = case(40, 3000, 4)
     together = sample(logits, rows, positions)
@@ -105,8 +127,9 @@ def test_a_row_has_the_same_bits_in_any_company(kernel: GumbelMax) -> None:
     assert torch.equal(threaded.logprobs, together.logprobs)
 
 
-def test_draws_follow_the_distribution(kernel: GumbelMax) -> None:
-    vocabulary, draws = 300, 20_000
+def test_draws_follow_the_distribution(kernel: Kernel) -> None:
+    # In the interpreter a draw takes some milliseconds.
+    vocabulary, draws = 300, 20_000 if isinstance(kernel, GumbelMax) or GPU is not None else 300
     generator = torch.Generator().manual_seed(8)
     logits = torch.randn(vocabulary, generator=generator).mul(2)
     rows = replace(
@@ -123,7 +146,7 @@ def test_draws_follow_the_distribution(kernel: GumbelMax) -> None:
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
 
 
-def test_numbers_that_are_not_finite_stay_in_their_row(kernel: GumbelMax) -> None:
+def test_numbers_that_are_not_finite_stay_in_their_row(kernel: Kernel) -> None:
     logits, rows, positions = case(8, 600, 9)
     clean = sample(logits, rows, positions)
     logits[2, 5], logits[4, 300], logits[5] = torch.nan, torch.inf, -torch.inf
@@ -138,7 +161,7 @@ def test_numbers_that_are_not_finite_stay_in_their_row(kernel: GumbelMax) -> Non
     assert torch.equal(spoilt.logprobs[rest], clean.logprobs[rest])
 
 
-def test_inputs_that_do_not_lie_in_a_row(kernel: GumbelMax) -> None:
+def test_inputs_that_do_not_lie_in_a_row(kernel: Kernel) -> None:
     logits, rows, positions = case(6, 500, 10)
     spread = torch.stack([logits, logits + 1], -1)[..., 0]
     assert not spread.is_contiguous()
@@ -171,3 +194,36 @@ def test_a_kernel_that_computes_something_else_is_not_used(
     gumbel_max.cache_clear()
     assert gumbel_max() is None
     assert "computes something else" in caplog.text
+
+
+def test_triton_s_are_used_where_they_draw_what_tensor_operations_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = kernels_run_here(monkeypatch)
+    assert sampling._disagreement(TritonGumbelMax(), device) is None
+    draw = TritonGumbelMax.draw
+    changes = ((1, 0.0, "other tokens"), (0, 1e-3, "its log-probabilities are others"))
+    for more_tokens, more, said in changes:
+
+        def wrong(self: TritonGumbelMax, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            tokens, logprobs, totals = draw(self, *given)
+            return tokens + more_tokens, logprobs + more, totals  # noqa: B023 - called in this turn
+
+        monkeypatch.setattr(TritonGumbelMax, "draw", wrong)
+        assert said in (sampling._disagreement(TritonGumbelMax(), device) or "")
+
+    def fails(self: TritonGumbelMax, *given: torch.Tensor) -> None:
+        raise RuntimeError("Failed to find C compiler.\nmore")
+
+    monkeypatch.setattr(TritonGumbelMax, "draw", fails)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(sampling, "_disagreement", lambda kernel, _: kernel.draw())
+    sampling._triton.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert [sampling._triton(torch.device("cuda", 9)) for _ in range(2)] == [None, None]
+    finally:
+        sampling._triton.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "Triton's sampling is not used on some GPU, which is slower: RuntimeError: Failed to find C compiler."
+    ]

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rollout.models import triton_top_p
+from rollout.models import triton_gumbel_max, triton_top_p
 from rollout.models.triton_attention import _BLOCKS, blocks
 
 _SHARED_BYTES = 227 << 10
@@ -24,10 +24,10 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rollout.models import triton_kernels, triton_pointwise, triton_top_p
+from rollout.models import triton_gumbel_max, triton_kernels, triton_pointwise, triton_top_p
 
 def compiled(name, types, constants, unaligned, warps):
-    modules = triton_kernels, triton_pointwise, triton_top_p
+    modules = triton_gumbel_max, triton_kernels, triton_pointwise, triton_top_p
     kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
     aligned = [a for a, t in types.items() if t != "fp32" and a not in unaligned]
     source = ASTSource(
@@ -131,6 +131,14 @@ def test_everything_that_models_ask_for(tmp_path: Path) -> None:
     cases.append(("reduce", parts, sizes, (), 4))
     rows = {"scores": "*fp32", "top_p": "*fp32", "out": "*fp32", "row_scores": "i32", "vocabulary": "i32"}
     cases.append(("search", rows, {"BLOCK": triton_top_p.BLOCK}, (), triton_top_p._WARPS))
+    for dtype in ("bf16", "fp16", "fp32"):
+        rows = {"logits": f"*{dtype}", "temperatures": "*fp32", "sums": "*fp32", "maxima": "*fp32"}
+        sizes = dict.fromkeys(("logits_row", "vocabulary", "blocks"), "i32")
+        block = {"BLOCK": triton_gumbel_max.BLOCK}
+        cases.append(("sum_blocks", rows | sizes, block | {"BLOCKS": triton_gumbel_max.BLOCKS}, ("blocks",), 4))
+        rows |= dict.fromkeys(("keys", "samples", "positions", "tokens"), "*i64")
+        rows |= {"logprobs": "*fp32", "totals": "*fp64"}
+        cases.append(("draw", rows | sizes, block | {"ALL_BLOCKS": 1024}, ("blocks",), 4))
     for dtype in ("bf16", "fp32"):
         rows = dict.fromkeys(("x", "factors", "out"), f"*{dtype}") | {"x_row": "i32", "width": "i32"}
         rows |= {"eps": "fp32", "plus": "fp32"}
@@ -141,3 +149,43 @@ def test_everything_that_models_ask_for(tmp_path: Path) -> None:
         cases.append(("rotate", heads, sizes, (), 4))
     for case, made in zip(cases, compiled(tmp_path, cases), strict=True):
         assert made["shared"] <= _SHARED_BYTES, (case[:3], made)
+
+
+def test_numbers_that_are_1(tmp_path: Path) -> None:
+    """Triton makes a constant of an argument that is 1, which is another kernel, and of other types inside."""
+    narrow = attend("fp32", (1, 1), 2, True, SPAN="window", KV_HEADS=1)
+    key = {"key": "*fp32", "value": "*fp32", "out": "*fp32", "slots": "*i32", "slabs": "*i64"}
+    key |= dict.fromkeys(("keys_at", "values_at", "slab_tokens", "key_token", "key_head"), "i32")
+    key |= {"value_token": "i32", "value_head": "i32"}
+    sizes = {
+        "KV_HEADS": 1,
+        "HEADS": 2,
+        "KEY_DIM": 1,
+        "VALUE_DIM": 1,
+        "BLOCK_HEADS": 1,
+        "BLOCK_KEY": 1,
+        "BLOCK_VALUE": 1,
+    }
+    scores = {"scores": "*fp32", "top_p": "*fp32", "out": "*fp32", "row_scores": "i32", "vocabulary": "i32"}
+    rows = dict.fromkeys(("x", "factors", "out"), "*fp32") | {"x_row": "i32", "width": "i32", "eps": "fp32"}
+    logits = dict.fromkeys(("logits", "temperatures", "sums", "maxima"), "*fp32")
+    logits |= dict.fromkeys(("logits_row", "vocabulary", "blocks"), "i32")
+    draws = dict.fromkeys(("keys", "samples", "positions", "tokens"), "*i64") | {"logprobs": "*fp32", "totals": "*fp64"}
+    block = {"BLOCK": triton_gumbel_max.BLOCK}
+    vocabularies = (("blocks",), ("logits_row", "vocabulary", "blocks"))
+    cases = [
+        with_ones(narrow, "query_head", "span_size"),
+        with_ones(("write", key, sizes, (), 4), "key_token", "key_head", "value_token", "value_head"),
+        with_ones(("search", scores, {"BLOCK": 1}, (), 4), "row_scores", "vocabulary"),
+        with_ones(("norm", rows | {"plus": "fp32"}, {"LATE": False, "BLOCK": 1}, (), 4), "x_row", "width"),
+        *(with_ones(("sum_blocks", logits, block | {"BLOCKS": 8}, (), 4), *ones) for ones in vocabularies),
+        *(with_ones(("draw", logits | draws, block | {"ALL_BLOCKS": 1}, (), 4), *ones) for ones in vocabularies),
+    ]
+    for made in compiled(tmp_path, cases):
+        assert made["shared"] <= _SHARED_BYTES
+
+
+def with_ones(case: tuple[Any, ...], *names: str) -> tuple[Any, ...]:
+    name, types, constants, unaligned, warps = case
+    others = {argument: kind for argument, kind in types.items() if argument not in names}
+    return name, others, constants | dict.fromkeys(names, 1), tuple(a for a in unaligned if a not in names), warps

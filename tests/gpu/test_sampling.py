@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from rollout.models.sampling import RowSampling, sample
+from rollout.models.sampling import RowSampling, _triton, sample
 from rollout.models.top_p import _kernel_serves
 from tests.devices import DEVICE
 from tests.test_sampling import One, rows_of
@@ -28,6 +28,7 @@ def on_device(rows: RowSampling) -> RowSampling:
 )
 def test_sampling_waits_for_nothing(rows: list[One]) -> None:
     assert _kernel_serves(DEVICE)
+    assert _triton(DEVICE) is not None
     logits = torch.randn(len(rows), 50_000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     parameters, positions = on_device(rows_of(rows)), torch.arange(len(rows), device=DEVICE)
     first = sample(logits, parameters, positions)  # compiles, which may wait
