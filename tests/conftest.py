@@ -14,3 +14,6 @@ torch.set_num_threads(1)
 # Read when Triton is first imported, which torch and transformers leave to those who need it.
 if GPU is None:
     os.environ["TRITON_INTERPRET"] = "1"
+else:
+    # Convolutions of recurrent families are in TF32 otherwise, which has ten bits; products are not.
+    torch.backends.cudnn.allow_tf32 = False

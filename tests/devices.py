@@ -6,5 +6,7 @@ import os
 
 import torch
 
-DEVICE = torch.device(os.environ.get("ROLLOUT_TEST_DEVICE", "cpu"))
+_NAMED = torch.device(os.environ.get("ROLLOUT_TEST_DEVICE", "cpu"))
+# With its number: torch does not take "cuda" for the same device as the "cuda:0" that a tensor there says it is on.
+DEVICE = torch.device("cuda", _NAMED.index or 0) if _NAMED.type == "cuda" else _NAMED
 GPU = DEVICE if DEVICE.type == "cuda" else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -70,6 +72,7 @@ def test_headroom_follows_a_neighbour(neighbour: Neighbour) -> None:
     assert engine._headroom.free_bytes() <= before - before // 2
     neighbour.ask(0)
     neighbour.wait_for("done")
+    time.sleep(0.1)  # for so long, and no longer, the driver's last answer is believed
     assert engine._headroom.free_bytes() == pytest.approx(before, rel=0.02)
 
 
@@ -88,7 +91,7 @@ def test_a_pool_that_fills_the_device_makes_way(neighbour: Neighbour) -> None:
     def on_step(report: StepReport) -> None:
         held.append(report.kv_bytes)
         if report.step == 200:
-            neighbour.ask(room // 2)
+            neighbour.ask(3 * room // 4)  # more than rows leave of it by then
         if report.step == 300:
             neighbour.wait_for("done")
             neighbour.ask(0)
@@ -109,11 +112,13 @@ def test_all_memory_is_given_back() -> None:
     model = tiny("llama")
     engine = Engine(model, None)
     engine.generate(random_prompts(2, 4), SamplingParams(max_new_tokens=4))  # libraries keep what they take first
+    gc.collect()  # parts of an engine hold each other
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(DEVICE), torch.cuda.memory_reserved(DEVICE)
     batch = engine.generate(random_prompts(3, 64), SamplingParams(n=4, max_new_tokens=64))
     assert batch.stats.peak_kv_bytes > 0
     assert batch.stats.kv_bytes_held == 0
+    gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated(DEVICE) == before[0]
     assert torch.cuda.memory_reserved(DEVICE) <= before[1] + (64 << 20)
