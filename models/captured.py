@@ -372,11 +372,14 @@ class CudaGraphs:
         current, aside = torch.cuda.current_stream(self._device), _stream(self._device)
         aside.wait_stream(current)
         # Libraries take memory of their own for each stream, once: now, and not from the graphs' shared one.
-        with torch.cuda.stream(aside):
-            step()  # kernels are compiled and loaded, which may wait
-            with _seeing_waits() as waits:
-                result = step()
-        current.wait_stream(aside)
+        try:
+            with torch.cuda.stream(aside):
+                step()  # kernels are compiled and loaded, which may wait
+                with _seeing_waits() as waits:
+                    result = step()
+        finally:
+            # Also what a step that failed has launched reads buffers that will be let go of.
+            current.wait_stream(aside)
         if waits:
             raise RuntimeError(f"its forward waits for the device ({waits[0]})")
         return result

@@ -484,6 +484,28 @@ def test_a_capture_that_fails_and_can_be_ended_leaves_no_graph(driver: Driver) -
     assert not captured._broken_off
 
 
+def test_what_a_step_that_failed_has_launched_is_waited_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffers are let go of then, and their memory is taken for others in the order of the current stream."""
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            driver.calls.append(f"{self.name} waits for {other.name}")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("current"))
+    monkeypatch.setattr(captured, "_stream", lambda _: Stream("aside"))
+
+    def step() -> torch.Tensor:
+        driver.calls.append("step")
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        CudaGraphs(torch.device("cuda", 0)).try_out(step)
+    assert driver.calls == ["aside waits for current", "step", "current waits for aside"]
+
+
 def test_memory_is_shared_until_it_is_released(driver: Driver) -> None:
     graphs = CudaGraphs(torch.device("cuda", 0))
     for _ in range(2):
