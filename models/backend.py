@@ -13,16 +13,16 @@ from rollout.models import libraries
 from rollout.models.attention import Scores
 from rollout.models.choice import AUTO
 from rollout.models.compiled import CompiledAttention, Kernel, kernel
-from rollout.models.errors import UnsupportedAttention, clause
+from rollout.models.errors import UnsupportedAttention
 from rollout.models.gather import GatherStep
 from rollout.models.layout import KVLayout
 from rollout.models.libraries import LIBRARIES, installed
-from rollout.models.out_of_memory import is_out_of_memory
 from rollout.models.packed import Packed
 from rollout.models.paged import PagedStep
 from rollout.models.pages import PagePool
 from rollout.models.segments import Library, Segments
 from rollout.models.spread import SpreadSteps
+from rollout.models.trial import failure_of
 
 logger = logging.getLogger(__name__)
 
@@ -186,12 +186,10 @@ def _triton_failure(dims: frozenset[tuple[int, int]], dtype: torch.dtype, device
     Raises:
         torch.OutOfMemoryError: there is no room to try.
     """
-    try:
+
+    def tried() -> None:
         from rollout.models.triton_attention import check
 
         check(dims, dtype, device)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return clause(error)
-    return None
+
+    return failure_of(tried)

@@ -13,18 +13,22 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
-from typing import Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-from rollout.models.errors import clause
-from rollout.models.gumbel_max import gumbel_max
-from rollout.models.out_of_memory import is_out_of_memory
+from rollout.models.gumbel_max import GumbelMax, gumbel_max
 from rollout.models.philox import gumbel
 from rollout.models.top_p import top_p_threshold
+from rollout.models.trial import failure_of
+
+if TYPE_CHECKING:
+    from rollout.models.triton_gumbel_max import TritonGumbelMax
 
 logger = logging.getLogger(__name__)
+
+Kernel: TypeAlias = "GumbelMax | TritonGumbelMax"
 
 _BLOCK = 256
 #: On a CPU, rows are sampled a few at a time, so that their logits stay in cache between the passes.
@@ -98,21 +102,8 @@ def sample(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> 
     )
 
 
-class Kernel(Protocol):
-    """What `rollout.models.gumbel_max.GumbelMax` computes; says what each is."""
-
-    def draw(
-        self,
-        logits: torch.Tensor,
-        temperatures: torch.Tensor,
-        keys: torch.Tensor,
-        samples: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-
 @cache
-def _triton(device: torch.device) -> Kernel | None:
+def _triton(device: torch.device) -> TritonGumbelMax | None:
     """Triton's, if they compile for a device and draw what tensor operations do; else None, with one warning."""
     # Comes with torch's builds for GPUs, and with no other.
     if device.type != "cuda" or find_spec("triton") is None:
@@ -120,12 +111,7 @@ def _triton(device: torch.device) -> Kernel | None:
     from rollout.models.triton_gumbel_max import TritonGumbelMax
 
     kernel = TritonGumbelMax()
-    try:
-        reason = _disagreement(kernel, device)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        reason = clause(error)
+    reason = failure_of(lambda: _disagreement(kernel, device))
     if reason is None:
         return kernel
     name = torch.cuda.get_device_name(device)

@@ -7,8 +7,7 @@ from functools import cache
 
 import torch
 
-from rollout.models.errors import clause
-from rollout.models.out_of_memory import is_out_of_memory
+from rollout.models.trial import failure_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +61,15 @@ def _kernel_serves(device: torch.device) -> bool:
     # No random numbers: the process's generators stay as they are.
     scores = torch.arange(3 * 9000, device=device).mul(0.37).sin().mul(4).view(3, -1)
     top_p = torch.tensor([0.3, 0.99, 1.0], device=device)
-    try:
+
+    def tried() -> str | None:
         from rollout.models.triton_top_p import threshold
 
         right = bool(is_threshold(scores, top_p, threshold(scores, top_p)).all())
-        reason = "" if right else "it finds something else"
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        reason = clause(error)
-    if reason:
+        return None if right else "it finds something else"
+
+    reason = failure_of(tried)
+    if reason is not None:
         name = torch.cuda.get_device_name(device)
         logger.warning("Triton's top-p is not used on %s, steps with top-p wait for the device: %s.", name, reason)
-    return not reason
+    return reason is None

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from rollout.models.errors import clause
 from rollout.models.launch import launching_on
-from rollout.models.out_of_memory import is_out_of_memory
 from rollout.models.pointwise import NormFactors
+from rollout.models.trial import failure_of
 
 logger = logging.getLogger(__name__)
 
@@ -145,12 +144,7 @@ class TritonPointwise:
 @cache
 def triton_pointwise(device: torch.device) -> TritonPointwise | None:
     """The kernels, if they compile for a device and agree with torch there; else None, with one warning."""
-    try:
-        reason = _disagreement(device)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        reason = clause(error)
+    reason = failure_of(lambda: _disagreement(device))
     if reason is None:
         return TritonPointwise()
     name = torch.cuda.get_device_name(device)
