@@ -143,9 +143,9 @@ class Running:
         if not rows and not parts:
             return None
         pages = [prefill.pages[: self._pages_for(prefill.computed + length)] for prefill, length in parts]
-        width = max([int(live.page_counts[slots].max(initial=0)), *map(len, pages)])
-        tables = np.zeros((rows + len(parts), width), np.int64)
-        tables[:rows] = live.tables[slots, :width]
+        decoding = int(live.page_counts[slots].max(initial=0))
+        tables = np.zeros((rows + len(parts), max([decoding, *map(len, pages)])), np.int64)
+        tables[:rows, :decoding] = live.tables[slots, :decoding]
         for table, held in zip(tables[rows:], pages, strict=True):
             table[: len(held)] = held
         tokens, lengths = live.last_tokens(slots), live.lengths(slots)

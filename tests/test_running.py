@@ -734,3 +734,22 @@ def test_any_sequence_keeps_every_row_and_page(seed: int, layout: KVLayout) -> N
     assert world.tally.preempted_rows > 3
     world.running.close()
     assert world.memory.bytes_held == 0
+
+
+def test_prefill_wider_than_the_live_page_tables() -> None:
+    """The tables of the live rows start narrow; a prompt with more pages must still fit beside them."""
+    short, long = [1, 2, 3], list(range(100))
+    world = World([Request("0", short, SamplingParams(max_new_tokens=9)), Request("1", long, SamplingParams())])
+    world.admit(rows=1)
+    world.prefill()
+    world.admit()
+    running, live = world.running, world.live
+    slots, parts = running.make_room(None), running.prefill_parts(ALL)
+    pages_of_long = len(long) // PAGE_SIZE
+    assert live.tables.shape[1] < pages_of_long
+    packed = running.packed(slots, parts)
+    assert packed is not None
+    assert packed.tables.shape == (2, pages_of_long)
+    held = live.pages(int(slots[0]))
+    assert packed.tables[0, : len(held)].tolist() == held.tolist()
+    assert packed.tables[1].tolist() == parts[0][0].pages.tolist()
