@@ -20,7 +20,7 @@ unexport $(filter-out $(REACH:%=PIP_%),$(filter PIP_%,$(.VARIABLES)))
 # A checkout that was moved or copied must not run the code of its old place, so the place is part of the name.
 STAMP := .venv/installed-$(firstword $(shell printf '%s' '$(CURDIR)' | cksum))
 
-.PHONY: run test test-gpu setup lint typecheck unit clean
+.PHONY: run test test-gpu fuzz setup lint typecheck unit clean
 
 run: setup
 	$(BIN)/python -m rollout +experiment=ppo_sampling $(ARGS)
@@ -48,6 +48,10 @@ test-gpu: setup
 	ROLLOUT_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest \
 	  tests/gpu tests/test_triton_attention.py tests/test_top_p.py tests/test_gumbel_max.py \
 	  tests/test_triton_pointwise.py tests/test_triton_compiles.py tests/contract $(ARGS)
+
+# Half an hour of random calls at users' sizes against transformers' `generate`; `make fuzz ARGS="--minutes 5"`.
+fuzz: setup
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
 setup: $(STAMP)
 

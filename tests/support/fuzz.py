@@ -1,0 +1,284 @@
+"""Random calls of the whole engine at users' sizes, and what every record of them must be.
+
+`cases` draws a call: prompts from one token to the context with weight on the edges of pages, slabs and page tables,
+outputs to a thousand tokens, samples, stops, caps, policies, arrival. `check` runs it and compares each record with
+transformers' ``generate`` (greedy rows) or with the same rows under another cap (sampled ones).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from rollout import Engine, Record, SamplingParams
+from rollout.batcher.types import Decision, Observation
+from rollout.loop import Loop
+from rollout.models.serve import serve
+from rollout.requests import Request
+from tests.families import VOCABULARY, tiny
+
+CONTEXT = 4096
+EOS = 2
+
+INTERFACE = ("llama", "gemma2", "mistral", "gpt_oss", "deepseek_v3")
+GATHERING = ("bloom", "gptj", "gpt_neo")
+STATE = ("lfm2", "falcon_h1", "qwen3_next")
+#: What rounding may do to log-probabilities; recurrent states carry it on.
+TOLERANCE = dict.fromkeys((*INTERFACE, *GATHERING), 1e-5) | {"lfm2": 1e-4, "falcon_h1": 1e-4, "qwen3_next": 1e-4}
+
+_EDGES = sorted(
+    {1, 2, 3, 15, 16, 17, CONTEXT - 17, CONTEXT - 1, CONTEXT}
+    | {power + off for power in (32, 64, 128, 256, 512, 1024, 2048) for off in (-1, 0, 1)}
+)
+_POLICIES = ("static", "memory", "sla", "paper", "predictive", "random")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a call."""
+
+    length: int
+    common: int
+    """Tokens at its beginning that are those of the prompt before it, as far as that has them."""
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the engine."""
+
+    family: str
+    prompts: tuple[Prompt, ...]
+    policy: str
+    max_rows: int
+    spare_pages: int | None
+    """Pages beyond what the longest row needs; None is no cap on memory."""
+    late: bool
+    """Whether tokens are read a step late, as on a GPU."""
+    streamed: bool
+    """Whether prompts come one by one while others decode."""
+    reference_cap: int
+    seed: int
+
+    def prompt_ids(self) -> list[list[int]]:
+        rng = random.Random(self.seed)
+        ids: list[list[int]] = []
+        for prompt in self.prompts:
+            before = ids[-1][: prompt.common] if ids else []
+            fresh = [rng.randrange(3, VOCABULARY) for _ in range(prompt.length)]
+            ids.append([*before, *fresh][: prompt.length])
+        return ids
+
+
+def _log_uniform(low: int, high: int) -> st.SearchStrategy[int]:
+    return st.floats(math.log2(low), math.log2(high + 1), exclude_max=True).map(
+        lambda power: min(high, max(low, int(2**power)))
+    )
+
+
+_LENGTHS = st.one_of(_log_uniform(1, CONTEXT), st.sampled_from(_EDGES))
+
+
+@st.composite
+def _params(draw: st.DrawFn, most_tokens: int) -> SamplingParams:
+    new = min(draw(_log_uniform(1, 1000)), most_tokens)
+    words = st.integers(3, VOCABULARY - 1).map("w{}".format)
+    return SamplingParams(
+        n=min(draw(_log_uniform(1, 17)), max(1, most_tokens // new)),
+        temperature=draw(st.sampled_from([0.0, 1.0, 1.0, 0.7])),
+        top_k=draw(st.sampled_from([0, 0, 5])),
+        top_p=draw(st.sampled_from([1.0, 1.0, 0.8])),
+        max_new_tokens=new,
+        ignore_eos=draw(st.booleans()),
+        stop=tuple(draw(st.lists(st.one_of(words, st.tuples(words, words).map(" ".join)), max_size=2))),
+        stop_token_ids=tuple(draw(st.lists(st.integers(3, VOCABULARY - 1), max_size=3))),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, prompt_tokens: int, output_tokens: int) -> Case:
+    """A call of at most about so many tokens in prompts and outputs."""
+    tier = draw(st.sampled_from([INTERFACE, INTERFACE, GATHERING, STATE]))
+    prompts: list[Prompt] = []
+    for _ in range(draw(st.integers(1, 12))):
+        length = draw(_LENGTHS)
+        if length > prompt_tokens or output_tokens <= 0:
+            break
+        # Equal to the prompt before, a beginning in common with it, or nothing.
+        common = draw(st.sampled_from([0, 0, CONTEXT, *_EDGES]))
+        if common == CONTEXT and prompts:
+            length = prompts[-1].length
+        params = draw(_params(output_tokens))
+        prompts.append(Prompt(length, common, params))
+        prompt_tokens -= length
+        output_tokens -= params.n * params.max_new_tokens
+    recurrent = tier is STATE  # a row that is computed again sums up its states in another order
+    return Case(
+        family=draw(st.sampled_from(tier)),
+        prompts=tuple(prompts),
+        policy=draw(st.sampled_from(("static", "predictive") if recurrent else _POLICIES)),
+        max_rows=draw(st.sampled_from([1, 2, 3, 8, 64])),
+        spare_pages=None if recurrent else draw(st.one_of(st.none(), st.integers(0, 40))),
+        late=draw(st.booleans()),
+        streamed=draw(st.booleans()),
+        reference_cap=draw(st.sampled_from([1, 64])),
+        seed=draw(st.integers(0, 1 << 16)),
+    )
+
+
+class _RandomPolicy:
+    """Any number of rows, prefill tokens and paused rows, from a seed: no policy may change a record."""
+
+    def __init__(self, seed: int, max_rows: int) -> None:
+        self._rng = random.Random(seed)
+        self._max_rows = max_rows
+
+    def decide(self, observation: Observation) -> Decision:
+        rng = self._rng
+        rows = rng.choice([observation.live_rows, self._max_rows, rng.randint(1, self._max_rows)])
+        return Decision(
+            rows=min(max(1, rows), self._max_rows),
+            prefill_tokens=rng.choice([1, 15, 17, 256, 257, 5000]),
+            reason="test",
+            decode_rows=rng.choice([None, None, rng.randint(1, self._max_rows)]),
+        )
+
+
+#: Two layers, one of each kind, where the family's own configuration has four.
+_TWO_LAYERS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "deepseek_v3": {"first_k_dense_replace": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+}
+
+
+@functools.cache
+def model_of(family: str) -> PreTrainedModel:
+    """The tiny model of a family, with two layers and a context of `CONTEXT` tokens."""
+    changes = {"num_hidden_layers": 2} | _TWO_LAYERS.get(family, {})
+    return tiny(family, max_position_embeddings=CONTEXT, eos_token_id=EOS, **changes)
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each token id, spaces between them."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{EOS}", pad_token="w0")
+
+
+def check(case: Case) -> None:
+    """Run a case and compare every record with what it must be.
+
+    Raises:
+        AssertionError: a record is missing, doubled, or not what it must be.
+    """
+    model, prompts = model_of(case.family), case.prompt_ids()
+    params = [prompt.params for prompt in case.prompts]
+    records = _run(case, model, prompts)
+    assert [(r.row_id, r.sample) for r in records] == [
+        (str(i), sample) for i, one in enumerate(params) for sample in range(one.n)
+    ]
+    free = [replace(one, stop=(), stop_token_ids=(), ignore_eos=True) for one in params]
+    sampled = Engine(model, None, policy="static", max_rows=case.reference_cap).generate(prompts, free, seed=case.seed)
+    judged: set[str] = set()
+    for record, reference in zip(records, sampled, strict=True):
+        i = int(record.row_id)
+        room = CONTEXT - len(prompts[i])
+        if room <= 0:
+            assert record.error_class == reference.error_class == "prompt_too_long"
+            continue
+        assert record.prompt_ids == prompts[i]
+        count, reason, text = _ending(reference.completion_ids, params[i])
+        assert reference.finish_reason == "length"
+        assert len(reference.completion_ids) == min(params[i].max_new_tokens, room)
+        assert (record.finish_reason, record.error) == (reason, "")
+        assert record.completion_ids == reference.completion_ids[:count]
+        assert record.text == text
+        for found, wanted in (
+            (record.logprobs, reference.logprobs),
+            (record.sampler_logprobs, reference.sampler_logprobs),
+        ):
+            assert len(found) == count
+            worst = max((abs(a - b) for a, b in zip(found, wanted, strict=False)), default=0.0)
+            assert worst < TOLERANCE[case.family], f"log-probabilities of row {i} differ by {worst}"
+        if record.row_id not in judged:
+            judged.add(record.row_id)
+            _judge_by_the_model(case.family, model, reference, params[i].temperature)
+
+
+def _run(case: Case, model: PreTrainedModel, prompts: list[list[int]]) -> list[Record]:
+    """The records of the case, in the order of its prompts and samples."""
+    page = serve(model).probe().bytes_per_page
+    longest = max((min(CONTEXT, prompt.length + prompt.params.max_new_tokens) for prompt in case.prompts), default=1)
+    # The pool is whole slabs, of a sixteenth of the cap each.
+    pages = None if case.spare_pages is None else -(-longest // 16) * 17 // 16 + 3 + case.spare_pages
+    engine = Engine(
+        model,
+        tokenizer(),
+        policy=_RandomPolicy(case.seed, case.max_rows) if case.policy == "random" else case.policy,
+        max_rows=case.max_rows,
+        max_kv_bytes=pages and pages * page,
+    )
+    params = [prompt.params for prompt in case.prompts]
+    with patch("rollout.engine.Loop", functools.partial(Loop, late=case.late)):
+        if not case.streamed:
+            return list(engine.generate(prompts, params, seed=case.seed))
+
+        def arriving() -> Iterator[Request]:
+            for i, (ids, one) in enumerate(zip(prompts, params, strict=True)):
+                yield Request(str(i), ids, one, case.seed)
+
+        return sorted(engine.run(arriving()), key=lambda record: (int(record.row_id), record.sample))
+
+
+def _ending(ids: Sequence[int], params: SamplingParams) -> tuple[int, str, str]:
+    """How many of these tokens a completion has, why it ends, and its text; token by token, the plain way."""
+    decode = functools.partial(tokenizer().decode, skip_special_tokens=True)
+    for count, token in enumerate(ids, 1):
+        if (token == EOS and not params.ignore_eos) or token in params.stop_token_ids:
+            return count, "stop", str(decode(list(ids[:count])))
+        text = str(decode(list(ids[:count]))) if params.stop else ""
+        places = [at for at in map(text.find, params.stop) if at >= 0]
+        if places:
+            return count, "stop", text[: min(places)]
+    return len(ids), "length", str(decode(list(ids)))
+
+
+def _judge_by_the_model(family: str, model: PreTrainedModel, record: Record, temperature: float) -> None:
+    """Compare a record with the model itself: log-probabilities with a forward, greedy tokens with ``generate``."""
+    ids = torch.tensor([record.prompt_ids + record.completion_ids])
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(record.prompt_ids) - 1 : -1].float()
+    own = (logits / (temperature or 1.0)).log_softmax(-1)
+    chosen = own.gather(1, torch.tensor(record.completion_ids)[:, None])[:, 0]
+    worst = float((chosen - torch.tensor(record.logprobs)).abs().max())
+    assert worst < 5 * TOLERANCE[family], f"log-probabilities are {worst} from the model's own"
+    if temperature:
+        return
+    prompt = torch.tensor([record.prompt_ids])
+    with patch.object(model.generation_config, "eos_token_id", None):
+        out = model.generate(  # type: ignore[operator]
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=len(record.completion_ids),
+            pad_token_id=0,
+        )
+    wanted = out[0, prompt.shape[1] :].tolist()
+    if wanted != record.completion_ids:
+        at = next(i for i, pair in enumerate(zip(wanted, record.completion_ids, strict=True)) if len(set(pair)) > 1)
+        first, second = logits[at].topk(2).values.tolist()
+        # Two tokens that are equally likely but for rounding may go either way.
+        assert first - second < 1e-4, f"token {at} is not that of generate, by {first - second} in logits"
