@@ -189,11 +189,11 @@ def test_a_first_start_and_later_ones() -> None:
 
 class TestTable:
     RUNS = (
-        Run("w1", "ours", "ours@float32", tokens=100, seconds=1.0, peak_rss_bytes=GIB),
+        Run("w1", "ours", "ours@float32", tokens=100, seconds=1.0, peak_rss_bytes=GIB, prompt_tokens=700),
         Run("w1", "static:32", "static:32@float32", tokens=100, seconds=5.0, peak_rss_bytes=2 * GIB, noisy=True),
-        Run("w1", "ours", "ours@float32", tokens=100, seconds=2.0, peak_rss_bytes=3 * GIB),
+        Run("w1", "ours", "ours@float32", tokens=100, seconds=2.0, peak_rss_bytes=3 * GIB, prompt_tokens=700),
         Run("w1", "static:32", "static:32@float32", tokens=100, seconds=4.0, peak_rss_bytes=GIB),
-        Run("w1", "ours", "ours@float32", tokens=100, seconds=0.5, peak_rss_bytes=GIB),
+        Run("w1", "ours", "ours@float32", tokens=100, seconds=0.5, peak_rss_bytes=GIB, prompt_tokens=700),
         Run("w1", "static:32", "static:32@float32", tokens=100, seconds=10.0, peak_rss_bytes=GIB),
     )
 
@@ -229,9 +229,9 @@ class TestTable:
         runs = [*self.RUNS, Run("w1", "ours", "ours@float32", error="x"), Run("w1", "vllm", "vllm:8", error="x")]
         results = [table.cells(row) for row in summarise(runs, "ours")]
         lines = [line.split() for line in render([table.RESULTS, *results]).splitlines()]
-        assert lines[1] == ["w1", "ours@float32", "100.0", "50.0", "200.0", "1.00", "3072", "MiB", "3/4", "0"]
-        assert lines[2] == ["w1", "static:32@float32", "20.0", "10.0", "25.0", "5.00", "2048", "MiB", "3", "1"]
-        assert lines[3] == ["w1", "vllm:8", "-", "-", "-", "-", "-", "0/1", "0"]
+        assert lines[1] == ["w1", "ours@float32", "100.0", "50.0", "200.0", "1.00", "700", "3072", "MiB", "3/4", "0"]
+        assert lines[2] == ["w1", "static:32@float32", "20.0", "10.0", "25.0", "5.00", "0", "2048", "MiB", "3", "1"]
+        assert lines[3] == ["w1", "vllm:8", "-", "-", "-", "-", "-", "-", "0/1", "0"]
 
     def test_it_reads_as_markdown(self) -> None:
         text = table.markdown([table.SETUPS, table.setup_cells(Setup("vllm", 90, None))])
@@ -259,6 +259,7 @@ class Machine:
             return 1, "Traceback\nRuntimeError: no"
         tokens = sum(request.n for request in workload.read(Path(file)))
         found = {"tokens": tokens, "seconds": tokens / RATES[name], "ready_at": 0.0, "peak_rss_bytes": GIB}
+        found["prompt_tokens"] = sum(len(request.ids) for request in workload.read(Path(file)))
         Path(out).write_text(json.dumps(found | {"python": "3", "versions": {"torch": "2"}}))
         return 0, ""
 
@@ -448,7 +449,7 @@ class TestHarness:
         done = self.run(tmp_path, "sum(request.n for request in task.requests)", "--cap", "3")
         assert done.returncode == 0, done.stderr
         found = json.loads((tmp_path / "out").read_text())
-        assert found["tokens"] == 12
+        assert (found["tokens"], found["prompt_tokens"]) == (12, 3)
         assert found["peak_rss_bytes"] > 2**20
         assert {"seconds", "ready_at", "threads", "versions", "python"} < set(found)
 

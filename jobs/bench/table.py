@@ -21,6 +21,8 @@ class Run:
     setup_seconds: float = 0.0
     """From the start of its process until it could generate."""
     peak_rss_bytes: int = 0
+    prompt_tokens: int = 0
+    """Of all requests, whether they were computed once or more often, or shared."""
     noisy: bool = False
     """Whether other work on the machine disturbed it."""
     error: str = ""
@@ -32,6 +34,11 @@ class Run:
     def rate(self) -> float:
         """Useful output tokens a second."""
         return self.tokens / self.seconds
+
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens a second, over the same time."""
+        return self.prompt_tokens / self.seconds
 
     @property
     def finished(self) -> bool:
@@ -63,6 +70,8 @@ class Row:
     ratio: float | None
     """Of our median rate on this workload to this one; None where one of them is missing."""
     peak_rss_bytes: int | None
+    prompt_rate: float | None
+    """The median, like ``rate``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +108,7 @@ def summarise(runs: Sequence[Run], ours: str | None) -> list[Row]:
                 fastest=max(rates[key], default=None),
                 ratio=base / rate if rate and base else None,
                 peak_rss_bytes=max((run.peak_rss_bytes for run in own if run.finished), default=None),
+                prompt_rate=median(run.prompt_rate for run in own if run.finished) if rate is not None else None,
             )
         )
     return rows
@@ -120,7 +130,18 @@ def setups(runs: Sequence[Run]) -> list[Setup]:
     return found
 
 
-RESULTS = ("workload", "engine", "tok/s", "slowest", "fastest", "ours / it", "peak RSS", "runs", "noisy")
+RESULTS = (
+    "workload",
+    "engine",
+    "tok/s",
+    "slowest",
+    "fastest",
+    "ours / it",
+    "prompt tok/s",
+    "peak RSS",
+    "runs",
+    "noisy",
+)
 SETUPS = ("engine", "first set-up", "later set-ups")
 
 
@@ -129,7 +150,8 @@ def cells(row: Row) -> tuple[str, ...]:
     runs = f"{row.runs - row.failed}/{row.runs}" if row.failed else str(row.runs)
     rss = "-" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / 2**20:.0f} MiB"
     rates = (_number(value, ".1f") for value in (row.rate, row.slowest, row.fastest))
-    return (row.workload, row.setting, *rates, _number(row.ratio, ".2f"), rss, runs, str(row.noisy))
+    ratio, prompt = _number(row.ratio, ".2f"), _number(row.prompt_rate, ".0f")
+    return (row.workload, row.setting, *rates, ratio, prompt, rss, runs, str(row.noisy))
 
 
 def setup_cells(setup: Setup) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ class Bench:
             run, kept = replace(run, error=lines[-1]), {"stderr": lines[-40:]}
         else:
             kept = json.loads(out.read_text(encoding="utf-8"))
-            figures = {key: kept.pop(key) for key in ("tokens", "seconds", "peak_rss_bytes")}
+            figures = {key: kept.pop(key) for key in ("tokens", "prompt_tokens", "seconds", "peak_rss_bytes")}
             run = replace(run, setup_seconds=kept.pop("ready_at") - started, **figures)
         print(f"  {name}  {run}", flush=True)
         self.runs.append(run)

@@ -72,6 +72,7 @@ def main(prepare: Callable[[Task], Generate]) -> None:
         sys.exit(f"{tokens} useful tokens came out, but the workload asks for {wanted}: not the same work")
     result = {
         "tokens": tokens,
+        "prompt_tokens": sum(len(request.ids) for request in task.requests),
         "seconds": seconds,
         "ready_at": ready,
         "peak_rss_bytes": _peak_rss_bytes(),
