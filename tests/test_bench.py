@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from workload import Request, Shape
 
 from rollout.batcher.types import StepSample
+from rollout.models import load
 from rollout.models.paged import PagedStep
 from tests.families import tiny
 from tests.jobs import report_of
@@ -68,7 +69,7 @@ class TestWorkload:
         assert max(lengths) == 100
 
     def test_the_seed_is_all_that_lengths_depend_on(self) -> None:
-        shape = workload.NAMED["w1"]
+        shape = Shape()
         assert workload.build(PROMPTS, shape) == workload.build(PROMPTS, shape)
         other = workload.build(PROMPTS, Shape(seed=shape.seed + 1))
         assert other != workload.build(PROMPTS, shape)
@@ -110,6 +111,99 @@ class TestWorkload:
     def test_shapes_that_cannot_be_filled(self, shape: Shape) -> None:
         with pytest.raises(ValueError, match=r"requests|prompts"):
             workload.build(PROMPTS, shape)
+
+
+#: Of 25 tokens and an answer of five; no token stands in two of them.
+PROBLEMS = [([*range(30 * i, 30 * i + 25)], [*range(30 * i + 25, 30 * i + 30)]) for i in range(1000)]
+
+
+class TestFields:
+    """Workloads at the sizes of fields of use."""
+
+    def made(self, name: str, seed: int = 3) -> list[Request]:
+        kind = workload.NAMED[name]
+        assert isinstance(kind, workload.Field)
+        return kind.requests(workload.Source(PROBLEMS, seed))
+
+    def test_long_prompts(self) -> None:
+        requests = self.made("w5")
+        lengths = [len(request.ids) for request in requests]
+        assert len(requests) == 9
+        assert lengths[-1] == 7000
+        assert all(1020 <= length <= 7000 for length in lengths)
+        assert len(set(lengths)) > 4
+        assert all(8 <= request.n <= 64 for request in requests)
+
+    def test_lengths_are_those_of_long_contexts(self) -> None:
+        source = workload.Source(PROBLEMS, 3)
+        drawn = [source.length(workload.LONG_PROMPT, workload.LONG_SIGMA, 1020, 7000) for _ in range(20_000)]
+        # Of the trace, above its median: 1,858 on average, a tenth of them above 4,083.
+        assert statistics.mean(drawn) == pytest.approx(1858, rel=0.05)
+
+    def test_few_shot_prompts_begin_alike(self) -> None:
+        requests = self.made("w6")
+        assert len(requests) == len({request.ids for request in requests}) == 48
+        assert len({request.ids[:1020] for request in requests}) == 1
+        assert {len(request.ids) for request in requests} == {1020 + 25}
+        assert {request.group for request in requests} == {0}
+        assert all(1 <= request.n <= 64 for request in requests)
+
+    def test_reasoning(self) -> None:
+        requests = self.made("w7")
+        assert [request.n for request in requests] == [256, 384, 512, 768, 1024, 1024, 1536, 2000]
+        assert {len(request.ids) for request in requests} == {100}
+        assert len({request.ids for request in requests}) == 8
+
+    def test_a_turn_begins_with_the_turn_before(self) -> None:
+        requests = self.made("w8")
+        assert len(requests) == 32
+        assert len({request.ids[:300] for request in requests}) == 1
+        assert len({request.ids[:400] for request in requests}) == 8
+        for first in range(0, 32, 4):
+            for turn in range(first, first + 3):
+                before, after = requests[turn].ids, requests[turn + 1].ids
+                assert after[: len(before)] == before
+                assert 100 <= len(after) - len(before) <= 499
+        assert {request.n for request in requests} == {64}
+
+    @pytest.mark.parametrize("name", ["w5", "w6", "w7", "w8"])
+    def test_the_seed_is_all_that_they_depend_on(self, name: str) -> None:
+        assert self.made(name) == self.made(name)
+        assert self.made(name) != self.made(name, seed=4)
+
+    def test_they_stay_within_the_context(self) -> None:
+        requests = [Request(tuple(range(50)), 20, 0), Request((1, 2), 90, 1), Request(tuple(range(90)), 80, 2)]
+        fitting = workload.within(requests, 60)
+        assert [(len(request.ids), request.n, request.group) for request in fitting] == [
+            (40, 20, 0),
+            (2, 58, 1),
+            (30, 30, 2),
+        ]
+        assert workload.within(requests, None) == requests
+
+    @pytest.mark.parametrize("name", ["w5", "w6", "w7", "w8"])
+    def test_they_need_no_tokenizer(self, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(peers, "ROOT", tmp_path)
+        model = random_models.resolve("random:tiny")
+        requests = workload.make(model, workload.NAMED[name])
+        assert requests == workload.make(model, workload.NAMED[name])
+        assert all(0 <= token < 199 for request in requests for token in request.ids)
+        assert max(len(request.ids) + request.n for request in requests) <= 4096
+
+    def test_they_are_word_problems(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Letters:
+            def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+                assert not add_special_tokens
+                return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+        monkeypatch.setattr(load, "load_tokenizer", lambda source: Letters())
+        (question, answer), *_ = workload.problems_for("some/model", 3)
+        assert "".join(map(chr, question)).startswith("Question: ")
+        assert "".join(map(chr, answer)).strip().isdecimal()
+
+    def test_a_line_says_how_much_work_it_is(self) -> None:
+        said = workload.describe([Request((1, 2, 3), 4, 0), Request((1, 2, 3), 5, 0), Request((1,), 6, 1)])
+        assert said == "3 requests over 2 prompts, 7 prompt tokens (longest 3), 15 output tokens"
 
 
 class TestSpec:
@@ -570,6 +664,7 @@ class TestRandomModels:
 def test_workloads_for_a_gpu() -> None:
     for name, groups in (("w3", 2048), ("w4", 128)):
         shape = workload.NAMED[name]
+        assert isinstance(shape, Shape)
         requests = workload.build([[1]] * groups, shape)
         assert (len(requests), len({request.group for request in requests})) == (2048, groups)
         assert 512 < max(request.n for request in requests) <= 2048

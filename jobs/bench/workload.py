@@ -1,9 +1,10 @@
 """Workloads: prompts with the number of tokens each must get, so that every engine does the same work.
 
-A file is a list of ``{"ids": prompt token ids, "n": output tokens, "group": prompt index}``; samples of one prompt
-stand next to each other and share its group. Run as a script, it writes one:
+A file is a list of ``{"ids": prompt token ids, "n": output tokens, "group": number}``. Prompts of one group stand next
+to each other, and are equal or begin alike. Run as a script, it writes one:
 
     python jobs/bench/workload.py MODEL OUT.json --requests 128 --samples 8 --prompts questions.jsonl --column question
+    python jobs/bench/workload.py MODEL OUT.json --named w5
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import csv
 import json
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ from typing import Any
 MEDIAN_LENGTH = 129
 SIGMA = math.sqrt(2 * math.log(211 / 129))
 SHORTEST = 8
+
+# The same trace: half of the prompts are longer than 1,020 tokens. The logarithms of those have this median and sigma.
+LONG_PROMPT = 1593
+LONG_SIGMA = 0.52
+SHORTEST_LONG_PROMPT = 1020
+LONGEST_PROMPT = 7000
+
+FEW_SHOT_TOKENS = 1000
+REASONING_LENGTHS = (256, 384, 512, 768, 1024, 1024, 1536, 2000)
+SYSTEM_TOKENS = 300
+PROBLEMS = 4000
+"""Word problems that prompts of `Field` are cut from: some 100,000 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +57,87 @@ class Shape:
     seed: int = 7
 
 
-NAMED = {
+class Source:
+    """What prompts are cut from.
+
+    Args:
+        problems: token ids of a question and of its answer each.
+        seed: of all draws.
+    """
+
+    def __init__(self, problems: Sequence[tuple[Sequence[int], Sequence[int]]], seed: int) -> None:
+        self.problems = problems
+        self.rng = random.Random(seed)
+        self._text = [token for problem in problems for part in problem for token in part]
+
+    def piece(self, tokens: int) -> tuple[int, ...]:
+        """So many tokens of the problems, from a place that is drawn."""
+        start = self.rng.randrange(len(self._text) - tokens + 1)
+        return tuple(self._text[start : start + tokens])
+
+    def length(self, median: float, sigma: float, shortest: int, longest: int) -> int:
+        """A lognormal length, within bounds."""
+        return min(max(shortest, round(self.rng.lognormvariate(math.log(median), sigma))), longest)
+
+
+def long_prompts(source: Source) -> list[Request]:
+    """Long prompts and short answers: documents to summarise or to search."""
+    lengths = [source.length(LONG_PROMPT, LONG_SIGMA, SHORTEST_LONG_PROMPT, LONGEST_PROMPT) for _ in range(8)]
+    return [
+        Request(source.piece(length), source.length(MEDIAN_LENGTH, SIGMA, SHORTEST, 64), group)
+        for group, length in enumerate([*lengths, LONGEST_PROMPT])
+    ]
+
+
+def few_shot(source: Source) -> list[Request]:
+    """Many questions after the same solved problems: an evaluation."""
+    shots: tuple[int, ...] = ()
+    shown = 0
+    while len(shots) < FEW_SHOT_TOKENS:
+        question, answer = source.problems[shown]
+        shots += (*question, *answer)
+        shown += 1
+    asked = [question for question, _ in source.problems[shown : shown + 48]]
+    return [Request((*shots, *question), source.rng.randint(1, 64), 0) for question in asked]
+
+
+def reasoning(source: Source) -> list[Request]:
+    """Few short prompts and long answers: reasoning."""
+    return [Request(source.piece(100), length, group) for group, length in enumerate(REASONING_LENGTHS)]
+
+
+def conversations(source: Source) -> list[Request]:
+    """Conversations under one system text: the prompt of a turn begins with all of the turn before."""
+    system, requests = source.piece(SYSTEM_TOKENS), []
+    for _ in range(8):
+        ids = system
+        for _ in range(4):
+            ids += source.piece(source.rng.randint(100, 499))
+            requests.append(Request(ids, 64, 0))
+    return requests
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A workload at the sizes of a field of use."""
+
+    requests: Callable[[Source], list[Request]]
+    seed: int = 3
+
+
+NAMED: dict[str, Shape | Field] = {
     "w1": Shape(),
     "w2": Shape(samples=8),
     "w3": Shape(requests=2048, max_new=2048),
     "w4": Shape(requests=2048, samples=16, max_new=2048),
+    "w5": Field(long_prompts),
+    "w6": Field(few_shot),
+    "w7": Field(reasoning),
+    "w8": Field(conversations),
 }
 """For a CPU ``w1``: bulk inference, each prompt once; and ``w2``: RL rollouts, groups of eight. For a GPU ``w3`` and
-``w4`` likewise, with groups of sixteen."""
+``w4`` likewise, with groups of sixteen. ``w5`` to ``w8`` are at other sizes: long prompts; a long beginning in common;
+a small batch of long answers; conversations."""
 
 
 def build(prompts: Sequence[Sequence[int]], shape: Shape, lengths: Sequence[int] | None = None) -> list[Request]:
@@ -131,9 +217,34 @@ def tokenised(model: str, texts: Sequence[str]) -> list[list[int]]:
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def make(model: str, shape: Shape) -> list[Request]:
-    """A workload that needs no file: generated word problems, lognormal lengths."""
-    return build(prompts_for(model, shape), shape)
+def make(model: str, kind: Shape | Field) -> list[Request]:
+    """A workload that needs no file: generated word problems, and lengths from a fit."""
+    if isinstance(kind, Shape):
+        return build(prompts_for(model, kind), kind)
+    return within(kind.requests(Source(problems_for(model, PROBLEMS), kind.seed)), context_of(model))
+
+
+def within(requests: Sequence[Request], context: int | None) -> list[Request]:
+    """Requests that fit into a model's context: first answers are cut, to half of it at least, then ends of prompts."""
+    if context is None:
+        return list(requests)
+    fitting = []
+    for request in requests:
+        n = min(request.n, max(context - len(request.ids), context // 2))
+        fitting.append(replace(request, ids=request.ids[: context - n], n=n))
+    return fitting
+
+
+def context_of(model: str) -> int | None:
+    """Most tokens of prompt and answer together; None where the model states none."""
+    from transformers import AutoConfig
+
+    from rollout.models.context import context_limit
+
+    path = Path(model)
+    if path.is_file():
+        return context_limit(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+    return context_limit(AutoConfig.from_pretrained(model))
 
 
 def without_weights(model: str) -> bool:
@@ -152,12 +263,38 @@ def prompts_for(model: str, shape: Shape, texts: Sequence[str] | None = None) ->
     return tokenised(model, arithmetic_texts(count) if texts is None else texts[:count])
 
 
+def problems_for(model: str, count: int) -> list[tuple[list[int], list[int]]]:
+    """Word problems as token ids of a question and of its answer; drawn tokens where a model has no weights."""
+    if without_weights(model):
+        rng = random.Random(0)
+        vocabulary = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+
+        def drawn(tokens: int) -> list[int]:
+            return [rng.randrange(vocabulary) for _ in range(tokens)]
+
+        return [(drawn(rng.randint(10, 35)), drawn(4)) for _ in range(count)]
+    from rollout.arithmetic import problems
+    from rollout.models.load import ModelSource, load_tokenizer
+
+    tokenizer = load_tokenizer(ModelSource(model))
+
+    def encoded(texts: list[str]) -> list[list[int]]:
+        return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    found = problems(count)
+    questions = encoded([f"Question: {problem['prompt']}\nAnswer:" for problem in found])
+    answers = encoded([f" {problem['answer']}\n\n" for problem in found])
+    return list(zip(questions, answers, strict=True))
+
+
 def describe(requests: Sequence[Request]) -> str:
     """One line on how much work it is."""
-    prompts = sum(len(request.ids) for request in requests)
-    groups = len({request.group for request in requests})
-    tokens = sum(request.n for request in requests)
-    return f"{len(requests)} requests over {groups} prompts, {prompts} prompt tokens, {tokens} output tokens"
+    lengths = [len(request.ids) for request in requests]
+    prompts = len({request.ids for request in requests})
+    return (
+        f"{len(requests)} requests over {prompts} prompts, {sum(lengths)} prompt tokens (longest {max(lengths)}), "
+        f"{sum(request.n for request in requests)} output tokens"
+    )
 
 
 def main() -> None:
@@ -168,6 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes a workload file for the benchmark.")
     parser.add_argument("model", help="whose tokenizer to use: folder, GGUF file or Hub id; or random:NAME")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--named", choices=NAMED, help="one of these, as it is; options below do not count then")
     parser.add_argument("--requests", type=int, default=standard.requests)
     parser.add_argument("--samples", type=int, default=standard.samples)
     parser.add_argument("--max-new", type=int, default=standard.max_new)
@@ -177,10 +315,16 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, help="CSV file of output lengths; by default, a lognormal fit")
     parser.add_argument("--lengths-column", default="GeneratedTokens")
     given = parser.parse_args()
+    model = random_models.resolve(given.model)
+    if given.named:
+        requests = make(model, NAMED[given.named])
+        write(requests, given.out)
+        print(describe(requests))
+        return
     shape = Shape(given.requests, given.samples, given.max_new, given.seed)
     texts = file_texts(given.prompts, given.column) if given.prompts else None
     lengths = csv_lengths(given.lengths, given.lengths_column) if given.lengths else None
-    requests = build(prompts_for(random_models.resolve(given.model), shape, texts), shape, lengths)
+    requests = build(prompts_for(model, shape, texts), shape, lengths)
     write(requests, given.out)
     print(describe(requests))
 

@@ -41,7 +41,7 @@ class Task:
 
     @property
     def grouped(self) -> bool:
-        """Whether requests have prompts in common."""
+        """Whether requests have prompts, or beginnings of prompts, in common."""
         return len({request.group for request in self.requests}) < len(self.requests)
 
 
