@@ -7,6 +7,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import batching
 import caps
 import decode
+import host_time
 import machine
 import one_model
 import peers
@@ -34,9 +36,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from workload import Request, Shape
 
+from rollout import SamplingParams
 from rollout.batcher.types import StepSample
 from rollout.models import load
 from rollout.models.paged import PagedStep
+from rollout.requests import Request as EngineRequest
 from tests.families import tiny
 from tests.jobs import report_of
 
@@ -756,6 +760,45 @@ class TestBatching:
         for wrong in ("statik", "static:many", "static:4xall"):
             with pytest.raises(ValueError, match=r"static"):
                 batching.Setting.of(wrong)
+
+
+class TestHostTime:
+    @pytest.mark.parametrize("kind", host_time.KINDS)
+    def test_a_step_in_its_parts(self, kind: host_time.Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(host_time, "STEPS", 6)
+        setting = host_time.Setting.of("5x60")
+        found = host_time.measure(tiny("llama"), setting, kind, "predictive")
+        assert len(found) == 6
+        for step in found:
+            assert sum(step.parts.values()) == pytest.approx(step.seconds, rel=0.01)
+            assert all(
+                step.parts[part] > 0 for part in ("forward", "sampling", "policy", "pages", "packing", "records")
+            )
+        cells = host_time.line(setting, kind, found)
+        assert len(cells) == len(host_time.HEADER)
+        assert cells[:3] == ("5", "60", kind)
+
+    def test_nothing_stays_behind(self) -> None:
+        before = [getattr(owner, name) for _, owner, name in host_time.POINTS]
+        with host_time.Timers(host_time.Setting(4), "decode").installed():
+            assert [getattr(owner, name) for _, owner, name in host_time.POINTS] != before
+        assert [getattr(owner, name) for _, owner, name in host_time.POINTS] == before
+
+    def test_calls_inside_others_count_once(self) -> None:
+        timers = host_time.Timers(host_time.Setting(4), "decode")
+        inner = timers.timed("records", lambda: time.sleep(0.02))
+        timers.timed("pages", lambda: (time.sleep(0.01), inner()))()
+        assert timers._parts["records"] >= 0.02
+        assert timers._parts["pages"] >= 0.01
+        assert timers._inner == pytest.approx(timers._parts["records"] + timers._parts["pages"])
+
+    def test_too_little_memory_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(host_time, "STEPS", 10**6)
+        monkeypatch.setattr(
+            host_time.Setting, "requests", lambda *_: [EngineRequest("0", [3, 4], SamplingParams(max_new_tokens=3))]
+        )
+        with pytest.raises(ValueError, match="memory"):
+            host_time.measure(tiny("llama"), host_time.Setting(1), "decode", "static")
 
 
 class TestCaps:

@@ -1,0 +1,238 @@
+"""How much of a step is spent outside of the model: in the policy, pages, tokens, records and Python.
+
+    python jobs/bench/host_time.py packaged:SmolLM2-135M-Instruct
+    python jobs/bench/host_time.py random:tiny --settings 64,256,1024,64x2000
+
+A setting is ``ROWS[xCONTEXT]``. It is run twice: "decode" has rows that decode and do nothing else; in "flow" rows end
+and others join all the time. The engine runs as ever, with timers around the calls of `POINTS`. Figures are medians
+over steps. A step is counted from the end of the step before, so that what happens between steps is part of it. CPU
+only: a GPU would still compute when a call returns.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+import one_model
+import table
+
+import rollout.engine
+import rollout.loop
+from rollout import Engine, SamplingParams
+from rollout.requests import Request, StepReport
+
+_ENGINE: Any = rollout.engine
+_LOOP: Any = rollout.loop
+
+POINTS: tuple[tuple[str, Any, str], ...] = (
+    ("sampling", _LOOP, "sample"),
+    ("policy", _LOOP.Loop, "_decide"),
+    ("pages", _LOOP.Running, "shrink"),
+    ("pages", _LOOP.Running, "preempt_beyond"),
+    ("pages", _LOOP.Running, "admit"),
+    ("pages", _LOOP.Running, "make_room"),
+    ("pages", _LOOP.Running, "go_live"),
+    ("packing", _LOOP.Running, "prefill_parts"),
+    ("packing", _LOOP.Running, "packed"),
+    ("records", _LOOP.Loop, "_settle"),
+    ("queue", _LOOP.Loop, "refill"),
+)
+"""A part, and a call that belongs to it; the runner's ``forward`` comes besides. What a call spends in another of these
+calls counts for that one alone."""
+MODEL = ("forward", "sampling")
+PARTS = (*MODEL, "policy", "pages", "packing", "records", "other", "queue", "between")
+"""``other`` is what is left of the step itself, ``between`` what is left of the time between it and the step before."""
+STEPS = 48
+"""That are measured."""
+WARM_UP = 8
+"""Steps before them: first calls allocate and compile."""
+MEAN_TOKENS = 64
+"""Output tokens of a row in a flow: in each step one of so many rows ends."""
+SHORT = 100
+"""Tokens of a row, where a setting does not say."""
+
+Kind = Literal["decode", "flow"]
+KINDS: tuple[Kind, ...] = ("decode", "flow")
+
+
+class Enough(Exception):
+    """All steps were measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Rows that live, and tokens of each."""
+
+    rows: int
+    context: int = SHORT
+
+    @classmethod
+    def of(cls, text: str) -> Setting:
+        """Reads ``ROWS[xCONTEXT]``.
+
+        Raises:
+            ValueError: it is none.
+        """
+        rows, _, context = text.partition("x")
+        return cls(int(rows), int(context or SHORT))
+
+    def requests(self, kind: Kind, vocabulary: int) -> Iterator[Request]:
+        """More of them than are needed."""
+        rng = random.Random(0)
+        endless = kind == "flow"
+        prompt = max(1, self.context - (MEAN_TOKENS // 2 if endless else WARM_UP + STEPS // 2))
+        for i in range(1_000_000 if endless else self.rows):
+            ids = [rng.randrange(vocabulary) for _ in range(prompt)]
+            # Rows that only decode live until the steps are measured.
+            new = rng.randint(1, 2 * MEAN_TOKENS - 1) if endless else 2 * (STEPS + WARM_UP) + self.rows * prompt // 512
+            yield Request(str(i), ids, SamplingParams(max_new_tokens=new, ignore_eos=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step."""
+
+    seconds: float
+    """From the end of the step before."""
+    parts: dict[str, float]
+
+
+class Timers:
+    """Timers around the calls of `POINTS`; `steps` has what each measured step took.
+
+    Args:
+        setting, kind: what runs.
+    """
+
+    def __init__(self, setting: Setting, kind: Kind) -> None:
+        self.steps: list[Step] = []
+        self._setting, self._kind = setting, kind
+        self._counted = 0
+        self._inner = 0.0
+        """Seconds of timed calls inside the one that runs."""
+        self._clear()
+
+    def _clear(self) -> None:
+        self._parts = dict.fromkeys(PARTS, 0.0)
+        self._began = time.perf_counter()
+
+    def on_step(self, report: StepReport) -> None:
+        """For `Engine.run`.
+
+        Raises:
+            Enough: there are `STEPS`.
+        """
+        seconds, parts = time.perf_counter() - self._began, self._parts
+        inside = report.step_ms / 1e3
+        parts["between"] = max(0.0, seconds - inside - parts["queue"])
+        parts["other"] = inside - sum(parts[part] for part in PARTS[: PARTS.index("other")])
+        if self._counts(report):
+            self._counted += 1
+            if self._counted > WARM_UP:
+                self.steps.append(Step(seconds, parts))
+        if len(self.steps) == STEPS:
+            raise Enough
+        self._clear()
+
+    def _counts(self, report: StepReport) -> bool:
+        if self._kind == "decode":
+            return report.live_rows == self._setting.rows and not report.prefill_tokens
+        # Once the first rows are in, few are prefilled at a time.
+        return report.new_tokens >= 0.8 * self._setting.rows
+
+    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, with its own time added to a part."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            around, self._inner = self._inner, 0.0
+            started = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                seconds = time.perf_counter() - started
+                self._parts[part] += seconds - self._inner
+                self._inner = around + seconds
+
+        return wrapper
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """They run inside this block."""
+
+        def loop(runner: Any, *args: Any, **kwargs: Any) -> Any:
+            runner.forward = self.timed("forward", runner.forward)
+            return plain(runner, *args, **kwargs)
+
+        plain, originals = _ENGINE.Loop, [(owner, name, getattr(owner, name)) for _, owner, name in POINTS]
+        for (part, owner, name), (_, _, original) in zip(POINTS, originals, strict=True):
+            setattr(owner, name, self.timed(part, original))
+        _ENGINE.Loop = loop
+        try:
+            yield
+        finally:
+            _ENGINE.Loop = plain
+            for owner, name, original in originals:
+                setattr(owner, name, original)
+
+
+def measure(model: Any, setting: Setting, kind: Kind, policy: str) -> list[Step]:
+    """The steps of one run.
+
+    Raises:
+        ValueError: so many rows did not live together for long enough.
+    """
+    timers = Timers(setting, kind)
+    engine = Engine(model, None, policy=policy, max_rows=setting.rows)
+    requests = setting.requests(kind, model.get_input_embeddings().weight.shape[0])
+    try:
+        with timers.installed():
+            for _ in engine.run(requests, on_step=timers.on_step):
+                pass
+    except Enough:
+        return timers.steps
+    raise ValueError(f"only {len(timers.steps)} steps had {setting.rows} rows: is there memory for them?")
+
+
+HEADER = ("rows", "context", "kind", "step ms", *(f"{part} ms" for part in PARTS), "outside of the model")
+
+
+def line(setting: Setting, kind: Kind, steps: Sequence[Step]) -> tuple[str, ...]:
+    """A row under `HEADER`: medians, and the share of a step that is neither forward nor sampling."""
+    parts = [median(step.parts[part] for step in steps) for part in PARTS]
+    outside = median(1 - sum(step.parts[part] for part in MODEL) / step.seconds for step in steps)
+    whole = median(step.seconds for step in steps)
+    figures = (f"{1e3 * seconds:.2f}" for seconds in (whole, *parts))
+    return (str(setting.rows), str(setting.context), kind, *figures, f"{100 * outside:.1f} %")
+
+
+def main() -> int:
+    """Prints a line for each setting and kind."""
+    parser = one_model.options("Shows what a step spends outside of the model, on a CPU.", device="cpu")
+    parser.add_argument("--settings", default="64,256,1024,64x2000", help="ROWS[xCONTEXT], with commas between")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of decode and flow")
+    parser.add_argument("--policy", default="predictive")
+    given = parser.parse_args()
+    try:
+        settings = [Setting.of(text) for text in given.settings.split(",")]
+        kinds = [KINDS[KINDS.index(text)] for text in given.kinds.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
+    model = one_model.model(one_model.folder(parser, given), given)
+    lines = []
+    for setting in settings:
+        for kind in kinds:
+            lines.append(line(setting, kind, measure(model, setting, kind, given.policy)))
+            print(*lines[-1], flush=True)
+    print(table.render([HEADER, *lines]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
