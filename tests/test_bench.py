@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import peers
 import pytest
 import random_models
 import run
+import soak
 import spec
 import squeeze
 import steps
@@ -799,6 +801,27 @@ class TestHostTime:
         )
         with pytest.raises(ValueError, match="memory"):
             host_time.measure(tiny("llama"), host_time.Setting(1), "decode", "static")
+
+
+class TestSoak:
+    def test_memory_is_read_three_times(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(one_model, "load", lambda task: tiny("llama"))
+        monkeypatch.setattr(
+            sys, "argv", ["soak.py", "random:tiny", "--rows", "40", "--calls", "3", "--max-rows", "8", "--trace"]
+        )
+        assert soak.main() == 0
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split()[:2] for line in said[-2:]] == [["40", "rows"], ["3", "calls"]]
+        assert "rows: objects and lines that grew from 4 to 40" in said
+        assert not tracemalloc.is_tracing()
+
+    def test_what_grew(self) -> None:
+        first = soak.Reading(100, 2**30, Counter(a=5, b=7), None)
+        last = soak.Reading(1100, 2**30 + 2**20, Counter(a=50, b=7, c=1), None)
+        assert soak.line("rows", [first, last, last])[-1] == "1024.0 KiB"
+        assert soak.grown([first, last, last]) == ["  +45 a", "  +1 c"]
 
 
 class TestCaps:
