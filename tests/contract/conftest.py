@@ -17,6 +17,9 @@ from rollout.rows import IntArray
 from rollout.running import Running
 from tests.families import VOCABULARY
 
+#: More tokens than the page tables of the live batch hold before they grow.
+BEYOND_TABLE = 256
+
 
 @pytest.fixture(autouse=True)
 def integrity(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,10 +42,12 @@ def at_once_and_late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 def random_prompts(seed: int, count: int, longest: int = 48) -> list[list[int]]:
-    """Prompts of mixed lengths, the shortest of one token."""
+    """Prompts of mixed lengths: the first of one token, the third longer than the first page table is wide."""
     print(f"seed {seed}")
     rng = random.Random(seed)
     lengths = [1, *(rng.randint(1, longest) for _ in range(count - 1))]
+    if count > 2:
+        lengths[2] += BEYOND_TABLE
     return [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
 
 

@@ -64,7 +64,7 @@ def test_caps_order_and_preemption(family: str, seed: int) -> None:
     back = sorted(shuffled, key=lambda record: (ids.index(record.row_id), record.sample))
     _assert_same(expected.records, back)
 
-    squeezed = tight_engine(model, 12).generate(prompts, params, seed=seed, row_ids=ids)
+    squeezed = tight_engine(model, 26).generate(prompts, params, seed=seed, row_ids=ids)
     assert squeezed.stats.preempted_rows > 0
     _assert_same(expected.records, squeezed.records)
 
@@ -126,7 +126,7 @@ def test_pool_squeezed_and_released_while_rows_live() -> None:
     prompts, params = random_prompts(9, 12), SamplingParams(n=2, max_new_tokens=30, ignore_eos=True)
     expected = Engine(model, None).generate(prompts, params)
 
-    pages = 40
+    pages = 96
     engine = Engine(model, None, policy="static", reserve_fraction=0.0)
     fake = FakeHeadroom(pages * page_bytes(model), held=lambda: held[0])
     engine._headroom = fake

@@ -43,7 +43,7 @@ def test_any_expectation_gives_the_same_records(policy: str, seed: int) -> None:
     hinted = [
         replace(request, expected_tokens=rng.choice([None, float("nan"), 1.0, 30.0, 1e9])) for request in requests
     ]
-    engine = Engine(model, None, policy=policy, max_rows=6, max_kv_bytes=14 * page_bytes(model))
+    engine = Engine(model, None, policy=policy, max_rows=6, max_kv_bytes=26 * page_bytes(model))
     assert_same(expected, sorted_records(list(engine.run(in_windows(hinted, 16)))))
 
 

@@ -10,8 +10,8 @@ from tests.contract.conftest import greedy, random_prompts, tight_engine, worst_
 from tests.families import REFUSED, SERVED, TIERS, tiny
 
 _NEW_TOKENS = 24
-#: Too few pages for the rows that are let in: of 16 tokens each, for prompts of up to 48 tokens and 24 more.
-_PAGES = 9
+#: Too few pages of 16 tokens for the rows that are let in: one of up to 304 tokens, others of up to 48, and 24 more.
+_PAGES = 23
 
 
 @pytest.mark.parametrize(("tier", "family"), [(tier, family) for tier in TIERS for family in TIERS[tier]])

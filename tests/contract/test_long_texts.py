@@ -68,7 +68,7 @@ def test_longrope_below_across_and_beyond_the_original_length(family: str) -> No
     """They drop a text's keys when it crosses."""
     model = long_model(family, eos_token_id=None)
     engine = Engine(model, None)
-    assert engine.context_limit == 256
+    assert engine.context_limit == 4096
     together = engine.generate(prompts(), _GREEDY)
     assert_own_numbers(model, list(together))
     tight = tight_engine(model, 12, max_rows=4).generate(prompts(), _GREEDY)

@@ -125,7 +125,7 @@ def _bytes(model: PreTrainedModel, rows: int, pages: int) -> int:
 def test_too_little_memory_for_the_rows_let_in(family: str) -> None:
     """Rows that are preempted are recomputed from their tokens, which rounds otherwise; none is lost or cut short."""
     model = tiny(family)
-    cap = _bytes(model, rows=5, pages=9)
+    cap = _bytes(model, rows=5, pages=26)
     prompts = random_prompts(6, 9, longest=40)
     params = SamplingParams(n=2, max_new_tokens=24, ignore_eos=True)
     batch = Engine(model, None, policy="static", max_rows=32, max_kv_bytes=cap).generate(prompts, params)
@@ -155,7 +155,7 @@ def test_squeezed_and_released_while_rows_live(family: str) -> None:
     prompts, params = random_prompts(9, 8, longest=30), SamplingParams(n=2, max_new_tokens=24, ignore_eos=True)
     engine = Engine(model, None, policy="static", reserve_fraction=0.0)
     held = [0]
-    fake = FakeHeadroom(_bytes(model, rows=16, pages=40), held=lambda: held[0])
+    fake = FakeHeadroom(_bytes(model, rows=16, pages=96), held=lambda: held[0])
     engine._headroom = fake
     seen: list[tuple[int, int]] = []
 
