@@ -225,13 +225,26 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     weight = mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
-        alone = x.numel() == x.shape[-1]  # a single row may take another way, which rounds differently
-        rows = x.reshape(1, -1).expand(2, -1).contiguous() if alone else x
+        count = x.numel() // x.shape[-1]
+        size = _rounded_up(count)
+        rows = x if size == count else F.pad(x.reshape(count, -1), (0, 0, 0, size - count))
         # The result as it is: no pointwise function after it.
         product: torch.Tensor = linear(rows, weight, bias, "none", [], "")
-        return product[:1].view(*x.shape[:-1], -1) if alone else product
+        return product if size == count else product[:count].view(*x.shape[:-1], -1)
 
     return multiply
+
+
+def _rounded_up(rows: int) -> int:
+    """Gives how many rows are multiplied in place of so many: one of eight numbers between two powers of two.
+
+    oneDNN makes a kernel for each number of rows of each product. A kernel takes some milliseconds to make and about a
+    megabyte to keep, and oneDNN keeps up to a thousand. A step that prefills has nearly always another number of rows.
+    The rows that are added cost at most an eighth of a product. A single row may take another way, which rounds
+    differently, so it is multiplied as two.
+    """
+    unit = 1 << max(0, (rows - 1).bit_length() - 4)
+    return max(2, -(-rows // unit) * unit) if rows else 0
 
 
 @cache

@@ -91,6 +91,28 @@ def test_a_row_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
         assert torch.equal(computed(model, x[0, -rows:]), together[0, -rows:])
 
 
+def test_rows_are_rounded_up_to_few_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is made for each of them."""
+    given: list[int] = []
+    mkldnn: Any = torch.ops.mkldnn
+    own = mkldnn._linear_pointwise.default
+
+    def multiply(x: torch.Tensor, *others: Any) -> torch.Tensor:
+        given.append(x.shape[0])
+        out: torch.Tensor = own(x, *others)
+        return out
+
+    monkeypatch.setattr(mkldnn, "_linear_pointwise", SimpleNamespace(default=multiply))
+    multiply_rows = linears._packed(torch.randn(32, 16), None)
+    counts = [*range(2, 130), *range(130, 2049, 37), 2048]
+    with torch.no_grad():
+        for count in counts:
+            assert multiply_rows(torch.randn(count, 16)).shape == (count, 32)
+    assert given[:15] == counts[:15]
+    assert all(count <= size <= 1.125 * count for count, size in zip(counts, given, strict=True))
+    assert len(set(given)) <= 15 + 8 * 7
+
+
 @torch.no_grad()
 def test_half_precision_is_rounded_once_a_product() -> None:
     """As hardware with such instructions does, and not to a wider result."""
