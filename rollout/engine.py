@@ -241,7 +241,8 @@ class Engine:
         """
         if isinstance(prompt, str):
             return list(self._tokenizer_for("texts")(prompt)["input_ids"])
-        if any(isinstance(item, Mapping) for item in prompt):
+        # `Mapping` is slow to ask for, and a prompt may have thousands of ids.
+        if any(not isinstance(item, int) and isinstance(item, Mapping) for item in prompt):
             tokenizer = self._tokenizer_for("chat messages")
             if tokenizer.chat_template is None:
                 raise InputError("The prompt is a list of chat messages, but the tokenizer has no chat template.")
