@@ -36,7 +36,7 @@ lint: setup
 typecheck: setup
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
-	MYPYPATH=build/typecheck:jobs/bench $(BIN)/mypy --explicit-package-bases build/typecheck/rollout $(wildcard jobs/bench)
+	MYPYPATH=build/typecheck $(BIN)/mypy --explicit-package-bases build/typecheck/rollout $(wildcard jobs)
 
 # Nothing is fetched in a test; without this a mistake would wait for a network instead of failing.
 unit: setup
@@ -46,8 +46,9 @@ unit: setup
 # only a GPU has.
 test-gpu: setup
 	ROLLOUT_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest \
-	  tests/gpu tests/test_triton_attention.py tests/test_top_p.py tests/test_gumbel_max.py \
-	  tests/test_triton_pointwise.py tests/test_triton_compiles.py tests/contract $(ARGS)
+	  tests/gpu tests/models/attention/test_triton.py tests/models/sampling/test_top_p.py \
+	  tests/models/sampling/test_gumbel.py tests/models/patches/test_pointwise_triton.py \
+	  tests/models/test_triton_compiles.py tests/contract $(ARGS)
 
 # Half an hour of random calls at users' sizes against transformers' `generate`; `make fuzz ARGS="--minutes 5"`.
 fuzz: setup

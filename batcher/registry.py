@@ -7,11 +7,11 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from rollout.batcher.memory import MemoryPolicy
-from rollout.batcher.paper import PaperPolicy
-from rollout.batcher.predictive import PredictivePolicy
-from rollout.batcher.sla import SlaPolicy
-from rollout.batcher.static import StaticPolicy
+from rollout.batcher.policies.memory import MemoryPolicy
+from rollout.batcher.policies.paper import PaperPolicy
+from rollout.batcher.policies.predictive import PredictivePolicy
+from rollout.batcher.policies.sla import SlaPolicy
+from rollout.batcher.policies.static import StaticPolicy
 from rollout.batcher.types import Bounds, Policy
 
 POLICIES: Mapping[str, Callable[..., Policy]] = {

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rollout.engine import Engine
-    from rollout.params import SamplingParams
+    from rollout.engine.engine import Engine
     from rollout.records import Batch, Record
+    from rollout.sampling_params import SamplingParams
 
 __all__ = ["Batch", "Engine", "Record", "SamplingParams"]
 
-_HOMES = {"Batch": "records", "Engine": "engine", "Record": "records", "SamplingParams": "params"}
+_HOMES = {"Batch": "records", "Engine": "engine.engine", "Record": "records", "SamplingParams": "sampling_params"}
 
 
 def __getattr__(name: str) -> Any:

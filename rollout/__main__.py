@@ -14,8 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rollout.config import CONFIG_MODULE, CONFIG_NAME, VERSION_BASE, register, validated
 from rollout.errors import Exit, InputError
-from rollout.mistakes import explain
 from rollout.models.errors import UnsupportedModel
+from rollout.override_errors import explain
 
 # Hydra gives a task no way to say its exit status; a sweep runs several tasks.
 _statuses: list[Exit] = []
@@ -26,7 +26,7 @@ def _task(composed: DictConfig) -> Exit:
     try:
         # The job imports datasets, torch and transformers; a mistyped value is told before that.
         config = validated(composed)
-        from rollout.job import run_job
+        from rollout.job.job import run_job
 
         status = run_job(config)
     except (InputError, UnsupportedModel) as error:

@@ -14,8 +14,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from rollout.batcher.registry import make_policy
 from rollout.batcher.types import Bounds, Policy
 from rollout.errors import InputError
-from rollout.models.choice import ATTENTIONS
-from rollout.params import SamplingParams
+from rollout.models.attention.names import ATTENTIONS
+from rollout.sampling_params import SamplingParams
 
 CONFIG_MODULE = "rollout.conf"
 CONFIG_NAME = "config"
@@ -60,7 +60,7 @@ class DataConfig:
 
 @dataclass
 class SamplingConfig:
-    """How completions are sampled: the fields of :class:`rollout.params.SamplingParams`."""
+    """How completions are sampled: the fields of :class:`rollout.sampling_params.SamplingParams`."""
 
     n: int = MISSING
     temperature: float = MISSING

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from rollout.params import SamplingParams
+from rollout.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from statistics import fmean
 
 import numpy as np
 
-from rollout.batcher.simulator import Machine
-from rollout.batcher.trials import Spec, Trial, parse_spec
-from rollout.batcher.workloads import WORKLOADS, Workload, named_workload, workload_of
+from rollout.batcher.simulation.compare import Spec, Trial, parse_spec
+from rollout.batcher.simulation.simulator import Machine
+from rollout.batcher.simulation.workloads import WORKLOADS, Workload, named_workload, workload_of
 from rollout.errors import Exit, InputError
 
 _POLICIES = "static:256,memory,sla,paper,watermark:0.02,predictive,oracle"

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rollout.errors import Exit, InputError
-from rollout.paths import RunPaths
-from rollout.run import Run, read_row_ids, read_run
-from rollout.shards import file_sha256, read_manifest, read_shard
+from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.run import Run, read_row_ids, read_run
+from rollout.run_dir.shards import file_sha256, read_manifest, read_shard
 
 SHOWN = 20
 """So many of a kind are named; the rest is counted."""

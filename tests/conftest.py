@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from tests.devices import GPU
+from tests.support.devices import GPU
 
 # On a busy machine the threads of small operations mostly wait for each other.
 torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """How much of a step is spent outside of the model: in the policy, pages, tokens, records and Python.
 
-    python jobs/bench/host_time.py packaged:SmolLM2-135M-Instruct
-    python jobs/bench/host_time.py random:tiny --settings 64,256,1024,64x2000
+    python -m jobs.bench.host_time packaged:SmolLM2-135M-Instruct
+    python -m jobs.bench.host_time random:tiny --settings 64,256,1024,64x2000
 
 A setting is ``ROWS[xCONTEXT]``. It is run twice: "decode" has rows that decode and do nothing else; in "flow" rows end
 and others join all the time. The engine runs as ever, with timers around the calls of `POINTS`. Figures are medians
@@ -20,16 +20,14 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-import one_model
-import table
-
-import rollout.engine
-import rollout.loop
+import rollout.engine.engine
+import rollout.engine.loop
+from jobs.bench.lib import cli, tables
 from rollout import Engine, SamplingParams
 from rollout.requests import Request, StepReport
 
-_ENGINE: Any = rollout.engine
-_LOOP: Any = rollout.loop
+_ENGINE: Any = rollout.engine.engine
+_LOOP: Any = rollout.engine.loop
 
 POINTS: tuple[tuple[str, Any, str], ...] = (
     ("sampling", _LOOP, "sample"),
@@ -214,7 +212,7 @@ def line(setting: Setting, kind: Kind, steps: Sequence[Step]) -> tuple[str, ...]
 
 def main() -> int:
     """Prints a line for each setting and kind."""
-    parser = one_model.options("Shows what a step spends outside of the model, on a CPU.", device="cpu")
+    parser = cli.options("Shows what a step spends outside of the model, on a CPU.", device="cpu")
     parser.add_argument("--settings", default="64,256,1024,64x2000", help="ROWS[xCONTEXT], with commas between")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of decode and flow")
     parser.add_argument("--policy", default="predictive")
@@ -224,13 +222,13 @@ def main() -> int:
         kinds = [KINDS[KINDS.index(text)] for text in given.kinds.split(",")]
     except ValueError as error:
         parser.error(str(error))
-    model = one_model.model(one_model.folder(parser, given), given)
+    model = cli.model(cli.folder(parser, given), given)
     lines = []
     for setting in settings:
         for kind in kinds:
             lines.append(line(setting, kind, measure(model, setting, kind, given.policy)))
             print(*lines[-1], flush=True)
-    print(table.render([HEADER, *lines]))
+    print(tables.render([HEADER, *lines]))
     return 0
 
 

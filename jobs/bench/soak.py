@@ -1,7 +1,7 @@
 """Whether memory grows while the engine runs for long.
 
-    python jobs/bench/soak.py random:tiny --rows 50000 --calls 200
-    python jobs/bench/soak.py random:tiny --rows 5000 --calls 0 --trace
+    python -m jobs.bench.soak random:tiny --rows 50000 --calls 200
+    python -m jobs.bench.soak random:tiny --rows 5000 --calls 0 --trace
 
 First so many rows go through one call of `Engine.stream`, and no record is kept. Then one engine is called so many
 times. Memory is read at 10 %, 50 % and 100 % of each. What is told at the end is how much grew between the first and
@@ -20,10 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import one_model
 import psutil
-import table
 
+from jobs.bench.lib import cli, tables
 from rollout import Engine, SamplingParams
 
 MARKS = (0.1, 0.5, 1.0)
@@ -116,13 +115,13 @@ def grown(readings: list[Reading]) -> list[str]:
 
 def main() -> int:
     """Prints a table, and what grew."""
-    parser = one_model.options("Shows whether memory grows while the engine runs for long.", device="cpu")
+    parser = cli.options("Shows whether memory grows while the engine runs for long.", device="cpu")
     parser.add_argument("--rows", type=int, default=50_000, help="of the one call")
     parser.add_argument("--calls", type=int, default=200, help="of the one engine")
     parser.add_argument("--max-rows", type=int, default=256, help="that live together")
     parser.add_argument("--trace", action="store_true", help="name the lines that allocated what grew")
     given = parser.parse_args()
-    model: Any = one_model.model(one_model.folder(parser, given), given)
+    model: Any = cli.model(cli.folder(parser, given), given)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if given.trace:
         tracemalloc.start()
@@ -135,7 +134,7 @@ def main() -> int:
         print(f"{name}: objects and lines that grew from {readings[0].done} to {readings[-1].done}", flush=True)
         print("\n".join(grown(readings)), flush=True)
     tracemalloc.stop()
-    print(table.render(lines))
+    print(tables.render(lines))
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pynvml
 import torch
 
-from rollout.headroom.refreshed import Refreshed
+from rollout.headroom.cached_reading import Refreshed
 
 logger = logging.getLogger(__name__)
 

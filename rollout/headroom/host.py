@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from rollout.cgroups import MEMBERSHIP, MOUNT, cgroups
-from rollout.headroom.refreshed import Refreshed
+from rollout.headroom.cached_reading import Refreshed
+from rollout.headroom.cgroups import MEMBERSHIP, MOUNT, cgroups
 
 
 class HostHeadroom:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rollout.errors import Exit, InputError
-from rollout.paths import RunPaths
 from rollout.report.history import read_history
 from rollout.report.page import Subject, page
-from rollout.report.tracks import Limits
-from rollout.run import read_description, read_run
-from rollout.summary import finished
+from rollout.report.series import Limits
+from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.run import read_description, read_run
+from rollout.run_dir.summary import finished
 
 
 def report(folder: Path) -> str:

@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from rollout.report.timeaxis import LEFT, RIGHT, WIDTH, TimeAxis, clock
-from rollout.report.tracks import FloatArray
+from rollout.report.series import FloatArray
+from rollout.report.time_axis import LEFT, RIGHT, WIDTH, TimeAxis, clock
 
 _TOP, _BOTTOM = 16, 20
 _LANE = 18

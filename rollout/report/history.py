@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rollout.errors import InputError
-from rollout.metrics import LINE_SECONDS
-from rollout.paths import RunPaths
-from rollout.report.lines import Line, Span, lines_of
-from rollout.report.tracks import Counts, FloatArray, Limits, Track, add_counts
+from rollout.report.metric_lines import Line, Span, lines_of
+from rollout.report.series import Counts, FloatArray, Limits, Track, add_counts
+from rollout.run_dir.metrics import LINE_SECONDS
+from rollout.run_dir.paths import RunPaths
 
 MOST_BINS = 480
 """A bin is two pixels of a picture, or a line of metrics where there are fewer."""

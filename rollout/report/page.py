@@ -13,13 +13,13 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from rollout.report.chart_specs import byte_unit, each_worker, over_time
 from rollout.report.charts import rounded
-from rollout.report.figures import byte_unit, each_worker, over_time
 from rollout.report.history import Activity, History
-from rollout.report.timeaxis import clock
-from rollout.report.tracks import Counts, Limits, add_counts, quantile, share_above
-from rollout.run import Run
-from rollout.summary import Totals, counts
+from rollout.report.series import Counts, Limits, add_counts, quantile, share_above
+from rollout.report.time_axis import clock
+from rollout.run_dir.run import Run
+from rollout.run_dir.summary import Totals, counts
 
 _ATTEMPT_COLUMNS = (
     *("attempt", "started (UTC)", "host", "workers", "policy", "budget", "KV limit", "ran for"),

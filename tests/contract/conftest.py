@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout import Engine, Record
-from rollout.loop import Loop
-from rollout.models.serve import serve
-from rollout.rows import IntArray
-from rollout.running import Running
-from tests.families import VOCABULARY
+from rollout.engine.batch_row import IntArray
+from rollout.engine.loop import Loop
+from rollout.engine.scheduler import Running
+from rollout.models.runners.select import serve
+from tests.support.tiny_models import VOCABULARY
 
 #: More tokens than the page tables of the live batch hold before they grow.
 BEYOND_TABLE = 256
@@ -38,7 +38,7 @@ def integrity(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[False, True], ids=["at once", "late"])
 def at_once_and_late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that uses this runs twice: with tokens that are read at once, and with such that are read a step late."""
-    monkeypatch.setattr("rollout.engine.Loop", partial(Loop, late=request.param))
+    monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, late=request.param))
 
 
 def random_prompts(seed: int, count: int, longest: int = 48) -> list[list[int]]:

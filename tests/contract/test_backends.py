@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from rollout.models import triton_attention
-from rollout.models.backend import Steps, fastest
-from rollout.models.gather import GatherStep
-from rollout.models.interface import InterfaceRunner, InterfaceTier
-from rollout.models.packed import Packed
-from rollout.models.pages import PagePool
-from rollout.models.triton_attention import Blocks, TritonSteps
-from tests.devices import DEVICE, GPU
-from tests.families import INTERFACE, VOCABULARY, tiny
-from tests.interpreter import kernels_run_here
+from rollout.models.attention import triton
+from rollout.models.attention.gather import GatherStep
+from rollout.models.attention.select import Steps, fastest
+from rollout.models.attention.triton import Blocks, TritonSteps
+from rollout.models.forward_batch import Packed
+from rollout.models.kv_cache.page_pool import PagePool
+from rollout.models.runners.packed import InterfaceRunner, InterfaceTier
+from tests.support.devices import DEVICE, GPU
+from tests.support.tiny_models import INTERFACE, VOCABULARY, tiny
+from tests.support.triton_interpreter import kernels_run_here
 
 #: Relative to the logits' size. In half precision the two round weights and values at other places.
 _TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.06}
@@ -85,5 +85,5 @@ def test_the_fastest_attention_agrees_with_the_gathering_one(family: str) -> Non
 def test_triton_s_attention_agrees_with_the_gathering_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU as well: a window with a softcap, and sinks."""
     kernels_run_here(monkeypatch)
-    monkeypatch.setattr(triton_attention, "_BLOCKS", dict.fromkeys(triton_attention._BLOCKS, (_BLOCKS, _BLOCKS)))
+    monkeypatch.setattr(triton, "_BLOCKS", dict.fromkeys(triton._BLOCKS, (_BLOCKS, _BLOCKS)))
     assert_agrees_with_gathering(family, TritonSteps)

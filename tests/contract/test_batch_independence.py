@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from rollout import Engine, Record, SamplingParams
-from rollout.headroom import FakeHeadroom
+from rollout.headroom.headroom import FakeHeadroom
 from rollout.requests import Request
 from tests.contract.conftest import page_bytes, random_prompts, tight_engine, worst_logprob
-from tests.families import tiny
+from tests.support.tiny_models import tiny
 
 _CASES = (("llama", 0), ("llama", 1), ("gemma2", 0), ("gpt_oss", 1), ("qwen3_moe", 1), ("bloom", 1))
 

@@ -12,7 +12,7 @@ import pytest
 from rollout import Engine, Record, SamplingParams
 from rollout.requests import Request, in_windows
 from tests.contract.conftest import page_bytes, random_prompts
-from tests.families import tiny
+from tests.support.tiny_models import tiny
 
 
 def sorted_records(records: Sequence[Record]) -> list[Record]:

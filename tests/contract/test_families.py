@@ -7,7 +7,7 @@ import pytest
 from rollout import Engine, SamplingParams
 from rollout.models.errors import UnsupportedModel
 from tests.contract.conftest import greedy, random_prompts, tight_engine, worst_logprob
-from tests.families import REFUSED, SERVED, TIERS, tiny
+from tests.support.tiny_models import REFUSED, SERVED, TIERS, tiny
 
 _NEW_TOKENS = 24
 #: Too few pages of 16 tokens for the rows that are let in: one of up to 304 tokens, others of up to 48, and 24 more.

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from rollout import Engine, Record, SamplingParams
 from rollout.batcher.types import Decision, Observation
-from rollout.headroom import FakeHeadroom
-from rollout.models.serve import serve
+from rollout.headroom.headroom import FakeHeadroom
+from rollout.models.runners.select import serve
 from rollout.requests import Request, StepReport
 from tests.contract.conftest import random_prompts, worst_logprob
-from tests.families import STATE, tiny
+from tests.support.tiny_models import STATE, tiny
 
 _NEW_TOKENS = 20
 #: What rounding does to log-probabilities. The random states of some amplify it: ``generate`` itself differs by as
@@ -142,7 +142,7 @@ def test_too_little_memory_for_the_rows_let_in(family: str) -> None:
 
 
 def test_a_row_whose_state_does_not_fit_is_one_error_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout.loop.time.sleep", lambda _: pytest.fail("it waits for what can never be"))
+    monkeypatch.setattr("rollout.engine.loop.time.sleep", lambda _: pytest.fail("it waits for what can never be"))
     model = tiny("mamba")
     engine = Engine(model, None, max_kv_bytes=_bytes(model, 1, 0) - 1)
     (record,) = engine.generate(random_prompts(1, 1), SamplingParams(max_new_tokens=3))
@@ -195,7 +195,7 @@ def test_an_allocator_failure_costs_recomputation_alone(place: str, monkeypatch:
     if place == "forward":
         model.model.layers[2].register_forward_pre_hook(sometimes)
     else:
-        from rollout import loop
+        from rollout.engine import loop
 
         sample = loop.sample
 

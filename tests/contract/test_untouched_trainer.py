@@ -14,8 +14,8 @@ from torch import nn
 
 from rollout import Engine, SamplingParams
 from tests.contract.conftest import random_prompts, worst_logprob
-from tests.devices import DEVICE, GPU
-from tests.families import tiny
+from tests.support.devices import DEVICE, GPU
+from tests.support.tiny_models import tiny
 
 _PARAMS = SamplingParams(n=2, max_new_tokens=12)
 

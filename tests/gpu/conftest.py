@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.devices import GPU
+from tests.support.devices import GPU
 
 collect_ignore_glob = [] if GPU is not None else ["test_*.py"]

@@ -7,10 +7,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from rollout.models.sampling import RowSampling, _triton, sample
-from rollout.models.top_p import _kernel_serves
-from tests.devices import DEVICE
-from tests.test_sampling import One, rows_of
+from rollout.models.sampling.sampler import RowSampling, _triton, sample
+from rollout.models.sampling.top_p import _kernel_serves
+from tests.models.sampling.test_sampler import One, rows_of
+from tests.support.devices import DEVICE
 
 
 def on_device(rows: RowSampling) -> RowSampling:

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rollout import Engine, Record, SamplingParams
 from rollout.batcher.types import Decision, Observation
-from rollout.loop import Loop
-from rollout.models.serve import serve
+from rollout.engine.loop import Loop
+from rollout.models.runners.select import serve
 from rollout.requests import Request
-from tests.families import VOCABULARY, tiny
+from tests.support.tiny_models import VOCABULARY, tiny
 
 CONTEXT = 4096
 EOS = 2
@@ -232,7 +232,7 @@ def _run(case: Case, model: PreTrainedModel, prompts: list[list[int]]) -> list[R
         max_kv_bytes=pages and pages * page,
     )
     params = [prompt.params for prompt in case.prompts]
-    with patch("rollout.engine.Loop", functools.partial(Loop, late=case.late)):
+    with patch("rollout.engine.engine.Loop", functools.partial(Loop, late=case.late)):
         if not case.streamed:
             return list(engine.generate(prompts, params, seed=case.seed))
 

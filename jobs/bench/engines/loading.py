@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from engines.harness import Task
+from jobs.bench.engines.harness import Task
 
 
 def load(task: Task) -> PreTrainedModel:

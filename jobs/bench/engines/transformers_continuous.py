@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
-from workload import Request
 
-from engines.harness import Generate, Task, main
-from engines.loading import load
+from jobs.bench.engines.harness import Generate, Task, main
+from jobs.bench.engines.loading import load
+from jobs.bench.lib.workload import Request
 
 PAGE_TOKENS = 256
 """As it comes."""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from engines.harness import Generate, Task, main
-from engines.loading import load
+from jobs.bench.engines.harness import Generate, Task, main
+from jobs.bench.engines.loading import load
 
 DEFAULT_ROWS = 32
 

@@ -1,0 +1,1 @@
+"""Batching policies, one file per ``batcher=`` option."""

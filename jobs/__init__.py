@@ -1,0 +1,1 @@
+"""What one launches: SLURM scripts, benchmarks and the first run on a GPU."""

@@ -1,0 +1,74 @@
+"""Models with random weights in the shape of known ones, for machines that have no weights at hand.
+
+``random:NAME`` on a command line is a folder with a configuration and nothing else: weights are drawn on the device
+that they are used on, prompts are drawn tokens, and no engine needs a tokenizer. Speed does not depend on what the
+numbers are, as long as no text ends before its time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jobs.bench import peer_envs
+
+PREFIX = "random:"
+_LLAMA_3_1_ROPE = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0} | {
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+#: Model type and what its configuration says, as published with the models.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2.5-1.5b": (
+        "qwen2",
+        {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+        | {"num_key_value_heads": 2, "vocab_size": 151_936, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}, "tie_word_embeddings": True}
+        | {"bos_token_id": 151_643, "eos_token_id": 151_645, "architectures": ["Qwen2ForCausalLM"]},
+    ),
+    "llama-3.1-8b": (
+        "llama",
+        {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5}
+        | {"rope_parameters": _LLAMA_3_1_ROPE, "tie_word_embeddings": False}
+        | {"bos_token_id": 128_000, "eos_token_id": 128_009, "architectures": ["LlamaForCausalLM"]},
+    ),
+    # For trying the commands out.
+    "tiny": (
+        "llama",
+        {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"num_key_value_heads": 2, "vocab_size": 199, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+        | {"bos_token_id": 1, "eos_token_id": 2, "architectures": ["LlamaForCausalLM"]},
+    ),
+}
+
+
+def resolve(model: str) -> str:
+    """The folder or file of a model that is named on a command line.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    # Slow to import, and not needed to refuse a mistyped command.
+    from rollout.models.loading.load import resolve_path
+
+    # Engines run in a directory of their own.
+    return str(folder(model) if model.startswith(PREFIX) else Path(resolve_path(model)).resolve())
+
+
+def folder(name: str) -> Path:
+    """The folder of ``random:NAME``, written if need be.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    shape = name.removeprefix(PREFIX)
+    if shape not in SHAPES:
+        known = ", ".join(PREFIX + each for each in SHAPES)
+        raise ValueError(f"no model {name!r}: there are {known}")
+    from transformers import AutoConfig
+
+    model_type, fields = SHAPES[shape]
+    made = peer_envs.ROOT / "models" / "random" / shape
+    AutoConfig.for_model(model_type, **fields, dtype="bfloat16").save_pretrained(made)
+    return made

@@ -1,0 +1,466 @@
+"""What batching policies are worth, by simulation: the figures of docs/policies.md, one command each.
+
+python -m jobs.bench.policies_simulated memory --machines A,B,C,S,E --seeds 3
+python -m jobs.bench.policies_simulated budget
+python -m jobs.bench.policies_simulated hints --workloads ln1.5,ln0.6,geom,grpo --seeds 4
+python -m jobs.bench.policies_simulated useless --machines S --workloads ln1.5,ln0.6,geom,grpo --seeds 100
+python -m jobs.bench.policies_simulated forecast
+python -m jobs.bench.policies_simulated paper
+python -m jobs.bench.policies_simulated cost
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
+
+import numpy as np
+
+from jobs.bench.lib.hidden_limits import AHEAD, Unaware, quantiles
+from jobs.bench.lib.tables import Lines, markdown
+from rollout.batcher.admission_order import early_enough, steady_rows
+from rollout.batcher.preemption import Victim, cheapest, youngest
+from rollout.batcher.registry import POLICIES, make_policy
+from rollout.batcher.simulation.compare import KEPT, MAX_ROWS, Spec, Trial, parse_spec, run
+from rollout.batcher.simulation.lower_bound import lower_bound_s
+from rollout.batcher.simulation.simulator import Machine, Outcome, simulate
+from rollout.batcher.simulation.workloads import WORKLOADS, Workload, named_workload, with_hints, workload_of
+from rollout.batcher.types import Bounds, FinishedRow, FloatArray, IntArray, Observation, StepSample, WaitingRows
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A machine of the reference, and how many rows its jobs have."""
+
+    machine: Machine
+    requests: int
+
+    def workload(self, name: str, seed: int) -> Workload:
+        """Jobs of long rows have fewer of them."""
+        return named_workload(name, self.requests // (2 if name == "bimod" else 1), seed)
+
+
+_H100 = (5.5, 0.02, 4.4e-5, 0.02)
+SETTINGS: Mapping[str, Setting] = {
+    "A": Setting(Machine(100_000, (30, 0.22, 0, 0.1)), 2000),
+    "B": Setting(Machine(100_000, _H100), 2000),
+    "C": Setting(Machine(400_000, _H100), 6000),
+    "S": Setting(Machine(20_000, _H100), 500),
+    "E": Setting(Machine(60_000, (20, 2, 1e-3, 1)), 1500),
+}
+
+
+def geomean(values: Iterable[float]) -> float:
+    """The geometric mean."""
+    return math.exp(fmean(math.log(value) for value in values))
+
+
+def memory_bound_rows(workload: Workload, machine: Machine) -> float:
+    """Rows that memory holds."""
+    return steady_rows(machine.kv_tokens, workload.prompt_tokens, workload.output_tokens.astype(np.float64))
+
+
+def budget_ms(workload: Workload, machine: Machine) -> float:
+    """1.3 x the step time at half the memory-bound batch, without prefill."""
+    half = memory_bound_rows(workload, machine) / 2
+    c0, c1, c2, _ = machine.step_ms
+    return 1.3 * (c0 + c1 * half + c2 * machine.kv_tokens / 2)
+
+
+def _tell(lines: Lines) -> None:
+    print(markdown(lines), flush=True)
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+_UNTUNED = tuple(map(parse_spec, ("watermark:0", "watermark:0.02", "watermark:0.05", "memory", "predictive")))
+_VLLM = Spec("256 rows, wm 0", "static", 256, 0.0)
+
+
+def memory(given: argparse.Namespace) -> None:
+    """Policies without a budget, relative to the best swept static batch, to the oracle and to Algorithm 1."""
+    specs = [*_UNTUNED, _VLLM]
+    for letter in given.machines.split(","):
+        setting = SETTINGS[letter]
+        ratios: dict[str, list[float]] = {spec.text: [] for spec in specs}
+        ours: dict[str, list[float]] = {"best static": [], "FIFO oracle": [], "memory": [], _VLLM.text: []}
+        lines = [["workload", *(spec.text for spec in specs), "oracle", "bound", "ours / oracle", "ours / memory",
+                  "recompute", "rows", "best static"]]  # fmt: skip
+        for name in given.workloads.split(","):
+            rows: list[list[float]] = []
+            for seed in range(given.seeds):
+                trial = Trial(setting.workload(name, seed), setting.machine, seed)
+                bounds, static = trial.best_static
+                rate = static.tokens_per_s
+                outcomes = {spec.text: trial.run(spec) for spec in specs}
+                own = outcomes["predictive"]
+                # The best run in order of arrival that is known, which a static batch may be.
+                oracle = max(
+                    trial.oracle.tokens_per_s, *(o.tokens_per_s for t, o in outcomes.items() if o is not own), rate
+                )
+                for spec in specs:
+                    ratios[spec.text].append(outcomes[spec.text].tokens_per_s / rate)
+                against = {"best static": rate, "FIFO oracle": oracle}
+                against |= {text: outcomes[text].tokens_per_s for text in ("memory", _VLLM.text)}
+                for text, value in against.items():
+                    ours[text].append(own.tokens_per_s / value)
+                rows.append(
+                    [ratios[spec.text][-1] for spec in specs]
+                    + [oracle / rate, static.total_s / trial.lower_bound_s, ours["FIFO oracle"][-1], ours["memory"][-1]]
+                    + [own.recompute_share, own.rows_mean, bounds.max_rows]
+                )
+            *means, recompute, mean_rows, cap = (fmean(column) for column in zip(*rows, strict=True))
+            lines.append([name, *(f"{x:.3f}" for x in means), f"{recompute:.1%}", f"{mean_rows:.0f}", f"{cap:.0f}"])
+        lines.append(["geomean", *(f"{geomean(ratios[spec.text]):.3f}" for spec in specs)])
+        lines[-1] += ["", "", f"{geomean(ours['FIFO oracle']):.3f}", f"{geomean(ours['memory']):.3f}", "", "", ""]
+        print(f"\n{letter}: {given.seeds} seeds, {setting.requests} rows; relative to the best static batch")
+        _tell(lines)
+        for text, values in ours.items():
+            print(f"predictive / {text}: geomean {geomean(values):.4f}, least {min(values):.3f}", flush=True)
+
+
+# -- budget ------------------------------------------------------------------------------------------------
+
+_SLA = [
+    {"alpha": alpha, "delta": delta, "epsilon_d": epsilon}
+    for alpha, delta in ((4, 1), (20, 5)) for epsilon in (0.05, 0.2)
+]  # fmt: skip
+
+
+def budget(given: argparse.Namespace) -> None:
+    """Policies with a budget, relative to the best static batch (cap x prefill chunk swept) that keeps it."""
+    for letter in given.machines.split(","):
+        setting = SETTINGS[letter]
+        lines = [["workload", "budget ms", "best static", "rows x chunk", "bound", "predictive", "over",
+                  "paused", "short", "sla published", "over", "sla best swept", "over"]]  # fmt: skip
+        all_ratios, all_overs = [], []
+        for name in given.workloads.split(","):
+            rows = []
+            for seed in range(given.seeds):
+                workload = setting.workload(name, seed)
+                limit = budget_ms(workload, setting.machine)
+                trial = Trial(workload, setting.machine, seed, limit)
+                bounds, static = trial.best_static
+                own = trial.run(parse_spec("predictive"))
+                published = _sla(trial, alpha=20, delta=5, epsilon_d=10.0)
+                swept = max(_sla_sweep(trial) if given.sla else [published], key=lambda o: _kept(o, limit))
+                rate = static.tokens_per_s
+                bound_s = lower_bound_s(workload, setting.machine, budget_ms=limit)
+                all_ratios.append(own.tokens_per_s / rate)
+                all_overs.append(own.over(limit))
+                rows.append([limit, rate, bounds.max_rows, bounds.prefill_tokens, static.total_s / bound_s,
+                             all_ratios[-1], all_overs[-1], own.paused_steps / len(own.step_ms),
+                             _short(own, limit), published.tokens_per_s / rate, published.over(limit),
+                             swept.tokens_per_s / rate, swept.over(limit)])  # fmt: skip
+            m = [fmean(column) for column in zip(*rows, strict=True)]
+            lines.append([name, f"{m[0]:.1f}", f"{m[1]:.0f}", f"{m[2]:.0f} x {m[3]:.0f}", f"{m[4]:.3f}", f"{m[5]:.3f}",
+                          f"{m[6]:.2%}", f"{m[7]:.0%}", f"{m[8]:.0%}", f"{m[9]:.3f}", f"{m[10]:.1%}",
+                          f"{m[11]:.3f}", f"{m[12]:.1%}"])  # fmt: skip
+        if not given.sla:
+            lines = [line[:-2] for line in lines]
+        print(f"\n{letter}: {given.seeds} seeds, {setting.requests} rows")
+        _tell(lines)
+        print(
+            f"predictive / best static that keeps the budget: geomean {geomean(all_ratios):.4f}, least "
+            f"{min(all_ratios):.3f}; steps over: mean {fmean(all_overs):.2%}, most {max(all_overs):.2%}",
+            flush=True,
+        )
+
+
+def _short(outcome: Outcome, limit: float) -> float:
+    """Share of the time that goes by in steps well below the budget: rows or memory are too few to fill them."""
+    return float(outcome.step_ms[outcome.step_ms < 0.85 * limit].sum() / outcome.step_ms.sum())
+
+
+def _sla(trial: Trial, chunk: int = 512, **parameters: float) -> Outcome:
+    policy = make_policy("sla", Bounds(1, 1024, trial.budget_ms, chunk), **parameters)
+    return simulate(trial.workload, trial.machine, policy, seed=trial.seed)
+
+
+def _sla_sweep(trial: Trial) -> list[Outcome]:
+    """Algorithm 2 with the best of 4 settings and 5 chunks, aimed at three budgets below the real one."""
+    assert trial.budget_ms is not None
+    found = []
+    for aim in (0.75, 0.9, 1.0):
+        aimed = Trial(trial.workload, trial.machine, trial.seed, aim * trial.budget_ms)
+        for parameters in _SLA:
+            own = parameters | {"epsilon_d": parameters["epsilon_d"] * trial.budget_ms}
+            found += [_sla(aimed, chunk, **own) for chunk in (32, 64, 128, 256, 512)]
+    return found
+
+
+def _kept(outcome: Outcome, limit: float) -> tuple[float, float]:
+    """Those that keep the budget first, then the fastest."""
+    return -max(outcome.over(limit), KEPT), outcome.tokens_per_s
+
+
+# -- hints -------------------------------------------------------------------------------------------------
+
+
+def hints(given: argparse.Namespace) -> None:
+    """What length hints are worth to the predictive policy, relative to the order of arrival."""
+    sigmas = (0.0, 0.3, 0.6, 1.0, 1.5)
+    lines = [["workload", "order", *(f"error {sigma:g}" for sigma in sigmas), "former epoch"]]
+    orders: dict[str, Callable[[Workload, float], Workload]] = {
+        "learned": lambda job, _: job,
+        "early enough": lambda job, rows: _fixed(job, early_enough(job.groups, _hints_of(job), rows)),
+        "longest first": lambda job, _: _fixed(job, _longest_first(job.groups, _hints_of(job))),
+    }
+    setting = SETTINGS["B"]
+    for name in given.workloads.split(","):
+        gains: dict[str, dict[str, list[float]]] = {order: {} for order in orders}
+        for seed in range(given.seeds):
+            workload = setting.workload(name, seed)
+            rows = memory_bound_rows(workload, setting.machine)
+            base = run(parse_spec("predictive"), workload, setting.machine, seed).tokens_per_s
+            hinted = {f"error {s:g}": with_hints(workload, s, seed) for s in sigmas} | {
+                "former": _former(workload, seed)
+            }
+            for order, arrange in orders.items():
+                for text, own in hinted.items():
+                    job = arrange(own, rows)
+                    rate = run(parse_spec("predictive"), job, setting.machine, seed).tokens_per_s
+                    gains[order].setdefault(text, []).append(rate / base)
+        for order, own_gains in gains.items():
+            lines.append([name, order, *(f"{geomean(values):.3f}" for values in own_gains.values())])
+    print(f"\nB: {given.seeds} seeds, {setting.requests} rows; tokens/s relative to the order of arrival")
+    _tell(lines)
+
+
+def useless(given: argparse.Namespace) -> None:
+    """What hints that tell nothing cost the predictive policy, relative to the order of arrival."""
+    lines = [["workload", "machine", "mean", "standard error"]]
+    for letter in given.machines.split(","):
+        setting = SETTINGS[letter]
+        for name in given.workloads.split(","):
+            ratios = []
+            for seed in range(given.seeds):
+                workload = setting.workload(name, seed)
+                jobs = workload, with_hints(workload, math.inf, seed)
+                base, rate = (run(parse_spec("predictive"), job, setting.machine, seed).tokens_per_s for job in jobs)
+                ratios.append(rate / base)
+            error = stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
+            lines.append([name, letter, f"{fmean(ratios):.4f}", f"{error:.4f}"])
+    print(f"\n{given.seeds} seeds; tokens/s with useless hints relative to the order of arrival")
+    _tell(lines)
+
+
+def _hints_of(workload: Workload) -> FloatArray:
+    assert workload.length_hints is not None
+    return workload.length_hints
+
+
+def _fixed(workload: Workload, order: IntArray) -> Workload:
+    """In this order, and without hints that would change it."""
+    return replace(workload.taken(order), length_hints=None)
+
+
+def _longest_first(groups: IntArray, expected: FloatArray) -> IntArray:
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    means = np.bincount(inverse, expected) / np.bincount(inverse)
+    return np.lexsort((np.arange(len(groups)), first[inverse], -means[inverse]))
+
+
+def _former(workload: Workload, seed: int) -> Workload:
+    """What the last epoch's samples of each prompt say of this one's: their mean, of lengths of CV 0.5 within one."""
+    sizes = np.bincount(workload.groups)
+    means = np.bincount(workload.groups, workload.output_tokens) / np.maximum(sizes, 1)
+    noise = np.random.default_rng([seed, 9]).standard_normal(len(sizes))
+    # The mean of this epoch's samples is itself as far from the prompt's own as that of the last one.
+    seen = means * np.exp(math.sqrt(2 * math.log1p(0.25)) * noise / np.sqrt(np.maximum(sizes, 1)))
+    return replace(workload, length_hints=seen[workload.groups])
+
+
+# -- preemption --------------------------------------------------------------------------------------------
+
+
+def victims(given: argparse.Namespace) -> None:
+    """The row that is cheapest to compute again makes way, relative to the youngest."""
+    chosen: dict[str, Victim] = {"youngest": youngest, "cheapest": cheapest}
+    lines = [["workload", "machine", "policy", "cheapest / youngest", "recompute: youngest", "cheapest"]]
+    ratios: dict[str, list[float]] = {}
+    for letter in given.machines.split(","):
+        setting = SETTINGS[letter]
+        for name in given.workloads.split(","):
+            for policy in ("static", "predictive"):
+                jobs = [setting.workload(name, seed) for seed in range(given.seeds)]
+                runs = {
+                    text: [
+                        simulate(
+                            job, setting.machine, make_policy(policy, Bounds(1, MAX_ROWS)), seed=seed, victim=victim
+                        )
+                        for seed, job in enumerate(jobs)
+                    ]
+                    for text, victim in chosen.items()
+                }
+                rate = {text: geomean(o.tokens_per_s for o in own) for text, own in runs.items()}
+                shares = [f"{fmean(o.recompute_share for o in own):.1%}" for own in runs.values()]
+                ratios.setdefault(policy, []).append(rate["cheapest"] / rate["youngest"])
+                lines.append([name, letter, policy, f"{ratios[policy][-1]:.3f}", *shares])
+    _tell(lines)
+    for policy, values in ratios.items():
+        print(f"{policy}: geomean {geomean(values):.4f}, least {min(values):.3f}", flush=True)
+
+
+# -- forecast ----------------------------------------------------------------------------------------------
+
+
+def forecast(given: argparse.Namespace) -> None:
+    """How far off the tokens are that the predictive policy foretells of the live rows, as a share of memory."""
+    lines = [["workload", *(f"{steps} steps ahead: median, p95" for steps in AHEAD)]]
+    for letter in given.machines.split(","):
+        setting = SETTINGS[letter]
+        for name in given.workloads.split(","):
+            errors = []
+            for seed in range(given.seeds):
+                job = setting.workload(name, seed)
+                policy = Unaware(make_policy("predictive", Bounds(1, MAX_ROWS)), int(job.max_new_tokens.max()))
+                simulate(job, setting.machine, policy, seed=seed, reveal=True)
+                errors += policy.errors
+            lines.append([f"{letter} {name}", *quantiles(errors)])
+    print(f"{given.seeds} seeds; |foretold - true| tokens of the live rows, as a share of memory")
+    _tell(lines)
+
+
+# -- the paper ---------------------------------------------------------------------------------------------
+
+# arXiv 2503.05248, Table I: model, mean prompt, mean output, requests, static and dynamic tok/s.
+_TABLE_1 = (
+    ("LLaMA-65B", 68.4, 344.5, 1319, 1983, 2146),
+    ("LLaMA3-70B", 68.4, 454.4, 1319, 3153, 3357),
+    ("LLaMA3-70B", 191.0, 381.9, 3000, 2296, 2575),
+    ("PanGu-7B", 128, 128, 1000, 2305, 2956),
+    ("PanGu-38B", 128, 128, 1000, 2215, 2569),
+    ("PanGu-135B", 128, 128, 1000, 1342, 1449),
+)
+# Table II, with a budget of 50 ms: model, mean prompt, mean output, static and dynamic tok/s.
+_TABLE_2 = (
+    ("LLaMA-65B", 237.7, 416.2, 1190, 1223),
+    ("LLaMA3-70B", 256.6, 61.5, 331, 405),
+    ("LLaMA3-70B, PD fusion", 256.6, 447.5, 1322, 1665),
+)
+_FIGURE_3 = (30.0, 0.22, 0.0, 0.1)
+
+
+def paper(given: argparse.Namespace) -> None:
+    """The paper's settings beside its figures; most of what they depend on is not in the paper."""
+    print(
+        "Assumed: step time of Fig. 3 (30 + 0.22 rows ms) for every model, 0.1 ms a prefilled token, static = 256 rows"
+    )
+    print("with no watermark, memory for so many x 256 rows at their mean final length, lengths lognormal of CV 0.6")
+    print("(constant where prompt and output are both 128).")
+    specs = (Spec("static 256", "static", 256, 0.0), parse_spec("memory"), parse_spec("predictive"))
+    heads = [f"{spec.text}, {share:g}" for share in (0.5, 1, 3) for spec in specs[1:]]
+    lines = [["model", "prompt", "output", "paper: gain", *(f"{head}: gain" for head in heads)]]
+    for model, prompt, output, requests, static, dynamic in _TABLE_1:
+        cells = []
+        for share in (0.5, 1, 3):
+            machine = Machine(int(share * 256 * (prompt + output)), _FIGURE_3)
+            rates = [
+                geomean(run(spec, _of_means(model, prompt, output, requests, seed), machine, seed).tokens_per_s
+                        for seed in range(given.seeds))
+                for spec in specs
+            ]  # fmt: skip
+            cells += [f"{rate / rates[0] - 1:+.1%}" for rate in rates[1:]]
+        lines.append([model, f"{prompt}", f"{output}", f"{dynamic / static - 1:+.1%}", *cells])
+    print("\nTable I: tok/s over static 256, at 0.5, 1 and 3 times the memory that 256 rows need")
+    _tell(lines)
+    print("\nTable II is of arrival rates, which a job with all rows at hand has not. Here: tok/s, a budget of 50 ms")
+    print("and memory for 256 rows, relative to the best static batch that keeps it in at least 99 % of steps.")
+    lines = [["model", "prompt", "output", "paper: tok/s", "paper: gain", "static", "sla", "over", "paper", "over",
+              "predictive", "over"]]  # fmt: skip
+    for model, prompt, output, static, dynamic in _TABLE_2:
+        machine = Machine(int(256 * (prompt + output)), _FIGURE_3)
+        trial = Trial(_of_means(model, prompt, output, 3000, 0), machine, 0, 50.0)
+        rate = trial.best_static[1].tokens_per_s
+        cells = []
+        for name in ("sla", "paper", "predictive"):
+            outcome = trial.run(parse_spec(f"{name}:1024"))
+            cells += [f"{outcome.tokens_per_s / rate - 1:+.1%}", f"{outcome.over(50.0):.1%}"]
+        lines.append([model, f"{prompt}", f"{output}", f"{static} to {dynamic}", f"{dynamic / static - 1:+.1%}",
+                      f"{rate:.0f}", *cells])  # fmt: skip
+    _tell(lines)
+
+
+def _of_means(name: str, prompt: float, output: float, requests: int, seed: int) -> Workload:
+    if prompt == output:
+        return workload_of(name, np.full(requests, prompt), np.full(requests, output), 512)
+    rng = np.random.default_rng([seed, 5])
+    variance = math.log1p(0.36)
+    noise = np.exp(math.sqrt(variance) * rng.standard_normal((2, requests)) - variance / 2)
+    return workload_of(name, prompt * noise[0], output * noise[1], 4096)
+
+
+# -- cost --------------------------------------------------------------------------------------------------
+
+
+def cost(given: argparse.Namespace) -> None:
+    """Microseconds that a decision takes, by live rows."""
+    lines = [["policy", "100 rows", "300 rows", "1000 rows", "1000 rows and room for more"]]
+    cases = ((100, 0), (300, 0), (1000, 0), (1000, 100_000))
+    for name in POLICIES:
+        for limit in (None, 1e4):
+            cells = [f"{_decision_us(name, rows, room, limit, given.seeds):.0f}" for rows, room in cases]
+            lines.append([name + (" with a budget" if limit else ""), *cells])
+    print("microseconds a decision, the median of batches of 64")
+    _tell(lines)
+
+
+def _decision_us(name: str, rows: int, room: int, limit: float | None, seeds: int) -> float:
+    policy = make_policy(name, Bounds(1, MAX_ROWS, limit))
+    rng = np.random.default_rng(0)
+    ages = np.sort(rng.integers(1, 600, rows))[::-1].copy()
+    prompts = rng.integers(50, 400, rows)
+    limits = np.full(rows, 4096, np.int64)
+    held = int((ages + prompts).sum())
+    sixty_four = np.arange(64)
+    waiting = WaitingRows(
+        rng.integers(50, 400, 64), np.zeros(64, np.int64), limits[:1].repeat(64), 10_000 + sixty_four,
+        np.zeros(64, bool),
+    )  # fmt: skip
+    batches = []
+    for batch in range(20 * seeds):
+        started = time.perf_counter()
+        for _ in range(64):
+            ms = 30 + 0.02 * rows
+            policy.decide(
+                Observation(
+                    prompts, ages, limits, 1000, 200_000, held, room, 0, 1, 0, 16, np.arange(rows),
+                    np.zeros(rows, bool), waiting, (StepSample(rows, held, 200 * (batch % 3), ms),),
+                    (FinishedRow(200, 300 + batch),),
+                )
+            )  # fmt: skip
+        batches.append((time.perf_counter() - started) / 64)
+    return 1e6 * float(np.median(batches))
+
+
+FIGURES: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "memory": memory,
+    "budget": budget,
+    "hints": hints,
+    "useless": useless,
+    "victims": victims,
+    "forecast": forecast,
+    "paper": paper,
+    "cost": cost,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints one figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", choices=FIGURES)
+    parser.add_argument("--machines", default=",".join(SETTINGS))
+    parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sla", action="store_true", help="with a budget, sweep Algorithm 2 as well (60 runs each)")
+    given = parser.parse_args(arguments)
+    FIGURES[given.figure](given)
+
+
+if __name__ == "__main__":
+    main()

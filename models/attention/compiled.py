@@ -1,0 +1,334 @@
+"""Paged attention on a CPU by a compiled kernel, called with ctypes.
+
+The source is ``csrc/paged_attention.c``; `rollout.models.csrc.build` says how it is built and whose threads
+it runs in. Where it cannot be built, `kernel` says why, once, and returns None: the engine then gathers pages instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, addressof, byref, c_double, c_int64, c_void_p, sizeof
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from rollout.models.attention.interface import Scores
+from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
+from rollout.models.csrc.build import KernelUnavailable, build, built, gomp_parallel
+from rollout.models.forward_batch import Packed
+from rollout.models.kv_cache.layout import IntArray, KVLayout, Site, Span
+from rollout.models.kv_cache.page_pool import PagePool
+
+SOURCE = Path(__file__).parents[1] / "csrc" / "paged_attention.c"
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SPANS = {"full": 0, "window": 1, "chunk": 2}
+
+
+def _fields(kind: type[ctypes._SimpleCData[Any]], names: str) -> list[tuple[str, type[ctypes._SimpleCData[Any]]]]:
+    return [(name, kind) for name in names.split()]
+
+
+# The structures of the same names in the source, field by field.
+
+
+class _Step(Structure):
+    _fields_ = _fields(c_int64, "sequences width page_size slab_pages slabs tokens") + _fields(
+        c_void_p, "tables starts lengths offsets slots"
+    )
+
+
+class _Site(Structure):
+    _fields_ = _fields(c_int64, "dtype kv_heads group key_dim value_dim span span_size") + _fields(
+        c_void_p, "keys values"
+    )
+
+
+class _Task(Structure):
+    _fields_ = _fields(c_int64, "sequence query queries head heads chunk chunks split partial cost")
+
+
+class _Sizes(Structure):
+    _fields_ = _fields(c_int64, "tasks splits partial_floats scratch_floats")
+
+
+class _Plan(Structure):
+    _fields_ = [
+        ("tasks", c_void_p),
+        ("pending", c_void_p),
+        ("partials", c_void_p),
+        ("scratch", c_void_p),
+        ("sizes", _Sizes),
+    ]
+
+
+class _Call(Structure):
+    _fields_ = (
+        _fields(c_void_p, "step site plan query key value out")
+        + _fields(c_int64, "query_token query_head key_token key_head value_token value_head")
+        + _fields(c_void_p, "sinks")
+        + _fields(c_double, "scaling softcap")
+        + _fields(c_int64, "threads")
+        + _fields(c_void_p, "parallel")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Addresses:
+    """Where a pool's slabs lie, for one state of the pool."""
+
+    slabs: tuple[int, ...]
+    """What tells that state: the address of each slab's first keys, 0 for a dropped one."""
+    bases: IntArray
+    """[sites, 2, slabs] addresses of keys and values; the structures of ``sites`` point into it."""
+    sites: dict[tuple[int, int], _Site]
+    """By index of the site, and heads in a group."""
+    calls: dict[tuple[int, int], _Call]
+    """Likewise; filled anew for every call."""
+
+
+class Kernel:
+    """The loaded library.
+
+    Args:
+        library: with the entry points of ``paged_attention.c``.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self.prepare = library.rollout_prepare
+        self.prepare.argtypes, self.prepare.restype = [c_void_p], None
+        self.plan = library.rollout_plan
+        self.plan.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
+        self.plan.restype = c_int64
+        self.attend = library.rollout_attend
+        self.attend.argtypes, self.attend.restype = [c_void_p], None
+        library.rollout_has_float16.restype = c_int64
+        self.dtypes = frozenset(
+            dtype for dtype in _DTYPES if dtype != torch.float16 or bool(library.rollout_has_float16())
+        )
+        self.parallel = gomp_parallel()
+        self._addresses: WeakKeyDictionary[PagePool, _Addresses] = WeakKeyDictionary()
+
+    def supports(self, layout: KVLayout, device: torch.device) -> bool:
+        """Whether pages of this layout on this device can be read."""
+        return device.type == "cpu" and layout.dtype in self.dtypes and bool(layout.sites)
+
+    def addresses(self, pool: PagePool) -> _Addresses:
+        """Where the pool's slabs lie; looked up again when it grew or shrank."""
+        slabs = tuple(0 if slab is None else slab.keys[0].data_ptr() for slab in pool.slabs)
+        known = self._addresses.get(pool)
+        if known is None or known.slabs != slabs:
+            bases = np.zeros((len(pool.layout.sites), 2, len(slabs)), np.int64)
+            for number, slab in enumerate(pool.slabs):
+                if slab is not None:
+                    for which, tensors in enumerate((slab.keys, slab.values)):
+                        bases[:, which, number] = [tensor.data_ptr() for tensor in tensors]
+            known = self._addresses[pool] = _Addresses(slabs, bases, {}, {})
+        return known
+
+
+class CompiledAttention:
+    """Attention of one forward: a packed batch of sequences, each with its new tokens one after another.
+
+    What depends on lengths alone is planned once, and serves every site. Not for two threads at a time.
+
+    Args:
+        kernel: of `kernel()`.
+        pool: where keys and values lie; it must not grow or shrink while this is in use.
+        tables: [S, pages] page ids of each sequence, those to be written included; entries past a sequence's
+            end are not read.
+        starts: [S] tokens that each sequence has in its pages.
+        lengths: [S] new tokens of each in this forward.
+        threads: by default as many as torch uses. Results do not depend on it.
+
+    Raises:
+        ValueError: the layout is not supported, or the arrays do not fit each other.
+        IndexError: a page that a new token is written to, or that the first site reads, is in no slab.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        pool: PagePool,
+        tables: IntArray,
+        starts: IntArray,
+        lengths: IntArray,
+        threads: int | None = None,
+    ) -> None:
+        if not kernel.supports(pool.layout, pool.device):
+            raise ValueError(f"The compiled kernel does not serve {pool.layout.dtype} on {pool.device}.")
+        self._tables, self._starts, self._lengths = (
+            np.ascontiguousarray(array, np.int64) for array in (tables, starts, lengths)
+        )
+        if self._tables.ndim != 2 or not len(self._tables) == len(self._starts) == len(self._lengths):
+            raise ValueError("tables must be [S, pages], starts and lengths [S].")
+        if len(starts) and (self._starts.min() < 0 or self._lengths.min() < 0):
+            raise ValueError("starts and lengths must not be negative.")
+        self._kernel, self._pool = kernel, pool
+        self._layout = pool.layout
+        self._addresses = kernel.addresses(pool)
+        self._threads = torch.get_num_threads() if threads is None else threads
+        self.tokens = int(self._lengths.sum())
+        self._offsets, self._slots = np.empty(len(self._starts), np.int64), np.empty(self.tokens, np.int64)
+        self._step = _Step(
+            *(len(self._starts), self._tables.shape[1], pool.layout.page_size, pool.slab_pages),
+            *(len(self._addresses.slabs), self.tokens),
+            *(a.ctypes.data for a in (self._tables, self._starts, self._lengths, self._offsets, self._slots)),
+        )
+        self._plans: dict[tuple[int, int, int, int, Span], _Plan] = {}
+        self._memory: list[np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = []
+        # Checks the pages, so that the next line reads only what the table holds.
+        self._plan(self._site(0, 1), pool.layout.sites[0].span)
+        kernel.prepare(byref(self._step))
+
+    def __call__(
+        self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
+        """Writes the new keys and values of site ``index`` into their pages, and attends.
+
+        Args:
+            index: of the site in the pool's layout.
+            query: [T, heads, key_dim], T new tokens in the order of the sequences; any strides.
+            key: [T, kv_heads, key_dim]; any strides.
+            value: [T, kv_heads, value_dim]; any strides.
+            scores: how scores become weights.
+
+        Returns:
+            [T, heads, value_dim], contiguous, in the layout's dtype.
+
+        Raises:
+            ValueError: a shape is not that of the site.
+            IndexError: a page that the site reads is in no slab.
+        """
+        site, dtype = self._layout.sites[index], self._layout.dtype
+        heads = query.shape[1]
+        if (
+            query.shape != (self.tokens, heads, site.key_dim)
+            or key.shape != (self.tokens, site.kv_heads, site.key_dim)
+            or value.shape != (self.tokens, site.kv_heads, site.value_dim)
+            or heads % site.kv_heads
+        ):
+            raise ValueError(
+                f"Site {index} takes {self.tokens} tokens, {site.kv_heads} key heads or a multiple, dims "
+                f"{site.key_dim} and {site.value_dim}; "
+                f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
+            )
+        query, key, value = _rows(query, dtype), _rows(key, dtype), _rows(value, dtype)
+        out = torch.empty((self.tokens, heads, site.value_dim), dtype=dtype)
+        if not self.tokens:
+            return out
+        group = heads // site.kv_heads
+        call, size = self._call(index, group), dtype.itemsize
+        call.query, call.key, call.value, call.out = (
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            out.data_ptr(),
+        )
+        token, head, _ = query.stride()
+        call.query_token, call.query_head = token * size, head * size
+        token, head, _ = key.stride()
+        call.key_token, call.key_head = token * size, head * size
+        token, head, _ = value.stride()
+        call.value_token, call.value_head = token * size, head * size
+        call.scaling = scores.scaling
+        call.softcap = scores.softcap or 0.0
+        if scores.sinks is None:
+            call.sinks = None
+        else:
+            sinks = scores.sinks.detach().to(torch.float32).contiguous()
+            if sinks.shape != (heads,):
+                raise ValueError(f"sinks must be [{heads}], got {tuple(sinks.shape)}.")
+            call.sinks = sinks.data_ptr()
+        self._kernel.attend(byref(call))
+        return out
+
+    def _site(self, index: int, group: int) -> _Site:
+        addresses = self._addresses
+        known = addresses.sites.get((index, group))
+        if known is None:
+            site: Site = self._layout.sites[index]
+            keys, values = (addresses.bases[index, which].ctypes.data for which in (0, 1))
+            known = addresses.sites[index, group] = _Site(
+                *(_DTYPES[self._layout.dtype], site.kv_heads, group, site.key_dim, site.value_dim),
+                *(_SPANS[site.span.kind], site.span.size, keys, values),
+            )
+        return known
+
+    def _call(self, index: int, group: int) -> _Call:
+        site, calls = self._site(index, group), self._addresses.calls
+        call = calls.get((index, group))
+        if call is None:
+            call = calls[index, group] = _Call(site=addressof(site), parallel=self._kernel.parallel)
+        plan = self._plan(site, self._layout.sites[index].span)
+        call.step, call.plan, call.threads = addressof(self._step), addressof(plan), self._threads
+        return call
+
+    def _plan(self, site: _Site, span: Span) -> _Plan:
+        key = (site.kv_heads, site.group, site.key_dim, site.value_dim, span)
+        plan = self._plans.get(key)
+        if plan is None:
+            sizes = _Sizes()
+            arguments = (byref(self._step), byref(site), self._threads, byref(sizes))
+            bad = self._kernel.plan(*arguments, None, None)
+            if bad:
+                raise IndexError(f"Sequence {bad - 1} of the step needs a page that is in no slab of the pool.")
+            tasks = np.empty(max(1, sizes.tasks) * sizeof(_Task), np.uint8)
+            pending = np.empty(max(1, sizes.splits), np.int64)
+            partials = np.empty(max(1, sizes.partial_floats), np.float32)
+            scratch = np.empty(max(1, self._threads) * sizes.scratch_floats, np.float32)
+            self._kernel.plan(*arguments, tasks.ctypes.data, pending.ctypes.data)
+            arrays = (tasks, pending, partials, scratch)
+            self._memory.extend(arrays)
+            plan = self._plans[key] = _Plan(*(array.ctypes.data for array in arrays), sizes)
+        return plan
+
+
+def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` in a dtype, each head's numbers side by side."""
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+# -- loading ---------------------------------------------------------------------------------------------
+
+
+@cache
+def kernel() -> Kernel | None:
+    """The kernel, built if this is its first use on this machine; None, with one warning, where there is none."""
+    return built(SOURCE, _checked)
+
+
+def load() -> Kernel:
+    """Loads the kernel, and builds it first if need be.
+
+    Raises:
+        KernelUnavailable: it cannot be built, or computes something else.
+    """
+    return build(SOURCE, _checked)
+
+
+def _checked(library: ctypes.CDLL) -> Kernel:
+    """The kernel, if it agrees with plain attention.
+
+    Raises:
+        KernelUnavailable: it does not.
+        AttributeError: the library is another one.
+    """
+    loaded = Kernel(library)
+
+    def attention(pool: PagePool, packed: Packed) -> Attention:
+        return CompiledAttention(loaded, pool, packed.tables, packed.starts, packed.lengths, 1)
+
+    for dtype in loaded.dtypes:
+        error = largest_error(attention, dtype, ((64, 32), (13, 20)), torch.device("cpu"))
+        if not error <= TOLERANCE[dtype]:
+            raise KernelUnavailable(f"what it built computes something else in {dtype} (by {error:.2g}).")
+    return loaded

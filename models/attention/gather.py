@@ -1,0 +1,268 @@
+"""Paged attention by gathering pages and calling SDPA: the reference on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from rollout.models.arrays import uploaded
+from rollout.models.attention.base import PagedStep
+from rollout.models.attention.interface import Scores
+from rollout.models.attention.prefill import Segments
+from rollout.models.cpu_precision import cpu_multiplies
+from rollout.models.forward_batch import Packed
+from rollout.models.kv_cache.layout import IntArray, Site, Span
+from rollout.models.kv_cache.page_pool import PagePool
+
+#: Gathered keys of one group of rows stay below this, so that they are still in cache when they are read.
+_GROUP_BYTES = 2 << 20
+#: A group's rows are padded to its longest; a row joins only while it is at least this share of it.
+_GROUP_FILL = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The share of some global ids (of pages, or of slots in pages) that lies in one slab."""
+
+    slab: int
+    where: torch.Tensor | None
+    """Positions among the ids; all of them, in order, when None."""
+    inside: torch.Tensor
+    """The ids, counted from the slab's start."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A sequence with several new tokens: it attends by itself."""
+
+    tokens: slice
+    """Its new tokens among those of the forward."""
+    start: int
+    end: int
+    pages: int
+    reads: list[_Part]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sequences with one new token and of similar length, which are gathered and attended together."""
+
+    tokens: torch.Tensor
+    """[g] their new tokens among those of the forward."""
+    reads: list[_Part]
+    pages: int
+    """Pages gathered for each, padding included."""
+    mask: torch.Tensor
+    """[g, 1, 1, pages * page_size], 0 where the token sees the key and -inf elsewhere."""
+
+
+class GatherStep(PagedStep):
+    """Gathers what each sequence sees; what depends on lengths alone is planned once and serves every layer.
+
+    Args:
+        prefills: attends for sequences with several new tokens, instead.
+    """
+
+    name: ClassVar[str] = "gather"
+
+    def __init__(self, pool: PagePool, packed: Packed, prefills: Segments | None = None) -> None:
+        super().__init__(pool, packed)
+        self._prefills = prefills
+        size = pool.layout.page_size
+        slow = pool.device.type == "cpu" and not cpu_multiplies(pool.layout.dtype)
+        self._compute_dtype = torch.float32 if slow else pool.layout.dtype
+        self._writes = self._by_slab(packed.slots(size), pool.slab_pages * size)
+        self._single = np.flatnonzero(packed.lengths == 1)
+        several = packed.lengths > 1 if prefills is None else np.zeros(0, np.bool_)
+        self._segments = [self._segment(int(i)) for i in np.flatnonzero(several)]
+        self._groups: dict[Span, list[_Group]] = {}
+        self._masks: dict[tuple[int, Span], torch.Tensor | None] = {}
+        self._most_pages = 0
+        self._workspace: dict[tuple[str, int], torch.Tensor] = {}
+
+    def compute(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
+        """See `PagedStep.compute`."""
+        site = self.layout.sites[index]
+        for part in self._writes:
+            slab = self.pool.slab(part.slab)
+            for memory, new in ((slab.keys[index], k), (slab.values[index], v)):
+                rows = new if part.where is None else new.index_select(0, part.where)
+                memory.flatten(0, 1).index_copy_(0, part.inside, rows)
+        output = v.new_empty(q.shape[0], q.shape[1], site.value_dim)
+        self._attend_groups(index, q, scores, output)
+        for segment in self._segments:
+            self._attend_segment(segment, index, (q, k, v), scores, output)
+        if self._prefills is not None:
+            self._prefills.attend(index, q, k, v, scores, output)
+        return output
+
+    # -- several new tokens ----------------------------------------------------------------------------
+
+    def _segment(self, number: int) -> _Segment:
+        start, length = int(self.packed.starts[number]), int(self.packed.lengths[number])
+        offset, size = int(self.packed.offsets[number]), self.layout.page_size
+        pages = -(-(start + length) // size)
+        reads = self._by_slab(self.packed.tables[number, :pages], self.pool.slab_pages) if start else []
+        return _Segment(slice(offset, offset + length), start, start + length, pages, reads)
+
+    def _attend_segment(
+        self,
+        segment: _Segment,
+        index: int,
+        new: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        scores: Scores,
+        output: torch.Tensor,
+    ) -> None:
+        site = self.layout.sites[index]
+        queries, keys, values = (x[segment.tokens] for x in new)
+        if segment.start:
+            keys, values = (
+                self._gather(segment.reads, index, which, segment.pages).flatten(0, 1)[: segment.end]
+                for which in ("keys", "values")
+            )
+        repeats = queries.shape[1] // site.kv_heads
+        # [1, heads, tokens, dim]; keys repeated for every head of their group cost little at prefill
+        queries, keys, values = (x.to(self._compute_dtype).transpose(0, 1)[None] for x in (queries, keys, values))
+        keys, values = (x.repeat_interleave(repeats, dim=1) for x in (keys, values))
+        sinks = None if scores.sinks is None else scores.sinks[None, :, None, None]
+        out = softmax_attention(queries, keys, values, self._mask(segment, site.span), scores, sinks)
+        output[segment.tokens] = out[0].transpose(0, 1).to(output.dtype)
+
+    def _mask(self, segment: _Segment, span: Span) -> torch.Tensor | None:
+        """[t, end] of one segment, True where a query sees a key; None where that is plainly causal."""
+        key = (segment.tokens.start, span)
+        if key not in self._masks:
+            queries, keys = np.arange(segment.start, segment.end), np.arange(segment.end)
+            first = span.first_keys(queries)
+            if segment.start == 0 and not first.any():
+                self._masks[key] = None
+            else:
+                self._masks[key] = self._tensor((keys <= queries[:, None]) & (keys >= first[:, None]))
+        return self._masks[key]
+
+    # -- one new token -----------------------------------------------------------------------------------
+
+    def _attend_groups(self, index: int, q: torch.Tensor, scores: Scores, output: torch.Tensor) -> None:
+        site = self.layout.sites[index]
+        if site.span not in self._groups:
+            self._groups[site.span] = self._plan(site.span)
+        # The heads that share keys become query rows of one head: keys are read once for all of them.
+        sinks = None if scores.sinks is None else scores.sinks.view(1, site.kv_heads, -1, 1)
+        for group in self._groups[site.span]:
+            rows = len(group.tokens)
+            keys, values = (
+                self._gather_group(group, index, which).view(rows, -1, site.kv_heads, dim).transpose(1, 2)
+                for which, dim in (("keys", site.key_dim), ("values", site.value_dim))
+            )
+            queries = q.index_select(0, group.tokens).to(self._compute_dtype)
+            queries = queries.view(rows, site.kv_heads, -1, site.key_dim)
+            out = softmax_attention(queries, keys, values, group.mask, scores, sinks)
+            output.index_copy_(0, group.tokens, out.reshape(rows, -1, site.value_dim).to(output.dtype))
+
+    def _gather_group(self, group: _Group, index: int, which: str) -> torch.Tensor:
+        """Into memory kept over the layers of the step: fresh large blocks would cost page faults in each."""
+        count, site = len(group.tokens) * group.pages, self.layout.sites[index]
+        elements = self._most_pages * self.layout.page_size * _width(site, which)
+        if (which, elements) not in self._workspace:
+            empty = torch.empty(elements, dtype=self.layout.dtype, device=self.pool.device)
+            self._workspace[which, elements] = empty
+        out = self._workspace[which, elements][: count * self.layout.page_size * _width(site, which)]
+        return self._gather(group.reads, index, which, count, out).to(self._compute_dtype)
+
+    def _plan(self, span: Span) -> list[_Group]:
+        """Groups of similar length; of a window or chunk, only the pages that the token sees are gathered."""
+        size = self.layout.page_size
+        last = self.packed.starts[self._single]
+        first_keys = span.first_keys(last)
+        first_pages = first_keys // size
+        counts = last // size - first_pages + 1
+        order = np.argsort(-counts, kind="stable")
+        page_bytes = size * max(_width(s, "keys") for s in self.layout.sites) * self._compute_dtype.itemsize
+        groups, start = [], 0
+        while start < len(order):
+            longest = int(counts[order[start]])
+            members = order[start : start + max(1, _GROUP_BYTES // (longest * page_bytes))]
+            members = members[counts[members] >= _GROUP_FILL * longest]
+            groups.append(self._group(self._single[members], first_pages[members], first_keys[members], longest))
+            start += len(members)
+        self._most_pages = max([self._most_pages, *(len(group.tokens) * group.pages for group in groups)])
+        return groups
+
+    def _group(self, sequences: IntArray, first_pages: IntArray, first_keys: IntArray, pages: int) -> _Group:
+        size, last = self.layout.page_size, self.packed.starts[sequences][:, None]
+        # Past its last page a sequence gathers that page again: valid memory, and masked.
+        columns = np.minimum(first_pages[:, None] + np.arange(pages), last // size)
+        table = self.packed.tables[sequences[:, None], columns].ravel()
+        positions = first_pages[:, None] * size + np.arange(pages * size)
+        hidden = self._tensor((positions > last) | (positions < first_keys[:, None]))
+        mask = torch.zeros(hidden.shape, dtype=self._compute_dtype, device=hidden.device)
+        mask.masked_fill_(hidden, -torch.inf)
+        tokens = self._tensor(self.packed.offsets[sequences])
+        return _Group(tokens, self._by_slab(table, self.pool.slab_pages), pages, mask[:, None, None])
+
+    # -- pages ---------------------------------------------------------------------------------------------
+
+    def _by_slab(self, ids: IntArray, unit: int) -> list[_Part]:
+        """Splits global ids by slab, ``unit`` ids to each."""
+        slabs, inside = np.divmod(ids, unit)
+        if (slabs == slabs[0]).all():
+            return [_Part(int(slabs[0]), None, self._tensor(inside))]
+        parts = [(int(slab), np.flatnonzero(slabs == slab)) for slab in np.unique(slabs)]
+        return [_Part(slab, self._tensor(where), self._tensor(inside[where])) for slab, where in parts]
+
+    def _gather(
+        self, reads: Sequence[_Part], index: int, which: str, count: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[count, page_size, kv_heads, dim]: the keys or values of ``count`` pages of one site."""
+        slabs = [self.pool.slab(read.slab) for read in reads]
+        memories = [(slab.keys if which == "keys" else slab.values)[index] for slab in slabs]
+        shape = (count, *memories[0].shape[1:])
+        pages = memories[0].new_empty(shape) if out is None else out.view(shape)
+        for read, memory in zip(reads, memories, strict=True):
+            if read.where is None:
+                torch.index_select(memory, 0, read.inside, out=pages)
+            else:
+                pages.index_copy_(0, read.where, memory.index_select(0, read.inside))
+        return pages
+
+    def _tensor(self, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torch.Tensor:
+        return uploaded(values, self.pool.device)
+
+
+def _width(site: Site, which: str) -> int:
+    return site.kv_heads * (site.key_dim if which == "keys" else site.value_dim)
+
+
+def softmax_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scores: Scores,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Weights of ``scores`` over [b, h, keys, dim], for query [b, h, t, key_dim]; ``mask`` None is causal.
+
+    ``mask`` is boolean (True: seen) or additive; ``sinks`` broadcasts to [b, h, t, 1].
+    """
+    if scores.softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scores.scaling
+        )
+    logits = (query.float() @ key.float().transpose(-1, -2)) * scores.scaling
+    if scores.softcap is not None:
+        logits = scores.softcap * torch.tanh(logits / scores.softcap)
+    if mask is None:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    if sinks is None:
+        weights = logits.softmax(-1)
+    else:
+        column = sinks.to(logits).expand(*logits.shape[:-1], 1)
+        weights = torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+    return (weights @ value.float()).to(query.dtype)

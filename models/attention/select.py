@@ -1,0 +1,195 @@
+"""Which attention reads the pages: the one that was asked for, or a kernel where one serves them, else gathering."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar, Protocol
+
+import torch
+
+from rollout.models.attention import prefill_libraries
+from rollout.models.attention.base import PagedStep
+from rollout.models.attention.compiled import CompiledAttention, Kernel, kernel
+from rollout.models.attention.gather import GatherStep
+from rollout.models.attention.interface import Scores
+from rollout.models.attention.multi_device import SpreadSteps
+from rollout.models.attention.names import AUTO
+from rollout.models.attention.prefill import Library, Segments
+from rollout.models.attention.prefill_libraries import LIBRARIES, installed
+from rollout.models.errors import UnsupportedAttention
+from rollout.models.forward_batch import Packed
+from rollout.models.kernel_trial import failure_of
+from rollout.models.kv_cache.layout import KVLayout
+from rollout.models.kv_cache.page_pool import PagePool
+
+logger = logging.getLogger(__name__)
+
+
+class CompiledStep(PagedStep):
+    """The compiled kernel writes new keys and values and attends to all, page by page, in place."""
+
+    name: ClassVar[str] = "compiled"
+
+    def __init__(self, pool: PagePool, packed: Packed, compiled: Kernel) -> None:
+        super().__init__(pool, packed)
+        self._attention = CompiledAttention(compiled, pool, packed.tables, packed.starts, packed.lengths)
+
+    def compute(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
+        """See `PagedStep.compute`."""
+        return self._attention(index, q, k, v, scores)
+
+
+class Steps(Protocol):
+    """Makes the step that answers the attention calls of one forward."""
+
+    @property
+    def name(self) -> str:
+        """See `PagedStep.name`."""
+        ...
+
+    def __call__(self, pool: PagePool, packed: Packed) -> PagedStep: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledSteps:
+    """Makes steps by the compiled kernel."""
+
+    compiled: Kernel
+    name: ClassVar[str] = CompiledStep.name
+
+    def __call__(self, pool: PagePool, packed: Packed) -> CompiledStep:
+        return CompiledStep(pool, packed, self.compiled)
+
+
+@dataclass(frozen=True, slots=True)
+class GatherSteps:
+    """Makes steps that gather, with prefills by a library."""
+
+    library: Library
+
+    @property
+    def name(self) -> str:
+        return f"{self.library.name}+{GatherStep.name}"
+
+    def __call__(self, pool: PagePool, packed: Packed) -> GatherStep:
+        return GatherStep(pool, packed, Segments(pool, packed, self.library))
+
+
+def require(choice: str, device: torch.device) -> None:
+    """Refuses what cannot be on a device whatever the model: known before one is loaded.
+
+    Raises:
+        UnsupportedAttention: the attention of that name is not there, or not for such a device.
+    """
+    on_gpu = choice == "triton" or choice in LIBRARIES
+    if on_gpu and device.type != "cuda":
+        raise UnsupportedAttention(choice, f"it is for GPUs, and the model is on {device.type}")
+    if choice in LIBRARIES:
+        installed(choice)
+    if choice == "compiled":
+        if device.type != "cpu":
+            raise UnsupportedAttention(choice, f"it is for CPUs, and the model is on {device.type}")
+        if kernel() is None:
+            raise UnsupportedAttention(choice, "it could not be compiled, as a warning says")
+
+
+def chosen(choice: str, pool: PagePool) -> Steps:
+    """The attention of a name, for the layout and device of ``pool``.
+
+    ``auto`` is the fastest of the engine's own: ``triton``, on a GPU, or ``compiled``, on a CPU; ``gather`` gathers
+    pages for torch's. ``varlen`` and ``flash_attn`` are libraries, which serve prefills; rows that decode are read by
+    the fastest of the engine's own.
+
+    Raises:
+        UnsupportedAttention: it is not there, or does not serve.
+        torch.OutOfMemoryError: there is no room to try it out.
+    """
+    if choice == AUTO:
+        return fastest(pool)
+    if len(pool.parts) > 1:
+        return SpreadSteps([chosen(choice, part) for part in pool.parts])
+    layout, device = pool.layout, pool.device
+    require(choice, device)
+    if choice in LIBRARIES:
+        library = installed(choice)
+        prefill_libraries.check(library, layout, device)
+        return _triton(pool, library) or GatherSteps(library)
+    if choice == "triton":
+        if (reason := _triton_failure(_dims(layout), layout.dtype, device)) is not None:
+            raise UnsupportedAttention(choice, f"it does not serve here ({reason})")
+        return _triton_steps(pool, None)
+    if choice == "compiled":
+        steps = _compiled(pool)
+        if steps is None:
+            stored = str(layout.dtype).removeprefix("torch.")
+            raise UnsupportedAttention(choice, f"it does not serve {stored}, which the model stores")
+        return steps
+    return GatherStep
+
+
+def fastest(pool: PagePool) -> Steps:
+    """The fastest of the engine's own for the layout and device of ``pool``; of several devices, each has its own."""
+    if len(pool.parts) > 1:
+        return SpreadSteps([fastest(part) for part in pool.parts])
+    return _triton(pool) or _compiled(pool) or GatherStep
+
+
+def _compiled(pool: PagePool) -> Steps | None:
+    compiled = kernel() if pool.device.type == "cpu" else None
+    return CompiledSteps(compiled) if compiled is not None and compiled.supports(pool.layout, pool.device) else None
+
+
+def _triton(pool: PagePool, library: Library | None = None) -> Steps | None:
+    """None where Triton's kernels do not serve; a warning then says why."""
+    layout, device = pool.layout, pool.device
+    if device.type != "cuda" or not layout.sites or not _triton_serves(_dims(layout), layout.dtype, device):
+        return None
+    return _triton_steps(pool, library)
+
+
+def _triton_steps(pool: PagePool, library: Library | None) -> Steps:
+    # Comes with torch's builds for GPUs, and with no other.
+    from rollout.models.attention.triton import TritonSteps
+
+    return TritonSteps(pool, library)
+
+
+def _dims(layout: KVLayout) -> frozenset[tuple[int, int]]:
+    return frozenset((site.key_dim, site.value_dim) for site in layout.sites)
+
+
+@cache
+def _triton_serves(dims: frozenset[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether Triton's kernels serve keys and values of such sizes on a GPU; where they do not, a warning says why.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room to try.
+    """
+    reason = _triton_failure(dims, dtype, device)
+    if reason is not None:
+        logger.warning(
+            "Triton's attention is not used on %s, pages are gathered instead, which is slower: %s.",
+            torch.cuda.get_device_name(device),
+            reason,
+        )
+    return reason is None
+
+
+@cache
+def _triton_failure(dims: frozenset[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why Triton's kernels do not serve; None if they do.
+
+    Found out once, by trying: whether Triton can compile on a machine cannot be known otherwise.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room to try.
+    """
+
+    def tried() -> None:
+        from rollout.models.attention.triton import check
+
+        check(dims, dtype, device)
+
+    return failure_of(tried)

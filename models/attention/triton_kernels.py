@@ -1,0 +1,289 @@
+"""Triton kernels of paged attention: look pages up, write new keys and values, attend, put splits together.
+
+Softmax online over tiles of keys (Milakov and Gimelshein, arXiv 1805.02867), a row's keys split among programs and
+put together after (Flash-Decoding, Dao et al. 2023). Heads that share keys are rows of one tile, so that keys are read
+once for all of them.
+
+The same bits in any company: a tile of keys begins at a multiple of its size, whoever reads it; masked keys weigh
+exactly nothing; splits are put together in order. What varies from step to step (places, lengths, how much work there
+is) is read from memory, so that a captured launch stays valid; grids only bound how many programs share the work.
+
+Addresses are loaded, so the compiler cannot know that they are aligned: it is told, or loads would not be 16 bytes
+wide. Slabs are: torch's allocators align to 64 bytes or more, and `rollout.models.kv_cache.slab_table` checks it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rollout.models.attention import triton_metadata
+
+_ITEM_FIELDS = tl.constexpr(triton_metadata.ITEM_FIELDS)
+_ROW_FIELDS = tl.constexpr(triton_metadata.ROW_FIELDS)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["slab_pages"])  # of one pool it is a multiple of 16, of another not
+def locate(pages, slabs, slab_addresses, first_tokens, count, slab_pages, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """For each of ``count`` entries of page tables: its slab's address, and its first token counted in that slab."""
+    total = tl.load(count)
+    for start in range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < total
+        page = tl.load(pages + at, mask=inside, other=0)
+        slab = page // slab_pages
+        tl.store(slab_addresses + at, tl.load(slabs + slab, mask=inside, other=0), mask=inside)
+        tl.store(first_tokens + at, (page - slab * slab_pages) * PAGE_SIZE, mask=inside)
+
+
+@triton.jit
+def write(
+    key,
+    value,
+    out,
+    slots,
+    slabs,
+    keys_at,
+    values_at,
+    slab_tokens,
+    key_token,
+    key_head,
+    value_token,
+    value_head,
+    KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+):
+    """A new token's keys and values into its slot; a padding token, whose slot is -1, gets zeros as its output."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)
+    heads = tl.arange(0, BLOCK_HEADS)[:, None]
+    value_dims = tl.arange(0, BLOCK_VALUE)[None, :]
+    if slot < 0:
+        for first in range(0, HEADS, BLOCK_HEADS):
+            places = out + token * (HEADS * VALUE_DIM) + (first + heads) * VALUE_DIM + value_dims
+            zeros = tl.zeros([BLOCK_HEADS, BLOCK_VALUE], out.dtype.element_ty)
+            tl.store(places, zeros, mask=(first + heads < HEADS) & (value_dims < VALUE_DIM))
+    else:
+        slab = slot // slab_tokens
+        place = (slot - slab * slab_tokens).to(tl.int64)
+        memory = tl.load(slabs + slab).to(tl.pointer_type(key.dtype.element_ty))
+        memory = tl.multiple_of(memory, 16)
+        key_dims = tl.arange(0, BLOCK_KEY)[None, :]
+        some_keys = (heads < KV_HEADS) & (key_dims < KEY_DIM)
+        new = tl.load(key + token * key_token + heads * key_head + key_dims, mask=some_keys, other=0)
+        tl.store(memory + (keys_at + place * (KV_HEADS * KEY_DIM)) + heads * KEY_DIM + key_dims, new, mask=some_keys)
+        some_values = (heads < KV_HEADS) & (value_dims < VALUE_DIM)
+        new = tl.load(value + token * value_token + heads * value_head + value_dims, mask=some_values, other=0)
+        places = memory + (values_at + place * (KV_HEADS * VALUE_DIM)) + heads * VALUE_DIM + value_dims
+        tl.store(places, new, mask=some_values)
+
+
+@triton.jit
+def attend(
+    query,
+    out,
+    maxima,
+    sums,
+    sinks,
+    items,
+    count,
+    slab_addresses,
+    first_tokens,
+    keys_at,
+    values_at,
+    query_token,
+    query_head,
+    scaling,
+    softcap,
+    span_size,
+    SPLIT: tl.constexpr,
+    SPAN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Each item of work, for each head of keys: a tile of queries over a range of keys.
+
+    With ``SPLIT``, one query over a part of its keys: unnormalised values [items, heads, value_dim] in ``out``, and
+    in ``maxima`` and ``sums`` [items, heads] the largest score and the sum of weights relative to it; scores are times
+    log2(e). Else results [tokens, heads, value_dim].
+    """
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    element = query.dtype.element_ty
+    rows = tl.arange(0, QUERIES)
+    key_dims = tl.arange(0, BLOCK_KEY)
+    value_dims = tl.arange(0, BLOCK_VALUE)
+    columns = tl.arange(0, KEYS)
+    total = tl.load(count) * KV_HEADS
+    for work in range(tl.program_id(0), total, tl.num_programs(0)):
+        item = work // KV_HEADS
+        kv_head = work % KV_HEADS
+        fields = items + item * _ITEM_FIELDS
+        token = tl.load(fields).to(tl.int64)
+        queries = tl.load(fields + 1)
+        position = tl.load(fields + 2)
+        begin = tl.load(fields + 3)
+        end = tl.load(fields + 4)
+        entry = tl.load(fields + 5)
+
+        number = rows // GROUP
+        head = kv_head * GROUP + rows % GROUP
+        real = number < queries
+        sees_to = position + number
+        query_rows = query + (token + number) * query_token + head * query_head
+        query_places = query_rows[:, None] + key_dims[None, :]
+        if KEY_DIM == BLOCK_KEY:
+            q = tl.load(query_places, mask=real[:, None], other=0)
+        else:
+            q = tl.load(query_places, mask=real[:, None] & (key_dims < KEY_DIM)[None, :], other=0)
+
+        largest = tl.full([QUERIES], float("-inf"), tl.float32)
+        weight = tl.zeros([QUERIES], tl.float32)
+        values = tl.zeros([QUERIES, BLOCK_VALUE], tl.float32)
+        keys_from = keys_at + kv_head * KEY_DIM
+        values_from = values_at + kv_head * VALUE_DIM
+        for tile in tl.range(begin // KEYS * KEYS, end, KEYS, num_stages=STAGES):
+            n = tile + columns
+            # What is outside is not read: a slot that nobody has written may hold NaN.
+            inside = (n >= begin) & (n < end)
+            page = entry + n // PAGE_SIZE
+            memory = tl.load(slab_addresses + page, mask=inside, other=0).to(tl.pointer_type(element))
+            memory = tl.multiple_of(memory, 16)
+            place = (tl.load(first_tokens + page, mask=inside, other=0) + n % PAGE_SIZE).to(tl.int64)
+            key_rows = (keys_from + place * (KV_HEADS * KEY_DIM))[:, None]
+            key_places = memory[:, None] + key_rows + key_dims[None, :]
+            if KEY_DIM == BLOCK_KEY:
+                k = tl.load(key_places, mask=inside[:, None], other=0)
+            else:
+                k = tl.load(key_places, mask=inside[:, None] & (key_dims < KEY_DIM)[None, :], other=0)
+            value_places = (
+                memory[:, None] + (values_from + place * (KV_HEADS * VALUE_DIM))[:, None] + value_dims[None, :]
+            )
+            if VALUE_DIM == BLOCK_VALUE:
+                v = tl.load(value_places, mask=inside[:, None], other=0)
+            else:
+                v = tl.load(value_places, mask=inside[:, None] & (value_dims < VALUE_DIM)[None, :], other=0)
+
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
+            if SOFTCAP:
+                scores = softcap * _tanh(scores / softcap)
+            scores = scores * _LOG2_E
+            if SPLIT:
+                scores = tl.where(inside[None, :], scores, float("-inf"))
+            else:
+                seen = inside[None, :] & (n[None, :] <= sees_to[:, None])
+                if SPAN == "window":
+                    seen = seen & (sees_to[:, None] - n[None, :] < span_size)
+                if SPAN == "chunk":
+                    seen = seen & (n[None, :] // span_size == sees_to[:, None] // span_size)
+                scores = tl.where(seen, scores, float("-inf"))
+            larger = tl.maximum(largest, tl.max(scores, 1))
+            # Of a query that has seen nothing yet all scores are -inf, and so would be their differences NaN.
+            origin = tl.where(larger == float("-inf"), 0.0, larger)
+            weights = tl.exp2(scores - origin[:, None])
+            rescale = tl.exp2(largest - origin)
+            weight = weight * rescale + tl.sum(weights, 1)
+            values = values * rescale[:, None]
+            values = tl.dot(weights.to(element), v, values, input_precision=PRECISION)
+            largest = larger
+
+        if SPLIT:
+            row = item.to(tl.int64) * HEADS + head
+            tl.store(maxima + row, largest, mask=real)
+            tl.store(sums + row, weight, mask=real)
+            result = values
+        else:
+            if SINKS:
+                sink = tl.load(sinks + head, mask=real, other=0).to(tl.float32) * _LOG2_E
+            else:
+                sink = tl.full([QUERIES], float("-inf"), tl.float32)
+            row = (token + number) * HEADS + head
+            result = _normalised(largest, weight, values, sink).to(element)
+        out_places = out + row[:, None] * VALUE_DIM + value_dims[None, :]
+        tl.store(out_places, result, mask=real[:, None] & (value_dims < VALUE_DIM)[None, :])
+
+
+@triton.jit
+def reduce(
+    partial,
+    maxima,
+    sums,
+    sinks,
+    out,
+    rows,
+    SINKS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+):
+    """Puts the splits of a row together, in their order, for the heads that share one head of keys."""
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    fields = rows + tl.program_id(0) * _ROW_FIELDS
+    token = tl.load(fields).to(tl.int64)
+    first = tl.load(fields + 1)
+    count = tl.load(fields + 2)
+    if count == 0:
+        return
+    member = tl.arange(0, BLOCK_GROUP)
+    head = tl.program_id(1) * GROUP + member
+    real = member < GROUP
+    dims = tl.arange(0, BLOCK_VALUE)
+    inside = real[:, None] & (dims < VALUE_DIM)[None, :]
+    largest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_GROUP], tl.float32)
+    values = tl.zeros([BLOCK_GROUP, BLOCK_VALUE], tl.float32)
+    for item in range(first, first + count):
+        row = tl.cast(item, tl.int64) * HEADS + head
+        its_largest = tl.load(maxima + row, mask=real, other=float("-inf"))
+        its_weight = tl.load(sums + row, mask=real, other=0)
+        its_values = tl.load(partial + row[:, None] * VALUE_DIM + dims[None, :], mask=inside, other=0)
+        larger = tl.maximum(largest, its_largest)
+        origin = tl.where(larger == float("-inf"), 0.0, larger)
+        rescale = tl.exp2(largest - origin)
+        its_rescale = tl.exp2(its_largest - origin)
+        weight = weight * rescale + its_weight * its_rescale
+        values = values * rescale[:, None] + its_values * its_rescale[:, None]
+        largest = larger
+    if SINKS:
+        sink = tl.load(sinks + head, mask=real, other=0).to(tl.float32) * _LOG2_E
+    else:
+        sink = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    result = _normalised(largest, weight, values, sink).to(out.dtype.element_ty)
+    tl.store(out + (token * HEADS + head)[:, None] * VALUE_DIM + dims[None, :], result, mask=inside)
+
+
+@triton.jit
+def _normalised(largest, weight, values, sink):
+    """``values`` over the sum of all weights; a sink has weight and no value."""
+    larger = tl.maximum(largest, sink)
+    origin = tl.where(larger == float("-inf"), 0.0, larger)
+    rescale = tl.exp2(largest - origin)
+    return values * (rescale / (weight * rescale + tl.exp2(sink - origin)))[:, None]
+
+
+@triton.jit
+def _tanh(x):
+    """Near 0 by its series, where the other form would lose digits: both are right to 4e-7 of the result."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 - square * (17 / 315))))
+    decay = tl.exp2(tl.abs(x) * (-2 * _LOG2_E))
+    other = (1 - decay) / (1 + decay)
+    return tl.where(tl.abs(x) < 0.15, series, tl.where(x < 0, -other, other))

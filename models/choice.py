@@ -1,8 +1,0 @@
-"""The attention that a caller may ask for by name; known without torch, so that a wrong name is refused at once."""
-
-from __future__ import annotations
-
-AUTO = "auto"
-"""The fastest that serves."""
-ATTENTIONS = (AUTO, "triton", "compiled", "gather", "varlen", "flash_attn")
-"""`rollout.models.backend.chosen` says what each is."""

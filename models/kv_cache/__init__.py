@@ -1,0 +1,1 @@
+"""KV and state memory: pages inside slabs."""

@@ -1,0 +1,109 @@
+"""KV memory: pages that hold the keys and values of a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from rollout.models.kv_cache.layout import IntArray, KVLayout
+from rollout.models.kv_cache.pool import Pool
+from rollout.models.kv_cache.state_pool import StatePool
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """One allocation a device: for each site, keys ``[pages, page_size, kv_heads, key_dim]`` and values likewise."""
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    parts: tuple[Slab, ...] = ()
+    """The same, device by device, where there are several."""
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (*self.keys, *self.values)
+
+
+class PagePool(Pool[Slab]):
+    """Owner of all KV memory of an engine, and, in ``states``, of what rows keep besides.
+
+    Where sites lie on several devices, so does every page: the keys and values of each site are on its own.
+
+    Args:
+        layout: what one token and one row store.
+        slab_pages: pages a slab.
+        device: where slabs are allocated, but for sites that name another.
+        slab_states: rows a slab of ``states``.
+    """
+
+    def __init__(self, layout: KVLayout, slab_pages: int, device: torch.device, slab_states: int = 1) -> None:
+        super().__init__(layout.bytes_per_page, slab_pages, device)
+        self.layout = layout
+        self.states = StatePool(layout.states, slab_states, device)
+        places = list(layout.shares(device))
+        self._parts: tuple[PagePool, ...] = ()
+        self.places = tuple((0, index) for index in range(len(layout.sites)))
+        """For each site, which of `parts` it is in, and its index there."""
+        if any(place != device for place in places):
+            on = [places.index(site.device or device) for site in layout.sites]
+            self.places = tuple((part, on[:index].count(part)) for index, part in enumerate(on))
+            self._parts = tuple(
+                PagePool(
+                    replace(
+                        layout, sites=tuple(s for s, at in zip(layout.sites, on, strict=True) if at == n), states=()
+                    ),
+                    slab_pages,
+                    place,
+                )
+                for n, place in enumerate(places)
+            )
+
+    @property
+    def parts(self) -> tuple[PagePool, ...]:
+        """The pool as one that has all sites of a device, for each device; where there is one, the pool itself.
+
+        Pages and slabs have the same numbers in all. Parts are for those who read and write pages; the whole is owner.
+        """
+        return self._parts or (self,)
+
+    def grow(self, agree: Callable[[bool], bool] = bool) -> bool:
+        """See `Pool.grow`."""
+        grown = super().grow(agree)
+        self._tell_parts()
+        return grown
+
+    def shrink(self, tables: Iterable[IntArray]) -> bool:
+        """See `Pool.shrink`."""
+        shrunk = super().shrink(tables)
+        self._tell_parts()
+        return shrunk
+
+    def _tell_parts(self) -> None:
+        for number, part in enumerate(self._parts):
+            part.slabs[:] = [None if slab is None else slab.parts[number] for slab in self.slabs]
+
+    def _allocate_slab(self) -> Slab:
+        """Zero-filled: a masked key weighs 0, and 0 times an uninitialised NaN is NaN."""
+        if self._parts:
+            slabs = tuple(part._allocate_slab() for part in self._parts)
+            return Slab(
+                tuple(slabs[part].keys[index] for part, index in self.places),
+                tuple(slabs[part].values[index] for part, index in self.places),
+                slabs,
+            )
+        layout = self.layout
+        shape = (self.slab_pages, layout.page_size)
+        elements = self.slab_bytes // layout.dtype.itemsize
+        memory = torch.empty(elements, dtype=layout.dtype, device=self.device).zero_()
+        parts = memory.split(
+            [
+                self.slab_pages * layout.page_size * site.kv_heads * dim
+                for site in layout.sites
+                for dim in (site.key_dim, site.value_dim)
+            ]
+        )
+        keys = tuple(parts[2 * i].view(*shape, s.kv_heads, s.key_dim) for i, s in enumerate(layout.sites))
+        values = tuple(parts[2 * i + 1].view(*shape, s.kv_heads, s.value_dim) for i, s in enumerate(layout.sites))
+        return Slab(keys, values)

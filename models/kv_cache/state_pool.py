@@ -1,0 +1,93 @@
+"""Recurrent states: what a row keeps besides keys and values, as one page of a pool of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+
+from rollout.models.arrays import uploaded
+from rollout.models.kv_cache.layout import IntArray, State
+from rollout.models.kv_cache.pool import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class StateSlab:
+    """One allocation: for each state of the layout, ``[pages, *shape]``."""
+
+    tensors: tuple[torch.Tensor, ...]
+
+
+class StatePool(Pool[StateSlab]):
+    """Its pages hold all states of one row each. A page is written whole before it is read."""
+
+    def __init__(self, states: tuple[State, ...], slab_pages: int, device: torch.device) -> None:
+        super().__init__(sum(state.bytes for state in states), slab_pages, device)
+        self.layout = states
+
+    def _allocate_slab(self) -> StateSlab:
+        memory = torch.empty(self.slab_bytes, dtype=torch.uint8, device=self.device)
+        tensors: dict[int, torch.Tensor] = {}
+        start = 0
+        # The widest numbers first, so that each tensor begins at a multiple of its numbers' width.
+        for index in sorted(range(len(self.layout)), key=lambda i: -self.layout[i].dtype.itemsize):
+            state = self.layout[index]
+            end = start + self.slab_pages * state.bytes
+            tensors[index] = memory[start:end].view(state.dtype).view(self.slab_pages, *state.shape)
+            start = end
+        return StateSlab(tuple(tensors[index] for index in range(len(self.layout))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The rows whose states lie in one slab."""
+
+    slab: int
+    where: torch.Tensor | None
+    """Which of the rows; all of them, in order, when None."""
+    inside: torch.Tensor
+    """Their pages, counted from the slab's start."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateRows:
+    """The states of some rows of a pool: split by slab once, then used for every layer."""
+
+    pool: StatePool
+    count: int
+    parts: tuple[_Part, ...]
+
+    @classmethod
+    def of(cls, pool: StatePool, pages: IntArray) -> Self:
+        """The rows with these ``pages``, at least one, all different."""
+
+        def tensor(values: IntArray) -> torch.Tensor:
+            return uploaded(values, pool.device)
+
+        slabs, inside = np.divmod(pages, pool.slab_pages)
+        held = np.unique(slabs).tolist()
+        if len(held) == 1:
+            return cls(pool, len(pages), (_Part(held[0], None, tensor(inside)),))
+        places = [(slab, np.flatnonzero(slabs == slab)) for slab in held]
+        return cls(pool, len(pages), tuple(_Part(slab, tensor(at), tensor(inside[at])) for slab, at in places))
+
+    def read(self, index: int) -> torch.Tensor:
+        """A copy ``[rows, *shape]`` of the ``index``-th state of the layout."""
+        state = self.pool.layout[index]
+        out = torch.empty(self.count, *state.shape, dtype=state.dtype, device=self.pool.device)
+        for part in self.parts:
+            memory = self.pool.slab(part.slab).tensors[index]
+            if part.where is None:
+                torch.index_select(memory, 0, part.inside, out=out)
+            else:
+                out.index_copy_(0, part.where, memory.index_select(0, part.inside))
+        return out
+
+    def write(self, index: int, values: torch.Tensor) -> None:
+        """Overwrites that state by ``values`` ``[rows, *shape]``."""
+        for part in self.parts:
+            memory = self.pool.slab(part.slab).tensors[index]
+            rows = values if part.where is None else values.index_select(0, part.where)
+            memory.index_copy_(0, part.inside, rows.to(memory.dtype))

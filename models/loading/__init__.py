@@ -1,0 +1,1 @@
+"""From ``model.*`` to a module in memory."""

@@ -1,0 +1,289 @@
+"""Loading a model and its tokenizer from what ``model.*`` says; every failure is one sentence."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rollout.models.cpu_precision import cpu_multiplies
+from rollout.models.errors import UnsupportedModel
+from rollout.models.loading.checkpoint import check_adapter, check_folder, first_line, resolve_path
+from rollout.models.loading.gguf import read_model, read_tokenizer, require_gguf
+from rollout.models.loading.multi_gpu import check_spread, sliced, spread
+
+__all__ = ["ModelSource", "load_model", "load_tokenizer", "resolve_device", "resolve_dtype", "resolve_path"]
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CAUSAL_NAMES = ("CausalLM", "LMHead")
+"""What the class names of causal language models have in common, including ones that transformers renamed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Which model to load and how; the names and defaults of ``model.*`` on the command line.
+
+    ``path`` is a folder, a GGUF file, a Hub id or ``packaged:NAME``. An ``adapter`` is merged into the weights. With
+    "auto" as ``device_map``, accelerate spreads the layers over the CUDA devices of this process. With
+    ``tensor_parallel``, transformers gives each of the processes that were launched together a slice of every layer.
+    """
+
+    path: str
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    tensor_parallel: bool = False
+    revision: str | None = None
+    adapter: str | None = None
+    trust_remote_code: bool = False
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; of a Hub id, the weights are not downloaded for it.
+
+    Raises:
+        ValueError: there is none, or it cannot be read; one sentence naming the key.
+    """
+    path = Path(resolve_path(source.path, source.revision, weights=False, code=source.trust_remote_code))
+    if path.is_file():
+        _check_gguf(path)
+    try:
+        if path.is_file():
+            return read_tokenizer(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=source.trust_remote_code
+        )
+    except Exception as error:
+        raise ValueError(
+            f"model.path {source.path!r} has no tokenizer that can be loaded ({first_line(error)}): "
+            "save the model's tokenizer beside it."
+        ) from error
+    return tokenizer
+
+
+def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
+    """The model on its device, ready for inference: eval mode, and its adapter, if any, merged into the weights.
+
+    Raises:
+        UnsupportedModel: it is no causal language model, or of an architecture that is not known.
+        ValueError: it is missing or cannot be loaded; one sentence naming the key.
+    """
+    if source.adapter is not None:
+        _require_peft(source.adapter)
+    path = Path(resolve_path(source.path, source.revision, code=source.trust_remote_code))
+    model = _from_gguf(source, path, device) if path.is_file() else _from_folder(source, path, device)
+    if not (source.device_map or source.tensor_parallel):
+        model = _placed(model, device)
+    if source.adapter is not None:
+        model = _merged(model, Path(source.adapter).expanduser(), device)
+    model.eval()
+    return model
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """The device of this process: with ``auto``, the CUDA device of its local rank, else the CPU.
+
+    Raises:
+        ValueError: the device does not exist here.
+    """
+    if device == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    try:
+        wanted = torch.device("cuda" if device == "auto" else device)
+    except RuntimeError as error:
+        raise ValueError(f"model.device is {device!r}, but must be auto, cpu, cuda or cuda:N.") from error
+    if wanted.type != "cuda":
+        return wanted
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(os.environ.get("LOCAL_RANK", "0")) if wanted.index is None else wanted.index
+    if index >= count:
+        raise ValueError(
+            f"model.device is {device!r}, which is cuda:{index} for this process, but {count} CUDA devices are "
+            "visible: start at most one process a device, or set model.device=cpu."
+        )
+    return torch.device("cuda", index)
+
+
+def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype | None:
+    """The dtype to load weights in; None stands for the one that they are stored in.
+
+    ``auto`` is the stored one on an accelerator. On a CPU it is that only where the CPU has matrix instructions for
+    it: elsewhere half precision runs several times slower than float32, which holds the same values exactly.
+
+    Raises:
+        ValueError: the name is none of the four.
+    """
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ValueError(f"model.dtype is {dtype!r}, but must be one of auto, {', '.join(DTYPES)}.")
+        return DTYPES[dtype]
+    if device.type != "cpu":
+        return None
+    if stored in (torch.bfloat16, torch.float16) and cpu_multiplies(stored):
+        return stored
+    if stored not in (None, torch.float32):
+        log.info("model.dtype=auto: float32, for this CPU has no matrix instructions for the checkpoint's %s.", stored)
+    return torch.float32
+
+
+def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> PreTrainedModel:
+    check_folder(folder)
+    config = _config(source, folder)
+    _check_causal(config, source)
+    dtype = resolve_dtype(source.dtype, device, _stored_dtype(config))
+    placement: dict[str, Any] = {}
+    if source.device_map is not None:
+        placement = spread(source.path, config, device, source.device_map)
+    elif source.tensor_parallel:
+        placement = sliced(source.path, config)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
+            **placement,
+        )
+    except Exception as error:
+        raise ValueError(f"model.path {source.path!r} cannot be loaded ({first_line(error)}).") from error
+    model: PreTrainedModel = loaded[0]
+    if source.device_map is not None:
+        check_spread(source.path, model)
+    # transformers would fill them with random numbers and go on.
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise ValueError(
+            f"model.path {source.path!r} lacks {len(missing)} weights of {type(model).__name__} ({shown}): "
+            "the checkpoint is incomplete, or of another kind of model."
+        )
+    return model
+
+
+def _from_gguf(source: ModelSource, path: Path, device: torch.device) -> PreTrainedModel:
+    _check_gguf(path)
+    if source.device_map or source.tensor_parallel:
+        key = "device_map=null" if source.device_map else "tensor_parallel=false"
+        raise ValueError(
+            f"model.path {source.path!r} is a GGUF file, which is unpacked on one device: set model.{key}, or give the "
+            "model's folder."
+        )
+    # What a GGUF file stores is mostly no dtype that torch computes in.
+    dtype = resolve_dtype(source.dtype, device, None)
+    try:
+        return read_model(path, "auto" if dtype is None else dtype)
+    except Exception as error:
+        message = f"model.path {source.path!r} cannot be loaded as GGUF ({first_line(error)})."
+        raise (UnsupportedModel if "not supported" in str(error) else ValueError)(message) from error
+
+
+def _check_gguf(path: Path) -> None:
+    if path.suffix != ".gguf":
+        raise ValueError(f"model.path {str(path)!r} is a file, but no GGUF file: give the model's folder.")
+    require_gguf(path)
+
+
+def _config(source: ModelSource, folder: Path) -> PreTrainedConfig:
+    declared: dict[str, Any] = PreTrainedConfig.get_config_dict(folder)[0]
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    except Exception as error:
+        if "auto_map" in declared and not source.trust_remote_code:
+            raise UnsupportedModel(
+                f"model.path {source.path!r} brings Python code of its own: read it, and if you trust it "
+                "set model.trust_remote_code=true."
+            ) from error
+        raise UnsupportedModel(
+            f"model.path {source.path!r} has the model_type {declared.get('model_type')!r}, which the installed "
+            f"transformers cannot configure ({first_line(error)})."
+        ) from error
+    return config
+
+
+def _check_causal(config: PreTrainedConfig, source: ModelSource) -> None:
+    """Refuse what is no causal language model by its own word, although some class might load its weights."""
+    if source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(
+            f"model.path {source.path!r} is of model_type {config.model_type!r}, which is no causal language model."
+        )
+    known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    names = {cls.__name__ for cls in (known if isinstance(known, tuple | list) else (known,)) if cls is not None}
+    declared = config.architectures or []
+    if declared and not any(name in names or any(part in name for part in CAUSAL_NAMES) for name in declared):
+        raise UnsupportedModel(
+            f"model.path {source.path!r} was saved as {', '.join(declared)}, which is no causal language model."
+        )
+
+
+def _stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    stored = config.dtype or config.get_text_config(decoder=True).dtype
+    return getattr(torch, stored) if isinstance(stored, str) else stored
+
+
+def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    try:
+        cast(nn.Module, model).to(device)  # transformers' wrapper of it is not typed as a method
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"model.path needs more memory for its weights than {device} has free: "
+            "take a device with more, a smaller model, or model.dtype=bfloat16."
+        ) from error
+    return model
+
+
+def _require_peft(adapter: str) -> None:
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"model.adapter {adapter!r} is no folder here: give one that PEFT's save_pretrained wrote.")
+    check_adapter(folder)
+    if util.find_spec("peft") is None:
+        raise ValueError("model.adapter needs the package peft: `pip install 'rollout[peft]'`.")
+
+
+def _merged(model: PreTrainedModel, adapter: Path, device: torch.device) -> PreTrainedModel:
+    """The model with an adapter's update added to its weights: no slower than without, and a plain module."""
+    from peft import PeftConfig, PeftModel  # an extra, and slow to import
+
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except Exception as error:
+        raise ValueError(f"model.adapter {str(adapter)!r} cannot be read ({first_line(error)}).") from error
+    if config.is_prompt_learning:
+        raise UnsupportedModel(
+            f"model.adapter {str(adapter)!r} is of type {config.peft_type.value}, "
+            "which learns prompts instead of weights and so cannot be merged."
+        )
+    try:
+        with warnings.catch_warnings():
+            # PEFT warns of weights that it did not find, and goes on without them.
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            wrapped = PeftModel.from_pretrained(model, str(adapter), config=config, torch_device=str(device))
+        merged: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)
+    except Exception as error:
+        raise ValueError(
+            f"model.adapter {str(adapter)!r} does not fit model.path ({first_line(error)}): "
+            "set model.path to the model it was trained on."
+        ) from error
+    return merged

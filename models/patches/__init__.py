@@ -1,0 +1,1 @@
+"""Faster replacements for parts of the caller's module."""

@@ -1,0 +1,49 @@
+"""Which tier serves a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rollout.models.attention.names import AUTO
+from rollout.models.device import is_out_of_memory
+from rollout.models.errors import UnsupportedAttention, UnsupportedModel, clause
+from rollout.models.module.inspect import family_name
+from rollout.models.runners.base import Tier
+from rollout.models.runners.packed import InterfaceTier
+from rollout.models.runners.padded import GatheringTier
+from rollout.models.runners.parity_check import check_pages
+from rollout.models.runners.recurrent import StateTier
+
+#: In the order in which they are tried: the fastest first.
+TIERS: tuple[type[Tier], ...] = (InterfaceTier, GatheringTier, StateTier)
+
+
+def serve(model: nn.Module, choice: str = AUTO) -> Tier:
+    """The first tier whose numbers are the model's own, with the attention that was chosen.
+
+    Raises:
+        UnsupportedAttention: that attention cannot serve it.
+        UnsupportedModel: there is none; says each tier's reason.
+        torch.OutOfMemoryError, MemoryError: there is no room for the trial.
+    """
+    reasons: list[str] = []
+    cause: Exception | None = None
+    for tier in TIERS:
+        try:
+            served = tier(model, choice)
+            if choice != AUTO and not tier.chooses_attention:
+                said = " ".join(dict.fromkeys(reasons)).rstrip(".")
+                raise UnsupportedAttention(choice, f"the model attends with code of its own ({said})")
+            check_pages(served)
+        except UnsupportedAttention:
+            raise
+        except UnsupportedModel as reason:
+            reasons.append(str(reason))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            cause = error
+            reasons.append(f"{family_name(model)} fails in the {tier.name} tier: {clause(error)}.")
+        else:
+            return served
+    raise UnsupportedModel(" ".join(dict.fromkeys(reasons))) from cause

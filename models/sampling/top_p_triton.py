@@ -1,0 +1,70 @@
+"""Top-p on a GPU, without sorting and without asking the device anything: a Triton kernel that searches by bits.
+
+A row's threshold is the largest of its scores such that what is not below it has enough mass. The mass above a score
+falls as the score rises, and the bits of a float, read as an integer (negative ones turned round), rise with it: 32
+looks at the row, one for each bit, find the threshold, whatever the numbers are. A row is read by one program in an
+order of its own, so its company changes no bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from rollout.models.triton_launch import launching_on
+
+BLOCK = 8192
+"""Scores that a program looks at at a time."""
+_WARPS = 16
+
+_LOWEST = tl.constexpr(-(1 << 31))
+_LOWEST_FLOAT = tl.constexpr(-2139095041)
+"""Of minus infinity; below are only NaN."""
+_ALL_BUT_SIGN = tl.constexpr((1 << 31) - 1)
+
+
+@triton.jit
+def search(scores, top_p, out, row_scores, vocabulary, BLOCK: tl.constexpr):
+    """For each row of ``scores`` the threshold of its ``top_p``; minus infinity where that is off."""
+    row = tl.program_id(0)
+    wanted = tl.load(top_p + row)
+    threshold = tl.full((), float("-inf"), tl.float32)
+    if wanted < 1.0:
+        first = scores + row.to(tl.int64) * row_scores
+        highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+        for start in range(0, vocabulary, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            highest = tl.maximum(highest, tl.load(first + at, mask=at < vocabulary, other=float("-inf")))
+        top = tl.max(highest, 0)
+        mass = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, vocabulary, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            mass += tl.exp(tl.load(first + at, mask=at < vocabulary, other=float("-inf")) - top)
+        enough = wanted * tl.sum(mass, 0)
+        found = tl.full((), _LOWEST, tl.int32)
+        for bit in range(32):
+            # The first bit is the sign's, and its step leads from the lowest integer to zero.
+            tried = tl.where(bit > 0, found + (1 << tl.minimum(31 - bit, 30)), 0)
+            mass = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, vocabulary, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                score = tl.load(first + at, mask=at < vocabulary, other=float("-inf"))
+                # Both zeros are one number.
+                bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+                rising = tl.where(bits < 0, bits ^ _ALL_BUT_SIGN, bits)
+                mass += tl.where(rising >= tried, tl.exp(score - top), 0.0)
+            found = tl.where(tl.sum(mass, 0) >= enough, tried, found)
+        bits = tl.where(found < 0, found ^ _ALL_BUT_SIGN, found)
+        threshold = tl.where(found < _LOWEST_FLOAT, float("-inf"), bits.to(tl.float32, bitcast=True))
+    tl.store(out + row, threshold)
+
+
+def threshold(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """[B, 1] of scores [B, V] and top_p [B], all float32: see `rollout.models.sampling.top_p.top_p_threshold`."""
+    scores = scores if scores.stride(-1) == 1 else scores.contiguous()
+    out = torch.empty(len(scores), 1, dtype=torch.float32, device=scores.device)
+    block = min(BLOCK, triton.next_power_of_2(scores.shape[1]))
+    with launching_on(scores.device):
+        search[(len(scores),)](scores, top_p, out, scores.stride(0), scores.shape[1], BLOCK=block, num_warps=_WARPS)
+    return out

@@ -1,0 +1,77 @@
+"""Turns ended samples into records, and keeps count of them."""
+
+from __future__ import annotations
+
+from rollout.engine.batch_row import NOTHING, Completion
+from rollout.engine.detokenizer import Text
+from rollout.records import FinishReason, Record
+from rollout.requests import Request
+from rollout.stats import Tally
+
+
+class Recorder:
+    """Collects records until they are taken.
+
+    Args:
+        text: detokenises.
+        tally: counters to keep.
+        weight_version: stamped on every record.
+    """
+
+    def __init__(self, text: Text, tally: Tally, weight_version: int) -> None:
+        self._text = text
+        self._tally = tally
+        self._weight_version = weight_version
+        self._records: list[Record] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._records)
+
+    def take(self) -> list[Record]:
+        """The records since the last call."""
+        taken, self._records = self._records, []
+        return taken
+
+    def finish(self, request: Request, sample: int, completion: Completion, reason: FinishReason) -> None:
+        """A completion that ended by itself."""
+        self._add(request, sample, completion, reason)
+
+    def refuse(self, request: Request, error_class: str, error: str) -> None:
+        """Every sample of a request that cannot run."""
+        for sample in request.wanted_samples:
+            self.fail(request, sample, NOTHING, error_class, error)
+
+    def fail(self, request: Request, sample: int, completion: Completion, error_class: str, error: str) -> None:
+        """A sample that cannot go on, with what it has."""
+        self._tally.error_samples += 1
+        self._add(request, sample, completion, "error", error_class, error)
+
+    def _add(
+        self,
+        request: Request,
+        sample: int,
+        completion: Completion,
+        finish_reason: FinishReason,
+        error_class: str = "",
+        error: str = "",
+    ) -> None:
+        self._tally.samples += 1
+        self._tally.prompt_tokens += len(request.prompt_ids)
+        self._tally.output_tokens += len(completion)
+        ids = completion.tokens.tolist()
+        self._records.append(
+            Record(
+                row_id=request.row_id,
+                sample=sample,
+                prompt_ids=list(request.prompt_ids),
+                completion_ids=ids,
+                text=self._text.before_stop(ids, request.params.stop),
+                logprobs=completion.logprobs.tolist(),
+                sampler_logprobs=completion.sampler_logprobs.tolist(),
+                finish_reason=finish_reason,
+                error_class=error_class,
+                error=error,
+                seed=request.seed,
+                weight_version=self._weight_version,
+            )
+        )

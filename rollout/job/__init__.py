@@ -1,0 +1,1 @@
+"""A job: the prompts of a dataset into verified files."""

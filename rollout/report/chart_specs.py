@@ -1,0 +1,164 @@
+"""Which charts show what a worker did, or all of them together, with the values for the pointer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from rollout.report.charts import Lane, Series, chart, strip
+from rollout.report.history import History
+from rollout.report.series import Track, together
+from rollout.report.time_axis import TimeAxis, clock
+
+MOST_WORKERS = 64
+"""So many have charts of their own; the others are in those of all workers."""
+_COLOURS = {
+    "memory": "blue",
+    "latency": "orange",
+    "cap": "green",
+    "hold": "grey",
+    "running": "purple",
+    "over_budget": "pink",
+    "oom": "red",
+}
+_OTHER_COLOURS = ("teal", "yellow", "brown")
+_UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("bytes", 1))
+
+
+def over_time(history: History) -> str:
+    """The charts of all workers together, with the reasons of each."""
+    tracks = history.tracks
+    if len(tracks) == 1:
+        return f"<h2>Over time</h2>\n{_alone(next(iter(tracks.values())), history)}"
+    lanes = {f"worker {worker}": track for worker, track in tracks.items()}
+    return f"<h2>Over time</h2>\n{_section(together(tracks.values()), lanes, history)}"
+
+
+def each_worker(history: History) -> str:
+    """The charts of each worker, folded; nothing of an only one."""
+    if len(history.tracks) == 1:
+        return ""
+    parts = [
+        f"<details><summary>Worker {worker}</summary>\n{_alone(track, history)}</details>\n"
+        for worker, track in list(history.tracks.items())[:MOST_WORKERS]
+    ]
+    rest = len(history.tracks) - MOST_WORKERS
+    if rest > 0:
+        parts.append(f'<p class="note">{rest} more workers are only in the charts of all of them.</p>\n')
+    return f"<h2>Each worker</h2>\n{''.join(parts)}"
+
+
+def _alone(track: Track, history: History) -> str:
+    return _section(track, {"reasons": track}, history)
+
+
+def _section(track: Track, lanes: Mapping[str, Track], history: History) -> str:
+    """The charts of a track, with the reasons of one or more."""
+    axis, bins = TimeAxis(history.spans), (history.starts, history.ends)
+    starts = {number: activity.spans[0].start for number, activity in history.attempts.items()}
+    named = starts if len(starts) > 1 else None
+    marks = history.starts[track.out_of_memory > 0]
+    paused = track.level("paused_rows")
+    held, room, cap = (track.level(name) for name in ("kv_bytes", "room_bytes", "max_kv_bytes"))
+    unit, factor = byte_unit(float(np.nanmax(held)))
+    if any(track.step_ms_counts):
+        times = [
+            Series("median", track.step_ms(0.5), "blue", "area"),
+            Series("p95", track.step_ms(0.95), "purple"),
+        ]
+    else:
+        times = [Series("mean", track.step_ms_mean(), "blue", "area")]
+    figures = [
+        ("Live rows", "", 170, [
+            Series("live", track.level("live_rows"), "blue", "area"),
+            Series("paused", paused if np.nansum(paused) else np.full_like(paused, np.nan), "purple", leading=False),
+            Series("target", track.level("row_target"), "orange", "dashed", leading=False),
+        ]),
+        ("KV memory", unit, 150, [
+            Series("held", held / factor, "blue", "area"),
+            Series("may be held (held and headroom)", room / factor, "green", leading=False),
+            Series("memory.max_kv_bytes", cap / factor, "red", "dashed", leading=False),
+        ]),
+        ("KV tokens", "in pages that rows hold", 110, [Series("tokens", track.level("kv_tokens"), "purple", "area")]),
+        ("Step time", "ms", 150, [
+            *times,
+            Series("slowest", track.peak("step_ms_max"), "grey", "level", leading=False),
+            Series("budget", track.peak("latency_budget_ms"), "red", "dashed"),
+        ]),
+        ("Throughput", "tokens/s", 130, [
+            Series("generated", track.rate("new_tokens"), "green", "area"),
+            Series("prefilled", track.rate("prefill_tokens"), "orange", leading=False),
+        ]),
+    ]  # fmt: skip
+    drawn = [
+        chart(title, unit, axis, bins, series, height=height, starts=named, marks=None if i else marks)
+        for i, (title, unit, height, series) in enumerate(figures)
+    ]
+    values = [[_values(one, unit) for one in series] for _, unit, _, series in figures]
+    colours = _reason_colours(lanes.values())
+    preempted = Series("preempted", track.preempted_rows, "brown")
+    events = preempted if preempted.values.any() or len(marks) else None
+    strips = [Lane(name, one.reasons) for name, one in lanes.items()]
+    drawn.insert(1, strip("Why so many rows", axis, bins, strips, colours, counts=events, marks=marks))
+    values.insert(1, _reason_values(lanes, list(colours)) + ([_values(preempted, " rows")] if events else []))
+    left, right = (np.round(axis.x(times), 1).tolist() for times in bins)
+    data = {
+        "left": left,
+        "right": right,
+        "time": [f"{clock(t - axis.begin)}  ({datetime.fromtimestamp(t, UTC):%H:%M:%S} UTC)" for t in bins[0].tolist()],
+        "figures": values,
+    }
+    # In a script element nothing is an entity, and only "<" could end it.
+    stored = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<section class="charts">\n{"".join(drawn)}<script type="application/json">{stored}</script>\n</section>\n'
+
+
+def _values(series: Series, unit: str) -> list[Any]:
+    """Name, unit and values of a series for the page's script."""
+    unit = f" {unit}" if unit in ("ms", "tokens/s", "GiB", "MiB", "KiB", "bytes") else ""
+    return [series.name, unit, [None if math.isnan(v) else _short(v) for v in series.values.tolist()]]
+
+
+def _reason_values(lanes: Mapping[str, Track], reasons: Sequence[str]) -> list[list[Any]]:
+    """Of one lane the share of each reason in percent, of several the most frequent reason of each."""
+    if len(lanes) == 1:
+        (track,) = lanes.values()
+        total = np.sum(list(track.reasons.values()), axis=0)
+        shares = {
+            name: 100 * np.divide(steps, total, out=np.zeros_like(total), where=total > 0)
+            for name, steps in track.reasons.items()
+        }
+        return [[name, " %", [round(v) or None for v in shares[name].tolist()]] for name in reasons if name in shares]
+    values = []
+    for name, track in lanes.items():
+        steps = np.array([track.reasons.get(reason, np.zeros_like(track.covered)) for reason in reasons])
+        known = steps.sum(axis=0) > 0
+        most = np.where(known, steps.argmax(axis=0), -1).tolist()
+        values.append([name, "", [None if kind < 0 else kind for kind in most], list(reasons)])
+    return values
+
+
+def _reason_colours(tracks: Iterable[Track]) -> dict[str, str]:
+    """Those that occur, most frequent first."""
+    steps: Counter[str] = Counter()
+    for track in tracks:
+        steps.update({name: float(values.sum()) for name, values in track.reasons.items()})
+    others = [name for name, _ in steps.most_common() if name not in _COLOURS]
+    colours = _COLOURS | {name: _OTHER_COLOURS[i % len(_OTHER_COLOURS)] for i, name in enumerate(others)}
+    return {name: colours[name] for name, _ in steps.most_common()}
+
+
+def byte_unit(value: float) -> tuple[str, int]:
+    """The name and bytes of the unit that so many bytes are told in."""
+    return next(((name, factor) for name, factor in _UNITS if value >= factor), _UNITS[-1])
+
+
+def _short(value: float) -> float | int:
+    rounded = float(f"{value:.5g}")
+    return int(rounded) if rounded.is_integer() else rounded

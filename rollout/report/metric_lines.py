@@ -1,0 +1,102 @@
+"""Lines of metrics as they are read back: whatever a file holds, a line is right or it is none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rollout.run_dir.metrics import read_lines
+from rollout.run_dir.paths import RunPaths
+
+_LARGEST = 1e15
+_LATEST = 1e11
+"""Seconds since 1970; beyond it, dates cannot be told."""
+_LEAST_SECONDS = 0.001
+"""Lines are rounded to it, and the last one of a short run may say 0."""
+
+_NUMBERS = (
+    *("time", "seconds", "worker", "attempt", "steps", "live_rows", "row_target", "kv_tokens", "kv_bytes"),
+    *("prefill_tokens", "new_tokens", "preempted_rows", "step_ms", "step_ms_max"),
+)
+
+
+_LATER_NUMBERS = ("paused_rows", "out_of_memory_events")
+"""0 in lines of earlier versions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Time, in seconds since 1970."""
+
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of metrics. Numbers are finite and, but for ``headroom_bytes``, not negative."""
+
+    worker: int
+    attempt: int
+    span: Span
+    """The time that it is about; those of one worker and attempt follow each other without gaps."""
+    steps: float
+    live_rows: float
+    paused_rows: float
+    row_target: float
+    reasons: dict[str, float]
+    """Steps by the reason of their decision."""
+    kv_tokens: float
+    kv_bytes: float
+    headroom_bytes: float
+    prefill_tokens: float
+    new_tokens: float
+    preempted_rows: float
+    out_of_memory_events: float
+    step_ms: float
+    """Mean."""
+    step_ms_max: float
+    step_ms_counts: dict[float, float]
+    """Steps by the time that they took at most; empty in lines of earlier versions."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Line | None:
+        """A line as it was read; None if it is not one that `rollout.run_dir.metrics.MetricsWriter` would write."""
+        try:
+            number = {name: _number(values[name]) for name in _NUMBERS}
+            number |= {name: _number(values.get(name, 0)) for name in _LATER_NUMBERS}
+            end, headroom = number.pop("time"), values["headroom_bytes"]
+            seconds = max(number.pop("seconds"), _LEAST_SECONDS)
+            reasons = values["reasons"] if "reasons" in values else {values["reason"]: number["steps"]}
+            if not (reasons and seconds <= end < _LATEST):
+                return None
+            return cls(
+                worker=int(number.pop("worker")),
+                attempt=int(number.pop("attempt")),
+                span=Span(end - seconds, end),
+                reasons={str(name): _number(steps) for name, steps in reasons.items()},
+                headroom_bytes=math.copysign(_number(abs(headroom)), headroom),
+                step_ms_counts={
+                    _number(float(ms)): _number(steps) for ms, steps in values.get("step_ms_counts", {}).items()
+                },
+                **number,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
+        raise ValueError(value)
+    return float(value)
+
+
+def lines_of(paths: RunPaths) -> Iterator[Line | None]:
+    """The lines of all workers of a run; None for one that is torn, or no line of metrics."""
+    return (None if values is None else Line.of(values) for values in read_lines(paths))

@@ -1,0 +1,159 @@
+"""What workers did over time: lines of metrics summed up in bins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollout.report.metric_lines import Line
+
+FloatArray = NDArray[np.float64]
+Counts = dict[float, float]
+"""Steps by the milliseconds that they took at most. A step may be shared out over bins."""
+
+_LEVELS = ("live_rows", "paused_rows", "row_target", "kv_tokens", "kv_bytes", "room_bytes", "max_kv_bytes")
+_AMOUNTS = ("steps", "busy_ms", "new_tokens", "prefill_tokens")
+_PEAKS = ("step_ms_max", "latency_budget_ms")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the user set for an attempt; None: nothing."""
+
+    latency_budget_ms: float | None = None
+    max_kv_bytes: float | None = None
+
+
+@dataclass(slots=True)
+class Track:
+    """What one worker, or all of them together, did in each bin. All arrays are [bins], or have bins last."""
+
+    covered: FloatArray
+    """Seconds that lines are about."""
+    levels: FloatArray
+    """What there was at a time, multiplied by seconds."""
+    amounts: FloatArray
+    """What was done. A line that reaches over several bins is shared out, so parts of a token may be in one."""
+    peaks: FloatArray
+    """NaN where there is none."""
+    preempted_rows: FloatArray
+    out_of_memory: FloatArray
+    """Failures of the allocator."""
+    reasons: dict[str, FloatArray]
+    """Steps by the reason of their decision."""
+    step_ms_counts: list[Counts]
+
+    @classmethod
+    def empty(cls, bins: int) -> Track:
+        """Nothing yet."""
+        return cls(
+            covered=np.zeros(bins),
+            levels=np.zeros((len(_LEVELS), bins)),
+            amounts=np.zeros((len(_AMOUNTS), bins)),
+            peaks=np.full((len(_PEAKS), bins), np.nan),
+            preempted_rows=np.zeros(bins),
+            out_of_memory=np.zeros(bins),
+            reasons={},
+            step_ms_counts=[{} for _ in range(bins)],
+        )
+
+    def level(self, name: str) -> FloatArray:
+        """Mean while it ran: ``live_rows``, ``paused_rows`` of these, ``row_target``, ``kv_tokens``, ``kv_bytes``,
+        ``room_bytes`` (what the pool may hold: what it holds and headroom, up to the user's limit) or ``max_kv_bytes``;
+        NaN where it did not run."""
+        return self._a_second(self.levels[_LEVELS.index(name)])
+
+    def level_seconds(self, name: str) -> float:
+        """A level summed over time."""
+        return float(self.levels[_LEVELS.index(name)].sum())
+
+    def rate(self, name: str) -> FloatArray:
+        """``steps``, ``busy_ms``, ``new_tokens`` or ``prefill_tokens`` a second; NaN where it did not run."""
+        return self._a_second(self.amounts[_AMOUNTS.index(name)])
+
+    def peak(self, name: str) -> FloatArray:
+        """``step_ms_max`` or ``latency_budget_ms``; NaN where there is none."""
+        peaks: FloatArray = self.peaks[_PEAKS.index(name)]
+        return peaks
+
+    def step_ms(self, q: float) -> FloatArray:
+        """Quantile of the step time; NaN where it is not known."""
+        return np.array([quantile(counts, q) for counts in self.step_ms_counts])
+
+    def step_ms_mean(self) -> FloatArray:
+        return _ratio(self.amounts[_AMOUNTS.index("busy_ms")], self.amounts[_AMOUNTS.index("steps")])
+
+    def _a_second(self, values: FloatArray) -> FloatArray:
+        return _ratio(values, self.covered)
+
+    def add(self, line: Line, limits: Limits, starts: FloatArray, ends: FloatArray) -> None:
+        """One line, into bins that start and end then. A line later than all of them is left out."""
+        at = slice(np.searchsorted(ends, line.span.start, "right"), np.searchsorted(starts, line.span.end, "left"))
+        overlap = np.minimum(ends[at], line.span.end) - np.maximum(starts[at], line.span.start)
+        if not len(overlap):
+            return
+        share = overlap / overlap.sum()
+        cap = math.nan if limits.max_kv_bytes is None else limits.max_kv_bytes
+        room = np.fmin(max(0.0, line.kv_bytes + line.headroom_bytes), cap)
+        levels = (line.live_rows, line.paused_rows, line.row_target, line.kv_tokens, line.kv_bytes, room, cap)
+        amounts = (line.steps, line.steps * line.step_ms, line.new_tokens, line.prefill_tokens)
+        budget = math.nan if limits.latency_budget_ms is None else limits.latency_budget_ms
+        self.covered[at] += overlap
+        self.levels[:, at] += np.outer(levels, overlap)
+        self.amounts[:, at] += np.outer(amounts, share)
+        self.peaks[:, at] = np.fmax(self.peaks[:, at], np.array([[line.step_ms_max], [budget]]))
+        self.preempted_rows[at.stop - 1] += line.preempted_rows  # whole rows
+        self.out_of_memory[at.stop - 1] += line.out_of_memory_events
+        for reason, steps in line.reasons.items():
+            self.reasons.setdefault(reason, np.zeros(len(starts)))[at] += steps * share
+        for counts, part in zip(self.step_ms_counts[at], share.tolist(), strict=True):
+            add_counts(counts, line.step_ms_counts, part)
+
+
+def together(tracks: Iterable[Track]) -> Track:
+    """All workers as one: levels and amounts are added up, of peaks the highest stays."""
+    tracks = list(tracks)
+    total = Track.empty(len(tracks[0].covered))
+    for track in tracks:
+        total.covered = np.maximum(total.covered, track.covered)
+        total.levels += track.levels
+        total.amounts += track.amounts
+        total.peaks = np.fmax(total.peaks, track.peaks)
+        total.preempted_rows += track.preempted_rows
+        total.out_of_memory += track.out_of_memory
+        for reason, steps in track.reasons.items():
+            total.reasons[reason] = total.reasons.get(reason, 0.0) + steps
+        for counts, more in zip(total.step_ms_counts, track.step_ms_counts, strict=True):
+            add_counts(counts, more)
+    return total
+
+
+def add_counts(total: Counts, more: Mapping[float, float], share: float = 1.0) -> None:
+    """Adds a share of each count."""
+    for value, count in more.items():
+        total[value] = total.get(value, 0.0) + count * share
+
+
+def quantile(counts: Mapping[float, float], q: float) -> float:
+    """The least value that a share ``q`` of what was counted does not exceed; NaN of nothing."""
+    left = q * sum(counts.values())
+    value = math.nan
+    for value in sorted(counts):
+        left -= counts[value]
+        if left <= 1e-9:  # shares of a step do not add up exactly
+            break
+    return value
+
+
+def share_above(counts: Mapping[float, float], bound: float) -> float:
+    """The share of what was counted that is above a bound; NaN of nothing."""
+    total = sum(counts.values())
+    return sum(count for value, count in counts.items() if value > bound) / total if total else math.nan
+
+
+def _ratio(above: FloatArray, below: FloatArray) -> FloatArray:
+    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)

@@ -1,0 +1,1 @@
+"""A run's directory: what it holds, how it is written and read."""

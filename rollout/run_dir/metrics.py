@@ -1,0 +1,132 @@
+"""About a line a second on what the engine did, one file a worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from decimal import ROUND_CEILING, Context
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rollout.requests import StepReport
+from rollout.run_dir.paths import RunPaths
+
+LINE_SECONDS = 1.0
+_TWO_DIGITS = Context(prec=2, rounding=ROUND_CEILING)
+
+
+class MetricsWriter:
+    """Sums steps up, and appends a line when a second is over and when it is closed.
+
+    Args:
+        attempt: written into each line, as a file holds those of all attempts.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        worker: int,
+        attempt: int,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._worker = worker
+        self._attempt = attempt
+        self._clock = clock
+        self._now = now
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  # closed by __exit__
+        if self._file.tell() and not _ends_line(self._file.fileno(), self._file.tell()):
+            # Killed while it wrote a line; what follows must not join it.
+            self._file.write(b"\n")
+        self._steps: list[StepReport] = []
+        self._since = clock()
+
+    def step(self, report: StepReport) -> None:
+        """One step of the engine."""
+        self._steps.append(report)
+        if self._clock() - self._since >= LINE_SECONDS:
+            self._write_line()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._write_line()
+        self._file.close()
+
+    def _write_line(self) -> None:
+        steps, self._steps = self._steps, []
+        now = self._clock()
+        seconds, self._since = now - self._since, now
+        if not steps:
+            return
+        last = steps[-1]
+        tokens = sum(step.new_tokens for step in steps)
+        # With nobody waiting, few live rows say nothing about how many could live.
+        under_load = [step.live_rows for step in steps if step.waiting_rows]
+        line = {
+            "time": round(self._now(), 3),
+            "worker": self._worker,
+            "attempt": self._attempt,
+            "seconds": round(seconds, 3),
+            "steps": len(steps),
+            "live_rows": last.live_rows,
+            "live_rows_min": min(under_load) if under_load else None,
+            "live_rows_max": max(step.live_rows for step in steps),
+            "paused_rows": round(sum(step.paused_rows for step in steps) / len(steps), 1),
+            "waiting_rows": last.waiting_rows,
+            "row_target": last.row_target,
+            "reason": last.reason,
+            "reasons": Counter(step.reason for step in steps),
+            "kv_tokens": last.kv_tokens,
+            "kv_bytes": last.kv_bytes,
+            "kv_bytes_max": max(step.kv_bytes for step in steps),
+            "headroom_bytes": last.headroom_bytes,
+            "prefill_tokens": sum(step.prefill_tokens for step in steps),
+            "new_tokens": tokens,
+            "preempted_rows": sum(step.preempted_rows for step in steps),
+            "out_of_memory_events": sum(step.out_of_memory_events for step in steps),
+            "step_ms": round(sum(step.step_ms for step in steps) / len(steps), 3),
+            "step_ms_max": round(max(step.step_ms for step in steps), 3),
+            "step_ms_counts": _counts(step.step_ms for step in steps),
+            "tok_s": round(tokens / seconds, 1) if seconds else 0.0,
+        }
+        # One write to a file opened for appending: lines of two processes do not mix.
+        self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+
+def _ends_line(descriptor: int, size: int) -> bool:
+    return os.pread(descriptor, 1, size - 1) == b"\n"
+
+
+def _counts(times_ms: Iterable[float]) -> dict[float, int]:
+    """How many steps took at most so long; times are rounded up to two digits, so that few differ.
+
+    Unlike the percentiles of a second, counts can be added up to those of a run.
+    """
+    counts = Counter(float(_TWO_DIGITS.create_decimal(repr(round(ms, 3)))) for ms in times_ms)
+    return dict(sorted(counts.items()))
+
+
+def read_metrics(paths: RunPaths) -> Iterator[dict[str, Any]]:
+    """The lines of all workers; a line that a kill tore is left out."""
+    return (values for values in read_lines(paths) if values is not None)
+
+
+def read_lines(paths: RunPaths) -> Iterator[dict[str, Any] | None]:
+    """The lines of all workers, as they are in their files; None for one that a kill tore."""
+    for path in sorted((paths.root / "metrics").glob("rank-*.jsonl")):
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    values = json.loads(line)
+                except (ValueError, RecursionError):
+                    values = None
+                yield values if isinstance(values, dict) else None

@@ -1,0 +1,52 @@
+"""How long the completions of a former run were, read from its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rollout.engine.batch_row import IntArray
+from rollout.errors import InputError
+from rollout.length_history import Lengths
+from rollout.run_dir.part_file import whole_records
+from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.shards import read_manifest, read_shard
+
+
+def lengths_of_run(folder: str) -> Lengths:
+    """What the records in a run's folder say, whether it is complete or not.
+
+    Raises:
+        InputError: the folder holds no run, or a shard in it cannot be read.
+    """
+    paths = RunPaths(Path(folder).expanduser())
+    if not paths.run.exists():
+        raise InputError(
+            f"data.lengths_from={folder} holds no run, for there is no run.json in it: name an output.dir."
+        )
+    lengths = Lengths()
+    for manifest in sorted(paths.shards.glob("*.json")):
+        shard = paths.shards / read_manifest(manifest).file
+        try:
+            table = read_shard(shard, ["prompt_ids", "completion_ids", "finish_reason"])
+        except ValueError as error:
+            raise InputError(f"data.lengths_from={folder}: {shard} cannot be read: {error}.") from error
+        for prompt_ids, tokens in _completions(table):
+            lengths.add(prompt_ids, tokens)
+    for part in sorted(paths.work.glob("*.part.jsonl")):
+        for record in whole_records(part):
+            lengths.learn(record)
+    return lengths
+
+
+def _completions(table: pa.Table) -> Iterator[tuple[IntArray, int]]:
+    """Token ids of the prompt and length of the completion of all records that are no errors."""
+    table = table.filter(pc.field("finish_reason") != "error").combine_chunks()
+    prompts = table.column("prompt_ids").combine_chunks()
+    tokens = pc.list_value_length(table.column("completion_ids")).to_pylist()
+    ids, bounds = prompts.values.to_numpy(zero_copy_only=False), prompts.offsets.to_pylist()
+    for start, stop, length in zip(bounds, bounds[1:], tokens, strict=False):
+        yield ids[start:stop], length

@@ -1,0 +1,109 @@
+"""The script that tries all families: what it tells right from wrong, and what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from jobs.bench import families_table
+from jobs.bench.families_table import Result, table, tiny_config, tried, write
+from tests.contract.conftest import greedy
+from tests.support.tiny_models import REFUSED, SERVED
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_family_is_right() -> None:
+    result = tried("arcee")
+    assert (result.state, result.tier, result.equal, result.rows) == ("right", "interface", 7, 7)
+    assert 0 < result.gap < 1e-5
+    assert result.half_gap is not None
+    assert result.half_gap > result.gap
+
+
+@pytest.mark.parametrize(("flip", "gap", "equal"), [(0, 0.0, 7), (1, 0.0, 6), (0, 2e-5, 7)])
+def test_tokens_and_log_probabilities_that_are_not_the_models_are_told(
+    flip: int, gap: float, equal: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generated(model: PreTrainedModel, prompts: Any) -> Any:
+        first, *others = [greedy(model, prompt, 3) for prompt in prompts]
+        return [[*first[:-1], first[-1] ^ flip], *others], torch.tensor([gap])
+
+    monkeypatch.setattr(families_table, "_NEW_TOKENS", 3)
+    monkeypatch.setattr(families_table, "_generated", generated)
+    result = tried("arcee")
+    assert (result.state, result.equal) == ("wrong" if flip or gap else "right", equal)
+
+
+def test_a_generate_that_contradicts_the_forward_is_told_apart() -> None:
+    result = tried("moshi")
+    assert result.state == "generate fails"
+    assert result.equal < result.rows
+    assert result.gap < 1e-5
+
+
+def test_refusals_and_families_that_cannot_be_built_have_a_reason() -> None:
+    assert tried("rwkv").state == "refused"
+    assert "'rwkv'" in tried("rwkv").reason
+    assert tried("gemma4_assistant").state == "not built"
+    assert "Error: " in tried("gemma4_assistant").reason
+
+
+def test_windows_are_shorter_than_the_texts() -> None:
+    for family in ("cohere2_moe", "exaone4", "gemma3"):
+        assert tiny_config(family).get_text_config().sliding_window == 12
+
+
+RESULTS = [
+    Result("a", "right", "interface", 7, 7, 2e-6, 3e-3),
+    Result("b", "right", "state", 7, 7, 2e-6, None),
+    Result("c", "wrong", "interface", 3, 7, 2e-2, None, "off"),
+    Result("d", "refused", reason="this | that"),
+    Result("e", "not built", reason="too large"),
+]
+
+
+def test_the_table_counts_and_names_everyone() -> None:
+    text = table(RESULTS)
+    assert text.startswith(
+        "Of 5 families, 4 could be built tiny. Right: 2 (1 interface, 1 state). Wrong: 1. Refused: 1. "
+    )
+    for line in (
+        "| a | interface | 7/7 | 2e-06 | 3e-03 |",
+        "| b | state | 7/7 | 2e-06 | – |",
+        "| c | interface | 3/7 **wrong** off | 2e-02 | – |",
+        "| d | this / that |",
+        "| e | too large |",
+    ):
+        assert line in text.splitlines()
+
+
+def test_only_what_stands_between_the_markers_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "models.md"
+    monkeypatch.setattr(families_table, "_PAGE", page)
+    page.write_text(
+        f"before\n{families_table._MARKERS[0]}\nold\n{families_table._MARKERS[1]}\nafter\n", encoding="utf-8"
+    )
+    write("new")
+    write("newer")
+    expected = f"before\n{families_table._MARKERS[0]}\n\nnewer\n\n{families_table._MARKERS[1]}\nafter\n"
+    assert page.read_text(encoding="utf-8") == expected
+
+
+def test_the_page_knows_the_families_of_the_tests_and_none_is_wrong() -> None:
+    text = families_table._PAGE.read_text(encoding="utf-8")
+    between = text.split(families_table._MARKERS[0])[1].split(families_table._MARKERS[1])[0]
+    listed = {line.split("|")[1].strip() for line in between.splitlines() if line.startswith("| ")}
+    assert listed >= {family.partition("/")[0] for family in (*SERVED, *REFUSED)}
+    assert "**wrong**" not in between

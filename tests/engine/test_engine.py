@@ -1,0 +1,138 @@
+"""The library call: arguments, prompts of every kind, order of records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from rollout import Engine, SamplingParams
+from rollout.errors import InputError
+from tests.support.tiny_models import VOCABULARY, tiny
+
+_TEMPLATE = "{% for message in messages %}w7 {{ message['content'] }} {% endfor %}w8"
+
+
+def tokenizer_of(template: str | None = _TEMPLATE) -> PreTrainedTokenizerFast:
+    """Words ``w0`` to ``w198``, each one token with that id."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))  # type: ignore[no-untyped-call]
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(tiny("llama"), tokenizer_of())
+
+
+_SHORT = SamplingParams(max_new_tokens=6, ignore_eos=True)
+
+
+def test_texts_messages_and_ids_are_the_same_prompts(engine: Engine) -> None:
+    prompts: list[Any] = ["w7 w5 w6 w8", [{"role": "user", "content": "w5 w6"}], [7, 5, 6, 8]]
+    batch = engine.generate(prompts, _SHORT, row_ids=["a", "b", "c"])
+    assert [record.prompt_ids for record in batch] == [[7, 5, 6, 8]] * 3
+    assert [record.row_id for record in batch] == ["a", "b", "c"]
+    assert batch[0].text == " ".join(f"w{i}" for i in batch[0].completion_ids if i not in (0, 2))
+
+
+def test_records_come_in_prompt_order_then_sample_order(engine: Engine) -> None:
+    prompts = [[i, i + 1, i + 2] for i in range(10, 30)]
+    params = [SamplingParams(n=1 + i % 3, max_new_tokens=1 + 7 * i % 11, ignore_eos=True) for i in range(20)]
+    batch = engine.generate(prompts, params)
+    assert [(r.row_id, r.sample) for r in batch] == [(str(i), s) for i in range(20) for s in range(1 + i % 3)]
+    assert [len(r.completion_ids) for r in batch] == [1 + 7 * i % 11 for i in range(20) for _ in range(1 + i % 3)]
+    padded = batch.to_padded(0)
+    assert padded.completion_ids.shape == padded.logprobs.shape == (len(batch), 11)
+    assert padded.prompt_ids[0].tolist() == [10, 11, 12]
+
+
+def test_a_stop_string_ends_the_text_before_it_and_the_ids_with_it(engine: Engine) -> None:
+    free = engine.generate(["w5 w6"], SamplingParams(max_new_tokens=20, ignore_eos=True))[0]
+    words = free.text.split()
+    stop = " ".join(words[8:10])
+    stopped = engine.generate(["w5 w6"], SamplingParams(max_new_tokens=20, ignore_eos=True, stop=(stop,)))[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.completion_ids == free.completion_ids[: len(stopped.completion_ids)]
+    assert engine._text.decode(stopped.completion_ids).endswith(stop)
+    assert stop not in engine._text.decode(stopped.completion_ids[:-1])
+
+
+def test_a_stream_reads_prompts_as_rows_are_admitted() -> None:
+    engine = Engine(tiny("llama"), None, max_rows=2)
+    read: list[int] = []
+
+    def prompts() -> Iterator[list[int]]:
+        for i in range(400):
+            read.append(i)
+            yield [3 + i % 100, 4, 5]
+
+    stream = engine.stream(prompts(), SamplingParams(max_new_tokens=3, ignore_eos=True))
+    next(stream)
+    assert len(read) < 100
+    stream.close()
+    assert engine.stats is not None
+    assert engine.stats.samples >= 1
+
+
+def test_equal_neighbours_share_their_prompt() -> None:
+    engine = Engine(tiny("llama"), None)
+    prompt = list(range(3, 67))
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    shared = engine.generate([prompt] * 8, params).stats
+    apart = engine.generate([[i, *prompt] for i in range(3, 11)], params).stats
+    assert shared.prefilled_tokens == 64
+    assert apart.prefilled_tokens == 8 * 65
+    assert shared.peak_kv_bytes < apart.peak_kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "named"),
+    [
+        (["w5"], {"row_ids": ["a", "b"]}, "row_ids has 2 entries"),
+        (["w5", "w6"], {"row_ids": ["a", "a"]}, "row_ids must differ"),
+        (["w5"], {"params": [_SHORT, _SHORT]}, "params has 2 entries"),
+    ],
+)
+def test_wrong_lists_are_refused(engine: Engine, prompts: list[str], options: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        engine.generate(prompts, **options)
+
+
+def test_prompts_that_need_what_is_not_there_are_refused() -> None:
+    bare = Engine(tiny("llama"), None)
+    with pytest.raises(InputError, match="no tokenizer for texts"):
+        bare.generate(["w5"])
+    plain = Engine(tiny("llama"), tokenizer_of(None))
+    with pytest.raises(InputError, match="no chat template"):
+        plain.generate([[{"role": "user", "content": "w5"}]])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"latency_budget_ms": 0.0}, "latency_budget_ms"),
+        ({"min_rows": 0}, "min_rows"),
+        ({"max_rows": 2, "min_rows": 3}, "max_rows"),
+        ({"max_kv_bytes": 0}, "max_kv_bytes"),
+        ({"reserve_fraction": 1.0}, "reserve_fraction"),
+        ({"policy": "papr"}, "paper"),
+    ],
+)
+def test_wrong_arguments_are_refused(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Engine(tiny("llama"), None, **options)
+
+
+def test_no_prompts_give_an_empty_batch(engine: Engine) -> None:
+    batch = engine.generate([])
+    assert len(batch) == 0
+    assert batch.stats.steps == 0

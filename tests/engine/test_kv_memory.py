@@ -1,0 +1,268 @@
+"""The pool's size: as much as headroom and the user's cap allow, and back when others need it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from rollout.engine.kv_memory import Memory
+from rollout.headroom.headroom import FakeHeadroom
+from rollout.models.device import is_out_of_memory
+from rollout.models.kv_cache.layout import KVLayout, Site, Span
+
+CPU = torch.device("cpu")
+PAGE_SIZE = 4
+#: One site of one head with keys and values of one number: 8 bytes a token, 32 a page.
+LAYOUT = KVLayout((Site(nn.Identity(), 1, 1, 1, Span()),), torch.float32, PAGE_SIZE)
+PAGE = LAYOUT.bytes_per_page
+MANY = 1 << 40
+
+
+class World:
+    """A device of numbers, and memory on it that reads what the pool holds."""
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        taken: int = 0,
+        max_kv_bytes: int | None = None,
+        reserve_fraction: float = 0.0,
+        demand_tokens: int = MANY,
+    ) -> None:
+        self.memory: Memory | None = None
+        self.headroom = FakeHeadroom(total, taken, self.held)
+        self.memory = Memory(LAYOUT, self.headroom, CPU, max_kv_bytes, reserve_fraction, demand_tokens)
+
+    def held(self) -> int:
+        return 0 if self.memory is None else self.memory.pool.bytes_held
+
+
+def made(total: int, **options: object) -> Memory:
+    memory = World(total, **options).memory  # type: ignore[arg-type]
+    assert memory is not None
+    return memory
+
+
+# -- the size of a slab ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "pages"),
+    [
+        ({}, 100),
+        ({"taken": 800 * PAGE}, 50),
+        ({"reserve_fraction": 0.5}, 50),
+        ({"max_kv_bytes": 320 * PAGE}, 20),
+        ({"max_kv_bytes": 9999 * PAGE}, 100),
+        ({"demand_tokens": 40 * PAGE_SIZE}, 40),
+        ({"demand_tokens": 1}, 1),
+        ({"taken": 1600 * PAGE}, 1),
+        ({"taken": 2000 * PAGE}, 1),
+        ({"max_kv_bytes": 5}, 1),
+    ],
+)
+def test_a_slab_is_a_share_of_what_can_be_had_and_of_what_is_asked_for(options: dict[str, int], pages: int) -> None:
+    memory = made(1600 * PAGE, **options)
+    assert memory.pool.slab_pages == pages
+    assert memory.pool.bytes_held == 0, "nothing is held before it is needed"
+
+
+def test_a_slab_is_never_huge() -> None:
+    assert made(1 << 50).pool.slab_bytes == 1 << 30
+
+
+# -- growing ---------------------------------------------------------------------------------------------
+
+
+def fill(memory: Memory) -> None:
+    """Grows as far as it goes, reading telemetry now and then."""
+    while memory.reserve(memory.pool.free_pages + 1):
+        memory.pool.allocate(memory.pool.free_pages)
+        assert memory.pool.live_slabs < 1000, "it grows without end"
+    memory.read()
+
+
+def test_growth_stops_at_headroom() -> None:
+    memory = made(160 * PAGE, taken=16 * PAGE, reserve_fraction=0.25)
+    # 160 - 16 - 40 pages, in slabs of 6
+    fill(memory)
+    assert memory.pool.slab_pages == 6
+    assert memory.pool.live_slabs == 17
+    assert memory.headroom_bytes == 2 * PAGE
+    assert (memory.obtainable_bytes, memory.obtainable_pages, memory.excess_bytes) == (0, 0, 0)
+
+
+def test_growth_stops_at_the_cap() -> None:
+    memory = made(1600 * PAGE, max_kv_bytes=100 * PAGE)
+    fill(memory)
+    assert memory.pool.slab_pages == 6
+    assert memory.pool.bytes_held == 96 * PAGE <= 100 * PAGE
+    assert memory.headroom_bytes == (1600 - 96) * PAGE
+
+
+def test_headroom_is_counted_down_between_readings() -> None:
+    """Telemetry is read once a step; a step must not take the same bytes twice."""
+    headroom = FakeHeadroom(160 * PAGE)  # never sees what the pool holds
+    memory = Memory(LAYOUT, headroom, CPU, None, 0.0, MANY)
+    assert memory.reserve(160)
+    assert memory.headroom_bytes == 0
+    assert not memory.reserve(161)
+
+
+def test_reserving_grows_no_more_than_needed() -> None:
+    memory = made(160 * PAGE)
+    assert memory.reserve(0)
+    assert memory.pool.live_slabs == 0
+    assert memory.reserve(11)
+    assert (memory.pool.slab_pages, memory.pool.live_slabs) == (10, 2)
+    assert memory.reserve(20)
+    assert memory.pool.live_slabs == 2
+    memory.pool.allocate(15)
+    assert memory.reserve(5)
+    assert memory.pool.live_slabs == 2
+    assert memory.reserve(6)
+    assert memory.pool.live_slabs == 3
+
+
+def test_what_cannot_be_had_is_not_begun() -> None:
+    memory = made(160 * PAGE)
+    assert not memory.reserve(161)
+    assert memory.pool.live_slabs == 0
+    assert memory.reserve(160)
+
+
+def test_pages_left_for_others_must_be_obtainable_but_are_not_grown_for() -> None:
+    memory = made(160 * PAGE)
+    assert not memory.reserve(100, leaving=61)
+    assert memory.pool.live_slabs == 0
+    assert memory.reserve(100, leaving=60)
+    assert memory.pool.live_slabs == 10
+
+
+def test_obtainable_is_what_is_free_and_what_can_be_grown() -> None:
+    memory = made(160 * PAGE)
+    assert memory.obtainable_pages == 160
+    memory.reserve(10)
+    memory.pool.allocate(7)
+    assert memory.obtainable_pages == 153
+    assert (memory.obtainable_bytes, memory.bytes_used) == (153 * PAGE, 7 * PAGE)
+
+
+# -- refusals --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
+    ],
+)
+def test_a_refusal_of_the_allocator_stops_growth_until_the_next_reading(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = made(160 * PAGE)
+    assert memory.reserve(10)
+    grow, calls = memory.pool.grow, list[int]()
+
+    def refuse(agree: object) -> None:
+        calls.append(1)
+        raise error
+
+    monkeypatch.setattr(memory.pool, "grow", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert not memory.reserve(30)
+    assert "refused a slab of 320 bytes" in caplog.text
+    assert memory.obtainable_pages == 10
+    assert not memory.reserve(30)
+    assert len(calls) == 1, "it is not asked again and again"
+    assert memory.reserve(10), "what it holds is still of use"
+    memory.read()
+    monkeypatch.setattr(memory.pool, "grow", grow)
+    assert memory.reserve(30)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = made(160 * PAGE)
+
+    def fail(agree: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(memory.pool, "grow", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        memory.reserve(1)
+
+
+def test_what_torch_really_raises_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    for said in (
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ):
+        assert is_out_of_memory(RuntimeError(said))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))
+
+
+def test_the_peak_stays_when_memory_goes() -> None:
+    memory = made(160 * PAGE)
+    memory.reserve(30)
+    assert memory.shrink([], [])
+    assert memory.shrink([], [])
+    assert (memory.bytes_held, memory.peak_bytes) == (10 * PAGE, 30 * PAGE)
+    memory.reserve(20)
+    assert memory.peak_bytes == 30 * PAGE
+
+
+# -- giving back -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "excess"), [(0, 0), (1, 1), (10 * PAGE, 10 * PAGE), (80 * PAGE, 80 * PAGE), (9999 * PAGE, 80 * PAGE)]
+)
+def test_excess_is_what_others_lack_of_what_is_held(extra: int, excess: int) -> None:
+    """Eight slabs of ten pages are held, and others have taken all the rest, and ``extra`` besides."""
+    world = World(160 * PAGE)
+    memory = world.memory
+    assert memory is not None
+    memory.reserve(80)
+    world.headroom.taken_bytes = 80 * PAGE + extra
+    memory.read()
+    assert memory.headroom_bytes == -extra
+    assert memory.excess_bytes == excess
+    assert memory.obtainable_pages == 80
+    assert memory.obtainable_bytes == 80 * PAGE
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        ({}, 160),
+        ({"reserve_fraction": 0.5}, 80),
+        ({"max_kv_bytes": 64 * PAGE}, 64),
+        ({"max_kv_bytes": 63 * PAGE}, 63),
+        ({"taken": 144 * PAGE}, 160),
+        ({"max_kv_bytes": 5}, 0),
+    ],
+)
+def test_what_could_ever_be_held_does_not_depend_on_others(options: dict[str, int], fits: int) -> None:
+    memory = made(160 * PAGE, **options)
+    assert memory.could_hold(fits)
+    assert not memory.could_hold(fits + 1)
+
+
+@pytest.mark.parametrize("check", [Memory.read, lambda memory: memory.could_hold(1), lambda memory: memory.reserve(0)])
+def test_looking_takes_nothing(check: Callable[[Memory], object]) -> None:
+    memory = made(160 * PAGE)
+    check(memory)
+    assert memory.pool.bytes_held == 0
+    assert memory.headroom_bytes == 160 * PAGE

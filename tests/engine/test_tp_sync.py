@@ -1,0 +1,176 @@
+"""Two processes that hold one model: the numbers of one that holds all of it, one worker, and the same decisions."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PreTrainedModel
+
+from rollout import Engine
+from rollout.config import load_config
+from rollout.engine.kv_memory import Memory
+from rollout.engine.tp_sync import Alone, Together, together
+from rollout.errors import InputError
+from rollout.headroom.headroom import FakeHeadroom
+from rollout.job.job import run_job
+from rollout.job.ranks import Place
+from rollout.models.errors import UnsupportedModel
+from rollout.models.loading.load import ModelSource, load_model
+from rollout.models.module.tensor_parallel import tensor_parallel_group
+from rollout.models.runners.cuda_graphs import capturing
+from rollout.run_dir.metrics import read_metrics
+from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.run import read_run
+from rollout.verify import verify
+from tests.engine.test_loop import LAYOUT, World, plain, refuse_at
+from tests.rollout.test_cli import tiny as saved_tiny  # noqa: F401 - a fixture
+from tests.support.jobs import read_records, without_attempt
+from tests.support.tensor_parallel import assert_as_one_that_holds_all, launch
+from tests.support.tiny_models import tiny
+
+
+def test_both_have_the_records_of_one_that_holds_all(tmp_path: Path) -> None:
+    # Qwen3 has norms of each head, which every process keeps whole. An odd vocabulary is none that every version of
+    # transformers can slice.
+    models = {family: tiny(family, vocab_size=200) for family in ("llama", "qwen3")}
+    assert_as_one_that_holds_all(models, tmp_path)
+
+
+def test_the_processes_of_a_job_are_one_worker(tmp_path: Path, saved_tiny: Path) -> None:  # noqa: F811
+    keys = [f"model.path={saved_tiny}", "model.dtype=float32", "data.limit=12", "sampling.max_new_tokens=10"]
+    keys += ["output.rows_per_shard=5", "sampling.n=2"]
+    told = launch("rollout", *keys, f"output.dir={tmp_path / 'two'}", "model.tensor_parallel=true")
+    assert told.count("12 rows, 24 samples") == 1
+    run_job(load_config([*keys, f"output.dir={tmp_path / 'one'}"]))
+    assert verify(tmp_path / "two").complete
+    ours, theirs = (without_attempt(read_records(tmp_path / name)) for name in ("two", "one"))
+    assert [record["completion_ids"] for record in ours] == [record["completion_ids"] for record in theirs]
+    run = read_run(RunPaths(tmp_path / "two"))
+    assert run.shards == 3, "cut for one worker"
+    assert {line["worker"] for line in read_metrics(RunPaths(tmp_path / "two"))} == {0}
+
+
+@pytest.mark.parametrize(
+    ("family", "processes", "reason"),
+    [
+        ("falcon", 2, r"no plan of tensor parallelism: set model\.tensor_parallel=false"),
+        ("llama", 3, r"has 2 key-value heads, which 3 processes cannot share evenly"),
+        ("llama", 1, r"this launch has one process: start several"),
+    ],
+)
+def test_what_cannot_be_sliced_is_refused_before_weights_are_read(
+    family: str, processes: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(family).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(ValueError, match=reason):
+        load_model(ModelSource(str(tmp_path), tensor_parallel=True), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("other", ["model.device=cpu", "model.device_map=auto", "model.adapter=folder"])
+def test_what_does_not_go_with_it(other: str) -> None:
+    with pytest.raises(InputError, match=f"{other.split('=')[0]} is .* where model.tensor_parallel is true"):
+        load_config(["output.dir=out", "model.tensor_parallel=true", other])
+
+
+def test_a_place_among_processes_that_work_together() -> None:
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_ID": "2"}
+    place = Place.of(launched, together=True)
+    assert (place.together, place.rank, place.workers, place.worker) == (True, 1, 3, 2)
+    assert not Place.of({}, together=True).together
+
+
+@pytest.fixture
+def two_processes() -> Iterator[None]:
+    """A process group of which the other process is not there; nothing is sent."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    distributed.destroy_process_group()
+
+
+def sliced(dimensions: tuple[str, ...] | None) -> PreTrainedModel:
+    """A model of which this process has half of the last layer."""
+    model = tiny("llama")
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=dimensions)
+    model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh, [Shard(0)]))
+    return model
+
+
+@pytest.mark.usefixtures("two_processes")
+@pytest.mark.parametrize("name", [("fsdp",), None])
+def test_other_ways_to_shard_are_refused(name: tuple[str, ...] | None) -> None:
+    """Each would compute its own rows, and wait for the other's part of their weights for ever."""
+    with pytest.raises(UnsupportedModel, match="sharded over the mesh dimensions"):
+        Engine(sliced(name), None)
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_a_mesh_without_a_name_is_served_where_transformers_says_what_it_is() -> None:
+    model = sliced(None)
+    model._tp_size = 2
+    assert tensor_parallel_group(model) is distributed.group.WORLD
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_steps_are_not_captured(caplog: pytest.LogCaptureFixture) -> None:
+    """One process could find that it has no memory for a graph while the other waits in the step."""
+    eager, nothing = Mock(), cast(Any, None)
+    with caplog.at_level(logging.WARNING):
+        assert capturing(eager, sliced(("tp",)), nothing, nothing) is eager
+    assert "several processes hold it together" in caplog.text
+
+
+class Other(Alone):
+    """One of two, of which the other has no memory left."""
+
+    alone = False
+
+    def all(self, own: bool) -> bool:
+        return False
+
+
+def test_a_slab_that_another_has_no_room_for_is_not_taken() -> None:
+    memory = Memory(LAYOUT, FakeHeadroom(1000 * LAYOUT.bytes_per_page), torch.device("cpu"), None, 0.0, 100, 1, Other())
+    assert memory.obtainable_pages > 1
+    assert not memory.reserve(1)
+    assert (memory.bytes_held, memory.pool.slabs, memory.obtainable_pages) == (0, [], 0)
+
+
+def test_an_allocator_failure_inside_of_a_step_ends_the_loop() -> None:
+    """The other process waits for this one's part of that very step."""
+    trouble, raised = refuse_at({3})
+    world = World(plain(4), trouble=trouble)
+    world.loop._together = Other()
+    world.memory.reserve(100)  # type: ignore[union-attr]
+    with pytest.raises(torch.OutOfMemoryError):
+        world.run()
+    assert raised == [3]
+
+
+def test_a_process_group_ends_when_it_is_destroyed() -> None:
+    """One whose threads outlive the interpreter aborts the process, now and then."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    group = distributed.group.WORLD
+    assert group is not None
+    one = Together(group)
+    groups = [weakref.ref(group), one._host]
+    del group
+    assert (one.least(3), one.measured(2.5)) == (3, 2.5)
+    distributed.destroy_process_group()
+    assert [reference() for reference in groups] == [None, None]
+
+
+def test_a_whole_model_decides_alone() -> None:
+    assert type(together(tiny("llama"))) is Alone

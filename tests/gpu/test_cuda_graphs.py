@@ -1,0 +1,174 @@
+"""CUDA graphs: of attention, replayed while its buffers are refilled and slabs come and go, and of whole models."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rollout import Engine, SamplingParams
+from rollout.models.attention.triton import TritonStep, TritonSteps
+from rollout.models.attention.triton_metadata import Room
+from rollout.models.kv_cache.page_pool import PagePool
+from rollout.models.runners import cuda_graphs
+from rollout.models.runners.cuda_graphs import CapturedRunner, CudaGraphs
+from rollout.models.runners.packed import InterfaceRunner, InterfaceTier
+from tests.contract.conftest import random_prompts
+from tests.models.attention.test_triton import TOLERANCE
+from tests.models.runners.test_cuda_graphs import World
+from tests.support.devices import DEVICE
+from tests.support.paged_sequences import Kind, PagedWorld, Parts
+from tests.support.tiny_models import tiny
+
+_KIND = Kind(2, 6, 128, 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_step_serves_other_rows_and_slabs(dtype: torch.dtype) -> None:
+    world = PagedWorld([700, 90, 300], dtype, 1, (_KIND,), TOLERANCE[dtype], device=DEVICE, slab_pages=16)
+    world.tables = [world.pool.allocate(len(table)) for table in world.tables]
+    steps = TritonSteps(world.pool)
+    prefill: Parts = [(0, range(690)), (1, range(80)), (2, range(290))]
+    world.compare(world.attend(steps(world.pool, world.forward(prefill)).compute, prefill), prefill)
+
+    rows = 4
+    buffers = steps.buffers(Room(singles=rows, segments=0, tokens=rows, entries=128))
+    shapes = ((12, 128), (2, 128), (2, 128))
+    inputs = [torch.zeros(rows, *shape, dtype=dtype, device=DEVICE) for shape in shapes]
+
+    def fill(parts: Parts) -> None:
+        buffers.fill(world.forward(parts))
+        for memory, source in zip(inputs, (world.queries, world.keys, world.values), strict=True):
+            memory.fill_(torch.nan)
+            memory[: len(parts)] = world.packed(source, 0, parts)
+
+    def step() -> torch.Tensor:
+        return TritonStep(world.pool, world.forward(first), buffers).compute(0, *inputs, world.scores[0])
+
+    first: Parts = [(0, range(690, 691)), (1, range(80, 81)), (2, range(290, 291))]
+    fill(first)
+    side = torch.cuda.Stream(DEVICE)
+    side.wait_stream(torch.cuda.current_stream(DEVICE))
+    with torch.cuda.stream(side):
+        step()  # compiles
+    torch.cuda.current_stream(DEVICE).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for position in range(1, 9):
+        parts = [(s, range(start + position, start + position + 1)) for s, start in ((0, 690), (1, 80), (2, 290))]
+        if position % 3 == 0:
+            parts = parts[1:]
+        if position % 2:
+            while world.pool.shrink(world.tables):
+                pass
+        else:
+            world.pool.grow()
+        fill(parts)
+        graph.replay()
+        # A row that sits a step out has a hole in its text: only those that never do are compared to the end.
+        compared = [i for i, (sequence, _) in enumerate(parts) if sequence != 0 or position < 3]
+        for i in compared:
+            world.compare([out[i : i + 1].clone()], [parts[i]])
+        assert (out[len(parts) :] == 0).all()
+
+
+def captured_world(dtype: torch.dtype = torch.float32) -> World:
+    model = tiny("llama", dtype)
+    cuda_graphs._refused.pop(model, None)
+    return World(model, texts=24, graphs=CudaGraphs(DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_model_gives_the_bits_of_the_eager_one(dtype: torch.dtype) -> None:
+    """While the pool grows and shrinks."""
+    world = captured_world(dtype)
+    world.same([(text, 3 + 2 * text) for text in range(24)])
+    for rows in (1, 2, 3, 7, 20, 24, 17, 8, 1):
+        world.decode(*range(rows))
+        world.pools[1].grow()
+        world.decode(*range(rows)[::-1])
+        while world.pools[1].shrink(world.tables[1]):
+            pass
+    assert sorted(world.sizes) == [1, 2, 4, 8, 24]
+    assert world.runner.bytes_kept > 0
+    world.runner.close()
+
+
+def test_memory_of_graphs_is_given_back() -> None:
+    """What libraries keep for the stream of captures is taken by the first round."""
+    held = []
+    for _ in range(3):
+        world = captured_world()
+        world.same([(text, 3) for text in range(24)])
+        for rows in (1, 8, 24):
+            world.decode(*range(rows))
+        world.runner.close()
+        assert world.runner.bytes_kept == 0
+        del world
+        gc.collect()
+        torch.cuda.empty_cache()
+        held.append((torch.cuda.memory_allocated(DEVICE), torch.cuda.memory_reserved(DEVICE)))
+    assert held[1] == held[2]
+
+
+@pytest.mark.parametrize(
+    ("wait", "seen"),
+    [
+        (lambda x: x.sum().item(), True),
+        (lambda x: x.nonzero(), True),
+        (lambda _: torch.cuda.synchronize(), False),  # torch does not watch for it, so the capture fails
+    ],
+)
+def test_a_model_that_waits_for_the_device_goes_on_eagerly(
+    wait: Callable[[torch.Tensor], object], seen: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = captured_world()
+    world.model.model.layers[1].register_forward_pre_hook(lambda _module, given: (wait(given[0]), None)[1])
+    world.same([(0, 4), (1, 9)])
+    stream, mode = torch.cuda.current_stream(DEVICE), torch.cuda.get_sync_debug_mode()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            world.decode(0, 1)
+    assert caplog.text.count("are not captured in CUDA graphs") == 1
+    assert ("waits for the device" in caplog.text) == seen
+    assert (torch.cuda.current_stream(DEVICE), torch.cuda.get_sync_debug_mode()) == (stream, mode)
+    assert world.runner.bytes_kept == 0
+    # Others are captured as ever.
+    other = captured_world()
+    other.same([(0, 4)])
+    other.decode(0)
+    assert other.sizes == [1]
+    other.runner.close()
+
+
+def test_an_engine_replays_graphs_and_draws_what_it_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny("llama"), random_prompts(7, 40)
+    params = SamplingParams(n=2, max_new_tokens=40, ignore_eos=True)
+    replays: list[int] = []
+    replay = cuda_graphs._CudaGraph.replay
+
+    def counted(self: cuda_graphs._CudaGraph) -> None:
+        replays.append(1)
+        replay(self)
+
+    monkeypatch.setattr(cuda_graphs._CudaGraph, "replay", counted)
+    found = [record.completion_ids for record in Engine(model, None).generate(prompts, params)]
+    assert len(replays) >= 30
+
+    def eager(self: InterfaceTier, pool: PagePool) -> InterfaceRunner:
+        return InterfaceRunner(self.model, pool, TritonSteps(pool))
+
+    monkeypatch.setattr(InterfaceTier, "runner", eager)
+    replays.clear()
+    expected = [record.completion_ids for record in Engine(model, None).generate(prompts, params)]
+    assert not replays
+    assert found == expected
+
+
+def test_a_gpu_s_runner_captures() -> None:
+    tier = InterfaceTier(tiny("llama"))
+    assert isinstance(tier.runner(PagePool(tier.probe(), 4, DEVICE)), CapturedRunner)

@@ -1,0 +1,264 @@
+"""Prefills by other packages' attention: what they are given, by fakes of their signatures, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rollout import Engine, SamplingParams
+from rollout.config import load_config
+from rollout.data.prompts import read_prompts
+from rollout.errors import InputError
+from rollout.job.job import load_engine
+from rollout.job.ranks import Place
+from rollout.models.attention import prefill_libraries, select, triton
+from rollout.models.attention.base import PagedStep
+from rollout.models.attention.gather import GatherStep
+from rollout.models.attention.names import ATTENTIONS
+from rollout.models.attention.prefill import Library, Segments
+from rollout.models.attention.prefill_libraries import LIBRARIES, FlashAttn, Varlen
+from rollout.models.attention.triton import Blocks, TritonSteps
+from rollout.models.errors import UnsupportedAttention
+from rollout.models.forward_batch import Packed
+from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.loading import load
+from tests.support import fake_prefill_libraries as fakes
+from tests.support.paged_sequences import Kind, PagedWorld, same_bits, whole
+from tests.support.tiny_models import tiny
+from tests.support.triton_interpreter import kernels_run_here
+
+LIBRARY_CASES: dict[str, Callable[[], Library]] = {
+    "torch 2.11": lambda: Varlen(fakes.varlen_attn_of_torch_2_11),
+    "torch 2.13": lambda: Varlen(fakes.varlen_attn_of_torch_2_13),
+    "flash-attn": lambda: FlashAttn(fakes.flash_attn_varlen_func),
+}
+KINDS = (Kind(2, 3, 16, 16), Kind(2, 1, 24, 24, Span("window", 11)), Kind(1, 4, 8, 8, Span("window", 1)))
+CAPPED = Kind(1, 2, 16, 16, softcap=1.5)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=list(LIBRARY_CASES))
+def library(request: pytest.FixtureRequest) -> Library:
+    return LIBRARY_CASES[request.param]()
+
+
+def world_for(library: Library, lengths: list[int], dtype: torch.dtype, seed: int) -> PagedWorld:
+    kinds = (*KINDS, CAPPED) if isinstance(library, FlashAttn) else KINDS
+    return PagedWorld(lengths, dtype, seed, kinds, 2e-2, page_size=4, slab_pages=5)
+
+
+def gathering(world: PagedWorld, packed: Packed, library: Library) -> PagedStep:
+    return GatherStep(world.pool, packed, Segments(world.pool, packed, library))
+
+
+# -- what it computes ------------------------------------------------------------------------------------
+
+
+def test_prefills_that_begin_and_that_go_on_are_plain_attention(library: Library) -> None:
+    world = world_for(library, [37, 1, 20, 9], torch.bfloat16, 1)
+    assert world.pool.live_slabs > 1
+    # Rows that decode are gathered in whole pages here, and what nobody has written is masked.
+    for slab in world.pool.slabs:
+        assert slab is not None
+        for tensor in slab.tensors:
+            tensor.zero_()
+    for parts in world.random_parts(np.random.default_rng(1), 25):
+        world.compare(world.attend(gathering(world, world.forward(parts), library).compute, parts), parts)
+
+
+def test_beside_triton_s_rows(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = kernels_run_here(monkeypatch)
+    if device.type != "cpu":
+        pytest.skip("fakes are for CPUs; tests/gpu has the libraries themselves")
+    small = {key: (Blocks(16, 16, 4), Blocks(16, 16, 4)) for key in triton._BLOCKS}
+    monkeypatch.setattr(triton, "_BLOCKS", small)
+    world = world_for(library, [30, 1, 14], torch.float16, 2)
+    steps = TritonSteps(world.pool, library)
+    assert steps.name == f"{library.name}+triton"
+    for parts in world.random_parts(np.random.default_rng(2), 20):
+        world.compare(world.attend(steps(world.pool, world.forward(parts)).compute, parts), parts)
+
+
+def test_company_changes_no_bit(library: Library) -> None:
+    lengths = [30, 12, 3]
+    world = world_for(library, lengths, torch.bfloat16, 3)
+    alone = [
+        world.attend(gathering(world, world.forward(own := [(i, range(n))]), library).compute, own)
+        for i, n in enumerate(lengths)
+    ]
+    parts = whole(world)
+    together = world.attend(gathering(world, world.forward(parts), library).compute, parts)
+    same_bits(alone, together, parts, world.kinds)
+
+
+@pytest.mark.parametrize("other", [3, 40])
+def test_a_window_is_the_same_kernel_in_any_company(other: int) -> None:
+    """FlashAttention 2 takes another where its ``max_seqlen_k`` is not above the keys before a query's; 3, one more."""
+    asked: list[int] = []
+
+    def watching(*arguments: Any, **named: Any) -> torch.Tensor:
+        asked.append(named["max_seqlen_k"] - 1 > named["window_size"][0])
+        return fakes.flash_attn_varlen_func(*arguments, **named)
+
+    world = PagedWorld([5, other], torch.bfloat16, 4, (KINDS[1],), 2e-2)
+    parts = whole(world)
+    world.attend(gathering(world, world.forward(parts), FlashAttn(watching)).compute, parts)
+    assert asked == [True]
+
+
+def test_an_engine_gives_what_gathering_gives(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With windows (mistral), a softcap beside one (gemma2), contexts computed whole (falcon_h1)."""
+    monkeypatch.setattr(select, "require", lambda choice, device: None)
+    fake = FlashAttn(fakes.flash_attn_varlen_func)
+    monkeypatch.setattr(select, "installed", lambda name: fake)
+    prompts = [list(range(3, 3 + n)) for n in (21, 2, 40)]
+    for family in ("mistral", "gemma2", "falcon_h1"):
+        model = tiny(family, torch.bfloat16)
+        completions = []
+        for attention in ("gather", "flash_attn"):
+            with caplog.at_level(logging.INFO):
+                engine = Engine(model, None, attention=attention, max_rows=2)
+            batch = engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=4))
+            completions.append([record.logprobs for record in batch])
+            assert engine.attention == {"gather": "gather", "flash_attn": "flash_attn+gather"}[attention]
+            assert f"attention: {engine.attention}." in caplog.text
+        for gathered, found in zip(*completions, strict=True):
+            assert gathered[0] == pytest.approx(found[0], abs=0.1), family
+
+
+# -- what is refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("site", "dtype", "why"),
+    [
+        (Site(None, 1, 16, 16, Span()), torch.float32, "serves bfloat16 and float16, and the model stores float32"),
+        (Site(None, 1, 24, 16, Span()), torch.bfloat16, "of one size, and the model has keys of 24 numbers a head"),
+        (Site(None, 1, 264, 264, Span()), torch.bfloat16, "the model's have 264"),
+        (Site(None, 1, 12, 12, Span()), torch.bfloat16, "multiples of 8 up to 256 numbers, and the model's have 12"),
+        (Site(None, 1, 16, 16, Span("chunk", 8)), torch.bfloat16, "no chunks"),
+    ],
+)
+def test_what_no_library_serves(site: Site, dtype: torch.dtype, why: str, library: Library) -> None:
+    with pytest.raises(UnsupportedAttention, match=rf"^attention={library.name} .*{why}.*leave it at auto\.$"):
+        prefill_libraries.check(library, KVLayout((site,), dtype, 16), CPU)
+
+
+def served(*spans: Span) -> KVLayout:
+    return KVLayout(tuple(Site(None, 2, 16, 16, span) for span in spans), torch.bfloat16, 16)
+
+
+def test_what_a_library_serves(library: Library) -> None:
+    prefill_libraries.check(library, served(Span(), Span("window", 4096)), CPU)
+
+
+def test_a_library_that_fails_or_computes_something_else_is_refused() -> None:
+    def fails(*arguments: Any, **named: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel image is available.\nmore")
+
+    def wider(*arguments: Any, **named: Any) -> torch.Tensor:
+        left, right = named.pop("window_size")
+        return fakes.flash_attn_varlen_func(*arguments, window_size=(left + (left >= 0), right), **named)
+
+    with pytest.raises(UnsupportedAttention, match=r"fails here \(RuntimeError: no kernel image is available\)"):
+        prefill_libraries.check(FlashAttn(fails), served(Span()), CPU)
+    prefill_libraries.check(FlashAttn(wider), served(Span()), CPU)
+    with pytest.raises(UnsupportedAttention, match="computes something else here"):
+        prefill_libraries.check(FlashAttn(wider), served(Span(), Span("window", 64)), CPU)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "why"), [("gpt_oss", "flash_attn", "sinks"), ("gemma2", "varlen", "softcap")]
+)
+def test_scores_that_a_library_does_not_make(family: str, name: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the engine is made, before anything is generated."""
+    monkeypatch.setattr(select, "require", lambda choice, device: None)
+    functions = {"flash_attn": fakes.flash_attn_varlen_func, "varlen": fakes.varlen_attn_of_torch_2_13}
+    made = LIBRARIES[name](functions[name])
+    monkeypatch.setattr(select, "installed", lambda name: made)
+    with pytest.raises(UnsupportedAttention, match=rf"attention={name} .* {why}"):
+        Engine(tiny(family, torch.bfloat16), None, attention=name)
+
+
+# -- what is there ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_known() -> Iterator[None]:
+    prefill_libraries.installed.cache_clear()
+    yield
+    prefill_libraries.installed.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_known")
+def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(UnsupportedAttention, match=r"flash_attn_varlen_func cannot be loaded \(ModuleNotFoundError: "):
+        select.require("flash_attn", torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("nothing_known")
+def test_a_library_is_found_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = fakes.flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    select.require("flash_attn", torch.device("cuda"))
+    assert prefill_libraries.installed("flash_attn").name == "flash_attn"
+    select.require("varlen", torch.device("cuda"))
+    assert prefill_libraries.installed("varlen").name == "varlen"
+
+
+@pytest.mark.parametrize("name", ["triton", "varlen", "flash_attn"])
+def test_attention_for_gpus_on_a_cpu(name: str) -> None:
+    with pytest.raises(UnsupportedAttention, match=f"attention={name} .* is for GPUs, and the model is on cpu"):
+        Engine(tiny("llama", torch.bfloat16), None, attention=name)
+
+
+def test_attention_for_cpus_on_a_gpu() -> None:
+    with pytest.raises(UnsupportedAttention, match=r"attention=compiled .* is for CPUs, and the model is on cuda"):
+        select.require("compiled", torch.device("cuda"))
+
+
+def test_compiled_attention_asked_for_by_name_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "kernel", lambda: None)
+    with pytest.raises(UnsupportedAttention, match=r"attention=compiled .* could not be compiled"):
+        Engine(tiny("llama"), None, attention="compiled")
+
+
+def test_gathering_asked_for_by_name() -> None:
+    assert Engine(tiny("llama"), None, attention="gather").attention == "gather"
+
+
+@pytest.mark.parametrize(
+    ("family", "why"), [("bloom", "attends with code of its own .*bloom"), ("mamba", "does not attend at all")]
+)
+def test_models_that_leave_no_choice(family: str, why: str) -> None:
+    with pytest.raises(UnsupportedAttention, match=f"attention=gather .* {why}"):
+        Engine(tiny(family), None, attention="gather")
+
+
+def test_a_job_refuses_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*about: object) -> None:
+        raise AssertionError("a tokenizer is read")
+
+    monkeypatch.setattr(load, "load_tokenizer", refuse)
+    config = load_config(["output.dir=out", "model.device=cpu", "model.attention=varlen"])
+    with pytest.raises(
+        InputError, match=r"^attention=varlen was asked for \(model\.attention of a job\), but it is for"
+    ):
+        load_engine(config, read_prompts(config.data), Place.of({}))
+
+
+def test_a_name_that_is_none() -> None:
+    with pytest.raises(InputError, match="attention is 'flash', but must be one of auto, triton, "):
+        Engine(tiny("llama"), None, attention="flash")
+    assert set(LIBRARIES) < set(ATTENTIONS)

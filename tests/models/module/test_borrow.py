@@ -1,0 +1,191 @@
+"""A module on loan: switched while it is used, and given back as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rollout.models.attention import interface
+from rollout.models.errors import UnsupportedModel
+from rollout.models.module.inspect import Loan, unwrap
+from tests.support.tiny_models import tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors are so small here that threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Parallel(nn.Module):
+    """Holds a model as DDP does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def with_adapter(model: PreTrainedModel) -> nn.Module:
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+
+
+def flags(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def mixed(model: nn.Module) -> list[bool]:
+    """Sets every module's training flag on its own, so that no two neighbours agree."""
+    for number, module in enumerate(model.modules()):
+        module.training = number % 3 == 0
+    return flags(model)
+
+
+# -- wrappers --------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_found_in_whatever_wraps_it() -> None:
+    model = tiny("llama")
+    assert unwrap(model) is model
+    assert unwrap(Parallel(model)) is model
+    assert unwrap(torch.compile(model)) is model  # type: ignore[arg-type]
+    assert unwrap(Parallel(torch.compile(model))) is model  # type: ignore[arg-type]
+    adapted = with_adapter(model)
+    assert unwrap(adapted) is model
+    assert unwrap(Parallel(adapted)) is model
+
+
+@pytest.mark.parametrize("module", [nn.Linear(2, 2), Parallel(nn.Linear(2, 2))])
+def test_what_holds_no_transformers_model_is_refused(module: nn.Module) -> None:
+    with pytest.raises(UnsupportedModel, match="is not a transformers model"):
+        unwrap(module)
+
+
+@pytest.mark.parametrize("wrap", [with_adapter, Parallel])
+def test_a_wrapped_model_is_switched_through_its_wrapper(wrap: type[nn.Module]) -> None:
+    inner = tiny("llama")
+    model = wrap(inner)
+    before = mixed(model)
+    own = inner.config._attn_implementation
+    with Loan(model)(interface.NAME):
+        assert inner.config._attn_implementation == interface.NAME
+        assert not any(flags(model))
+    assert inner.config._attn_implementation == own
+    assert flags(model) == before
+
+
+# -- what is switched ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_flags_come_back_one_by_one(fails: bool) -> None:
+    model = tiny("llama")
+    before = mixed(model)
+    assert len(set(before)) == 2
+    loan = Loan(model)
+    for _ in range(2):
+        if fails:
+            with pytest.raises(ZeroDivisionError), loan(interface.NAME):
+                raise ZeroDivisionError
+        else:
+            with loan(interface.NAME):
+                assert not any(flags(model))
+        assert flags(model) == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_configuration_gets_its_own_implementation_back(fails: bool) -> None:
+    """As in composite models, whose parts have configurations of their own."""
+    model = tiny("llama")
+    parts = [layer.self_attn for layer in model.model.layers[:2]]
+    for part, implementation in zip(parts, ("eager", "flex_attention"), strict=True):
+        part.config = copy.deepcopy(part.config)
+        part.config._attn_implementation_internal = implementation
+    configs = [model.config, *(part.config for part in parts)]
+    before = [config._attn_implementation_internal for config in configs]
+    assert len(set(before)) == 3
+    try:
+        with Loan(model)(interface.NAME):
+            assert [config._attn_implementation for config in configs] == [interface.NAME] * 3
+            if fails:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert fails
+    assert [config._attn_implementation_internal for config in configs] == before
+
+
+def test_the_implementation_of_the_moment_comes_back() -> None:
+    """A trainer may change it between two uses of one loan."""
+    model = tiny("llama")
+    loan = Loan(model)
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        with loan(interface.NAME):
+            assert model.config._attn_implementation == interface.NAME
+        assert model.config._attn_implementation == implementation
+
+
+def test_the_model_s_own_attention_can_be_borrowed_too() -> None:
+    model = tiny("llama")
+    model.set_attn_implementation("eager")
+    before = mixed(model)
+    with Loan(model)():
+        assert model.config._attn_implementation == "eager"
+        assert not any(flags(model))
+    assert flags(model) == before
+
+
+# -- what is not -----------------------------------------------------------------------------------------
+
+
+def test_no_gradients_inside_and_gradients_again_after() -> None:
+    model = tiny("llama")
+    ids = torch.arange(5)[None]
+    with Loan(model)(interface.NAME):
+        assert not torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        assert not model.get_input_embeddings()(ids).requires_grad
+    assert torch.is_grad_enabled()
+    model(input_ids=ids).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with torch.no_grad():
+        with Loan(model)(interface.NAME):
+            pass
+        assert not torch.is_grad_enabled(), "a caller's own no_grad stays in force"
+
+
+def test_random_state_parameters_and_settings_are_not_touched() -> None:
+    model = tiny("llama")
+    model.gradient_checkpointing_enable()
+    model.train()
+    model.model.layers[0].requires_grad_(False)
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    config = copy.deepcopy(model.config.to_dict())
+    wants = [parameter.requires_grad for parameter in model.parameters()]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16), Loan(model)(interface.NAME):
+        assert torch.is_autocast_enabled("cpu"), "the caller's autocast stays in force"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.config.to_dict() == config
+    assert model.is_gradient_checkpointing
+    assert [parameter.requires_grad for parameter in model.parameters()] == wants
+    assert len(model.model.layers[1].mlp._forward_hooks) == 1
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_the_same_numbers_before_and_after() -> None:
+    model = tiny("gemma2")
+    ids = torch.arange(20)[None]
+    before = model(input_ids=ids).logits
+    with Loan(model)(interface.NAME):
+        pass
+    assert torch.equal(model(input_ids=ids).logits, before)

@@ -1,0 +1,66 @@
+"""Forwards that are replaced for a while: nothing of their owners' is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rollout import Engine, SamplingParams
+from rollout.models.patches.patching import replaced
+from tests.support.tiny_models import tiny
+
+ONE = torch.ones(1)
+
+
+def test_functions_are_there_inside_the_block_alone() -> None:
+    first, second = nn.Identity(), nn.Identity()
+    with replaced([(first, lambda x: 2 * x), (second, lambda x: 3 * x)]):
+        assert (first(ONE).item(), second(ONE).item()) == (2, 3)
+    assert first(ONE).item() == second(ONE).item() == 1
+    assert "forward" not in vars(first) | vars(second)
+
+
+def test_what_was_patched_before_stays_and_computes() -> None:
+    module = nn.Identity()
+    module.forward = lambda x: 5 * x  # type: ignore[method-assign]
+    with replaced([(module, lambda x: 2 * x)]):
+        assert module(ONE).item() == 5
+    assert module(ONE).item() == 5
+
+
+def test_what_is_patched_inside_the_block_stays() -> None:
+    module = nn.Identity()
+    with replaced([(module, lambda x: 2 * x)]):
+        module.forward = lambda x: 7 * x  # type: ignore[method-assign]
+    assert module(ONE).item() == 7
+
+
+def test_a_block_that_fails_leaves_nothing() -> None:
+    module = nn.Identity()
+    with pytest.raises(ZeroDivisionError), replaced([(module, lambda x: 2 * x)]):
+        raise ZeroDivisionError
+    assert module(ONE).item() == 1
+
+
+def test_a_trainer_may_patch_a_layer_between_two_records() -> None:
+    """The layer then goes by the patch at once, and keeps it."""
+    model = tiny("llama")
+    calls = 0
+    layer = model.model.layers[0].mlp.down_proj
+    own = layer.forward
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return own(x)
+
+    prompts = [[5, 6, 7 + i] for i in range(4)]
+    params = [SamplingParams(max_new_tokens=3 + 4 * i, ignore_eos=True) for i in range(4)]
+    stream = Engine(model, None).stream(prompts, params)
+    next(stream)
+    layer.forward = counted
+    records = list(stream)
+    assert len(records) == 3
+    assert calls >= 12
+    assert layer.forward is counted

@@ -1,0 +1,118 @@
+"""Norms and rotary embeddings by Triton, in its interpreter where there is no GPU, against transformers' own."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from rollout.models.patches import norms_and_rope, pointwise_triton
+from rollout.models.patches.norms_and_rope import FusedParts
+from rollout.models.patches.pointwise_triton import TritonPointwise
+from tests.support.tiny_models import VOCABULARY, tiny
+from tests.support.triton_interpreter import kernels_run_here
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+KERNEL = TritonPointwise()
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    return kernels_run_here(monkeypatch)
+
+
+def numbers(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
+    print("seed", seed)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul(2).to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "late"), [(64, False), (75, False), (48, True), (1, False)])
+def test_a_norm_is_the_model_s(dtype: torch.dtype, width: int, late: bool, device: torch.device) -> None:
+    own = (GemmaRMSNorm(width, 1e-6) if late else LlamaRMSNorm(width, 1e-6)).to(device, dtype)
+    own.weight.data = numbers(width, dtype=dtype, device=device, seed=1)
+    x = numbers(2, 5, width, dtype=dtype, device=device, seed=2)
+    factors = KERNEL.norm_factors(own.weight, dtype, float(late))
+    # As a trainer does between two records.
+    own.weight.data.mul_(-1.5)
+    found, wanted = KERNEL.rms_norm(x, factors, 1e-6, late), own(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, wanted, rtol=ROUNDING[dtype], atol=0.0)
+    if dtype != torch.float32:
+        assert (found == wanted).float().mean() > 0.98
+    alone = KERNEL.rms_norm(x[1:, 3:4], factors, 1e-6, late)
+    assert torch.equal(alone, found[1:, 3:4])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "key_heads", "dim"), [(6, 2, 16), (3, 3, 10), (2, 5, 8)])
+def test_rotary_embeddings_are_the_model_s_bit_for_bit(
+    dtype: torch.dtype, heads: int, key_heads: int, dim: int, device: torch.device
+) -> None:
+    tokens = 4
+    # As layers make them: views of [tokens, heads * dim].
+    query, key = (
+        numbers(1, tokens, count, dim, dtype=dtype, device=device, seed=count).transpose(1, 2)
+        for count in (heads, key_heads)
+    )
+    cosines, sines = (numbers(1, tokens, dim, dtype=dtype, device=device, seed=seed) for seed in (8, 9))
+    wanted = apply_rotary_pos_emb(query, key, cosines, sines)
+    for found, own in zip(norms_and_rope._rotated(KERNEL, query, key, cosines, sines), wanted, strict=True):
+        assert torch.equal(found, own)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_a_model_with_parts_replaced_gives_its_own_numbers(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(norms_and_rope, "_kernel", lambda device: KERNEL)
+    model = tiny(family, dtype, num_hidden_layers=2)
+    ids = torch.arange(14, device=device).view(1, 14) * 5 % VOCABULARY
+    calls = {"norm": 0, "rotary": 0}
+    rms_norm, rotate = TritonPointwise.rms_norm, TritonPointwise.rotate
+
+    def counted_norm(self: TritonPointwise, *about: object) -> torch.Tensor:
+        calls["norm"] += 1
+        return rms_norm(self, *about)  # type: ignore[arg-type]
+
+    def counted_rotate(self: TritonPointwise, *about: object) -> tuple[torch.Tensor, ...]:
+        calls["rotary"] += 1
+        return rotate(self, *about)  # type: ignore[arg-type]
+
+    parts = FusedParts(model)
+    monkeypatch.setattr(TritonPointwise, "rms_norm", counted_norm)
+    monkeypatch.setattr(TritonPointwise, "rotate", counted_rotate)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits.float()
+        assert calls == {"norm": 0, "rotary": 0}
+        with parts.in_place():
+            found = model(input_ids=ids, use_cache=False).logits.float()
+    norms = sum("RMSNorm" in type(module).__name__ for module in model.modules())
+    assert calls == {"norm": norms, "rotary": 2}
+    distance = (found - wanted).norm() / wanted.norm()
+    assert distance < {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+
+
+def test_kernels_that_do_not_agree_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: torch.device
+) -> None:
+    pointwise_triton.triton_pointwise.cache_clear()
+    assert pointwise_triton.triton_pointwise(device) is not None
+    pointwise_triton.triton_pointwise.cache_clear()
+    rotate = TritonPointwise.rotate
+
+    def wrong(self: TritonPointwise, *about: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x + 1 for x in rotate(self, *about))
+
+    monkeypatch.setattr(TritonPointwise, "rotate", wrong)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    with caplog.at_level(logging.WARNING):
+        assert [pointwise_triton.triton_pointwise(device) for _ in range(2)] == [None, None]
+    pointwise_triton.triton_pointwise.cache_clear()
+    assert len(caplog.records) == 1
+    assert "not fused on some GPU, which is slower: they compute something else in torch.float32" in caplog.text

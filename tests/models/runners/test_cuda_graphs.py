@@ -1,0 +1,516 @@
+"""Captured decode steps without a GPU: a graph that calls the step again on replay, on kernels in the interpreter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from rollout import Engine, SamplingParams
+from rollout.models.attention import triton, triton_metadata
+from rollout.models.attention.triton import Blocks, TritonSteps
+from rollout.models.forward_batch import Packed
+from rollout.models.kv_cache.layout import IntArray
+from rollout.models.kv_cache.page_pool import PagePool
+from rollout.models.runners import cuda_graphs
+from rollout.models.runners.base import Runner
+from rollout.models.runners.cuda_graphs import CapturedRunner, CudaGraphs, Graphs, capturing, rung
+from rollout.models.runners.packed import InterfaceRunner, InterfaceTier
+from tests.contract.test_long_sequences import long_model
+from tests.support.devices import DEVICE
+from tests.support.tiny_models import VOCABULARY, tiny
+from tests.support.triton_interpreter import kernels_run_here
+
+_SMALL = Blocks(16, 16, 4)
+
+
+@pytest.fixture(autouse=True)
+def small_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    kernels_run_here(monkeypatch)
+    monkeypatch.setattr(triton_metadata, "SPLIT_TOKENS", 32)
+    monkeypatch.setattr(triton, "_BLOCKS", dict.fromkeys(triton._BLOCKS, (_SMALL, _SMALL)))
+    monkeypatch.setattr(triton, "_PROGRAMS", 2)
+    cuda_graphs._refused.clear()
+    yield
+    cuda_graphs._refused.clear()
+
+
+@dataclass
+class FakeGraph:
+    step: Callable[[], object]
+    replays: int = 0
+    gone: bool = False
+
+    def replay(self) -> None:
+        assert not self.gone
+        self.replays += 1
+        self.step()
+
+    def reset(self) -> None:
+        assert not self.gone
+        self.gone = True
+
+
+@dataclass
+class FakeGraphs:
+    """``failure`` is raised, once, by a capture."""
+
+    failure: Exception | None = None
+    graphs: list[FakeGraph] = field(default_factory=list)
+    tried: int = 0
+    released: int = 0
+
+    @property
+    def bytes_kept(self) -> int:
+        return 1000 * sum(not graph.gone for graph in self.graphs)
+
+    def try_out(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        self.tried += 1
+        return step()
+
+    def capture(self, step: Callable[[], object]) -> FakeGraph:
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+        self.graphs.append(FakeGraph(step))
+        return self.graphs[-1]
+
+    def release(self) -> None:
+        assert all(graph.gone for graph in self.graphs)
+        self.released += 1
+
+
+def llama(layers: int = 2) -> PreTrainedModel:
+    return tiny("llama", num_hidden_layers=layers)
+
+
+class World:
+    """Texts on two pools: what `captured` computes in one, `plain` computes in the other."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        texts: int = 6,
+        slab_pages: int = 4,
+        graphs: Graphs | None = None,
+    ) -> None:
+        self.model = tiny("llama", num_hidden_layers=2) if model is None else model
+        self.tier = InterfaceTier(self.model)
+        self.layout = self.tier.probe()
+        self.fake = FakeGraphs()
+        self.loan = self.tier._loan
+        self.pools = [PagePool(self.layout, slab_pages, DEVICE) for _ in range(2)]
+        steps = [TritonSteps(pool) for pool in self.pools]
+        self.plain, eager = (InterfaceRunner(self.model, pool, s) for pool, s in zip(self.pools, steps, strict=True))
+        self.runner = CapturedRunner(eager, self.model, steps[1], self.loan, graphs or self.fake)
+        self.tokens = np.random.default_rng(3).integers(3, VOCABULARY, (texts, 200))
+        self.tables: list[list[IntArray]] = [[np.zeros(0, np.int64)] * texts for _ in range(2)]
+        self.lengths = [0] * texts
+
+    def forward(self, parts: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """So many further tokens of some texts: logits of the eager runner and of the one under test.
+
+        torch's products give a row other bits in more company, so the eager runner computes the first row again as
+        often as there is padding.
+        """
+        padding = rung(len(parts)) - len(parts) if all(count == 1 for _, count in parts) else 0
+        logits = []
+        for which, runner in enumerate((self.plain, self.runner)):
+            with self.tier.on_loan():
+                packed = self._packed(which, [*parts, *parts[:1] * (0 if which else padding)])
+                logits.append(runner.forward(packed)[: len(parts)])
+        for text, count in parts:
+            self.lengths[text] += count
+        return logits[0], logits[1]
+
+    def same(self, parts: list[tuple[int, int]]) -> None:
+        expected, found = self.forward(parts)
+        assert torch.equal(expected, found)
+
+    def decode(self, *texts: int) -> None:
+        self.same([(text, 1) for text in texts])
+
+    def _packed(self, which: int, parts: list[tuple[int, int]]) -> Packed:
+        pool, tables = self.pools[which], self.tables[which]
+        for text, count in parts:
+            lacking = self.layout.pages_for(self.lengths[text] + count) - len(tables[text])
+            while pool.free_pages < lacking:
+                pool.grow()
+            tables[text] = np.concatenate([tables[text], pool.allocate(lacking)])
+        packed = np.full((len(parts), max(len(tables[text]) for text, _ in parts)), 10**9)
+        for row, (text, _) in enumerate(parts):
+            packed[row, : len(tables[text])] = tables[text]
+        starts = np.array([self.lengths[text] for text, _ in parts])
+        new = [self.tokens[text, self.lengths[text] : self.lengths[text] + count] for text, count in parts]
+        return Packed(
+            torch.from_numpy(np.concatenate(new)).to(DEVICE), packed, starts, np.array([count for _, count in parts])
+        )
+
+    @property
+    def sizes(self) -> list[int]:
+        return list(self.runner._captured)
+
+
+def test_the_ladder() -> None:
+    rungs = [rung(rows) for rows in range(1, 1025)]
+    halves = [range(size // 2 + size // 8, size + 1, size // 8) for size in (128, 256, 512, 1024)]
+    assert sorted(set(rungs)) == [1, 2, 4, *range(8, 65, 8), *chain(*halves)]
+    assert all(size >= rows for rows, size in enumerate(rungs, 1))
+    assert all(size - rows < size / 5 for rows, size in enumerate(rungs, 1) if rows > 64)
+    assert all(rung(size) == size for size in rungs)
+
+
+def test_rows_are_padded_to_the_next_rung_and_bits_are_those_of_the_eager_runner() -> None:
+    world = World(texts=5)
+    world.same([(text, (3, 5, 1, 17, 33)[text]) for text in range(5)])
+    for texts in ((0,), (1, 2), (0, 3, 4), (2,), (4, 0, 1), (0, 1, 2, 3, 4)):
+        world.decode(*texts)
+    assert sorted(world.sizes) == [1, 2, 4, 8]
+    assert len(world.fake.graphs) == 4
+    assert sum(graph.replays for graph in world.fake.graphs) == 6
+
+
+def test_padding_writes_nothing() -> None:
+    world = World(texts=3)
+    world.same([(text, 5) for text in range(3)])
+    pool = world.pools[1]
+    before = [tensor.clone() for slab in pool.slabs if slab is not None for tensor in slab.tensors]
+    world.decode(0, 1, 2)
+    after = [tensor for slab in pool.slabs if slab is not None for tensor in slab.tensors]
+    slots = [int(table[0]) * world.layout.page_size + 5 for table in world.tables[1]]
+    for old, new in zip(before, after, strict=True):
+        changed = (old != new).flatten(2).any(2).flatten().nonzero()[:, 0].tolist()
+        assert set(changed) <= set(slots)
+
+
+def test_forwards_with_prompts_in_them_are_eager() -> None:
+    world = World()
+    world.same([(0, 4), (1, 9)])
+    world.same([(0, 1), (2, 2)])
+    assert world.fake.tried == 0
+    world.decode(0, 1, 2)
+    assert world.fake.tried == 1
+
+
+def test_logits_of_all_sizes_up_to_a_power_of_two_share_memory() -> None:
+    runner = World(llama(1)).runner
+    memory = {rows: runner._memory_for(torch.zeros(rows, 5)) for rows in (24, 32, 40, 16)}
+    assert all(logits.shape == (rows, 5) for rows, logits in memory.items())
+    assert memory[24].data_ptr() == memory[32].data_ptr()
+    assert len({logits.data_ptr() for logits in memory.values()}) == 3
+
+
+def test_the_pool_grows_and_shrinks_between_replays() -> None:
+    """What a slab that went held is NaN from then on."""
+    world = World(slab_pages=2, texts=3)
+    world.same([(0, 18), (1, 3), (2, 14)])
+    pool, tables = world.pools[1], world.tables[1]
+    kept = []
+    for _ in range(2):
+        for _ in range(2):
+            pool.grow()
+        world.decode(0, 1, 2)
+        # The first slab is left to the rows that stay.
+        tables.append(pool.allocate(1))
+        before = [slab for slab in pool.slabs if slab is not None]
+        while pool.shrink(tables):
+            pass
+        gone = [slab for slab in before if not any(slab is held for held in pool.slabs)]
+        assert gone
+        for slab in gone:
+            for tensor in slab.tensors:
+                tensor.fill_(torch.nan)
+        kept += gone  # so that their memory is not taken for the next ones
+        world.decode(0, 1, 2)
+    assert len(world.fake.graphs) == 1
+
+
+def test_pages_that_outgrow_the_room_are_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "LEAST_PAGES", 2)
+    world = World(llama(1), texts=2)
+    rooms = []
+    for _ in range(5):
+        world.same([(0, 15), (1, 15)])
+        world.decode(0, 1)
+        rooms.append(world.runner._captured[2].inputs.buffers.room.entries)
+    assert rooms == [4, 4, 16, 16, 16]
+    assert [graph.gone for graph in world.fake.graphs] == [True, False]
+    assert world.fake.released == 1, "of memory that no graph is left to share, torch lets no new one have any"
+
+
+def test_a_model_that_cannot_be_captured_goes_on_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    world.fake.failure = RuntimeError("operation not permitted when stream is capturing\nmore")
+    world.same([(0, 4), (1, 9)])
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            world.decode(0, 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Decode steps of LlamaForCausalLM (model type 'llama') are not captured in CUDA graphs: "
+        "RuntimeError: operation not permitted when stream is capturing."
+    ]
+    assert (world.fake.tried, world.fake.released, world.runner.bytes_kept) == (1, 1, 0)
+    steps = world.runner._steps
+    assert capturing(world.plain, world.model, steps, world.loan) is world.plain
+
+
+def test_a_capture_for_which_there_is_no_memory_is_tried_again_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "_PAUSE", 3)
+    world = World()
+    world.same([(0, 4), (1, 9)])
+    world.decode(0)
+    world.fake.failure = torch.OutOfMemoryError("CUDA out of memory.")
+    with caplog.at_level(logging.WARNING):
+        world.decode(0, 1)
+    assert "Memory is short: 3 decode steps go on without CUDA graphs" in caplog.text
+    assert world.runner.bytes_kept == 0
+    for _ in range(2):
+        world.decode(0, 1)
+    assert not world.sizes
+    world.decode(0, 1)
+    assert world.sizes == [2]
+
+
+def test_want_of_memory_is_seen_behind_what_follows_from_it() -> None:
+    world = World(llama(1))
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        except RuntimeError:
+            raise RuntimeError("capture was invalidated")  # noqa: B904 - as torch does
+    except RuntimeError as error:
+        world.fake.failure = error
+    world.same([(0, 4)])
+    world.decode(0)
+    assert world.runner._paused
+    assert world.model not in cuda_graphs._refused
+
+
+def test_graphs_are_given_back_when_memory_is_short_and_captured_again_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "_PAUSE", 3)
+    world = World()
+    assert not world.runner.shed()
+    world.same([(0, 4), (1, 9)])
+    world.decode(0, 1)
+    with caplog.at_level(logging.INFO):
+        assert world.runner.shed()
+    assert "Memory is short: 3 decode steps go on without CUDA graphs, which are given back." in caplog.text
+    assert (world.runner.bytes_kept, world.fake.released) == (0, 1)
+    assert not world.runner._logits
+    assert not world.runner.shed()
+    for _ in range(2):
+        world.decode(0, 1)
+    assert not world.sizes
+    world.decode(0, 1)
+    assert world.sizes == [2]
+
+
+def test_closing_gives_everything_back_and_says_what_it_cost(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    world.same([(0, 4), (1, 9)])
+    world.decode(0)
+    world.decode(0, 1)
+    assert world.runner.bytes_kept == 2000
+    with caplog.at_level(logging.INFO):
+        world.runner.close()
+    assert "2 decode step(s) were captured in CUDA graphs" in caplog.text
+    assert world.runner.bytes_kept == 0
+    assert not world.runner._captured
+    assert not world.runner._logits
+    world.decode(0, 1)
+    assert world.sizes == [2]
+
+
+def test_weights_that_its_owner_has_moved_are_followed() -> None:
+    world = World()
+    world.same([(0, 4)])
+    world.decode(0)
+    norm = world.model.model.norm.weight
+    with torch.no_grad():
+        norm.mul_(1.5)
+    world.decode(0)
+    assert len(world.fake.graphs) == 1
+    norm.data = norm.data.clone() * 2
+    world.decode(0)
+    assert [graph.gone for graph in world.fake.graphs] == [True, False]
+
+
+def test_nothing_is_captured_under_autocast() -> None:
+    world = World(llama(1))
+    world.same([(0, 4)])
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        world.decode(0)
+    assert world.fake.tried == 0
+
+
+@pytest.mark.parametrize("family", ["phi3", "dynamic"])
+def test_rotary_embeddings_by_length_are_not_captured(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    model = long_model("phi3") if family == "phi3" else tiny("llama", rope_parameters=scaling)
+    world = World(model)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert capturing(world.plain, model, world.runner._steps, world.loan) is world.plain
+    assert caplog.text.count("are not captured") == 1
+    assert "depend on the length of a text" in caplog.text
+
+
+def test_a_model_on_several_devices_is_not_captured(caplog: pytest.LogCaptureFixture) -> None:
+    world = World(llama(1))
+    world.model.lm_head.to("meta")
+    with caplog.at_level(logging.WARNING):
+        assert capturing(world.plain, world.model, world.runner._steps, world.loan) is world.plain
+    assert "it lies on several devices" in caplog.text
+
+
+def test_an_engine_on_captured_steps_generates_what_it_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rows that come and go, and with a pool that must be small; graphs are gone when the call ends."""
+    model = llama()
+    graphs: list[FakeGraphs] = []
+
+    def eager(self: InterfaceTier, pool: PagePool) -> Runner:
+        return InterfaceRunner(self.model, pool, TritonSteps(pool))
+
+    def replaying(self: InterfaceTier, pool: PagePool) -> Runner:
+        graphs.append(FakeGraphs())
+        return CapturedRunner(eager(self, pool), self.model, TritonSteps(pool), self._loan, graphs[-1])
+
+    prompts = [[5, 6, 7], [8] * 20, [9, 10], [11] * 9]
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    batches = []
+    for runner in (eager, replaying):
+        monkeypatch.setattr(InterfaceTier, "runner", runner)
+        engine = Engine(model, None, max_rows=3)
+        batches.append([record.completion_ids for record in engine.generate(prompts, params)])
+    assert batches[0] == batches[1]
+    assert sum(graph.replays for graph in graphs[-1].graphs) >= 6
+    assert graphs[-1].bytes_kept == 0
+
+
+# -- torch's own graphs, with no device ------------------------------------------------------------------
+
+
+@dataclass
+class Driver:
+    """What `CudaGraphs` calls of torch, and in which order."""
+
+    calls: list[str] = field(default_factory=list)
+    handles: int = 0
+    breaks_off: bool = False
+    """Captures cannot be ended."""
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    said = Driver()
+
+    class CUDAGraph:
+        def __init__(self) -> None:
+            self.ended = False
+
+        def pool(self) -> tuple[int, int]:
+            if not self.ended:
+                raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+            return 0, 1
+
+        def reset(self) -> None:
+            said.calls.append("reset")
+
+    @contextmanager
+    def capture(graph: CUDAGraph, pool: tuple[int, int], **_: object) -> Iterator[None]:
+        said.calls.append(f"begin {pool[1]}")
+        try:
+            yield
+        finally:
+            if said.breaks_off:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            graph.ended = True
+
+    def handle() -> tuple[int, int]:
+        said.handles += 1
+        return 0, said.handles
+
+    def called(name: str) -> Callable[..., None]:
+        return lambda *about: said.calls.append(f"{name} {about[-1][1]}")
+
+    for name, stand_in in (
+        ("CUDAGraph", CUDAGraph),
+        ("graph", capture),
+        ("graph_pool_handle", handle),
+        ("device", lambda _: nullcontext()),
+        ("stream", lambda _: nullcontext()),
+        ("current_stream", lambda _: None),
+        ("current_device", lambda: 0),
+        ("memory_reserved", lambda _: 0),
+        ("empty_cache", lambda: None),
+        ("synchronize", lambda _: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", called("end"), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", called("release"), raising=False)
+    monkeypatch.setattr(cuda_graphs, "_stream", lambda _: None)
+    monkeypatch.setattr(cuda_graphs, "_broken_off", [])
+    return said
+
+
+def fails() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_capture_that_the_driver_breaks_off_is_over_for_torch_s_allocator(driver: Driver) -> None:
+    graphs = CudaGraphs(torch.device("cuda", 0))
+    driver.breaks_off = True
+    with pytest.raises(RuntimeError, match="previous error") as caught:
+        graphs.capture(fails)
+    assert isinstance(cuda_graphs._cause(caught.value), torch.OutOfMemoryError)
+    assert driver.calls == ["begin 1", "end 1", "release 1"]
+    assert len(cuda_graphs._broken_off) == 1
+
+
+def test_a_capture_that_fails_and_can_be_ended_leaves_no_graph(driver: Driver) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        CudaGraphs(torch.device("cuda", 0)).capture(fails)
+    assert driver.calls == ["begin 1", "reset"]
+    assert not cuda_graphs._broken_off
+
+
+def test_what_a_step_that_failed_has_launched_is_waited_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffers are let go of then, and their memory is taken for others in the order of the current stream."""
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            driver.calls.append(f"{self.name} waits for {other.name}")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("current"))
+    monkeypatch.setattr(cuda_graphs, "_stream", lambda _: Stream("aside"))
+
+    def step() -> torch.Tensor:
+        driver.calls.append("step")
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        CudaGraphs(torch.device("cuda", 0)).try_out(step)
+    assert driver.calls == ["aside waits for current", "step", "current waits for aside"]
+
+
+def test_memory_is_shared_until_it_is_released(driver: Driver) -> None:
+    graphs = CudaGraphs(torch.device("cuda", 0))
+    for _ in range(2):
+        graphs.capture(lambda: None)
+    graphs.release()
+    graphs.capture(lambda: None)
+    assert driver.calls == ["begin 1", "begin 1", "begin 2"]

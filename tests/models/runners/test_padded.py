@@ -1,0 +1,200 @@
+"""The gathering tier: the model's own attention over keys and values from pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from rollout.models.errors import UnsupportedModel
+from rollout.models.forward_batch import Packed
+from rollout.models.kv_cache.page_pool import PagePool
+from rollout.models.runners.padded import GatheringRunner, GatheringTier
+from tests.support.tiny_models import GATHERING, VOCABULARY, tiny
+
+_SIZE = 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Sequences:
+    """Random sequences with pages in random places of a pool of several slabs, computed step by step."""
+
+    def __init__(self, model: PreTrainedModel, ends: list[int], slab_pages: int = 3) -> None:
+        rng = np.random.default_rng(5)
+        self.model, self.tier = model, GatheringTier(model)
+        self.pool = PagePool(self.tier.probe(), slab_pages, torch.device("cpu"))
+        counts = [-(-end // _SIZE) for end in ends]
+        while self.pool.live_slabs * slab_pages < sum(counts) + 2:
+            self.pool.grow()
+        pages = rng.permutation(self.pool.live_slabs * slab_pages)
+        self.tables = np.full((len(ends), max(counts)), pages[-1])  # past a sequence's end: not to be read
+        for table, count, first in zip(self.tables, counts, np.cumsum(counts) - counts, strict=True):
+            table[:count] = pages[first : first + count]
+        self.tokens = [rng.integers(3, VOCABULARY, end) for end in ends]
+        self.done = np.zeros(len(ends), np.int64)
+
+    def fill(self, value: float) -> None:
+        """Everything that is in the pool."""
+        for slab in self.pool.slabs:
+            assert slab is not None
+            for memory in (*slab.keys, *slab.values):
+                memory.fill_(value)
+
+    def advance(self, numbers: list[int], lengths: list[int]) -> torch.Tensor:
+        """Computes the next ``lengths`` tokens of sequences ``numbers``."""
+        starts = self.done[numbers]
+        self.done[numbers] += lengths
+        tokens = [self.tokens[i][start : self.done[i]] for i, start in zip(numbers, starts, strict=True)]
+        packed = Packed(torch.from_numpy(np.concatenate(tokens)), self.tables[numbers], starts, np.array(lengths))
+        with self.tier.on_loan():
+            return self.tier.runner(self.pool).forward(packed)
+
+    def own(self, numbers: list[int]) -> torch.Tensor:
+        """What plain forwards give for the last computed token of each."""
+        with torch.no_grad():
+            return torch.cat(
+                [
+                    self.model(input_ids=torch.from_numpy(self.tokens[i][: self.done[i]])[None]).logits[:, -1]
+                    for i in numbers
+                ]
+            )
+
+
+@pytest.mark.parametrize("family", GATHERING)
+def test_prefills_chunks_and_decodes_together(family: str) -> None:
+    """Lengths that are batched with padding and lengths that are not, in slots that held NaN before."""
+    sequences = Sequences(tiny(family), [60, 41, 40, 33, 9, 2])
+    sequences.fill(torch.nan)
+    for numbers, lengths in (
+        ([0, 1, 2, 4], [20, 19, 12, 7]),
+        ([3, 0, 1, 4, 2], [31, 20, 13, 1, 12]),
+        ([5, 0, 1, 2, 3, 4], [1, 1, 8, 6, 1, 1]),
+        ([0, 1, 2, 3, 5], [19, 1, 10, 1, 1]),
+    ):
+        found = sequences.advance(numbers, lengths)
+        torch.testing.assert_close(found, sequences.own(numbers), atol=2e-5, rtol=1e-5)
+    assert sequences.done.tolist() == [60, 41, 40, 33, 9, 2]
+
+
+def test_one_sequence_with_broken_numbers_does_not_break_others() -> None:
+    sequences = Sequences(tiny("bloom"), [40, 38, 30])
+    sequences.advance([0, 1, 2], [39, 37, 29])
+    slab, page = divmod(int(sequences.tables[1, 0]), sequences.pool.slab_pages)
+    sequences.pool.slab(slab).values[2][page].fill_(torch.nan)
+    found = sequences.advance([0, 1, 2], [1, 1, 1])
+    assert not found[1].isfinite().any()
+    torch.testing.assert_close(found[[0, 2]], sequences.own([0, 2]), atol=2e-5, rtol=1e-5)
+
+
+def test_computed_under_autocast_and_kept_in_its_dtype() -> None:
+    sequences = Sequences(tiny("codegen"), [30, 25])
+    with torch.autocast("cpu", torch.bfloat16):
+        layout = sequences.tier.probe()
+        assert layout.dtype == torch.bfloat16
+        sequences.pool = PagePool(layout, 20, torch.device("cpu"))
+        sequences.pool.grow()
+        sequences.advance([0, 1], [29, 24])
+        found, own = sequences.advance([0, 1], [1, 1]), sequences.own([0, 1])
+    assert float((found - own).float().norm() / own.float().norm()) < 0.1
+
+
+def test_batches_hold_every_sequence_once_and_little_padding() -> None:
+    sequences = Sequences(tiny("bloom"), [40])
+    runner = GatheringRunner(sequences.model, sequences.pool)
+    rng = np.random.default_rng(3)
+    starts = rng.integers(0, 900, 300)
+    lengths = np.where(rng.random(300) < 0.8, 1, rng.integers(1, 400, 300))
+    tokens = torch.zeros(int(lengths.sum()), dtype=torch.int64)
+    packed = Packed(tokens, np.zeros((300, 100), np.int64), starts, lengths)
+    batches = list(runner._batches(packed))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(300))
+    assert len(batches) < 40
+    for batch in batches:
+        ends = packed.ends[batch]
+        assert ends.min() >= 0.6 * ends.max()
+        assert lengths[batch].min() >= 0.6 * lengths[batch].max()
+
+
+def test_batches_stay_small_enough_to_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = Sequences(tiny("bloom"), [40])
+    token_bytes = sequences.pool.layout.bytes_per_token // len(sequences.pool.layout.sites)
+    monkeypatch.setattr("rollout.models.runners.padded._BATCH_BYTES", 100 * token_bytes)
+    runner = GatheringRunner(sequences.model, sequences.pool)
+    ones = np.ones(10, np.int64)
+    packed = Packed(
+        torch.ones(10, dtype=torch.int64), np.zeros((10, 20), np.int64), np.array([29] * 8 + [31, 200]), ones
+    )
+    assert sorted(len(batch) for batch in runner._batches(packed)) == [1, 3, 3, 3]
+
+
+def test_the_probe_tells_shapes_and_leaves_masks_to_the_model() -> None:
+    layout = GatheringTier(tiny("falcon", multi_query=True, new_decoder_architecture=False)).probe()
+    assert [(site.module, site.kv_heads, site.key_dim) for site in layout.sites] == [(None, 1, 16)] * 4
+    assert {site.span.kind for site in GatheringTier(tiny("gpt_neo")).probe().sites} == {"full"}
+
+
+class Altered:
+    """Hooks that change what a layer of a bloom does with its cache."""
+
+    def __init__(self, model: PreTrainedModel, change: str, layers: slice = slice(1, 2)) -> None:
+        self.change = change
+        for layer in model.transformer.h[layers]:
+            layer.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, _module: object, inputs: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cache = keywords["layer_past"]
+        states = torch.zeros(1, 4, inputs[0].shape[1], 16)
+        if self.change == "stores more":
+            cache.update(states, states, 1)
+        elif self.change == "stores three dimensions":
+            cache.update(states[0], states[0], 1)
+        elif self.change == "values of another dtype":
+            cache.update(states, states.double(), 1)
+        elif self.change == "no cache":
+            keywords["layer_past"] = None
+        return inputs, keywords
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("stores three dimensions", r"'bloom'\) stores keys and values of unknown shape: \(4, \d+, 16\)\."),
+        ("values of another dtype", "values of several dtypes"),
+    ],
+)
+def test_what_has_no_place_in_pages_is_refused(change: str, reason: str) -> None:
+    model = tiny("bloom")
+    Altered(model, change)
+    with pytest.raises(UnsupportedModel, match=reason):
+        GatheringTier(model).probe()
+
+
+def test_a_model_that_stores_nothing_is_refused() -> None:
+    model = tiny("bloom")
+    Altered(model, "no cache", slice(None))
+    with pytest.raises(UnsupportedModel, match="stores no keys and values"):
+        GatheringTier(model).probe()
+
+
+@pytest.mark.parametrize(("change", "message"), [("stores more", "more often"), ("no cache", "stored 3 times, not 4")])
+def test_a_model_that_changes_its_calls_is_found_out(change: str, message: str) -> None:
+    sequences = Sequences(tiny("bloom"), [20])
+    Altered(sequences.model, change)
+    with pytest.raises(RuntimeError, match=message):
+        sequences.advance([0], [9])
+
+
+def test_recurrent_models_are_not_of_this_tier() -> None:
+    with pytest.raises(UnsupportedModel, match="recurrent state"):
+        GatheringTier(tiny("mamba"))

@@ -1,0 +1,191 @@
+"""Triton's kernels compiled for a GPU that is not here: what the interpreter accepts, a compiler may not.
+
+Triton brings the assembler, so that the whole way to a binary for compute capability 9.0 is gone, in processes of
+their own without the interpreter. What is asserted decides speed: loads of 16 bytes into shared memory, no registers
+spilled where one query attends, and shared memory for two programs a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rollout.models.attention.triton import _BLOCKS, blocks
+from rollout.models.sampling import gumbel_triton, top_p_triton
+
+_SHARED_BYTES = 227 << 10
+
+_COMPILE = """
+import json, os, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from rollout.models import triton_gumbel_max, triton_kernels, triton_pointwise, triton_top_p
+
+def compiled(name, types, constants, unaligned, warps):
+    modules = triton_gumbel_max, triton_kernels, triton_pointwise, triton_top_p
+    kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
+    aligned = [a for a, t in types.items() if t != "fp32" and a not in unaligned]
+    source = ASTSource(
+        kernel,
+        {a: types.get(a, "constexpr") for a in kernel.arg_names},
+        {(kernel.arg_names.index(a),): value for a, value in constants.items()},
+        {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    ptx = made.asm["ptx"]
+    return {
+        "shared": made.metadata.shared,
+        "wide": len(re.findall(r"cp\\.async\\.cg\\.shared\\.global[^;]*, 0x10", ptx)),
+        "products": sorted(set(re.findall(r"wgmma\\.mma_async|mma\\.sync", ptx))),
+        "stack": stack(made.asm["cubin"]),
+    }
+
+def stack(binary):
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\\d+)", said).group(1))
+
+print(json.dumps([compiled(*case) for case in json.load(sys.stdin)]))
+"""
+
+
+def compiled(tmp_path: Path, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE], input=json.dumps(cases), env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results: list[dict[str, Any]] = json.loads(done.stdout)
+    return results
+
+
+def power(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def attend(dtype: str, dims: tuple[int, int], group: int, split: bool, **changes: Any) -> tuple[Any, ...]:
+    """Arguments as `TritonStep` passes them."""
+    itemsize = {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]
+    cut = blocks(itemsize, max(dims), group, split)
+    types = dict.fromkeys(("query", "out", "sinks"), f"*{dtype}")
+    types |= {"items": "*i32", "count": "*i32", "slab_addresses": "*i64", "first_tokens": "*i32"}
+    types |= dict.fromkeys(("keys_at", "values_at", "query_token", "query_head", "span_size"), "i32")
+    types |= {"scaling": "fp32", "softcap": "fp32"}
+    constants = {"SPLIT": split, "SPAN": "full", "SOFTCAP": False, "SINKS": False, "PAGE_SIZE": 16, "KV_HEADS": 4}
+    constants |= {"GROUP": group, "KEY_DIM": dims[0], "VALUE_DIM": dims[1]}
+    constants |= {"BLOCK_KEY": max(16, power(dims[0])), "BLOCK_VALUE": max(16, power(dims[1]))}
+    constants |= {"QUERIES": cut.queries, "KEYS": cut.keys, "STAGES": cut.stages}
+    constants |= {"PRECISION": "ieee" if dtype == "fp32" else None} | changes
+    if split:
+        types |= {"out": "*fp32", "maxima": "*fp32", "sums": "*fp32"}
+    else:
+        constants |= {"maxima": None, "sums": None}
+    if not constants["SINKS"]:
+        constants["sinks"] = types.pop("sinks") and None
+    return "attend", types, constants, ("span_size",), cut.warps
+
+
+def test_attention_of_every_cut(tmp_path: Path) -> None:
+    """Cases together, so that Triton is imported once."""
+    kinds = [({2: "bf16", 4: "fp32"}[itemsize], dim, split) for itemsize, dim in _BLOCKS for split in (True, False)]
+    cases = [attend(dtype, (dim, dim), 4, split) for dtype, dim, split in kinds]
+    for kind, made in zip(kinds, compiled(tmp_path, cases), strict=True):
+        dtype, _, split = kind
+        assert made["shared"] <= _SHARED_BYTES // 2, (kind, made)
+        assert made["wide"] > 0, (kind, made)
+        # Float32 is multiplied as it is, not in tensor cores.
+        assert bool(made["products"]) == (dtype == "bf16"), (kind, made)
+        if split:
+            assert made["stack"] <= 16, (kind, made)  # bytes, where spilled registers go
+
+
+def test_everything_that_models_ask_for(tmp_path: Path) -> None:
+    full = {"SOFTCAP": True, "SINKS": True}
+    cases = [
+        attend("bf16", (128, 128), 7, False, SPAN="window", **full),
+        attend("fp16", (64, 64), 8, False, SPAN="chunk", **full),
+        attend("bf16", (192, 128), 1, True, **full),
+        attend("bf16", (192, 128), 1, False),
+        attend("bf16", (80, 80), 1, True),
+        attend("fp32", (13, 24), 5, False, SPAN="window", **full),
+        attend("bf16", (256, 256), 33, True),
+    ]
+    key = {"key": "*bf16", "value": "*bf16", "out": "*bf16", "slots": "*i32", "slabs": "*i64"}
+    key |= dict.fromkeys(("keys_at", "values_at", "slab_tokens"), "i32")
+    key |= dict.fromkeys(("key_token", "key_head", "value_token", "value_head"), "i32")
+    sizes = {"KV_HEADS": 2, "HEADS": 12, "KEY_DIM": 128, "VALUE_DIM": 128}
+    cases.append(("write", key, sizes | {"BLOCK_HEADS": 2, "BLOCK_KEY": 128, "BLOCK_VALUE": 128}, (), 4))
+    tables = {"pages": "*i32", "slabs": "*i64", "slab_addresses": "*i64", "first_tokens": "*i32", "count": "*i32"}
+    cases.append(("locate", tables | {"slab_pages": "i32"}, {"PAGE_SIZE": 16, "BLOCK": 256}, ("slab_pages",), 4))
+    parts = dict.fromkeys(("partial", "maxima", "sums"), "*fp32") | {"sinks": "*bf16", "out": "*bf16", "rows": "*i32"}
+    sizes = {"SINKS": True, "KV_HEADS": 2, "GROUP": 6, "VALUE_DIM": 128, "BLOCK_GROUP": 8, "BLOCK_VALUE": 128}
+    cases.append(("reduce", parts, sizes, (), 4))
+    rows = {"scores": "*fp32", "top_p": "*fp32", "out": "*fp32", "row_scores": "i32", "vocabulary": "i32"}
+    cases.append(("search", rows, {"BLOCK": top_p_triton.BLOCK}, (), top_p_triton._WARPS))
+    for dtype in ("bf16", "fp16", "fp32"):
+        rows = {"logits": f"*{dtype}", "temperatures": "*fp32", "sums": "*fp32", "maxima": "*fp32"}
+        sizes = dict.fromkeys(("logits_row", "vocabulary", "blocks"), "i32")
+        block = {"BLOCK": gumbel_triton.BLOCK}
+        cases.append(("sum_blocks", rows | sizes, block | {"BLOCKS": gumbel_triton.BLOCKS}, ("blocks",), 4))
+        rows |= dict.fromkeys(("keys", "samples", "positions", "tokens"), "*i64")
+        rows |= {"logprobs": "*fp32", "totals": "*fp64"}
+        cases.append(("draw", rows | sizes, block | {"ALL_BLOCKS": 1024}, ("blocks",), 4))
+    for dtype in ("bf16", "fp32"):
+        rows = dict.fromkeys(("x", "factors", "out"), f"*{dtype}") | {"x_row": "i32", "width": "i32"}
+        rows |= {"eps": "fp32", "plus": "fp32"}
+        cases += [("norm", rows, {"LATE": late, "BLOCK": 2048}, (), 4) for late in (False, True)]
+        heads = dict.fromkeys(("query", "key", "query_out", "key_out", "cosines", "sines"), f"*{dtype}")
+        heads |= dict.fromkeys(("query_token", "query_head", "key_token", "key_head"), "i32")
+        sizes = {"HEADS": 12, "KEY_HEADS": 2, "HALF": 64, "BLOCK_HEADS": 16, "BLOCK_HALF": 64}
+        cases.append(("rotate", heads, sizes, (), 4))
+    for case, made in zip(cases, compiled(tmp_path, cases), strict=True):
+        assert made["shared"] <= _SHARED_BYTES, (case[:3], made)
+
+
+def test_numbers_that_are_1(tmp_path: Path) -> None:
+    """Triton makes a constant of an argument that is 1, which is another kernel, and of other types inside."""
+    narrow = attend("fp32", (1, 1), 2, True, SPAN="window", KV_HEADS=1)
+    key = {"key": "*fp32", "value": "*fp32", "out": "*fp32", "slots": "*i32", "slabs": "*i64"}
+    key |= dict.fromkeys(("keys_at", "values_at", "slab_tokens", "key_token", "key_head"), "i32")
+    key |= {"value_token": "i32", "value_head": "i32"}
+    sizes = {
+        "KV_HEADS": 1,
+        "HEADS": 2,
+        "KEY_DIM": 1,
+        "VALUE_DIM": 1,
+        "BLOCK_HEADS": 1,
+        "BLOCK_KEY": 1,
+        "BLOCK_VALUE": 1,
+    }
+    scores = {"scores": "*fp32", "top_p": "*fp32", "out": "*fp32", "row_scores": "i32", "vocabulary": "i32"}
+    rows = dict.fromkeys(("x", "factors", "out"), "*fp32") | {"x_row": "i32", "width": "i32", "eps": "fp32"}
+    logits = dict.fromkeys(("logits", "temperatures", "sums", "maxima"), "*fp32")
+    logits |= dict.fromkeys(("logits_row", "vocabulary", "blocks"), "i32")
+    draws = dict.fromkeys(("keys", "samples", "positions", "tokens"), "*i64") | {"logprobs": "*fp32", "totals": "*fp64"}
+    block = {"BLOCK": gumbel_triton.BLOCK}
+    vocabularies = (("blocks",), ("logits_row", "vocabulary", "blocks"))
+    cases = [
+        with_ones(narrow, "query_head", "span_size"),
+        with_ones(("write", key, sizes, (), 4), "key_token", "key_head", "value_token", "value_head"),
+        with_ones(("search", scores, {"BLOCK": 1}, (), 4), "row_scores", "vocabulary"),
+        with_ones(("norm", rows | {"plus": "fp32"}, {"LATE": False, "BLOCK": 1}, (), 4), "x_row", "width"),
+        *(with_ones(("sum_blocks", logits, block | {"BLOCKS": 8}, (), 4), *ones) for ones in vocabularies),
+        *(with_ones(("draw", logits | draws, block | {"ALL_BLOCKS": 1}, (), 4), *ones) for ones in vocabularies),
+    ]
+    for made in compiled(tmp_path, cases):
+        assert made["shared"] <= _SHARED_BYTES
+
+
+def with_ones(case: tuple[Any, ...], *names: str) -> tuple[Any, ...]:
+    name, types, constants, unaligned, warps = case
+    others = {argument: kind for argument, kind in types.items() if argument not in names}
+    return name, others, constants | dict.fromkeys(names, 1), tuple(a for a in unaligned if a not in names), warps

@@ -1,0 +1,140 @@
+"""The configuration: its keys and defaults, and what it refuses."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, fields
+
+import pytest
+
+from rollout.batcher.registry import POLICIES
+from rollout.config import BatcherConfig, SamplingConfig, dotted_keys, load_config, nearest
+from rollout.errors import InputError
+from rollout.sampling_params import SamplingParams
+
+OUT = "output.dir=out"
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    config = load_config([OUT])
+    assert asdict(config.model) == {
+        "path": "packaged:SmolLM2-135M-Instruct",
+        "dtype": "auto",
+        "device": "auto",
+        "device_map": None,
+        "tensor_parallel": False,
+        "revision": None,
+        "adapter": None,
+        "trust_remote_code": False,
+        "attention": "auto",
+    }
+    assert asdict(config.data) == {
+        "path": "builtin:arithmetic",
+        "name": None,
+        "split": "train",
+        "prompt_column": "prompt",
+        "id_column": None,
+        "length_hint_column": None,
+        "lengths_from": None,
+        "limit": None,
+        "as_chat": False,
+        "system_prompt": None,
+    }
+    assert config.sampling.params() == SamplingParams()
+    assert (config.batcher.name, config.batcher.latency_budget_ms) == ("predictive", None)
+    assert (config.batcher.max_rows, config.batcher.min_rows) == (1024, 1)
+    assert asdict(config.memory) == {"max_kv_bytes": None, "reserve_fraction": 0.05}
+    assert asdict(config.output) == {"dir": "out", "format": "parquet", "rows_per_shard": 1024}
+    assert (config.reward, config.seed) == (None, 0)
+
+
+def test_sampling_has_the_fields_of_the_library() -> None:
+    assert [f.name for f in fields(SamplingConfig)] == [f.name for f in fields(SamplingParams)]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_have_the_parameters_and_defaults_of_their_classes(name: str) -> None:
+    config = load_config([OUT, f"batcher={name}"]).batcher
+    own = {key: value for key, value in asdict(config).items() if key not in {f.name for f in fields(BatcherConfig)}}
+    parameters = inspect.signature(POLICIES[name]).parameters
+    assert own == {key: p.default for key, p in parameters.items() if key != "bounds"}
+    assert isinstance(config.policy(), POLICIES[name])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "n", "temperature", "reward"),
+    [
+        ("ppo_sampling", 4, 1.0, {"_target_": "rollout.arithmetic.exact_match"}),
+        ("grpo_sampling", 8, 1.0, {"_target_": "rollout.arithmetic.exact_match"}),
+        ("bulk_inference", 1, 0.0, None),
+    ],
+)
+def test_experiments(experiment: str, n: int, temperature: float, reward: object) -> None:
+    config = load_config([f"+experiment={experiment}", OUT, "data.path=prompts.jsonl"])
+    assert (config.sampling.n, config.sampling.temperature, config.reward) == (n, temperature, reward)
+
+
+def test_ppo_sampling_runs_without_another_key() -> None:
+    config = load_config(["+experiment=ppo_sampling"])
+    assert (config.output.dir, config.data.limit, config.data.as_chat) == ("runs/ppo_sampling", 64, True)
+
+
+def test_bulk_inference_needs_data_and_output() -> None:
+    with pytest.raises(InputError, match=r"^data\.path and output\.dir must be given"):
+        load_config(["+experiment=bulk_inference"])
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "wanted"),
+    [
+        ("sampling.temperature=-0.1", "sampling.temperature", "at least 0"),
+        ("sampling.top_p=0", "sampling.top_p", "above 0"),
+        ("sampling.top_p=1.1", "sampling.top_p", "at most 1"),
+        ("sampling.max_new_tokens=0", "sampling.max_new_tokens", "at least 1"),
+        ("sampling.n=0", "sampling.n", "at least 1"),
+        ("sampling.min_p=2", "sampling.min_p", "to 1"),
+        ("sampling.top_k=-1", "sampling.top_k", "at least 0"),
+        ("sampling.stop=['']", "sampling.stop", "non-empty"),
+        ("batcher.max_rows=0", "batcher.min_rows", "max_rows"),
+        ("batcher.min_rows=0", "batcher.min_rows", "from 1"),
+        ("batcher=paper batcher.epsilon_m=1", "batcher.epsilon_m", "between 0 and 1"),
+        ("batcher=paper batcher.form=eq13", "batcher.form", "eq12"),
+        ("batcher=paper batcher.alpha=0", "batcher.alpha", "at least 1"),
+        ("batcher.memory_rows=0", "batcher.memory_rows", "at least 1"),
+        ("batcher.latency_budget_ms=0", "batcher.latency_budget_ms", "above 0"),
+        ("memory.max_kv_bytes=0", "memory.max_kv_bytes", "above 0"),
+        ("memory.reserve_fraction=1", "memory.reserve_fraction", "below 1"),
+        ("output.format=csv", "output.format", "parquet, jsonl"),
+        ("output.rows_per_shard=0", "output.rows_per_shard", "at least 1"),
+        ("data.limit=0", "data.limit", "at least 1"),
+        ("model.dtype=int8", "model.dtype", "float32"),
+        ("model.device=gpu", "model.device", "cuda:N"),
+        ("model.device_map=balanced", "model.device_map", "auto, or null"),
+        ("seed=9223372036854775808", "seed", "64-bit"),
+        ("output.dir=''", "output.dir", "a folder"),
+    ],
+)
+def test_values_out_of_range_are_refused(override: str, key: str, wanted: str) -> None:
+    with pytest.raises(InputError) as refused:
+        load_config([OUT, *override.split()])
+    message = str(refused.value)
+    assert message.startswith(key)
+    assert wanted in message
+
+
+@pytest.mark.parametrize("override", ["+sampling.foo=1", "+foo=1", "+batcher.alpah=3"])
+def test_added_keys_are_refused(override: str) -> None:
+    with pytest.raises(InputError, match=f"no key {override[1:].split('=')[0]}; the nearest is"):
+        load_config([OUT, override])
+
+
+def test_a_reward_takes_further_keys() -> None:
+    config = load_config([OUT, "reward._target_=package.score", "+reward.scale=2"])
+    assert config.reward == {"_target_": "package.score", "scale": 2}
+
+
+def test_nearest_takes_the_same_last_part_before_the_spelling() -> None:
+    keys = dotted_keys(load_config([OUT]))
+    assert nearest("temperature", keys) == "sampling.temperature"
+    assert nearest("sampler.max_new_token", keys) == "sampling.max_new_tokens"
+    assert nearest("output.path", keys) in ("data.path", "model.path")

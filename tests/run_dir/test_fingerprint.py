@@ -1,0 +1,169 @@
+"""What a fingerprint covers, and what it does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rollout.run_dir.fingerprint as module
+from rollout.run_dir.fingerprint import (
+    Fingerprint,
+    describe,
+    differences,
+    fingerprint_of,
+    tokenizer_digest,
+    weights_digest,
+)
+from tests.support.jobs import config_of, fake_model
+
+
+def made(folder: Path, *overrides: str, content: str = "c") -> Fingerprint:
+    return fingerprint_of(config_of(folder, *overrides), content, folder / "model")
+
+
+@pytest.mark.parametrize(
+    ("override", "keys"),
+    [
+        ("sampling.temperature=0.5", ["sampling.temperature"]),
+        ("sampling.n=2", ["sampling.n"]),
+        ("sampling.stop=[x]", ["sampling.stop"]),
+        ("seed=1", ["seed"]),
+        ("data.as_chat=true", ["data.as_chat"]),
+        ("data.system_prompt=x", ["data.system_prompt"]),
+        ("model.dtype=float32", ["model.dtype"]),
+        ("reward._target_=package.score", ["reward"]),
+        ("output.format=jsonl", ["output.format"]),
+    ],
+)
+def test_what_changes_results_differs(tmp_path: Path, override: str, keys: list[str]) -> None:
+    assert differences(made(tmp_path), made(tmp_path, override)) == keys
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.device=cpu",
+        "batcher=static",
+        "batcher.max_rows=3",
+        "memory.max_kv_bytes=9",
+        "output.dir=elsewhere",
+        "output.rows_per_shard=3",
+        "data.path=elsewhere",
+        "data.length_hint_column=tokens",
+        "data.lengths_from=elsewhere",
+    ],
+)
+def test_execution_settings_do_not(tmp_path: Path, override: str) -> None:
+    assert made(tmp_path).digest == made(tmp_path, override).digest
+
+
+def test_data_content_differs(tmp_path: Path) -> None:
+    assert differences(made(tmp_path), made(tmp_path, content="other")) == ["data.content"]
+
+
+def test_a_moved_model_is_the_same(tmp_path: Path) -> None:
+    fake_model(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert weights_digest(tmp_path / "a") == weights_digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "of_tokenizer"),
+    [
+        ("config.json", False),
+        ("generation_config.json", False),
+        ("model.safetensors", False),
+        ("modeling_own.py", False),
+        ("tokenizer.json", True),
+        ("tokenizer_config.json", True),
+        ("chat_template.jinja", True),
+        ("special_tokens_map.json", True),
+        ("vocab.json", True),
+        ("merges.txt", True),
+        ("tokenizer.model", True),
+    ],
+)
+def test_every_file_that_counts_is_covered_by_one_of_the_digests(tmp_path: Path, name: str, of_tokenizer: bool) -> None:
+    model = fake_model(tmp_path / "m")
+    (model / name).write_text("{}")
+    before = weights_digest(model), tokenizer_digest(model)
+    (model / name).write_text("[]")
+    after = weights_digest(model), tokenizer_digest(model)
+    assert (before[0] == after[0], before[1] == after[1]) == (of_tokenizer, not of_tokenizer)
+
+
+def test_files_that_no_one_reads_do_not_count(tmp_path: Path) -> None:
+    model = fake_model(tmp_path / "m")
+    before = weights_digest(model), tokenizer_digest(model)
+    (model / "README.md").write_text("x")
+    (model / "optimizer.pt").write_bytes(b"x")
+    fake_model(model / "checkpoint-5")
+    assert (weights_digest(model), tokenizer_digest(model)) == before
+
+
+def test_a_gguf_file_is_weights_and_tokenizer(tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"one")
+    before = weights_digest(file), tokenizer_digest(file)
+    assert weights_digest(file.rename(tmp_path / "b.gguf")) == before[0]
+    (tmp_path / "b.gguf").write_bytes(b"two")
+    assert weights_digest(tmp_path / "b.gguf") != before[0]
+    assert tokenizer_digest(tmp_path / "b.gguf") != before[1]
+
+
+def safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    header, start = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": [tensor.size], "data_offsets": [start, start + tensor.nbytes]}
+        start += tensor.nbytes
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(t.tobytes() for t in tensors.values()))
+
+
+def test_of_large_files_every_tensor_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WHOLE", 1000)
+    model = fake_model(tmp_path / "m")
+    tensors = {f"layer{i}": np.arange(50_000, dtype=np.float32) + i for i in range(5)}
+    safetensors(model / "model.safetensors", tensors)
+    digests = {weights_digest(model)}
+    for name in tensors:
+        changed = {**tensors, name: tensors[name] * 1.01}
+        safetensors(model / "model.safetensors", changed)
+        digests.add(weights_digest(model))
+    safetensors(model / "model.safetensors", {**tensors, "layer9": tensors.pop("layer4")})
+    digests.add(weights_digest(model))
+    assert len(digests) == 7
+
+
+def test_large_files_of_other_kinds_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WHOLE", 1000)
+    monkeypatch.setattr(module, "_BLOCK", 100)
+    file = tmp_path / "a.gguf"
+    file.write_bytes(bytes(10_000))
+    before = weights_digest(file)
+    for at in (0, 9_999):
+        content = bytearray(10_000)
+        content[at] = 1
+        file.write_bytes(bytes(content))
+        assert weights_digest(file) != before
+
+
+def test_differences_are_described_with_short_values() -> None:
+    old = Fingerprint({"seed": 0, "data.content": "a" * 64, "gone": 1})
+    new = Fingerprint({"seed": 1, "data.content": "b" * 64})
+    assert differences(old, new) == ["data.content", "gone", "seed"]
+    text = describe(old, new)
+    assert "seed was 0 and is 1" in text
+    assert "gone was 1 and is null" in text
+    assert "a" * 20 not in text
+
+
+def test_values_survive_json() -> None:
+    fingerprint = Fingerprint({"x": (1, 2), "y": 0.1})
+    again = Fingerprint(json.loads(json.dumps(fingerprint.values)))
+    assert (again.values, again.digest) == (fingerprint.values, fingerprint.digest)

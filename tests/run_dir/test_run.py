@@ -1,0 +1,119 @@
+"""A run's folder: begun once, gone on with, refused for another job."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from rollout.errors import InputError
+from rollout.run_dir.fingerprint import Fingerprint
+from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.run import Run, earlier_run, open_run, prepare, read_row_ids, read_run, rows_per_shard
+from tests.support.jobs import config_of
+
+IDS = [f"row {i}" for i in range(10)]
+FINGERPRINT = Fingerprint({"seed": 0, "sampling.temperature": 1.0})
+
+
+def opened(folder: Path, *overrides: str, fingerprint: Fingerprint = FINGERPRINT, workers: int = 1) -> Run:
+    config = config_of(folder, *overrides)
+    return open_run(prepare(config.output.dir), config, fingerprint, IDS, "float32", "gather", workers)
+
+
+def test_what_is_written_first(tmp_path: Path) -> None:
+    run = opened(tmp_path, "sampling.n=3", "output.rows_per_shard=4")
+    assert (run.rows, run.samples, run.rows_per_shard, run.shards, run.attempt) == (10, 3, 4, 3, 0)
+    assert [list(run.span(shard)) for shard in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert read_row_ids(run.paths).to_pylist() == IDS
+    stored = json.loads(run.paths.run.read_text())
+    assert stored["fingerprint"] == FINGERPRINT.values
+    assert stored["digest"] == FINGERPRINT.digest
+    assert stored["config"]["sampling"]["n"] == 3
+    assert set(stored["packages"]) >= {"rollout", "torch", "transformers", "python"}
+    assert stored["attempts"][0]["batcher"]["name"] == "predictive"
+    assert stored["attempts"][0]["attention"] == "gather"
+    assert not list(run.paths.shards.iterdir())
+
+
+def test_later_attempts_keep_the_partition(tmp_path: Path) -> None:
+    opened(tmp_path, "output.rows_per_shard=4")
+    run = opened(tmp_path, "output.rows_per_shard=2", "batcher=static", workers=5)
+    assert (run.rows_per_shard, run.attempt) == (4, 1)
+    assert opened(tmp_path).attempt == 2
+    attempts = json.loads(run.paths.run.read_text())["attempts"]
+    assert [attempt["batcher"]["name"] for attempt in attempts] == ["predictive", "static", "predictive"]
+    assert [attempt["workers"] for attempt in attempts] == [1, 5, 1]
+
+
+def test_workers_that_start_together_agree(tmp_path: Path) -> None:
+    runs = []
+    config = config_of(tmp_path)
+
+    def start() -> None:
+        runs.append(open_run(prepare(config.output.dir), config, FINGERPRINT, IDS, "float32", "gather", 2))
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(runs) == 6
+    assert len({run.rows_per_shard for run in runs}) == 1
+    assert read_run(runs[0].paths).attempt == 5
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted", "workers", "expected"),
+    [(10_000, 1024, 1, 1024), (10, 1024, 1, 1024), (64, 1024, 2, 4), (10_000, 1024, 2, 625), (10_000, 100, 2, 100)],
+)
+def test_several_workers_get_eight_shards_each_or_more(rows: int, wanted: int, workers: int, expected: int) -> None:
+    assert rows_per_shard(rows, wanted, workers) == expected
+
+
+def test_another_fingerprint_is_refused_with_what_differs(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    before = run.paths.run.read_bytes()
+    other = Fingerprint({"seed": 1, "sampling.temperature": 0.5})
+    for attempt in (lambda: earlier_run(run.paths, other), lambda: opened(tmp_path, fingerprint=other)):
+        with pytest.raises(InputError) as refused:
+            attempt()
+        assert "seed was 0 and is 1" in str(refused.value)
+        assert "sampling.temperature was 1.0 and is 0.5" in str(refused.value)
+    assert run.paths.run.read_bytes() == before
+
+
+def test_another_dtype_is_refused(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    with pytest.raises(InputError, match=r"set model\.dtype=float32"):
+        open_run(run.paths, config_of(tmp_path), FINGERPRINT, IDS, "bfloat16", "gather", 1)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing/here")):
+        with pytest.raises(InputError, match=r"^output\.dir=.* cannot be written \(.*\): choose another folder\.$"):
+            prepare(str(folder))
+
+
+def test_shards_of_something_else_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    prepare(str(tmp_path))
+    (tmp_path / "shards" / "00000.parquet").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"no run\.json"):
+        prepare(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', '{"format": 1}', '{"format": 1, "attempts": 3}'])
+def test_a_run_that_cannot_be_read(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(InputError, match=r"run\.json"):
+        read_run(RunPaths(tmp_path))
+
+
+def test_no_run(tmp_path: Path) -> None:
+    assert earlier_run(RunPaths(tmp_path), FINGERPRINT) is None
+    with pytest.raises(InputError, match="holds no run"):
+        read_run(RunPaths(tmp_path))

@@ -1,0 +1,107 @@
+"""Two processes that hold one model together, each of which runs ``python -m tests.support.tensor_parallel MODEL …``.
+
+They generate with a headroom of random numbers, other ones in each process, then with room for few pages, and write
+the records to ``MODEL/RANK.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import distributed
+from transformers import PreTrainedModel
+
+from rollout import Engine, SamplingParams
+from rollout.engine.loop import Loop
+from rollout.models.loading.load import ModelSource, load_model, resolve_device
+from tests.support.devices import DEVICE, GPU
+
+PROMPTS = [list(range(3, 3 + length)) for length in (5, 20, 33, 12)]
+GREEDY = SamplingParams(temperature=0, max_new_tokens=24)
+SAMPLED = SamplingParams(n=3, max_new_tokens=24, top_p=0.9)
+#: For 12 rows of up to 4 each.
+_PAGES = 10
+
+
+def launch(*arguments: str) -> str:
+    """What a module writes to stdout in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if GPU is None:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_as_one_that_holds_all(models: dict[str, PreTrainedModel], folder: Path) -> None:
+    """Launches two processes on these models, and compares what they tell with what the models themselves do."""
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+    launch("tests.support.tensor_parallel", *(str(folder / name) for name in models))
+    for name, model in models.items():
+        told: list[dict[str, Any]] = [json.loads((folder / name / f"{rank}.json").read_text()) for rank in (0, 1)]
+        assert told[0] == told[1]
+        assert told[0]["heads"] == [model.config.num_key_value_heads // 2] * model.config.num_hidden_layers
+        assert min(told[0]["preempted"]) > 0, "there was room for all"
+        engine = Engine(model, None)
+        greedy, sampled = (list(engine.generate(PROMPTS, params, seed=7)) for params in (GREEDY, SAMPLED))
+        expected = [*greedy, *sampled]
+        assert len(told[0]["records"]) == len(expected)
+        for ours, theirs in zip(told[0]["records"], expected, strict=True):
+            assert ours["completion_ids"] == theirs.completion_ids
+            np.testing.assert_allclose(ours["logprobs"], theirs.logprobs, atol=1e-5)
+        for record, prompt in zip(greedy, PROMPTS, strict=True):
+            ids = torch.tensor([prompt], device=DEVICE)
+            whole = model.generate(ids, do_sample=False, max_new_tokens=24)[0, len(prompt) :]
+            assert record.completion_ids == whole.tolist()
+
+
+class RandomHeadroom:
+    """Free memory that no two processes see alike."""
+
+    total_bytes = 1 << 20
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+
+    def free_bytes(self) -> int:
+        return self._rng.randrange(-50_000, 400_000)
+
+
+def main(model: str) -> None:
+    """Generates with one of the models."""
+    rank = int(os.environ["RANK"])
+    held = load_model(ModelSource(model, dtype="float32", tensor_parallel=True), resolve_device())
+    squeezed = Engine(held, None, latency_budget_ms=5.0, reserve_fraction=0.0, headroom=RandomHeadroom(rank))
+    layout = squeezed._tier.probe()
+    tight = Engine(held, None, policy="static", max_kv_bytes=_PAGES * layout.bytes_per_page)
+    batches = [squeezed.generate(PROMPTS, GREEDY, seed=7)]
+    with patch("rollout.engine.engine.Loop", partial(Loop, late=True)):
+        batches.append(tight.generate(PROMPTS, SAMPLED, seed=7))
+    told = {
+        "heads": [site.kv_heads for site in layout.sites],
+        "records": [asdict(record) for batch in batches for record in batch],
+        "preempted": [batch.stats.preempted_rows for batch in batches],
+        "steps": [batch.stats.steps for batch in batches],
+    }
+    (Path(model) / f"{rank}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for folder in sys.argv[1:]:
+        main(folder)
+    distributed.destroy_process_group()
