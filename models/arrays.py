@@ -1,4 +1,4 @@
-"""From the host's arrays to tensors on a device, without waiting for it."""
+"""Arrays of the host, and their way to a device without waiting for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
 
 
 def upload(values: NDArray[Any], tensor: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from rollout.models.kv_cache.layout import IntArray
+from rollout.models.arrays import IntArray
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -70,3 +70,14 @@ class PagedStep(ABC):
 
         Returns [T, heads, value_dim], in any dtype that the model goes on with.
         """
+
+
+class Steps(Protocol):
+    """Makes the step that answers the attention calls of one forward."""
+
+    @property
+    def name(self) -> str:
+        """See `PagedStep.name`."""
+        ...
+
+    def __call__(self, pool: PagePool, packed: Packed) -> PagedStep: ...

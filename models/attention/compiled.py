@@ -11,17 +11,19 @@ from ctypes import Structure, addressof, byref, c_double, c_int64, c_void_p, siz
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
+from rollout.models.arrays import IntArray
+from rollout.models.attention.base import PagedStep
 from rollout.models.attention.interface import Scores
 from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
 from rollout.models.csrc.build import KernelUnavailable, build, built, gomp_parallel
 from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import IntArray, KVLayout, Site, Span
+from rollout.models.kv_cache.layout import KVLayout, Site, Span
 from rollout.models.kv_cache.page_pool import PagePool
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "paged_attention.c"
@@ -332,3 +334,28 @@ def _checked(library: ctypes.CDLL) -> Kernel:
         if not error <= TOLERANCE[dtype]:
             raise KernelUnavailable(f"what it built computes something else in {dtype} (by {error:.2g}).")
     return loaded
+
+
+class CompiledStep(PagedStep):
+    """The compiled kernel writes new keys and values and attends to all, page by page, in place."""
+
+    name: ClassVar[str] = "compiled"
+
+    def __init__(self, pool: PagePool, packed: Packed, compiled: Kernel) -> None:
+        super().__init__(pool, packed)
+        self._attention = CompiledAttention(compiled, pool, packed.tables, packed.starts, packed.lengths)
+
+    def compute(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
+        """See `PagedStep.compute`."""
+        return self._attention(index, q, k, v, scores)
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledSteps:
+    """Makes steps by the compiled kernel."""
+
+    compiled: Kernel
+    name: ClassVar[str] = CompiledStep.name
+
+    def __call__(self, pool: PagePool, packed: Packed) -> CompiledStep:
+        return CompiledStep(pool, packed, self.compiled)

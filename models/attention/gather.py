@@ -10,13 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rollout.models.arrays import uploaded
+from rollout.models.arrays import IntArray, uploaded
 from rollout.models.attention.base import PagedStep
 from rollout.models.attention.interface import Scores
-from rollout.models.attention.prefill import Segments
-from rollout.models.cpu_precision import cpu_multiplies
+from rollout.models.attention.prefill import Library, Segments
+from rollout.models.device import cpu_multiplies
 from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import IntArray, Site, Span
+from rollout.models.kv_cache.layout import Site, Span
 from rollout.models.kv_cache.page_pool import PagePool
 
 #: Gathered keys of one group of rows stay below this, so that they are still in cache when they are read.
@@ -266,3 +266,17 @@ def softmax_attention(
         column = sinks.to(logits).expand(*logits.shape[:-1], 1)
         weights = torch.cat([logits, column], -1).softmax(-1)[..., :-1]
     return (weights @ value.float()).to(query.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class GatherSteps:
+    """Makes steps that gather, with prefills by a library."""
+
+    library: Library
+
+    @property
+    def name(self) -> str:
+        return f"{self.library.name}+{GatherStep.name}"
+
+    def __call__(self, pool: PagePool, packed: Packed) -> GatherStep:
+        return GatherStep(pool, packed, Segments(pool, packed, self.library))

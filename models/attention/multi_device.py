@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from rollout.models.attention.base import PagedStep
+from rollout.models.attention.base import PagedStep, Steps
 from rollout.models.attention.interface import Scores
 from rollout.models.forward_batch import Packed
 from rollout.models.kv_cache.page_pool import PagePool
-
-if TYPE_CHECKING:  # which makes these steps
-    from rollout.models.attention.select import Steps
 
 
 class SpreadSteps:
@@ -28,7 +24,7 @@ class SpreadSteps:
         self.name = " and ".join(dict.fromkeys(steps.name for steps in parts))
 
     def __call__(self, pool: PagePool, packed: Packed) -> SpreadStep:
-        """See `rollout.models.attention.select.Steps`."""
+        """See `rollout.models.attention.base.Steps`."""
         steps = [steps(part, packed) for steps, part in zip(self._parts, pool.parts, strict=True)]
         return SpreadStep(pool, packed, steps)
 

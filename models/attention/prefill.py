@@ -13,10 +13,10 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 
-from rollout.models.arrays import uploaded
+from rollout.models.arrays import IntArray, uploaded
 from rollout.models.attention.interface import Scores
 from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import IntArray, Span
+from rollout.models.kv_cache.layout import Span
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.kv_cache.slab_index import Slots
 

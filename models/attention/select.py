@@ -3,78 +3,24 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Protocol
 
 import torch
 
 from rollout.models.attention import prefill_libraries
-from rollout.models.attention.base import PagedStep
-from rollout.models.attention.compiled import CompiledAttention, Kernel, kernel
-from rollout.models.attention.gather import GatherStep
-from rollout.models.attention.interface import Scores
+from rollout.models.attention.base import Steps
+from rollout.models.attention.compiled import CompiledSteps, kernel
+from rollout.models.attention.gather import GatherStep, GatherSteps
 from rollout.models.attention.multi_device import SpreadSteps
 from rollout.models.attention.names import AUTO
-from rollout.models.attention.prefill import Library, Segments
+from rollout.models.attention.prefill import Library
 from rollout.models.attention.prefill_libraries import LIBRARIES, installed
+from rollout.models.device import failure_of
 from rollout.models.errors import UnsupportedAttention
-from rollout.models.forward_batch import Packed
-from rollout.models.kernel_trial import failure_of
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
 
 logger = logging.getLogger(__name__)
-
-
-class CompiledStep(PagedStep):
-    """The compiled kernel writes new keys and values and attends to all, page by page, in place."""
-
-    name: ClassVar[str] = "compiled"
-
-    def __init__(self, pool: PagePool, packed: Packed, compiled: Kernel) -> None:
-        super().__init__(pool, packed)
-        self._attention = CompiledAttention(compiled, pool, packed.tables, packed.starts, packed.lengths)
-
-    def compute(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
-        """See `PagedStep.compute`."""
-        return self._attention(index, q, k, v, scores)
-
-
-class Steps(Protocol):
-    """Makes the step that answers the attention calls of one forward."""
-
-    @property
-    def name(self) -> str:
-        """See `PagedStep.name`."""
-        ...
-
-    def __call__(self, pool: PagePool, packed: Packed) -> PagedStep: ...
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledSteps:
-    """Makes steps by the compiled kernel."""
-
-    compiled: Kernel
-    name: ClassVar[str] = CompiledStep.name
-
-    def __call__(self, pool: PagePool, packed: Packed) -> CompiledStep:
-        return CompiledStep(pool, packed, self.compiled)
-
-
-@dataclass(frozen=True, slots=True)
-class GatherSteps:
-    """Makes steps that gather, with prefills by a library."""
-
-    library: Library
-
-    @property
-    def name(self) -> str:
-        return f"{self.library.name}+{GatherStep.name}"
-
-    def __call__(self, pool: PagePool, packed: Packed) -> GatherStep:
-        return GatherStep(pool, packed, Segments(pool, packed, self.library))
 
 
 def require(choice: str, device: torch.device) -> None:

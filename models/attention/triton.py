@@ -19,10 +19,10 @@ from rollout.models.attention.interface import Scores
 from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
 from rollout.models.attention.prefill import Library, Segments
 from rollout.models.attention.triton_metadata import Room, StepBuffers, Work
+from rollout.models.device import launching_on
 from rollout.models.forward_batch import Packed
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.kv_cache.slab_table import SlabTable
-from rollout.models.triton_launch import launching_on
 
 LARGEST_DIM = 512
 """Of a head; tiles of larger ones would not fit into shared memory."""
@@ -260,7 +260,7 @@ class TritonSteps:
         return StepBuffers(room, self.slabs)
 
     def __call__(self, pool: PagePool, packed: Packed) -> TritonStep:
-        """See `rollout.models.attention.select.Steps`."""
+        """See `rollout.models.attention.base.Steps`."""
         assert pool is self.slabs.pool, "steps are made for one pool"
         buffers = self.buffers(Room.of(packed, pool.layout.page_size))
         buffers.fill(packed)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rollout.models.arrays import upload
+from rollout.models.arrays import IntArray, upload
 from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import IntArray, Span
+from rollout.models.kv_cache.layout import Span
 from rollout.models.kv_cache.slab_table import SlabTable
 
 SPLIT_TOKENS = 256

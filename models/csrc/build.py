@@ -28,7 +28,7 @@ from typing import TypeVar
 
 import torch
 
-from rollout.models.loading.default_model import cache_root
+from rollout.models.cache_dir import cache_root
 
 logger = logging.getLogger(__name__)
 

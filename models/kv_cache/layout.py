@@ -8,10 +8,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-IntArray = NDArray[np.int64]
+from rollout.models.arrays import IntArray
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rollout.models.kv_cache.layout import IntArray, KVLayout
+from rollout.models.arrays import IntArray
+from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.pool import Pool
 from rollout.models.kv_cache.state_pool import StatePool
 

@@ -14,8 +14,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from rollout.models.arrays import uploaded
-from rollout.models.kv_cache.layout import IntArray
+from rollout.models.arrays import IntArray, uploaded
 
 #: Pages that are copied in one go; a model's keys at one site take some kilobytes a page.
 _COPIED_TOGETHER = 64

@@ -8,8 +8,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from rollout.models.arrays import uploaded
-from rollout.models.kv_cache.layout import IntArray
+from rollout.models.arrays import IntArray, uploaded
 from rollout.models.kv_cache.page_pool import PagePool
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rollout.models.arrays import upload
-from rollout.models.kv_cache.layout import IntArray
+from rollout.models.arrays import IntArray, upload
 from rollout.models.kv_cache.page_pool import PagePool
 
 #: What kernels rely on, for loads of 16 bytes.

@@ -8,8 +8,8 @@ from typing import Self
 import numpy as np
 import torch
 
-from rollout.models.arrays import uploaded
-from rollout.models.kv_cache.layout import IntArray, State
+from rollout.models.arrays import IntArray, uploaded
+from rollout.models.kv_cache.layout import State
 from rollout.models.kv_cache.pool import Pool
 
 

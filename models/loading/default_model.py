@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from rollout.models.cache_dir import cache_root
 from rollout.models.loading.gguf import read_model, read_tokenizer
 
 log = logging.getLogger(__name__)
@@ -76,13 +77,6 @@ def packaged_folder(name: str) -> Path:
     if not folder.exists():
         _convert(model, source, folder)
     return folder
-
-
-def cache_root() -> Path:
-    """Where converted models are kept: ``$XDG_CACHE_HOME/rollout/models``, by default below ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "rollout" / "models"
 
 
 def _installed(model: PackagedModel) -> tuple[Path, str]:

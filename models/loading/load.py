@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rollout.models.cpu_precision import cpu_multiplies
+from rollout.models.device import cpu_multiplies
 from rollout.models.errors import UnsupportedModel
 from rollout.models.loading.checkpoint import check_adapter, check_folder, first_line, resolve_path
 from rollout.models.loading.gguf import read_model, read_tokenizer, require_gguf

@@ -1,9 +1,8 @@
-"""A live module on loan: switched to the engine's attention, in eval mode, and given back as it was."""
+"""What a live module is: the transformers model inside, its device, its names and limits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rollout.models.errors import UnsupportedModel
-from rollout.models.module.rope import Rotary
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -66,45 +64,24 @@ def vocabulary_size(model: nn.Module) -> int:
     return int(embeddings.weight.shape[0])
 
 
-class Loan:
-    """Switches a module to the engine and back, as often as needed.
+def context_limit(config: Any) -> int | None:
+    """Most tokens of a sequence, from a transformers configuration; None when it states none.
 
-    What is switched: the attention implementation of every configuration in the module, and the training
-    flag of every submodule. Both are restored one by one, since a trainer may have set them one by one. Rotary
-    embeddings that depend on length follow each text's own, and keep nothing of it.
-    Nothing else is touched: gradients are off inside by ``no_grad`` (not ``inference_mode``, whose tensors
-    would stay in rotary buffers), no global random generator is read, and ambient autocast stays in force.
+    With dynamic rotary scaling, what a token stores depends on how long the batch was when it came, once that is
+    beyond the original length, so rows end there: their results must not depend on company.
     """
+    text = config.get_text_config(decoder=True)
+    limits = [getattr(text, "max_position_embeddings", None)]
+    for rope in _ropes(getattr(text, "rope_parameters", None)):
+        if rope.get("rope_type") == "dynamic":
+            original = rope.get("original_max_position_embeddings")
+            limits.append(original or getattr(text, "original_max_position_embeddings", None))
+    stated = [int(limit) for limit in limits if limit]
+    return min(stated) if stated else None
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._rotary = Rotary(model)
-        self.count = 0
-        """How often the module was lent."""
-        self._configs: list[Any] = list(
-            {
-                id(module.config): module.config
-                for module in model.modules()
-                if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
-            }.values()
-        )
 
-    @contextmanager
-    def __call__(self, implementation: str | None = None) -> Iterator[None]:
-        """No gradients, eval mode, and this attention implementation; the module's own when None."""
-        self.count += 1
-        training = [module for module in self._model.modules() if module.training]
-        implementations = [config._attn_implementation_internal for config in self._configs]
-        try:
-            for module in training:
-                module.training = False
-            if implementation is not None:
-                for config in self._configs:
-                    config._attn_implementation_internal = implementation
-            with torch.no_grad(), self._rotary.in_place():
-                yield
-        finally:
-            for config, own in zip(self._configs, implementations, strict=True):
-                config._attn_implementation_internal = own
-            for module in training:
-                module.training = True
+def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:
+    """Rotary parameters; some configurations nest them by layer type."""
+    if isinstance(parameters, Mapping):
+        yield parameters
+        yield from (value for value in parameters.values() if isinstance(value, Mapping))

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rollout.models.arrays import uploaded
+from rollout.models.arrays import IntArray, uploaded
 from rollout.models.errors import UnsupportedModel
-from rollout.models.kv_cache.layout import IntArray
 
 _ORIGINAL = "original_max_position_embeddings"
 

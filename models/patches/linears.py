@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rollout.models.cpu_precision import cpu_multiplies
+from rollout.models.device import cpu_multiplies
 from rollout.models.patches.patching import replaced
 from rollout.models.patches.shared_inputs import Siblings, version
 

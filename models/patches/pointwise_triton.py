@@ -15,9 +15,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from rollout.models.kernel_trial import failure_of
+from rollout.models.device import failure_of, launching_on
 from rollout.models.patches.pointwise_cpu import NormFactors
-from rollout.models.triton_launch import launching_on
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from rollout.models.module.inspect import Loan, home
+from rollout.models.module.borrow import Loan
+from rollout.models.module.inspect import home
 
 Siblings = tuple[nn.Linear, ...]
 

@@ -10,11 +10,13 @@ from typing import ClassVar, Protocol
 import torch
 from torch import nn
 
+from rollout.models.arrays import IntArray
 from rollout.models.attention.names import AUTO
 from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import IntArray, KVLayout
+from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.module.inspect import Loan, home
+from rollout.models.module.borrow import Loan
+from rollout.models.module.inspect import home
 
 
 class Runner(Protocol):

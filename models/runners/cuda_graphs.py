@@ -26,13 +26,14 @@ from torch import nn
 
 from rollout.models.arrays import upload
 from rollout.models.attention import interface
+from rollout.models.attention.base import Steps
 from rollout.models.attention.multi_device import SpreadSteps
-from rollout.models.attention.select import Steps
 from rollout.models.attention.triton import TritonStep, TritonSteps
 from rollout.models.attention.triton_metadata import Room, StepBuffers
 from rollout.models.device import is_out_of_memory
 from rollout.models.forward_batch import Packed
-from rollout.models.module.inspect import Loan, family_name
+from rollout.models.module.borrow import Loan
+from rollout.models.module.inspect import family_name
 from rollout.models.module.rope import Rotary
 from rollout.models.module.tensor_parallel import tensor_parallel_group
 from rollout.models.runners.base import Runner

@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from rollout.models.arrays import uploaded
+from rollout.models.arrays import IntArray, uploaded
 from rollout.models.attention import interface
+from rollout.models.attention.base import Steps
 from rollout.models.attention.names import AUTO
 from rollout.models.attention.probe import probe
-from rollout.models.attention.select import Steps, chosen
+from rollout.models.attention.select import chosen
 from rollout.models.errors import UnsupportedModel
 from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import IntArray, KVLayout
+from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.module.inspect import Loan, family_name, home, unwrap
+from rollout.models.module.borrow import Loan
+from rollout.models.module.inspect import family_name, home, unwrap
 from rollout.models.module.rope import Rotary, texts_of
 from rollout.models.runners.base import Runner, Tier
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rollout.models.arrays import uploaded
+from rollout.models.arrays import IntArray, uploaded
 from rollout.models.errors import UnsupportedModel
 from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import IntArray, KVLayout
+from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.module.inspect import family_name, home, vocabulary_size
 from rollout.models.runners.base import Tier

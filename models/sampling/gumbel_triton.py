@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rollout.models.triton_launch import launching_on
+from rollout.models.device import launching_on
 
 BLOCK = 256
 """Of the vocabulary; as in `rollout.models.sampling.sampler`, or draws would be others."""

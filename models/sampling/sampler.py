@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from rollout.models.kernel_trial import failure_of
+from rollout.models.device import failure_of
 from rollout.models.sampling.gumbel_cpu import GumbelMax, gumbel_max
 from rollout.models.sampling.philox import gumbel
 from rollout.models.sampling.top_p import top_p_threshold

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from rollout.models.kernel_trial import failure_of
+from rollout.models.device import failure_of
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rollout.models.triton_launch import launching_on
+from rollout.models.device import launching_on
 
 BLOCK = 8192
 """Scores that a program looks at at a time."""

@@ -26,8 +26,7 @@ from rollout.errors import InputError
 from rollout.headroom.headroom import Headroom, after_reserve, headroom_over
 from rollout.length_history import Lengths
 from rollout.models.attention.names import ATTENTIONS, AUTO
-from rollout.models.module.context_limit import context_limit
-from rollout.models.module.inspect import home, unwrap, vocabulary_size
+from rollout.models.module.inspect import context_limit, home, unwrap, vocabulary_size
 from rollout.models.patches.linears import PackedLinears
 from rollout.models.patches.norms_and_rope import FusedParts
 from rollout.models.patches.shared_inputs import siblings

@@ -9,8 +9,9 @@ import torch
 
 from rollout.engine.tp_sync import Alone
 from rollout.headroom.headroom import Headroom, after_reserve
+from rollout.models.arrays import IntArray
 from rollout.models.device import is_out_of_memory
-from rollout.models.kv_cache.layout import IntArray, KVLayout
+from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.kv_cache.state_pool import StatePool
 

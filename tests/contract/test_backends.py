@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout.models.attention import triton
+from rollout.models.attention.base import Steps
 from rollout.models.attention.gather import GatherStep
-from rollout.models.attention.select import Steps, fastest
+from rollout.models.attention.select import fastest
 from rollout.models.attention.triton import Blocks, TritonSteps
 from rollout.models.forward_batch import Packed
 from rollout.models.kv_cache.page_pool import PagePool

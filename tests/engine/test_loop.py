@@ -27,8 +27,9 @@ from rollout.engine.kv_memory import Memory
 from rollout.engine.loop import Loop
 from rollout.engine.waiting_queue import Queue
 from rollout.headroom.headroom import FakeHeadroom
+from rollout.models.arrays import IntArray
 from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import IntArray, KVLayout, Site, Span
+from rollout.models.kv_cache.layout import KVLayout, Site, Span
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.runners.base import Runner
 from rollout.models.sampling.sampler import RowSampling, Sampled, sample

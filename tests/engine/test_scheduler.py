@@ -16,7 +16,8 @@ from rollout.engine.kv_memory import Memory
 from rollout.engine.scheduler import Running
 from rollout.engine.waiting_queue import Queue
 from rollout.headroom.headroom import FakeHeadroom
-from rollout.models.kv_cache.layout import IntArray, KVLayout, Site, Span, State
+from rollout.models.arrays import IntArray
+from rollout.models.kv_cache.layout import KVLayout, Site, Span, State
 from rollout.requests import Request
 from rollout.sampling_params import SamplingParams
 from rollout.stats import Tally

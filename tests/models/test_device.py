@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rollout.models.kernel_trial import failure_of
+from rollout.models.device import failure_of
 
 
 def test_what_is_said_what_fails_and_what_is_right() -> None:

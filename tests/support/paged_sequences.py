@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rollout.models.arrays import IntArray
 from rollout.models.attention.interface import Scores
 from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import IntArray, KVLayout, Site, Span
+from rollout.models.kv_cache.layout import KVLayout, Site, Span
 from rollout.models.kv_cache.page_pool import PagePool
 
 Parts = list[tuple[int, range]]

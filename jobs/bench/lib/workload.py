@@ -236,7 +236,7 @@ def context_of(model: str) -> int | None:
     """Most tokens of prompt and answer together; None where the model states none."""
     from transformers import AutoConfig
 
-    from rollout.models.module.context_limit import context_limit
+    from rollout.models.module.inspect import context_limit
 
     path = Path(model)
     if path.is_file():

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from rollout.models.arrays import IntArray
 from rollout.models.attention import gather
 from rollout.models.attention.base import PagedStep
 from rollout.models.attention.gather import GatherStep
 from rollout.models.attention.interface import Scores
 from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import IntArray, KVLayout, Site, Span
+from rollout.models.kv_cache.layout import KVLayout, Site, Span
 from rollout.models.kv_cache.page_pool import PagePool
 
 PAGE_SIZE, SLAB_PAGES, HEADS = 4, 8, 4

@@ -15,7 +15,7 @@ from rollout.models.attention import interface
 from rollout.models.attention.probe import classify, probe
 from rollout.models.errors import UnsupportedModel
 from rollout.models.kv_cache.layout import KVLayout, Span
-from rollout.models.module.inspect import Loan
+from rollout.models.module.borrow import Loan
 from tests.support.tiny_models import INTERFACE, tiny
 
 FULL, WINDOW, CHUNK = Span(), Span("window", 12), Span("chunk", 12)

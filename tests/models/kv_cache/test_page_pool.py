@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from rollout.models.arrays import IntArray
 from rollout.models.kv_cache import pool as slabs
-from rollout.models.kv_cache.layout import IntArray, KVLayout, Site, Span
+from rollout.models.kv_cache.layout import KVLayout, Site, Span
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.kv_cache.pool import PoolExhausted
 

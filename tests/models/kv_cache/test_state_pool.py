@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.models.kv_cache.layout import IntArray, State
+from rollout.models.arrays import IntArray
+from rollout.models.kv_cache.layout import State
 from rollout.models.kv_cache.state_pool import StatePool, StateRows
 from rollout.models.runners.state_cache import PooledStates, RecordedStates
 

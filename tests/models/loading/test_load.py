@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rollout.models import cache_dir
 from rollout.models.errors import UnsupportedModel
 from rollout.models.loading import checkpoint, default_model, load
 from rollout.models.loading.load import (
@@ -330,7 +331,7 @@ def converted() -> Path:
 class TestPackaged:
     def test_the_folder_says_what_it_was_made_of(self, converted: Path) -> None:
         version = metadata.version(default_model.DEFAULT.distribution)
-        assert converted.parent == default_model.cache_root()
+        assert converted.parent == cache_dir.cache_root()
         assert default_model.DEFAULT.name in converted.name
         assert f"format{default_model.FORMAT}" in converted.name
         assert converted.name.endswith(version)
@@ -377,7 +378,7 @@ class TestPackaged:
         def save(model: default_model.PackagedModel, source: Path, work: Path) -> None:
             work.mkdir()
             (work / "mine").touch()
-            folder = default_model.cache_root() / work.name
+            folder = cache_dir.cache_root() / work.name
             folder.mkdir()
             (folder / "theirs").touch()
             winner.append(folder)
@@ -385,7 +386,7 @@ class TestPackaged:
         monkeypatch.setattr(default_model, "_save", save)
         assert resolve_path(PACKAGED) == str(winner[0])
         assert [p.name for p in winner[0].iterdir()] == ["theirs"]
-        assert list(default_model.cache_root().iterdir()) == winner
+        assert list(cache_dir.cache_root().iterdir()) == winner
 
     def test_a_failed_conversion_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -396,11 +397,11 @@ class TestPackaged:
         monkeypatch.setattr(default_model, "_save", save)
         with pytest.raises(KeyboardInterrupt):
             resolve_path(PACKAGED)
-        assert not list(default_model.cache_root().iterdir())
+        assert not list(cache_dir.cache_root().iterdir())
 
     def test_what_killed_conversions_left_is_removed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        old, young = (default_model.cache_root() / f".Some-Model-format1-package-1.{name}" for name in ("old", "young"))
+        old, young = (cache_dir.cache_root() / f".Some-Model-format1-package-1.{name}" for name in ("old", "young"))
         for left in (old, young):
             left.mkdir(parents=True)
         os.utime(old, (0, 0))

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from rollout.models.attention import interface
 from rollout.models.errors import UnsupportedModel
-from rollout.models.module.inspect import Loan, unwrap
+from rollout.models.module.borrow import Loan
+from rollout.models.module.inspect import unwrap
 from tests.support.tiny_models import tiny
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from rollout.models.module.context_limit import context_limit
+from rollout.models.module.inspect import context_limit
 
 
 def config_of(**fields: Any) -> SimpleNamespace:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from rollout.models.errors import UnsupportedModel
-from rollout.models.module.inspect import Loan
+from rollout.models.module.borrow import Loan
 from rollout.models.module.rope import Rotary, texts_of
 from rollout.models.runners.packed import InterfaceTier
 from rollout.models.runners.padded import GatheringTier

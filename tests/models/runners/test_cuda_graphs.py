@@ -14,10 +14,10 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout import Engine, SamplingParams
+from rollout.models.arrays import IntArray
 from rollout.models.attention import triton, triton_metadata
 from rollout.models.attention.triton import Blocks, TritonSteps
 from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import IntArray
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.runners import cuda_graphs
 from rollout.models.runners.base import Runner
