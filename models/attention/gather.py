@@ -18,22 +18,12 @@ from rollout.models.device import cpu_multiplies
 from rollout.models.forward_batch import Packed
 from rollout.models.kv_cache.layout import Site, Span
 from rollout.models.kv_cache.page_pool import PagePool
+from rollout.models.kv_cache.slab_index import SlabShare, gather, scatter, split_by_slab
 
 #: Gathered keys of one group of rows stay below this, so that they are still in cache when they are read.
 _GROUP_BYTES = 2 << 20
 #: A group's rows are padded to its longest; a row joins only while it is at least this share of it.
 _GROUP_FILL = 0.8
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The share of some global ids (of pages, or of slots in pages) that lies in one slab."""
-
-    slab: int
-    where: torch.Tensor | None
-    """Positions among the ids; all of them, in order, when None."""
-    inside: torch.Tensor
-    """The ids, counted from the slab's start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +35,7 @@ class _Segment:
     start: int
     end: int
     pages: int
-    reads: list[_Part]
+    reads: tuple[SlabShare, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +44,7 @@ class _Group:
 
     tokens: torch.Tensor
     """[g] their new tokens among those of the forward."""
-    reads: list[_Part]
+    reads: tuple[SlabShare, ...]
     pages: int
     """Pages gathered for each, padding included."""
     mask: torch.Tensor
@@ -76,7 +66,7 @@ class GatherStep(PagedStep):
         size = pool.layout.page_size
         slow = pool.device.type == "cpu" and not cpu_multiplies(pool.layout.dtype)
         self._compute_dtype = torch.float32 if slow else pool.layout.dtype
-        self._writes = self._by_slab(packed.slots(size), pool.slab_pages * size)
+        self._writes = split_by_slab(packed.slots(size), pool.slab_pages * size, pool.device)
         self._single = np.flatnonzero(packed.lengths == 1)
         several = packed.lengths > 1 if prefills is None else np.zeros(0, np.bool_)
         self._segments = [self._segment(int(i)) for i in np.flatnonzero(several)]
@@ -88,11 +78,9 @@ class GatherStep(PagedStep):
     def compute(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
         """See `PagedStep.compute`."""
         site = self.layout.sites[index]
-        for part in self._writes:
-            slab = self.pool.slab(part.slab)
-            for memory, new in ((slab.keys[index], k), (slab.values[index], v)):
-                rows = new if part.where is None else new.index_select(0, part.where)
-                memory.flatten(0, 1).index_copy_(0, part.inside, rows)
+        slabs = [self.pool.slab(share.slab) for share in self._writes]
+        scatter(self._writes, [slab.keys[index].flatten(0, 1) for slab in slabs], k)
+        scatter(self._writes, [slab.values[index].flatten(0, 1) for slab in slabs], v)
         output = v.new_empty(q.shape[0], q.shape[1], site.value_dim)
         self._attend_groups(index, q, scores, output)
         for segment in self._segments:
@@ -107,7 +95,7 @@ class GatherStep(PagedStep):
         start, length = int(self.packed.starts[number]), int(self.packed.lengths[number])
         offset, size = int(self.packed.offsets[number]), self.layout.page_size
         pages = -(-(start + length) // size)
-        reads = self._by_slab(self.packed.tables[number, :pages], self.pool.slab_pages) if start else []
+        reads = self._by_slab(self.packed.tables[number, :pages]) if start else ()
         return _Segment(slice(offset, offset + length), start, start + length, pages, reads)
 
     def _attend_segment(
@@ -203,32 +191,21 @@ class GatherStep(PagedStep):
         mask = torch.zeros(hidden.shape, dtype=self._compute_dtype, device=hidden.device)
         mask.masked_fill_(hidden, -torch.inf)
         tokens = self._tensor(self.packed.offsets[sequences])
-        return _Group(tokens, self._by_slab(table, self.pool.slab_pages), pages, mask[:, None, None])
+        return _Group(tokens, self._by_slab(table), pages, mask[:, None, None])
 
     # -- pages ---------------------------------------------------------------------------------------------
 
-    def _by_slab(self, ids: IntArray, unit: int) -> list[_Part]:
-        """Splits global ids by slab, ``unit`` ids to each."""
-        slabs, inside = np.divmod(ids, unit)
-        if (slabs == slabs[0]).all():
-            return [_Part(int(slabs[0]), None, self._tensor(inside))]
-        parts = [(int(slab), np.flatnonzero(slabs == slab)) for slab in np.unique(slabs)]
-        return [_Part(slab, self._tensor(where), self._tensor(inside[where])) for slab, where in parts]
+    def _by_slab(self, pages: IntArray) -> tuple[SlabShare, ...]:
+        return split_by_slab(pages, self.pool.slab_pages, self.pool.device)
 
     def _gather(
-        self, reads: Sequence[_Part], index: int, which: str, count: int, out: torch.Tensor | None = None
+        self, reads: Sequence[SlabShare], index: int, which: str, count: int, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[count, page_size, kv_heads, dim]: the keys or values of ``count`` pages of one site."""
         slabs = [self.pool.slab(read.slab) for read in reads]
         memories = [(slab.keys if which == "keys" else slab.values)[index] for slab in slabs]
         shape = (count, *memories[0].shape[1:])
-        pages = memories[0].new_empty(shape) if out is None else out.view(shape)
-        for read, memory in zip(reads, memories, strict=True):
-            if read.where is None:
-                torch.index_select(memory, 0, read.inside, out=pages)
-            else:
-                pages.index_copy_(0, read.where, memory.index_select(0, read.inside))
-        return pages
+        return gather(reads, memories, memories[0].new_empty(shape) if out is None else out.view(shape))
 
     def _tensor(self, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torch.Tensor:
         return uploaded(values, self.pool.device)

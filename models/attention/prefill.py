@@ -17,8 +17,7 @@ from rollout.models.arrays import IntArray, uploaded
 from rollout.models.attention.interface import Scores
 from rollout.models.forward_batch import Packed
 from rollout.models.kv_cache.layout import Span
-from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.kv_cache.slab_index import Slots
+from rollout.models.kv_cache.page_pool import PagePool, Slots
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
 from rollout.models.arrays import IntArray
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.pool import Pool
+from rollout.models.kv_cache.slab_index import SlabShare, gather, scatter, split_by_slab
 from rollout.models.kv_cache.state_pool import StatePool
 
 
@@ -108,3 +110,36 @@ class PagePool(Pool[Slab]):
         keys = tuple(parts[2 * i].view(*shape, s.kv_heads, s.key_dim) for i, s in enumerate(layout.sites))
         values = tuple(parts[2 * i + 1].view(*shape, s.kv_heads, s.value_dim) for i, s in enumerate(layout.sites))
         return Slab(keys, values)
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Token slots of a pool: ``page * page_size + place in page``, in any order, also repeated."""
+
+    pool: PagePool
+    count: int
+    shares: tuple[SlabShare, ...]
+
+    @classmethod
+    def of(cls, pool: PagePool, slots: IntArray) -> Self:
+        """The slots [n], at least one."""
+        return cls(pool, len(slots), split_by_slab(slots, pool.slab_pages * pool.layout.page_size, pool.device))
+
+    def write(self, site: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes [n, kv_heads, dim] of one site; slots must differ from each other."""
+        all_keys, all_values = self._memories(site)
+        scatter(self.shares, all_keys, keys)
+        scatter(self.shares, all_values, values)
+
+    def read(self, site: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [n, kv_heads, dim] of one site."""
+        keys, values = self._memories(site)
+        return self._gathered(keys), self._gathered(values)
+
+    def _memories(self, site: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """[slots of a slab, kv_heads, dim] in the slab of each share: keys, and values."""
+        slabs = [self.pool.slab(share.slab) for share in self.shares]
+        return [slab.keys[site].flatten(0, 1) for slab in slabs], [slab.values[site].flatten(0, 1) for slab in slabs]
+
+    def _gathered(self, memories: list[torch.Tensor]) -> torch.Tensor:
+        return gather(self.shares, memories, memories[0].new_empty(self.count, *memories[0].shape[1:]))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
 import torch
 
-from rollout.models.arrays import IntArray, uploaded
+from rollout.models.arrays import IntArray
 from rollout.models.kv_cache.layout import State
 from rollout.models.kv_cache.pool import Pool
+from rollout.models.kv_cache.slab_index import SlabShare, gather, scatter, split_by_slab
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,53 +41,27 @@ class StatePool(Pool[StateSlab]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """The rows whose states lie in one slab."""
-
-    slab: int
-    where: torch.Tensor | None
-    """Which of the rows; all of them, in order, when None."""
-    inside: torch.Tensor
-    """Their pages, counted from the slab's start."""
-
-
-@dataclass(frozen=True, slots=True)
 class StateRows:
     """The states of some rows of a pool: split by slab once, then used for every layer."""
 
     pool: StatePool
     count: int
-    parts: tuple[_Part, ...]
+    shares: tuple[SlabShare, ...]
 
     @classmethod
     def of(cls, pool: StatePool, pages: IntArray) -> Self:
         """The rows with these ``pages``, at least one, all different."""
-
-        def tensor(values: IntArray) -> torch.Tensor:
-            return uploaded(values, pool.device)
-
-        slabs, inside = np.divmod(pages, pool.slab_pages)
-        held = np.unique(slabs).tolist()
-        if len(held) == 1:
-            return cls(pool, len(pages), (_Part(held[0], None, tensor(inside)),))
-        places = [(slab, np.flatnonzero(slabs == slab)) for slab in held]
-        return cls(pool, len(pages), tuple(_Part(slab, tensor(at), tensor(inside[at])) for slab, at in places))
+        return cls(pool, len(pages), split_by_slab(pages, pool.slab_pages, pool.device))
 
     def read(self, index: int) -> torch.Tensor:
         """A copy ``[rows, *shape]`` of the ``index``-th state of the layout."""
         state = self.pool.layout[index]
         out = torch.empty(self.count, *state.shape, dtype=state.dtype, device=self.pool.device)
-        for part in self.parts:
-            memory = self.pool.slab(part.slab).tensors[index]
-            if part.where is None:
-                torch.index_select(memory, 0, part.inside, out=out)
-            else:
-                out.index_copy_(0, part.where, memory.index_select(0, part.inside))
-        return out
+        return gather(self.shares, self._memories(index), out)
 
     def write(self, index: int, values: torch.Tensor) -> None:
         """Overwrites that state by ``values`` ``[rows, *shape]``."""
-        for part in self.parts:
-            memory = self.pool.slab(part.slab).tensors[index]
-            rows = values if part.where is None else values.index_select(0, part.where)
-            memory.index_copy_(0, part.inside, rows.to(memory.dtype))
+        scatter(self.shares, self._memories(index), values)
+
+    def _memories(self, index: int) -> list[torch.Tensor]:
+        return [self.pool.slab(share.slab).tensors[index] for share in self.shares]

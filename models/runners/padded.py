@@ -22,8 +22,7 @@ from rollout.models.attention.names import AUTO
 from rollout.models.errors import UnsupportedModel
 from rollout.models.forward_batch import Packed
 from rollout.models.kv_cache.layout import KVLayout, Site, Span
-from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.kv_cache.slab_index import Slots
+from rollout.models.kv_cache.page_pool import PagePool, Slots
 from rollout.models.module.borrow import Loan
 from rollout.models.module.inspect import family_name, home, refuse_recurrent, unwrap, vocabulary_size
 from rollout.models.module.rope import Rotary, texts_of
