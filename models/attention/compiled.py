@@ -7,132 +7,31 @@ it runs in. Where it cannot be built, `kernel` says why, once, and returns None:
 from __future__ import annotations
 
 import ctypes
-from ctypes import Structure, addressof, byref, c_double, c_int64, c_void_p, sizeof
+from ctypes import addressof, byref, sizeof
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from rollout.models.arrays import IntArray
 from rollout.models.attention.base import PagedStep
+from rollout.models.attention.compiled_library import DTYPES, CCall, CPlan, CSite, CSizes, CStep, CTask, Kernel
 from rollout.models.attention.interface import Scores
 from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
-from rollout.models.csrc.build import KernelUnavailable, build, built, gomp_parallel
+from rollout.models.csrc.build import KernelUnavailable, build, built
 from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.kv_cache.layout import Site, Span
 from rollout.models.kv_cache.page_pool import PagePool
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "paged_attention.c"
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SPANS = {"full": 0, "window": 1, "chunk": 2}
 
 
-def _fields(kind: type[ctypes._SimpleCData[Any]], names: str) -> list[tuple[str, type[ctypes._SimpleCData[Any]]]]:
-    return [(name, kind) for name in names.split()]
-
-
-# The structures of the same names in the source, field by field.
-
-
-class _Step(Structure):
-    _fields_ = _fields(c_int64, "sequences width page_size slab_pages slabs tokens") + _fields(
-        c_void_p, "tables starts lengths offsets slots"
-    )
-
-
-class _Site(Structure):
-    _fields_ = _fields(c_int64, "dtype kv_heads group key_dim value_dim span span_size") + _fields(
-        c_void_p, "keys values"
-    )
-
-
-class _Task(Structure):
-    _fields_ = _fields(c_int64, "sequence query queries head heads chunk chunks split partial cost")
-
-
-class _Sizes(Structure):
-    _fields_ = _fields(c_int64, "tasks splits partial_floats scratch_floats")
-
-
-class _Plan(Structure):
-    _fields_ = [
-        ("tasks", c_void_p),
-        ("pending", c_void_p),
-        ("partials", c_void_p),
-        ("scratch", c_void_p),
-        ("sizes", _Sizes),
-    ]
-
-
-class _Call(Structure):
-    _fields_ = (
-        _fields(c_void_p, "step site plan query key value out")
-        + _fields(c_int64, "query_token query_head key_token key_head value_token value_head")
-        + _fields(c_void_p, "sinks")
-        + _fields(c_double, "scaling softcap")
-        + _fields(c_int64, "threads")
-        + _fields(c_void_p, "parallel")
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Addresses:
-    """Where a pool's slabs lie, for one state of the pool."""
-
-    slabs: tuple[int, ...]
-    """What tells that state: the address of each slab's first keys, 0 for a dropped one."""
-    bases: IntArray
-    """[sites, 2, slabs] addresses of keys and values; the structures of ``sites`` point into it."""
-    sites: dict[tuple[int, int], _Site]
-    """By index of the site, and heads in a group."""
-    calls: dict[tuple[int, int], _Call]
-    """Likewise; filled anew for every call."""
-
-
-class Kernel:
-    """The loaded library.
-
-    Args:
-        library: with the entry points of ``paged_attention.c``.
-    """
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-        self.prepare = library.rollout_prepare
-        self.prepare.argtypes, self.prepare.restype = [c_void_p], None
-        self.plan = library.rollout_plan
-        self.plan.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
-        self.plan.restype = c_int64
-        self.attend = library.rollout_attend
-        self.attend.argtypes, self.attend.restype = [c_void_p], None
-        library.rollout_has_float16.restype = c_int64
-        self.dtypes = frozenset(
-            dtype for dtype in _DTYPES if dtype != torch.float16 or bool(library.rollout_has_float16())
-        )
-        self.parallel = gomp_parallel()
-        self._addresses: WeakKeyDictionary[PagePool, _Addresses] = WeakKeyDictionary()
-
-    def supports(self, layout: KVLayout, device: torch.device) -> bool:
-        """Whether pages of this layout on this device can be read."""
-        return device.type == "cpu" and layout.dtype in self.dtypes and bool(layout.sites)
-
-    def addresses(self, pool: PagePool) -> _Addresses:
-        """Where the pool's slabs lie; looked up again when it grew or shrank."""
-        slabs = tuple(0 if slab is None else slab.keys[0].data_ptr() for slab in pool.slabs)
-        known = self._addresses.get(pool)
-        if known is None or known.slabs != slabs:
-            bases = np.zeros((len(pool.layout.sites), 2, len(slabs)), np.int64)
-            for number, slab in enumerate(pool.slabs):
-                if slab is not None:
-                    for which, tensors in enumerate((slab.keys, slab.values)):
-                        bases[:, which, number] = [tensor.data_ptr() for tensor in tensors]
-            known = self._addresses[pool] = _Addresses(slabs, bases, {}, {})
-        return known
+# The structures of `csrc/attention_call.h`, field by field: `CStep` is its `Step`.
 
 
 class CompiledAttention:
@@ -178,12 +77,12 @@ class CompiledAttention:
         self._threads = torch.get_num_threads() if threads is None else threads
         self.tokens = int(self._lengths.sum())
         self._offsets, self._slots = np.empty(len(self._starts), np.int64), np.empty(self.tokens, np.int64)
-        self._step = _Step(
+        self._step = CStep(
             *(len(self._starts), self._tables.shape[1], pool.layout.page_size, pool.slab_pages),
             *(len(self._addresses.slabs), self.tokens),
             *(a.ctypes.data for a in (self._tables, self._starts, self._lengths, self._offsets, self._slots)),
         )
-        self._plans: dict[tuple[int, int, int, int, Span], _Plan] = {}
+        self._plans: dict[tuple[int, int, int, int, Span], CPlan] = {}
         self._memory: list[np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = []
         # Checks the pages, so that the next line reads only what the table holds.
         self._plan(self._site(0, 1), pool.layout.sites[0].span)
@@ -251,44 +150,44 @@ class CompiledAttention:
         self._kernel.attend(byref(call))
         return out
 
-    def _site(self, index: int, group: int) -> _Site:
+    def _site(self, index: int, group: int) -> CSite:
         addresses = self._addresses
         known = addresses.sites.get((index, group))
         if known is None:
             site: Site = self._layout.sites[index]
             keys, values = (addresses.bases[index, which].ctypes.data for which in (0, 1))
-            known = addresses.sites[index, group] = _Site(
-                *(_DTYPES[self._layout.dtype], site.kv_heads, group, site.key_dim, site.value_dim),
+            known = addresses.sites[index, group] = CSite(
+                *(DTYPES[self._layout.dtype], site.kv_heads, group, site.key_dim, site.value_dim),
                 *(_SPANS[site.span.kind], site.span.size, keys, values),
             )
         return known
 
-    def _call(self, index: int, group: int) -> _Call:
+    def _call(self, index: int, group: int) -> CCall:
         site, calls = self._site(index, group), self._addresses.calls
         call = calls.get((index, group))
         if call is None:
-            call = calls[index, group] = _Call(site=addressof(site), parallel=self._kernel.parallel)
+            call = calls[index, group] = CCall(site=addressof(site), parallel=self._kernel.parallel)
         plan = self._plan(site, self._layout.sites[index].span)
         call.step, call.plan, call.threads = addressof(self._step), addressof(plan), self._threads
         return call
 
-    def _plan(self, site: _Site, span: Span) -> _Plan:
+    def _plan(self, site: CSite, span: Span) -> CPlan:
         key = (site.kv_heads, site.group, site.key_dim, site.value_dim, span)
         plan = self._plans.get(key)
         if plan is None:
-            sizes = _Sizes()
+            sizes = CSizes()
             arguments = (byref(self._step), byref(site), self._threads, byref(sizes))
             bad = self._kernel.plan(*arguments, None, None)
             if bad:
                 raise IndexError(f"Sequence {bad - 1} of the step needs a page that is in no slab of the pool.")
-            tasks = np.empty(max(1, sizes.tasks) * sizeof(_Task), np.uint8)
+            tasks = np.empty(max(1, sizes.tasks) * sizeof(CTask), np.uint8)
             pending = np.empty(max(1, sizes.splits), np.int64)
             partials = np.empty(max(1, sizes.partial_floats), np.float32)
             scratch = np.empty(max(1, self._threads) * sizes.scratch_floats, np.float32)
             self._kernel.plan(*arguments, tasks.ctypes.data, pending.ctypes.data)
             arrays = (tasks, pending, partials, scratch)
             self._memory.extend(arrays)
-            plan = self._plans[key] = _Plan(*(array.ctypes.data for array in arrays), sizes)
+            plan = self._plans[key] = CPlan(*(array.ctypes.data for array in arrays), sizes)
         return plan
 
 

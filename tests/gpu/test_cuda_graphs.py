@@ -13,8 +13,9 @@ from rollout import Engine, SamplingParams
 from rollout.models.attention.triton import TritonStep, TritonSteps
 from rollout.models.attention.triton_metadata import Room
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.runners import cuda_graphs
-from rollout.models.runners.cuda_graphs import CapturedRunner, CudaGraphs
+from rollout.models.runners import cuda_graphs, graph_capture
+from rollout.models.runners.cuda_graphs import CapturedRunner
+from rollout.models.runners.graph_capture import CudaGraphs
 from rollout.models.runners.packed import InterfaceRunner, InterfaceTier
 from tests.contract.conftest import random_prompts
 from tests.models.attention.test_triton import TOLERANCE
@@ -149,13 +150,13 @@ def test_an_engine_replays_graphs_and_draws_what_it_does_without(monkeypatch: py
     model, prompts = tiny("llama"), random_prompts(7, 40)
     params = SamplingParams(n=2, max_new_tokens=40, ignore_eos=True)
     replays: list[int] = []
-    replay = cuda_graphs._CudaGraph.replay
+    replay = graph_capture._CudaGraph.replay
 
-    def counted(self: cuda_graphs._CudaGraph) -> None:
+    def counted(self: graph_capture._CudaGraph) -> None:
         replays.append(1)
         replay(self)
 
-    monkeypatch.setattr(cuda_graphs._CudaGraph, "replay", counted)
+    monkeypatch.setattr(graph_capture._CudaGraph, "replay", counted)
     found = [record.completion_ids for record in Engine(model, None).generate(prompts, params)]
     assert len(replays) >= 30
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from rollout.models.attention import compiled
-from rollout.models.attention.compiled import CompiledAttention, Kernel
+from rollout.models.attention.compiled import CompiledAttention
+from rollout.models.attention.compiled_library import Kernel
 from rollout.models.attention.interface import Scores
 from rollout.models.csrc import build
 from rollout.models.csrc.build import KernelUnavailable
@@ -497,16 +498,15 @@ def test_a_source_that_does_not_compile(
 def test_a_kernel_that_computes_something_else_is_not_used(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    source_file = compiled.SOURCE
-    source = source_file.read_text()
-    mutated = source.replace("finish(call, value_row, token", "finish(call, value_row, 1 + token")
-    assert mutated != source
-    monkeypatch.setattr(compiled, "SOURCE", tmp_path / "wrong.c")
-    mutated = source.replace(
+    for file in (compiled.SOURCE, *compiled.SOURCE.parent.glob("*.h")):
+        shutil.copy(file, tmp_path)
+    header = tmp_path / "attention_call.h"
+    mutated = header.read_text().replace(
         "return position / site->span_size * site->span_size;\n    return 0;", "return position;\n    return 1;"
     )
-    (tmp_path / "wrong.c").write_text(mutated)
-    shutil.copy(source_file.with_name("vectors.h"), tmp_path)
+    assert mutated != header.read_text()
+    header.write_text(mutated)
+    monkeypatch.setattr(compiled, "SOURCE", tmp_path / compiled.SOURCE.name)
     none_and_one_warning(caplog, "computes something else")
     assert not [file for file in fresh.parent.rglob("*") if file.is_file()]
 

@@ -19,9 +19,10 @@ from rollout.models.attention import triton, triton_metadata
 from rollout.models.attention.triton import Blocks, TritonSteps
 from rollout.models.forward_batch import Packed
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.runners import cuda_graphs
+from rollout.models.runners import cuda_graphs, graph_capture
 from rollout.models.runners.base import Runner
-from rollout.models.runners.cuda_graphs import CapturedRunner, CudaGraphs, Graphs, capturing, rung
+from rollout.models.runners.cuda_graphs import CapturedRunner, capturing, rung
+from rollout.models.runners.graph_capture import CudaGraphs, Graphs
 from rollout.models.runners.packed import InterfaceRunner, InterfaceTier
 from tests.contract.test_long_sequences import long_model
 from tests.support.devices import DEVICE
@@ -459,8 +460,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", called("end"), raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", called("release"), raising=False)
-    monkeypatch.setattr(cuda_graphs, "_stream", lambda _: None)
-    monkeypatch.setattr(cuda_graphs, "_broken_off", [])
+    monkeypatch.setattr(graph_capture, "_stream", lambda _: None)
+    monkeypatch.setattr(graph_capture, "_broken_off", [])
     return said
 
 
@@ -475,14 +476,14 @@ def test_a_capture_that_the_driver_breaks_off_is_over_for_torch_s_allocator(driv
         graphs.capture(fails)
     assert isinstance(cuda_graphs._cause(caught.value), torch.OutOfMemoryError)
     assert driver.calls == ["begin 1", "end 1", "release 1"]
-    assert len(cuda_graphs._broken_off) == 1
+    assert len(graph_capture._broken_off) == 1
 
 
 def test_a_capture_that_fails_and_can_be_ended_leaves_no_graph(driver: Driver) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         CudaGraphs(torch.device("cuda", 0)).capture(fails)
     assert driver.calls == ["begin 1", "reset"]
-    assert not cuda_graphs._broken_off
+    assert not graph_capture._broken_off
 
 
 def test_what_a_step_that_failed_has_launched_is_waited_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,7 +497,7 @@ def test_what_a_step_that_failed_has_launched_is_waited_for(driver: Driver, monk
             driver.calls.append(f"{self.name} waits for {other.name}")
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("current"))
-    monkeypatch.setattr(cuda_graphs, "_stream", lambda _: Stream("aside"))
+    monkeypatch.setattr(graph_capture, "_stream", lambda _: Stream("aside"))
 
     def step() -> torch.Tensor:
         driver.calls.append("step")

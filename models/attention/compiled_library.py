@@ -1,0 +1,131 @@
+"""The library of the compiled attention kernel: its structures, its entry points, and where a pool's slabs lie."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, c_double, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from rollout.models.arrays import IntArray
+from rollout.models.csrc.build import gomp_parallel
+from rollout.models.kv_cache.layout import KVLayout
+from rollout.models.kv_cache.page_pool import PagePool
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _fields(kind: type[ctypes._SimpleCData[Any]], names: str) -> list[tuple[str, type[ctypes._SimpleCData[Any]]]]:
+    return [(name, kind) for name in names.split()]
+
+
+class CStep(Structure):
+    """One forward: its sequences and their pages."""
+
+    _fields_ = _fields(c_int64, "sequences width page_size slab_pages slabs tokens") + _fields(
+        c_void_p, "tables starts lengths offsets slots"
+    )
+
+
+class CSite(Structure):
+    """One attention site: what it stores and where."""
+
+    _fields_ = _fields(c_int64, "dtype kv_heads group key_dim value_dim span span_size") + _fields(
+        c_void_p, "keys values"
+    )
+
+
+class CTask(Structure):
+    """Some queries, heads and chunks of one sequence; only its size matters here."""
+
+    _fields_ = _fields(c_int64, "sequence query queries head heads chunk chunks split partial cost")
+
+
+class CSizes(Structure):
+    """Memory that a plan asks for."""
+
+    _fields_ = _fields(c_int64, "tasks splits partial_floats scratch_floats")
+
+
+class CPlan(Structure):
+    """The work of a site divided among tasks."""
+
+    _fields_ = [
+        ("tasks", c_void_p),
+        ("pending", c_void_p),
+        ("partials", c_void_p),
+        ("scratch", c_void_p),
+        ("sizes", CSizes),
+    ]
+
+
+class CCall(Structure):
+    """One call of the kernel."""
+
+    _fields_ = (
+        _fields(c_void_p, "step site plan query key value out")
+        + _fields(c_int64, "query_token query_head key_token key_head value_token value_head")
+        + _fields(c_void_p, "sinks")
+        + _fields(c_double, "scaling softcap")
+        + _fields(c_int64, "threads")
+        + _fields(c_void_p, "parallel")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where a pool's slabs lie, for one state of the pool."""
+
+    slabs: tuple[int, ...]
+    """What tells that state: the address of each slab's first keys, 0 for a dropped one."""
+    bases: IntArray
+    """[sites, 2, slabs] addresses of keys and values; the structures of ``sites`` point into it."""
+    sites: dict[tuple[int, int], CSite]
+    """By index of the site, and heads in a group."""
+    calls: dict[tuple[int, int], CCall]
+    """Likewise; filled anew for every call."""
+
+
+class Kernel:
+    """The loaded library.
+
+    Args:
+        library: with the entry points of ``paged_attention.c``.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self.prepare = library.rollout_prepare
+        self.prepare.argtypes, self.prepare.restype = [c_void_p], None
+        self.plan = library.rollout_plan
+        self.plan.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
+        self.plan.restype = c_int64
+        self.attend = library.rollout_attend
+        self.attend.argtypes, self.attend.restype = [c_void_p], None
+        library.rollout_has_float16.restype = c_int64
+        self.dtypes = frozenset(
+            dtype for dtype in DTYPES if dtype != torch.float16 or bool(library.rollout_has_float16())
+        )
+        self.parallel = gomp_parallel()
+        self._addresses: WeakKeyDictionary[PagePool, Addresses] = WeakKeyDictionary()
+
+    def supports(self, layout: KVLayout, device: torch.device) -> bool:
+        """Whether pages of this layout on this device can be read."""
+        return device.type == "cpu" and layout.dtype in self.dtypes and bool(layout.sites)
+
+    def addresses(self, pool: PagePool) -> Addresses:
+        """Where the pool's slabs lie; looked up again when it grew or shrank."""
+        slabs = tuple(0 if slab is None else slab.keys[0].data_ptr() for slab in pool.slabs)
+        known = self._addresses.get(pool)
+        if known is None or known.slabs != slabs:
+            bases = np.zeros((len(pool.layout.sites), 2, len(slabs)), np.int64)
+            for number, slab in enumerate(pool.slabs):
+                if slab is not None:
+                    for which, tensors in enumerate((slab.keys, slab.values)):
+                        bases[:, which, number] = [tensor.data_ptr() for tensor in tensors]
+            known = self._addresses[pool] = Addresses(slabs, bases, {}, {})
+        return known

@@ -1,0 +1,201 @@
+/* The inner loops of paged_attention.c: scores of some rows and the keys of a block, and sums of its values. */
+
+/* Rows (a query's heads, or several queries' heads) that share one load of a key or value. A tile of ROWS x 4 sums, a
+ * vector of each row and one of a key fit the registers: 32 with AVX-512 and on Arm, 16 elsewhere. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define ROWS 6
+#else
+#define ROWS 3
+#endif
+
+/* Memory that is read soon, fetched while something else is computed: the rows of a block's keys or values, one after
+ * another, all heads of the task. Pages lie anywhere, so the processor cannot guess them. */
+typedef struct {
+    const char *const *rows; /* [BLOCK] addresses */
+    int64_t row, offset, bytes;
+    int64_t heads, due; /* fetched are as many rows, a head at a time, as are computed meanwhile */
+} Ahead;
+
+INLINE void prefetch(Ahead *ahead, int64_t rows_of_a_head)
+{
+    ahead->due += rows_of_a_head;
+    for (; ahead->due >= ahead->heads && ahead->row < BLOCK; ahead->due -= ahead->heads, ahead->row++) {
+        const char *row = ahead->rows[ahead->row] + ahead->offset;
+        for (int64_t byte = 0; byte < ahead->bytes; byte += 64)
+            __builtin_prefetch(row + byte);
+    }
+}
+
+/* sums[r][i] += the product of vectors [j, j + 1) of a query r and a key i, or [j, j + 2) in bfloat16. */
+INLINE void multiply_keys(const int dtype, const int rows, int64_t vectors, int64_t j, const float *q,
+                          const char *const k[4], vf sums[ROWS][4])
+{
+#if defined(__AVX512BF16__)
+    if (dtype == BFLOAT16) { /* queries as they came: pairs are multiplied and added in one instruction */
+        __m512i query[ROWS];
+        UNROLL for (int r = 0; r < rows; r++)
+            query[r] = _mm512_loadu_si512(q + r * vectors * W + j / 2 * W);
+        UNROLL for (int i = 0; i < 4; i++) {
+            __m512i key = _mm512_loadu_si512(k[i] + j * W * 2);
+            UNROLL for (int r = 0; r < rows; r++)
+                sums[r][i] = (vf)_mm512_dpbf16_ps((__m512)sums[r][i], (__m512bh)query[r], (__m512bh)key);
+        }
+        return;
+    }
+#endif
+    const int halves = dtype == BFLOAT16 ? 2 : 1;
+    UNROLL for (int half = 0; half < halves; half++) {
+        vf query[ROWS];
+        UNROLL for (int r = 0; r < rows; r++)
+            query[r] = load(q + (r * vectors + j + half) * W);
+        UNROLL for (int i = 0; i < 4; i++) {
+            vf key = row_vector(dtype, k[i] + j * W * size_of(dtype), half);
+            UNROLL for (int r = 0; r < rows; r++)
+                sums[r][i] = fma_(query[r], key, sums[r][i]);
+        }
+    }
+}
+
+/* Scores of `rows` queries and the keys [from, to) of a block; from and to are multiples of 4.
+ * q [rows, vectors * W], see `load_query`; keys [BLOCK] addresses, to which `offset` is added; scores [rows, BLOCK]. */
+INLINE void score_rows(const int dtype, const int rows, int64_t vectors, float scaling, const float *q,
+                       const char *const *keys, int64_t offset, int64_t from, int64_t to, Ahead *ahead, float *scores)
+{
+    const int step = dtype == BFLOAT16 ? 2 : 1;
+    for (int64_t t = from; t < to; t += 4) {
+        const char *k[4] = {keys[t] + offset, keys[t + 1] + offset, keys[t + 2] + offset, keys[t + 3] + offset};
+        if (ahead)
+            prefetch(ahead, 4);
+        vf sums[ROWS][4];
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int i = 0; i < 4; i++)
+                sums[r][i] = (vf){0};
+        UNROLL_BY_2 for (int64_t j = 0; j < vectors; j += step)
+            multiply_keys(dtype, rows, vectors, j, q, k, sums);
+        UNROLL for (int r = 0; r < rows; r++)
+            store_sums(scores + r * BLOCK + t, scaling, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+    }
+}
+
+/* sums = sums * factors + weights @ values[from:to], for `count` vectors of each of `rows` rows.
+ * weights [rows, BLOCK]; sums [rows, stride], already at its first vector; `first` is that vector's number. */
+INLINE void add_values(const int dtype, const int rows, const int count, const float *weights,
+                       const char *const *values, int64_t offset, int64_t first, int64_t from, int64_t to,
+                       const float *factors, Ahead *ahead, float *sums, int64_t stride)
+{
+    vf total[ROWS][4];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < count; i++)
+            total[r][i] = load(sums + r * stride + i * W) * splat(factors[r]);
+    offset += first * W * size_of(dtype);
+    for (int64_t t = from; t < to; t++) {
+        const char *row = values[t] + offset;
+        if (ahead)
+            prefetch(ahead, 1);
+        vf weight[ROWS];
+        UNROLL for (int r = 0; r < rows; r++)
+            weight[r] = splat(weights[r * BLOCK + t]);
+        UNROLL for (int i = 0; i < count; i++) {
+            vf value = row_vector(dtype, row, i);
+            UNROLL for (int r = 0; r < rows; r++)
+                total[r][i] = fma_(weight[r], value, total[r][i]);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < count; i++)
+            store(sums + r * stride + i * W, total[r][i]);
+}
+
+/* The same for all vectors of the rows. */
+INLINE void add_all_values(const int dtype, const int rows, int64_t vectors, const float *weights,
+                           const char *const *values, int64_t offset, int64_t from, int64_t to, const float *factors,
+                           Ahead *ahead, float *sums)
+{
+    int64_t j = 0;
+    for (; j + 4 <= vectors; j += 4, ahead = NULL)
+        add_values(dtype, rows, 4, weights, values, offset, j, from, to, factors, ahead, sums + j * W, vectors * W);
+    if (j + 2 <= vectors) {
+        add_values(dtype, rows, 2, weights, values, offset, j, from, to, factors, ahead, sums + j * W, vectors * W);
+        j += 2, ahead = NULL;
+    }
+    if (dtype != BFLOAT16 && j < vectors) /* bfloat16 comes in pairs */
+        add_values(dtype, rows, 1, weights, values, offset, j, from, to, factors, ahead, sums + j * W, vectors * W);
+}
+
+/* Calls `f` with constants, so that each combination becomes a loop of its own. */
+#if ROWS == 6
+#define MORE_ROWS(f, dtype, ...)                                                                                       \
+    case 4: f(dtype, 4, __VA_ARGS__); break;                                                                           \
+    case 5: f(dtype, 5, __VA_ARGS__); break;                                                                           \
+    case 6: f(dtype, 6, __VA_ARGS__); break;
+#else
+#define MORE_ROWS(f, dtype, ...)
+#endif
+#define FOR_ROWS(f, dtype, rows, ...)                                                                                  \
+    switch (rows) {                                                                                                    \
+    case 1: f(dtype, 1, __VA_ARGS__); break;                                                                           \
+    case 2: f(dtype, 2, __VA_ARGS__); break;                                                                           \
+    case 3: f(dtype, 3, __VA_ARGS__); break;                                                                           \
+    MORE_ROWS(f, dtype, __VA_ARGS__)                                                                                   \
+    }
+#define FOR_DTYPE_AND_ROWS(f, dtype, rows, ...)                                                                        \
+    if ((dtype) == FLOAT32) {                                                                                          \
+        FOR_ROWS(f, FLOAT32, rows, __VA_ARGS__)                                                                        \
+    } else if ((dtype) == BFLOAT16) {                                                                                  \
+        FOR_ROWS(f, BFLOAT16, rows, __VA_ARGS__)                                                                       \
+    } else {                                                                                                           \
+        FOR_ROWS(f, FLOAT16, rows, __VA_ARGS__)                                                                        \
+    }
+
+static __attribute__((noinline)) void score(int dtype, int rows, int64_t vectors, float scaling, const float *q,
+                                            const char *const *keys, int64_t offset, int64_t from, int64_t to,
+                                            Ahead *ahead, float *scores)
+{
+    FOR_DTYPE_AND_ROWS(score_rows, dtype, rows, vectors, scaling, q, keys, offset, from, to, ahead, scores)
+}
+
+static __attribute__((noinline)) void weigh_values(int dtype, int rows, int64_t vectors, const float *weights,
+                                                   const char *const *values, int64_t offset, int64_t from,
+                                                   int64_t to, const float *factors, Ahead *ahead, float *sums)
+{
+    FOR_DTYPE_AND_ROWS(add_all_values, dtype, rows, vectors, weights, values, offset, from, to, factors, ahead, sums)
+}
+
+/* Scores [from, to) of a block become weights relative to the maximum so far; what stands around them in their
+ * vectors becomes 0. Returns by how much sums so far are to be multiplied. */
+static float weigh(float *scores, int64_t from, int64_t to, float softcap, float *maximum, float *total)
+{
+    int64_t low = from / W * W, high = (to + W - 1) / W * W;
+    for (int64_t t = low; t < from; t++)
+        scores[t] = MINUS_INFINITY;
+    for (int64_t t = to; t < high; t++)
+        scores[t] = MINUS_INFINITY;
+    if (softcap > 0) {
+        vf cap = splat(softcap);
+        for (int64_t t = low; t < high; t += W) {
+            vf x = load(scores + t);
+            vf capped = cap * hyperbolic_tangent(x / cap);
+            store(scores + t, capped);
+        }
+        for (int64_t t = low; t < from; t++)
+            scores[t] = MINUS_INFINITY;
+        for (int64_t t = to; t < high; t++)
+            scores[t] = MINUS_INFINITY;
+    }
+    vf most = splat(*maximum);
+    for (int64_t t = low; t < high; t += W)
+        most = larger(load(scores + t), most);
+    float before = *maximum, now = largest(most);
+    /* Where all scores are -infinity, any finite reference gives weights of 0, and -infinity itself NaN. */
+    float reference = now == MINUS_INFINITY ? 0 : now;
+    vf added = {0}, by = splat(reference);
+    for (int64_t t = low; t < high; t += W) {
+        vf weight = exponential(load(scores + t) - by);
+        store(scores + t, weight);
+        added += weight;
+    }
+    float factor = before == now ? 1.0f : scale_from(before, reference);
+    *maximum = now;
+    store(total, fma_(load(total), splat(factor), added));
+    return factor;
+}
