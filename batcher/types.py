@@ -129,3 +129,26 @@ class Bounds:
     latency_budget_ms: float | None = None
     prefill_tokens: int = field(default=2048)
     """Most prompt tokens prefilled in one step."""
+
+
+def decoding_rows(observation: Observation) -> int:
+    """Live rows that have at least one token: the paper's N^d."""
+    return int(np.count_nonzero(observation.generated_tokens))
+
+
+def prefilling_rows(observation: Observation) -> int:
+    """Rows that wait for admission or for the end of their prefill: the paper's N^p."""
+    return observation.waiting_rows + observation.live_rows - decoding_rows(observation)
+
+
+def within(rows: int, observation: Observation, bounds: Bounds) -> int:
+    """``rows`` brought between the bounds, and not below the rows in decode.
+
+    The floor is line 6 of Algorithm 1 and line 15 of Algorithm 2 (arXiv 2503.05248): a policy never sheds
+    running work, only the engine's memory gate does. As there, ``max_rows`` goes before the floor.
+    """
+    return min(max(rows, decoding_rows(observation), bounds.min_rows), bounds.max_rows)
+
+
+OVER_BUDGET = "over_budget"
+"""The reason of a decision that cannot keep the budget: the fewest rows allowed already exceed it."""

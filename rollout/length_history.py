@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rollout.engine.batch_row import IntArray
+from rollout.batcher.types import IntArray
 from rollout.records import Record
 
 #: A mean follows what is new: the last completion weighs at least one in so many.

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rollout.batcher.estimators.step_time import StepTime
-from rollout.batcher.limits import decoding_rows
-from rollout.batcher.types import Bounds, Observation
+from rollout.batcher.types import Bounds, Observation, decoding_rows
 
 # What is left free against steps that take longer than the fit says is at most half of the budget.
 _MOST_LATE = 1.0

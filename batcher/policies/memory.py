@@ -8,8 +8,7 @@ from statistics import NormalDist
 from typing import Literal, get_args
 
 from rollout.batcher.estimators.length_moments import LengthMoments, Moments
-from rollout.batcher.limits import decoding_rows, prefilling_rows, within
-from rollout.batcher.types import Bounds, Decision, Observation
+from rollout.batcher.types import Bounds, Decision, Observation, decoding_rows, prefilling_rows, within
 
 Form = Literal["buffer", "eq12"]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rollout.batcher.policies.memory import Form, MemoryPolicy
-from rollout.batcher.policies.sla import OVER_BUDGET, SlaPolicy
-from rollout.batcher.types import Bounds, Decision, Observation
+from rollout.batcher.policies.sla import SlaPolicy
+from rollout.batcher.types import OVER_BUDGET, Bounds, Decision, Observation
 
 
 class PaperPolicy:

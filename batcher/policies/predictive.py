@@ -12,9 +12,7 @@ from rollout.batcher.estimators.peak_memory import fitting_exactly
 from rollout.batcher.estimators.row_memory import TYPICAL_MAX_NEW, live_rows, waiting_rows
 from rollout.batcher.estimators.step_time import StepTime
 from rollout.batcher.estimators.survival import Hazard
-from rollout.batcher.limits import decoding_rows
-from rollout.batcher.policies.sla import OVER_BUDGET
-from rollout.batcher.types import BoolArray, Bounds, Decision, FloatArray, Observation
+from rollout.batcher.types import OVER_BUDGET, BoolArray, Bounds, Decision, FloatArray, Observation, decoding_rows
 
 # Lengths and costs change slowly: what follows from them is worked out once in so many decisions.
 _DECISIONS_PER_ESTIMATE = 16

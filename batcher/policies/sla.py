@@ -5,11 +5,7 @@ from __future__ import annotations
 import math
 from statistics import fmean, median
 
-from rollout.batcher.limits import within
-from rollout.batcher.types import Bounds, Decision, Observation, StepSample
-
-OVER_BUDGET = "over_budget"
-"""The reason of a decision that cannot keep the budget: the fewest rows allowed already exceed it."""
+from rollout.batcher.types import OVER_BUDGET, Bounds, Decision, Observation, StepSample, within
 
 
 class SlaPolicy:

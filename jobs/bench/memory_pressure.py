@@ -22,7 +22,7 @@ import torch
 
 from jobs.bench.lib import cli, tables
 from rollout import Engine, SamplingParams
-from rollout.headroom.headroom import FakeHeadroom
+from rollout.headroom.fake import FakeHeadroom
 from rollout.requests import Request, StepReport
 
 _GB = 10**9

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from rollout.batcher.types import IntArray
 from rollout.requests import Request
 
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float32]
+Float32Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class Completion:
     """What a sample has generated so far; arrays of equal length."""
 
     tokens: IntArray
-    logprobs: FloatArray
-    sampler_logprobs: FloatArray
+    logprobs: Float32Array
+    sampler_logprobs: Float32Array
 
     def __len__(self) -> int:
         return len(self.tokens)

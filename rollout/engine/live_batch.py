@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rollout.engine.batch_row import Completion, FloatArray, IntArray, Row, noise_key
+from rollout.batcher.types import IntArray
+from rollout.engine.batch_row import Completion, Float32Array, Row, noise_key
 from rollout.models.arrays import uploaded
 from rollout.models.sampling.sampler import RowSampling
 
@@ -190,7 +191,7 @@ class LiveRows:
             self._go_on_with(going_on)
 
     def receive(
-        self, slots: IntArray, positions: IntArray, tokens: IntArray, logprobs: FloatArray, sampler: FloatArray
+        self, slots: IntArray, positions: IntArray, tokens: IntArray, logprobs: Float32Array, sampler: Float32Array
     ) -> None:
         """The next token of each of ``slots`` is here, the one at ``positions`` of its completion."""
         self._widen(0, int(positions.max(initial=-1)) + 1)

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rollout.batcher.types import Decision, FinishedRow, Observation, Policy, StepSample
-from rollout.engine.batch_row import IntArray
+from rollout.batcher.types import Decision, FinishedRow, IntArray, Observation, Policy, StepSample
 from rollout.engine.detokenizer import Text
 from rollout.engine.kv_memory import Memory
 from rollout.engine.pending_tokens import Draw

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rollout.engine.batch_row import FloatArray, IntArray
+from rollout.batcher.types import IntArray
+from rollout.engine.batch_row import Float32Array
 from rollout.models.sampling.sampler import Sampled
 
 
@@ -36,7 +37,7 @@ class Draw:
             copied.record()
         return cls(slots, positions, on_host, copied)
 
-    def read(self) -> tuple[IntArray, FloatArray, FloatArray]:
+    def read(self) -> tuple[IntArray, Float32Array, Float32Array]:
         """Waits for the device; tokens, log-probabilities and those of the sampler, [B] each."""
         if self._copied is not None:
             self._copied.synchronize()

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from rollout.batcher.preemption import Victim, cheapest, youngest
-from rollout.engine.batch_row import Group, IntArray, Prefill, Row
+from rollout.batcher.types import IntArray
+from rollout.engine.batch_row import Group, Prefill, Row
 from rollout.engine.kv_memory import Memory
 from rollout.engine.live_batch import LiveRows
 from rollout.engine.waiting_queue import Queue

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -74,18 +73,3 @@ class SpreadHeadroom:
         """Above the reserve of the total, exactly what every device has room for above its own."""
         room = min(after_reserve(memory, self._reserve_fraction) / share for memory, share in self._parts)
         return int(room) + int(self._reserve_fraction * self.total_bytes)
-
-
-@dataclass
-class FakeHeadroom:
-    """A device made of numbers, for tests and for squeezing a job.
-
-    ``taken_bytes`` is what others use, to be set at will; ``held`` returns what the code under test holds.
-    """
-
-    total_bytes: int
-    taken_bytes: int = 0
-    held: Callable[[], int] = lambda: 0
-
-    def free_bytes(self) -> int:
-        return self.total_bytes - self.taken_bytes - self.held()

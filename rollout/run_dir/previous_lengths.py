@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rollout.engine.batch_row import IntArray
+from rollout.batcher.types import IntArray
 from rollout.errors import InputError
 from rollout.length_history import Lengths
 from rollout.run_dir.part_file import whole_records

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from rollout.batcher.policies.predictive import PredictivePolicy
-from rollout.batcher.policies.sla import OVER_BUDGET
-from rollout.batcher.types import Bounds, Decision, FinishedRow, Observation, StepSample, WaitingRows
+from rollout.batcher.types import OVER_BUDGET, Bounds, Decision, FinishedRow, Observation, StepSample, WaitingRows
 from tests.support.observations import observe
 
 ROWS_OF_200 = [FinishedRow(100, 200)] * 400

@@ -12,10 +12,10 @@ import rollout.batcher
 from rollout.batcher.policies.memory import MemoryPolicy
 from rollout.batcher.policies.paper import PaperPolicy
 from rollout.batcher.policies.predictive import PredictivePolicy
-from rollout.batcher.policies.sla import OVER_BUDGET, SlaPolicy
+from rollout.batcher.policies.sla import SlaPolicy
 from rollout.batcher.policies.static import StaticPolicy
 from rollout.batcher.registry import POLICIES, make_policy
-from rollout.batcher.types import Bounds, Decision, FinishedRow, Observation
+from rollout.batcher.types import OVER_BUDGET, Bounds, Decision, FinishedRow, Observation
 from tests.support.observations import observe, step
 
 ROWS_OF_200 = [FinishedRow(100, 100)] * 50

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rollout.batcher.policies.sla import OVER_BUDGET, SlaPolicy
-from rollout.batcher.types import Bounds, Decision
+from rollout.batcher.policies.sla import SlaPolicy
+from rollout.batcher.types import OVER_BUDGET, Bounds, Decision
 from tests.support.observations import observe, step
 
 

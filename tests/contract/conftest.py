@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout import Engine, Record
-from rollout.engine.batch_row import IntArray
+from rollout.batcher.types import IntArray
 from rollout.engine.loop import Loop
 from rollout.engine.scheduler import Running
 from rollout.models.runners.select import serve

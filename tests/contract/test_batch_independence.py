@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rollout import Engine, Record, SamplingParams
-from rollout.headroom.headroom import FakeHeadroom
+from rollout.headroom.fake import FakeHeadroom
 from rollout.requests import Request
 from tests.contract.conftest import page_bytes, random_prompts, tight_engine, worst_logprob
 from tests.support.tiny_models import tiny

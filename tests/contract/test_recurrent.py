@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rollout import Engine, Record, SamplingParams
 from rollout.batcher.types import Decision, Observation
-from rollout.headroom.headroom import FakeHeadroom
+from rollout.headroom.fake import FakeHeadroom
 from rollout.models.runners.select import serve
 from rollout.requests import Request, StepReport
 from tests.contract.conftest import random_prompts, worst_logprob

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rollout.engine.kv_memory import Memory
-from rollout.headroom.headroom import FakeHeadroom
+from rollout.headroom.fake import FakeHeadroom
 from rollout.models.device import is_out_of_memory
 from rollout.models.kv_cache.layout import KVLayout, Site, Span
 

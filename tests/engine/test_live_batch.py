@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.engine.batch_row import Completion, Group, IntArray, Row, noise_key
+from rollout.batcher.types import IntArray
+from rollout.engine.batch_row import Completion, Group, Row, noise_key
 from rollout.engine.live_batch import LiveRows
 from rollout.requests import Request
 from rollout.sampling_params import SamplingParams

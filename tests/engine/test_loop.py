@@ -26,7 +26,7 @@ from rollout.engine.detokenizer import Ids, Text
 from rollout.engine.kv_memory import Memory
 from rollout.engine.loop import Loop
 from rollout.engine.waiting_queue import Queue
-from rollout.headroom.headroom import FakeHeadroom
+from rollout.headroom.fake import FakeHeadroom
 from rollout.models.arrays import IntArray
 from rollout.models.forward_batch import Packed
 from rollout.models.kv_cache.layout import KVLayout, Site, Span

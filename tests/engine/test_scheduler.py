@@ -15,7 +15,7 @@ from rollout.engine.batch_row import Row
 from rollout.engine.kv_memory import Memory
 from rollout.engine.scheduler import Running
 from rollout.engine.waiting_queue import Queue
-from rollout.headroom.headroom import FakeHeadroom
+from rollout.headroom.fake import FakeHeadroom
 from rollout.models.arrays import IntArray
 from rollout.models.kv_cache.layout import KVLayout, Site, Span, State
 from rollout.requests import Request

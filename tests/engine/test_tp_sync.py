@@ -22,7 +22,7 @@ from rollout.config import load_config
 from rollout.engine.kv_memory import Memory
 from rollout.engine.tp_sync import Alone, Together, together
 from rollout.errors import InputError
-from rollout.headroom.headroom import FakeHeadroom
+from rollout.headroom.fake import FakeHeadroom
 from rollout.job.job import run_job
 from rollout.job.ranks import Place
 from rollout.models.errors import UnsupportedModel

@@ -12,7 +12,8 @@ import torch
 
 from rollout.errors import InputError
 from rollout.headroom.cuda import CudaHeadroom, _log_without_nvml
-from rollout.headroom.headroom import FakeHeadroom, after_reserve, headroom_for
+from rollout.headroom.fake import FakeHeadroom
+from rollout.headroom.headroom import after_reserve, headroom_for
 from rollout.headroom.host import HostHeadroom, _resident_bytes
 
 GIB = 1 << 30

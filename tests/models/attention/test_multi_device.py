@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from rollout import Engine, SamplingParams
 from rollout.engine.kv_memory import Memory
 from rollout.engine.loop import Loop
-from rollout.headroom.headroom import FakeHeadroom, SpreadHeadroom, after_reserve, headroom_over
+from rollout.headroom.fake import FakeHeadroom
+from rollout.headroom.headroom import SpreadHeadroom, after_reserve, headroom_over
 from rollout.models.errors import UnsupportedModel
 from rollout.models.kv_cache.layout import KVLayout, Site, Span
 from rollout.models.kv_cache.page_pool import PagePool
