@@ -12,6 +12,9 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
+OVER_BUDGET = "over_budget"
+"""The reason of a decision that cannot keep the budget: the fewest rows allowed already exceed it."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepSample:
@@ -148,7 +151,3 @@ def within(rows: int, observation: Observation, bounds: Bounds) -> int:
     running work, only the engine's memory gate does. As there, ``max_rows`` goes before the floor.
     """
     return min(max(rows, decoding_rows(observation), bounds.min_rows), bounds.max_rows)
-
-
-OVER_BUDGET = "over_budget"
-"""The reason of a decision that cannot keep the budget: the fewest rows allowed already exceed it."""
