@@ -93,7 +93,7 @@ def simulate(
     """Runs a job to its end.
 
     Args:
-        workload: the rows. If it has hints, rows are put in order by them, as in the engine (`order.Ordering`).
+        workload: the rows. If it has hints, they order the rows, as in the engine (`admission_order.Ordering`).
         machine: costs and memory.
         policy: a new one; it keeps state.
         seed: of the noise in step times.

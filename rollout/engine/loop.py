@@ -6,15 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rollout.batcher.types import Decision, FinishedRow, IntArray, Observation, Policy, StepSample
 from rollout.engine.detokenizer import Text
 from rollout.engine.kv_memory import Memory
+from rollout.engine.observation import observe
 from rollout.engine.pending_tokens import Draw
 from rollout.engine.record_builder import Recorder
 from rollout.engine.scheduler import Running
@@ -29,7 +28,6 @@ from rollout.requests import StepReport
 from rollout.stats import Tally
 
 logger = logging.getLogger("rollout.batcher")
-_T = TypeVar("_T", bound=np.generic)
 
 #: Steps without an allocator failure after which the cap that one had set is doubled.
 _CALM_STEPS = 256
@@ -176,34 +174,7 @@ class Loop:
         return decision
 
     def _observe(self) -> Observation:
-        live, memory, layout = self._running.live, self._memory, self._memory.pool.layout
-        # Where tokens take nothing, one byte stands for a token, and rows for very many.
-        unit = max(1, layout.bytes_per_token)
-        starting = [row for prefill in self._running.prefills for row in prefill.rows]
-
-        def joined(decoding: NDArray[_T], others: list[int] | list[bool]) -> NDArray[_T]:
-            some: NDArray[_T] = decoding[live.active]
-            return np.concatenate([some, np.array(others, decoding.dtype)]) if others else some
-
-        observation = Observation(
-            prompt_tokens=joined(live.prompt_lengths, [len(row.group.prompt_ids) for row in starting]),
-            generated_tokens=joined(live.generated, [len(row.completion) for row in starting]),
-            max_new_tokens=joined(live.limits, [row.limit for row in starting]),
-            waiting_rows=len(self._queue),
-            waiting_prompt_tokens=self._queue.waiting_prompt_tokens,
-            kv_tokens_held=memory.bytes_used // unit,
-            kv_tokens_free=memory.obtainable_bytes // unit,
-            headroom_bytes=memory.headroom_bytes,
-            bytes_per_token=layout.bytes_per_token,
-            tokens_per_row=-(-layout.bytes_per_row // unit),
-            page_tokens=layout.page_size,
-            # Where states make each row compute its prompt by itself, little is shared.
-            groups=None if layout.states else joined(live.groups, [row.group.number for row in starting]),
-            ends_at_limit=joined(live.ends_at_limit, [row.ends_at_limit for row in starting]),
-            waiting=self._queue.upcoming(),
-            steps=tuple(self._steps),
-            finished=tuple(self._finished),
-        )
+        observation = observe(self._running, self._memory, self._queue, self._steps, self._finished)
         self._steps.clear()
         self._finished.clear()
         return observation
