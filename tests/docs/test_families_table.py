@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,6 @@ from jobs.bench import families_table
 from jobs.bench.families_table import Result, table, tiny_config, tried, write
 from tests.contract.conftest import greedy
 from tests.support.tiny_models import REFUSED, SERVED
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_family_is_right() -> None:

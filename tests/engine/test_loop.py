@@ -46,15 +46,6 @@ _TABLE = torch.from_numpy(np.random.default_rng(0).standard_normal((64, VOCABULA
 _TABLE[:, BROKEN] = -30.0  # for prompts alone
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are so small here that threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def logits_of(context: Sequence[int]) -> torch.Tensor:
     """[V]: depends on every token and its place; NaN when the context begins with `BROKEN`."""
     if context[0] == BROKEN:

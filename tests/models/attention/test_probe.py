@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,15 +19,6 @@ from rollout.models.module.borrow import Loan
 from tests.support.tiny_models import INTERFACE, tiny
 
 FULL, WINDOW, CHUNK = Span(), Span("window", 12), Span("chunk", 12)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are so small here that threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def probed(model: nn.Module) -> KVLayout:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import peft
 import pytest
@@ -16,15 +15,6 @@ from rollout.models.errors import UnsupportedModel
 from rollout.models.module.borrow import Loan
 from rollout.models.module.inspect import unwrap
 from tests.support.tiny_models import tiny
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are so small here that threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Parallel(nn.Module):

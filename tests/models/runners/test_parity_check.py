@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,15 +20,6 @@ from rollout.models.runners.parity_check import check_pages
 from rollout.models.runners.recurrent import StateTier
 from rollout.models.runners.select import serve
 from tests.support.tiny_models import INTERFACE, tiny
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are so small here that threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Mistaken(InterfaceTier):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,15 +12,6 @@ from numpy.typing import NDArray
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rollout.models.sampling.sampler import RowSampling, Sampled, keep, sample
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are so small here that threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
