@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
-from tests.support.devices import GPU
+# Helpers assert as tests do, and say as much when they fail.
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support.devices import GPU  # noqa: E402 - after the line above
 
 # On a busy machine the threads of small operations mostly wait for each other.
 torch.set_num_threads(1)

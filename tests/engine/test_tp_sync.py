@@ -33,11 +33,11 @@ from rollout.run_dir.metrics import read_metrics
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import read_run
 from rollout.verify import verify
-from tests.engine.test_loop import LAYOUT, World, plain, refuse_at
 from tests.rollout.test_cli import tiny as saved_tiny  # noqa: F401 - a fixture
 from tests.support.jobs import read_records, without_attempt
 from tests.support.tensor_parallel import assert_as_one_that_holds_all, launch
 from tests.support.tiny_models import tiny
+from tests.support.toy_loop import LAYOUT, World, plain, refuse_at
 
 
 def test_both_have_the_records_of_one_that_holds_all(tmp_path: Path) -> None:

@@ -1,0 +1,223 @@
+"""Rows that make way: for others, for slabs that are given back, and at their end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rollout.requests import Request
+from rollout.sampling_params import SamplingParams
+from tests.support.scheduler_world import PAGE_SIZE, SLAB_PAGES, World, request
+
+
+def test_the_youngest_rows_make_way_and_keep_their_tokens() -> None:
+    world = World([request(name, 5, start=10 * i) for i, name in enumerate("abc")]).all_live()
+    for _ in range(3):
+        world.decode()
+    kept = world.live.completion(int(world.live.active[2])).tokens.tolist()
+    world.running.preempt_beyond(1)
+    world.check()
+    assert (world.alive(), world.waiting()) == (["a0"], ["b0", "c0"])
+    assert len(kept) == 4
+    world.admit()
+    assert [prefill.context.tolist()[5:] for prefill in world.running.prefills] == [
+        world.drawn[id(prefill.rows[0])] for prefill in world.running.prefills
+    ]
+    assert world.running.prefills[1].context.tolist() == [20, 21, 22, 23, 24, *kept]
+    world.prefill()
+    world.decode()
+    assert world.alive() == ["a0", "b0", "c0"]
+    assert world.live.completion(int(world.live.active[2])).tokens.tolist()[:4] == kept
+    assert world.tally.preempted_rows == 2
+    assert world.tally.recomputed_tokens == 2 * (5 + 3)
+
+
+def test_prefills_make_way_before_rows_that_decode() -> None:
+    world = World([request("a", 5), request("b", 9, n=2, start=50)])
+    world.admit(rows=1)
+    world.prefill()
+    world.admit()
+    world.prefill(tokens=6)
+    assert world.running.preempt_youngest()
+    world.check()
+    assert (world.waiting(), len(world.running.prefills)) == (["b1"], 1)
+    assert world.tally.recomputed_tokens == 0
+    assert world.running.preempt_youngest()
+    world.check()
+    assert (world.waiting(), len(world.running.prefills)) == (["b0", "b1"], 0)
+    assert world.tally.recomputed_tokens == 6
+    assert world.running.preempt_youngest()
+    assert world.waiting() == ["a0", "b0", "b1"]
+    assert not world.running.preempt_youngest()
+    assert (world.pool.used_pages, world.tally.preempted_rows) == (0, 3)
+    assert world.all_live().alive() == ["a0", "b0", "b1"], "a prompt whose prefill was given up is begun anew"
+
+
+def test_a_step_makes_room_by_preempting_the_youngest() -> None:
+    world = World([request(name, 6, start=10 * i) for i, name in enumerate("abc")], slabs=2).all_live()
+    assert world.alive() == ["a0", "b0", "c0"]
+    for _ in range(30):
+        world.decode()
+        if world.tally.preempted_rows:
+            break
+    assert world.alive()[0] == "a0"
+    while len(world.live) > 1:
+        world.decode()
+    assert (world.alive(), world.waiting()) == (["a0"], ["b0", "c0"])
+    while world.pool.free_pages:
+        world.decode()
+    assert world.alive() == ["a0"]
+    for _ in range(PAGE_SIZE):
+        world.decode()
+    assert world.waiting() == ["a0", "b0", "c0"], "a row that outgrew memory alone goes back too"
+
+
+def test_the_row_that_costs_least_to_compute_again_makes_way_for_pages() -> None:
+    """Here not the youngest: a sample whose prompt another one keeps."""
+    world = World([request("a", 8, n=2), request("b", 6, start=50)], slabs=2).all_live()
+    assert world.alive() == ["a0", "a1", "b0"]
+    while not world.tally.preempted_rows:
+        world.decode()
+    assert world.waiting() == ["a1"]
+    length = len(world.queue.first().context)  # type: ignore[union-attr]
+    assert world.tally.recomputed_tokens == length - 1 - 8
+
+
+def test_rows_beyond_the_oldest_get_no_page() -> None:
+    world = World([request(name, 7, start=10 * i) for i, name in enumerate("abc")]).all_live()
+    before = [len(world.live.pages(slot)) for slot in world.live.active.tolist()]
+    for _ in range(5):
+        world.decode(most=1)
+    assert [len(world.live.pages(slot)) for slot in world.live.active.tolist()] == [before[0] + 1, *before[1:]]
+    assert world.live.generated[world.live.active].tolist() == [6, 1, 1]
+
+
+def test_rows_that_have_ended_make_way_for_those_that_go_on() -> None:
+    world = World([request("a", 5), request("b", 5, start=20), request("c", 5, start=40)]).all_live()
+    world.ended = world.live.active[:1].tolist()
+    world.running.preempt_beyond(2)
+    assert (world.alive(), world.waiting(), world.tally.preempted_rows) == (["b0", "c0"], [], 0)
+    world.running.preempt_beyond(1)
+    assert (world.alive(), world.waiting(), world.tally.preempted_rows) == (["b0"], ["c0"], 1)
+
+
+def test_a_row_keeps_its_pages_until_its_last_token_is_here() -> None:
+    world = World([Request("a", list(range(5)), SamplingParams(max_new_tokens=2, ignore_eos=True)), request("b", 7)])
+    slot, other = world.all_live().live.active.tolist()
+    world.running.make_room(None)
+    world.live.advance(world.live.active, torch.tensor([1, 2]))
+    assert (world.live.active.tolist(), world.live.held.tolist()) == ([other], [slot, other])
+    assert world.running.alive == 1
+    world.pool.check_integrity(world.running.held_pages())
+    packed = world.running.packed(world.live.active, [])
+    assert packed is not None
+    assert (packed.tokens.tolist(), packed.starts.tolist()) == ([2], [8])
+    world.running.leave(slot)
+    world.pool.check_integrity(world.running.held_pages())
+    world.running.close()
+    assert world.pool.used_pages == 0
+
+
+def test_a_row_whose_last_token_is_not_here_cannot_be_preempted() -> None:
+    world = World([request("a", 5)]).all_live()
+    world.running.make_room(None)
+    world.live.advance(world.live.active, torch.tensor([1]))
+    with pytest.raises(AssertionError):
+        world.running.preempt(0)
+
+
+def test_slabs_are_given_back_without_preempting_while_pages_can_move() -> None:
+    world = World([request(name, 12, start=20 * i) for i, name in enumerate("abcdef")]).all_live()
+    for slot in world.live.active.tolist()[::2]:
+        world.running.leave(slot)
+    held, used = world.pool.live_slabs, world.pool.used_pages
+    spare = world.pool.free_pages // SLAB_PAGES
+    assert spare >= 2
+    world.running.shrink(spare * world.pool.slab_bytes)
+    world.check()
+    assert (world.pool.live_slabs, world.pool.used_pages) == (held - spare, used)
+    assert world.alive() == ["b0", "d0", "f0"]
+    world.running.shrink(1)  # byte
+    world.check()
+    assert world.alive() == ["b0", "d0"]
+    assert world.waiting() == ["f0"]
+    assert world.pool.live_slabs == held - spare - 1
+    world.running.shrink(99 * world.pool.slab_bytes)
+    world.check()
+    assert (world.pool.live_slabs, world.waiting()) == (0, ["b0", "d0", "f0"])
+    assert world.all_live().alive() == ["b0", "d0", "f0"]
+
+
+def test_what_others_want_of_a_gpu_leaves_torch_s_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a neighbour that waits for memory would wait for ever."""
+    world = World([request(name, 12, start=20 * i) for i, name in enumerate("abcdef")]).all_live()
+    held: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(world.pool.live_slabs))
+    before = world.pool.live_slabs
+    world.running.shrink(1)
+    assert not held, "on a CPU there is none"
+    world.pool.device = torch.device("cuda", 0)
+    world.running.shrink(0)
+    assert not held
+    world.running.shrink(2 * world.pool.slab_bytes)
+    assert held == [before - 3]
+
+
+def test_free_slabs_are_given_back_with_no_row_the_worse() -> None:
+    world = World([request(name, 12, start=20 * i) for i, name in enumerate("abcdef")]).all_live()
+    for slot in world.live.active.tolist()[::2]:
+        world.running.leave(slot)
+    world.running.drop_free_slabs()
+    world.check()
+    assert world.alive() == ["b0", "d0", "f0"]
+    assert world.pool.live_slabs == -(-world.pool.used_pages // SLAB_PAGES)
+
+
+def test_pages_of_prefills_move_too() -> None:
+    world = World([request("a", 16), request("b", 12, start=50)])
+    world.admit(rows=1)
+    world.prefill()
+    world.admit()
+    world.prefill(tokens=7)
+    world.running.leave(int(world.live.active[0]))
+    world.running.drop_free_slabs()
+    world.check()
+    assert world.pool.live_slabs == 1
+    world.prefill()
+    assert world.alive() == ["b0"]
+
+
+def test_leaving_scrubs_what_nobody_else_holds() -> None:
+    world = World([request("a", 10, n=2)]).all_live()
+    first, second = world.live.active.tolist()
+    own = int(world.live.pages(first)[2])
+    shared = world.live.pages(first)[:2].copy()
+    world.running.leave(first, scrub=True)
+    world.check()
+    assert world.read(np.array([own])) == [(0, 0)] * PAGE_SIZE
+    world.running.leave(second, scrub=True)
+    assert world.read(shared) == [(0, 0)] * 2 * PAGE_SIZE
+
+
+def test_what_a_prefill_wrote_and_nobody_looked_at_is_scrubbed() -> None:
+    """It may be NaN, which no log-probability has shown yet."""
+    world = World([request("a", 10)])
+    world.admit()
+    world.prefill(tokens=7)
+    pages = world.running.prefills[0].pages.copy()
+    world.running.preempt_youngest()
+    assert world.read(pages) == [(0, 0)] * 3 * PAGE_SIZE
+
+
+def test_closing_drops_everything() -> None:
+    world = World([request("a", 10, n=2), request("b", 9, start=50), request("c", 30, start=90)])
+    world.admit(rows=2)
+    world.prefill()
+    world.admit()
+    world.prefill(tokens=12)
+    assert len(world.live) == 3
+    assert len(world.running.prefills) == 1
+    world.running.close()
+    world.check()
+    assert (world.pool.used_pages, world.pool.bytes_held, world.running.alive) == (0, 0, 0)
