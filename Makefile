@@ -46,7 +46,8 @@ unit: setup
 # only a GPU has.
 test-gpu: setup
 	ROLLOUT_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest \
-	  tests/gpu tests/models/attention/test_triton.py tests/models/sampling/test_top_p.py \
+	  tests/gpu tests/models/attention/test_triton.py tests/models/attention/test_triton_buffers.py \
+	  tests/models/attention/test_select.py tests/models/sampling/test_top_p.py \
 	  tests/models/sampling/test_gumbel.py tests/models/patches/test_pointwise_triton.py \
 	  tests/models/test_triton_compiles.py tests/contract $(ARGS)
 

@@ -73,7 +73,8 @@ if [ "$what" != B ]; then
   parallel=()
   "$python" -c 'import xdist' 2> /dev/null && parallel=(-n 12)
   part 100 kernels "${pytest[@]}" "${parallel[@]}" --maxfail 30 --durations 5 tests/gpu \
-    tests/models/attention/test_triton.py tests/models/sampling/test_gumbel.py tests/models/sampling/test_top_p.py \
+    tests/models/attention/test_triton.py tests/models/attention/test_triton_buffers.py \
+    tests/models/attention/test_select.py tests/models/sampling/test_gumbel.py tests/models/sampling/test_top_p.py \
     tests/models/patches/test_pointwise_triton.py --ignore tests/gpu/test_memory_pressure.py &
   pids=($!)
   if command -v compute-sanitizer > /dev/null; then

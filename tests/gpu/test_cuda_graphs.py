@@ -18,11 +18,11 @@ from rollout.models.runners.cuda_graphs import CapturedRunner
 from rollout.models.runners.graph_capture import CudaGraphs
 from rollout.models.runners.packed import InterfaceRunner, InterfaceTier
 from tests.contract.conftest import random_prompts
-from tests.models.attention.test_triton import TOLERANCE
 from tests.models.runners.test_cuda_graphs import World
 from tests.support.devices import DEVICE
 from tests.support.paged_sequences import Kind, PagedWorld, Parts
 from tests.support.tiny_models import tiny
+from tests.support.triton_world import TOLERANCE
 
 _KIND = Kind(2, 6, 128, 128)
 

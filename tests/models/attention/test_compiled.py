@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import logging
 import os
-import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +14,9 @@ from rollout.models.attention import compiled
 from rollout.models.attention.compiled import CompiledAttention
 from rollout.models.attention.compiled_library import Kernel
 from rollout.models.attention.interface import Scores
-from rollout.models.csrc import build
-from rollout.models.csrc.build import KernelUnavailable
 from rollout.models.kv_cache.layout import KVLayout, Span
 from rollout.models.kv_cache.page_pool import PagePool
+from tests.support.compiler import needs_compiler
 from tests.support.paged_sequences import Kind, PagedWorld, Parts, same_bits, whole
 
 CPU = torch.device("cpu")
@@ -55,13 +47,6 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         needs_compiler()
         yield compiled.load()
-
-
-def needs_compiler() -> None:
-    try:
-        build.compiler()
-    except KernelUnavailable as error:
-        pytest.skip(str(error))
 
 
 class World(PagedWorld):
@@ -336,55 +321,6 @@ def test_a_step_without_tokens(kernel: Kernel) -> None:
 # -- the source ------------------------------------------------------------------------------------------
 
 
-def test_it_compiles_without_warnings(tmp_path: Path) -> None:
-    needs_compiler()
-    warnings = [*build.FLAGS, "-Wall", "-Wextra", "-Werror", "-O1", "-o", str(tmp_path / "out.so")]
-    subprocess.run([*build.compiler(), *warnings, str(compiled.SOURCE), "-lm"], check=True)
-    native = "-mcpu=native" if os.uname().machine == "aarch64" else "-march=native"
-    for command in ("gcc", "clang"):
-        if shutil.which(command):
-            also = [native, "-fsyntax-only", "-Wno-unused-command-line-argument"]
-            subprocess.run([command, *warnings, *also, str(compiled.SOURCE)], check=True)
-
-
-def test_its_own_exponential_and_tangent(tmp_path: Path) -> None:
-    needs_compiler()
-    (tmp_path / "probe.c").write_text(
-        f'#include "{compiled.SOURCE}"\n'
-        "void run(int which, int64_t n, const float *in, float *out) {\n"
-        "    for (int64_t i = 0; i < n; i += W)\n"
-        "        store(out + i, which ? hyperbolic_tangent(load(in + i)) : exponential(load(in + i)));\n"
-        "}\n"
-    )
-    flags = [flag for flag in build.FLAGS if flag != "-O3"]
-    command = [*build.compiler(), *flags, "-O1", "-march=native"]
-    if subprocess.run([*command, "-o", tmp_path / "probe.so", tmp_path / "probe.c", "-lm"], check=False).returncode:
-        subprocess.run([*command[:-1], "-o", tmp_path / "probe.so", tmp_path / "probe.c", "-lm"], check=True)
-    run = ctypes.CDLL(str(tmp_path / "probe.so")).run
-    run.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
-
-    def applied(
-        which: int, x: np.ndarray[tuple[int], np.dtype[np.float32]]
-    ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        padded = np.zeros(-(-len(x) // 16) * 16, np.float32)
-        padded[: len(x)] = x
-        out = np.empty_like(padded)
-        run(which, len(padded), padded.ctypes.data, out.ctypes.data)
-        return out[: len(x)]
-
-    x = -np.concatenate([np.linspace(0, 87.3, 400_000), np.logspace(-40, 0, 10_000)]).astype(np.float32)
-    exact = np.exp(x.astype(np.float64))
-    assert (np.abs(applied(0, x) - exact) / np.spacing(exact.astype(np.float32))).max() < 1.5
-    special = np.array([0, -87.4, -1000, -np.inf, np.nan, np.inf], np.float32)
-    assert np.array_equal(applied(0, special)[:5], np.array([1, 0, 0, 0, np.nan], np.float32), equal_nan=True)
-
-    x = np.concatenate([np.linspace(-12, 12, 400_000), np.logspace(-30, 0, 10_000)]).astype(np.float32)
-    exact = np.tanh(x.astype(np.float64))
-    assert (np.abs(applied(1, x) - exact) / np.spacing(np.abs(exact.astype(np.float32)))).max() < 3
-    special = np.array([0, -np.inf, np.inf, np.nan, 100], np.float32)
-    assert np.array_equal(applied(1, special), np.array([0, -1, 1, np.nan, 1], np.float32), equal_nan=True)
-
-
 def test_it_runs_in_torch_s_threads(kernel: Kernel) -> None:
     """No more threads after than before, and one OpenMP runtime."""
     if not torch.backends.openmp.is_available() or not Path("/proc/self/task").exists():
@@ -404,115 +340,3 @@ def test_it_runs_in_torch_s_threads(kernel: Kernel) -> None:
     files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     runtimes = [file for file in files if any(name in file for name in ("libgomp", "libomp", "libiomp"))]
     assert len(runtimes) == 1, runtimes
-
-
-# -- building and loading --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache folder, and a loader that has not been called."""
-    needs_compiler()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    # The least that can be built: these tests are about files.
-    monkeypatch.setattr(build, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in build.FLAGS))
-    compiled.kernel.cache_clear()
-    yield tmp_path / "cache" / "rollout" / "kernels"
-    compiled.kernel.cache_clear()
-
-
-def none_and_one_warning(caplog: pytest.LogCaptureFixture, why: str) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert compiled.kernel() is None
-        assert compiled.kernel() is None
-    assert len(caplog.records) == 1
-    assert why in caplog.text
-
-
-def test_what_is_built_is_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stale = fresh / "paged-attention-0123456789abcdef01234567.so"
-    fresh.mkdir(parents=True)
-    stale.write_text("another machine's")
-    assert compiled.kernel() is not None
-    assert compiled.kernel() is compiled.kernel()
-    (made,) = set(fresh.iterdir()) - {stale}
-    assert stale.read_text() == "another machine's"
-    before = made.stat().st_mtime_ns
-    compiled.load()
-    assert made.stat().st_mtime_ns == before
-    monkeypatch.setattr(build, "_cpu", lambda: "another CPU")
-    compiled.load()
-    assert len(list(fresh.iterdir())) == 3
-
-
-def test_a_file_that_cannot_be_loaded_is_built_again(fresh: Path) -> None:
-    compiled.load()
-    (made,) = fresh.iterdir()
-    size = made.stat().st_size
-    made.unlink()  # what is mapped must not change
-    made.write_bytes(b"")
-    compiled.load()
-    assert made.stat().st_size == size
-    assert list(fresh.iterdir()) == [made]
-
-
-def test_builds_at_the_same_time(fresh: Path) -> None:
-    with ThreadPoolExecutor(4) as executor:
-        assert all(executor.map(lambda _: isinstance(compiled.load(), Kernel), range(4)))
-    assert len(list(fresh.iterdir())) == 1
-
-
-def test_without_a_compiler(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    none_and_one_warning(caplog, "no C compiler was found")
-
-
-@pytest.mark.parametrize(
-    ("command", "why"),
-    [
-        ("rollout-no-such-compiler", "does not run"),
-        ("false", "failed"),
-        ("'unbalanced", "not a command"),
-        (shlex.join([sys.executable, "-c", "print('a compiler that makes nothing')"]), "cannot be loaded"),
-    ],
-)
-def test_a_compiler_that_fails(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: str, why: str
-) -> None:
-    monkeypatch.setenv("CC", command)
-    none_and_one_warning(caplog, why)
-    assert not [file for file in fresh.parent.rglob("*") if file.is_file()]
-
-
-def test_a_source_that_does_not_compile(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(compiled, "SOURCE", tmp_path / "broken.c")
-    (tmp_path / "broken.c").write_text("int broken(void) { return no_such_name; }")
-    none_and_one_warning(caplog, "no_such_name")
-
-
-def test_a_kernel_that_computes_something_else_is_not_used(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    for file in (compiled.SOURCE, *compiled.SOURCE.parent.glob("*.h")):
-        shutil.copy(file, tmp_path)
-    header = tmp_path / "attention_call.h"
-    mutated = header.read_text().replace(
-        "return position / site->span_size * site->span_size;\n    return 0;", "return position;\n    return 1;"
-    )
-    assert mutated != header.read_text()
-    header.write_text(mutated)
-    monkeypatch.setattr(compiled, "SOURCE", tmp_path / compiled.SOURCE.name)
-    none_and_one_warning(caplog, "computes something else")
-    assert not [file for file in fresh.parent.rglob("*") if file.is_file()]
-
-
-def test_a_cache_that_cannot_be_written(fresh: Path) -> None:
-    fresh.parent.parent.mkdir(parents=True)
-    fresh.parent.write_text("a file where the folder should be")
-    assert compiled.kernel() is not None
-    assert fresh.parent.is_file()

@@ -6,63 +6,22 @@ small, and keys are split more finely than on a GPU.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from rollout.models.attention import select, triton, triton_metadata
+from rollout.models.attention import triton, triton_metadata
 from rollout.models.attention.gather import GatherStep
 from rollout.models.attention.interface import Scores
-from rollout.models.attention.triton import Blocks, TritonStep, TritonSteps
-from rollout.models.attention.triton_metadata import Room, StepBuffers
-from rollout.models.errors import UnsupportedAttention
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
-from rollout.models.kv_cache.slab_table import SlabTable
-from tests.support.paged_sequences import Kind, PagedWorld, Parts, same_bits
+from rollout.models.attention.triton import TritonStep
+from rollout.models.kv_cache.layout import Span
+from tests.support.paged_sequences import Kind, Parts, same_bits
 from tests.support.triton_interpreter import kernels_run_here
+from tests.support.triton_world import DTYPES, KINDS, TOLERANCE, World
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-#: Of a result of size 1: rounding of the output, of weights, and in float32 of the sums.
-TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-KINDS = (
-    Kind(2, 3, 16, 16),
-    Kind(1, 5, 13, 24, softcap=1.5),
-    Kind(2, 1, 40, 8, Span("window", 11), sinks=True),
-    Kind(1, 2, 24, 24, Span("chunk", 14), softcap=0.7, sinks=True),
-)
-
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    found = kernels_run_here(monkeypatch)
-    if found.type == "cpu":
-        monkeypatch.setattr(triton_metadata, "SPLIT_TOKENS", 32)
-        small = {key: (Blocks(16, 16, 4), Blocks(16, 16, 4)) for key in triton._BLOCKS}
-        monkeypatch.setattr(triton, "_BLOCKS", small)
-        monkeypatch.setattr(triton, "_PROGRAMS", 5)
-    return found
-
-
-class World(PagedWorld):
-    def __init__(
-        self, lengths: list[int], dtype: torch.dtype, seed: int, device: torch.device, kinds: tuple[Kind, ...] = KINDS,
-        **places: int,
-    ) -> None:  # fmt: skip
-        super().__init__(lengths, dtype, seed, kinds, TOLERANCE[dtype], device=device, **places)
-        self.steps = TritonSteps(self.pool)
-
-    def step(self, parts: Parts) -> TritonStep:
-        return self.steps(self.pool, self.forward(parts))
-
-    def run(self, parts: Parts) -> list[torch.Tensor]:
-        return self.attend(self.step(parts).compute, parts)
-
+pytestmark = pytest.mark.usefixtures("device")
 
 # -- what it computes ------------------------------------------------------------------------------------
 
@@ -261,231 +220,7 @@ def test_the_bits_of_a_prompt_do_not_depend_on_cuts_company_or_places(dtype: tor
         same_bits(alone, world.run(parts), parts, KINDS)
 
 
-# -- buffers of a fixed size ----------------------------------------------------------------------------
-
-
-def addresses(buffers: StepBuffers) -> list[int]:
-    tensors = [buffers.entries, buffers.pages, buffers.slots, buffers.slab_addresses, buffers.first_tokens]
-    for work in buffers.splits.values():
-        tensors += [work.items, work.count, work.rows]
-    return [tensor.data_ptr() for tensor in tensors]
-
-
-def padded(world: World, buffers: StepBuffers, parts: Parts) -> list[torch.Tensor]:
-    """A step through buffers that have more room: for each site, results of the tokens and of the padding."""
-    forward, room = world.forward(parts), buffers.room.tokens
-    buffers.fill(forward)
-    step, outputs = TritonStep(world.pool, forward, buffers), []
-    for index, scores in enumerate(world.scores):
-        packed = [world.packed(s, index, parts) for s in (world.queries, world.keys, world.values)]
-        # As after layers over padding: anything at all.
-        filled = [torch.cat([x, x.new_full((room - len(x), *x.shape[1:]), torch.nan)]) for x in packed]
-        outputs.append(step.compute(index, *filled, scores))
-    return outputs
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:2])
-def test_padding_reads_and_writes_nothing_and_changes_no_bit(dtype: torch.dtype, device: torch.device) -> None:
-    lengths = [20, 5, 33]
-    expected, world = (World(lengths, dtype, 14, device) for _ in range(2))
-    room = Room(singles=6, segments=0, tokens=6, entries=40)
-    buffers = world.steps.buffers(room)
-    before = addresses(buffers)
-    prefill = [(sequence, range(length - 2)) for sequence, length in enumerate(lengths)]
-    for one in (expected, world):
-        one.run(prefill)
-    for parts in (
-        [(sequence, range(length - 2, length - 1)) for sequence, length in enumerate(lengths)],
-        [(1, range(4, 5))],  # the items of the step before must be forgotten
-        [(2, range(32, 33)), (0, range(19, 20))],
-    ):
-        outputs = padded(world, buffers, parts)
-        for out, plain in zip(outputs, expected.run(parts), strict=True):
-            assert torch.equal(out[: len(parts)], plain)
-            assert (out[len(parts) :] == 0).all()
-    assert addresses(buffers) == before
-    world.check_only_written({0: 20, 1: 5, 2: 33})
-
-
-def test_a_step_of_padding_alone(device: torch.device) -> None:
-    world = World([5], torch.float32, 15, device)
-    buffers = world.steps.buffers(Room(singles=2, segments=0, tokens=2, entries=4))
-    nothing = np.zeros(0, np.int64)
-    forward = Packed(torch.zeros(0, dtype=torch.int64), np.zeros((0, 1), np.int64), nothing, nothing)
-    buffers.fill(forward)
-    step = TritonStep(world.pool, forward, buffers)
-    for index, kind in enumerate(KINDS):
-        nan = [
-            torch.full((2, heads, dim), torch.nan, device=device)
-            for heads, dim in (
-                (kind.kv_heads * kind.group, kind.key_dim),
-                (kind.kv_heads, kind.key_dim),
-                (kind.kv_heads, kind.value_dim),
-            )
-        ]
-        assert (step.compute(index, *nan, world.scores[index]) == 0).all()
-    world.check_only_written({})
-
-
-def test_a_mixed_step_with_padding(device: torch.device) -> None:
-    expected, world = (World([20, 30], torch.float32, 16, device) for _ in range(2))
-    buffers = world.steps.buffers(Room(singles=3, segments=2, tokens=30, entries=9))
-    for one in (expected, world):
-        one.run([(0, range(19))])
-    for parts in ([(0, range(19, 20)), (1, range(12))], [(1, range(12, 30))]):
-        tokens = sum(len(positions) for _, positions in parts)
-        for out, plain in zip(padded(world, buffers, parts), expected.run(parts), strict=True):
-            assert torch.equal(out[:tokens], plain)
-            assert (out[tokens:] == 0).all()
-
-
-@pytest.mark.parametrize(
-    "room",
-    [Room(1, 0, 9, 9), Room(2, 0, 1, 9), Room(2, 0, 9, 3), Room(3, 0, 9, 9)],
-)
-def test_what_does_not_fit_is_refused(room: Room, device: torch.device) -> None:
-    world = World([20, 20], torch.float32, 17, device)
-    rows = [(0, range(19, 20)), (1, range(19, 20))]
-    buffers = world.steps.buffers(room)
-    if room == Room(3, 0, 9, 9):
-        buffers.fill(world.forward(rows))
-        rows = [(0, range(18, 20))]
-    with pytest.raises(ValueError, match="does not fit"):
-        buffers.fill(world.forward(rows))
-
-
-# -- slabs that come and go -----------------------------------------------------------------------------
-
-
-def test_slabs_that_are_dropped_and_grown_again_are_followed_in_place(device: torch.device) -> None:
-    """What lay in a slab that went is NaN from then on, as is what nobody has written in a new one."""
-    world = World([40, 12], torch.float32, 18, device, slab_pages=2)
-    pool, buffers = world.pool, world.steps.buffers(Room(singles=2, segments=0, tokens=2, entries=8))
-    before = addresses(buffers), world.steps.slabs.addresses.data_ptr()
-    world.tables = [pool.allocate(len(table)) for table in world.tables]
-    world.run([(0, range(36)), (1, range(10))])
-    gone = []
-    for position in range(4):
-        held = [slab for slab in pool.slabs if slab is not None]
-        if position % 2:
-            for _ in range(3):
-                pool.grow()
-            fresh = [slab for slab in pool.slabs if slab is not None and not any(slab is old for old in held)]
-        else:
-            while pool.shrink(world.tables):
-                pass
-            fresh = [slab for slab in held if not any(slab is kept for kept in pool.slabs)]
-            gone += fresh  # kept, so that its memory is not taken for the next one
-        assert fresh
-        for slab in fresh:
-            for tensor in slab.tensors:
-                tensor.fill_(torch.nan)
-        pool.check_integrity(world.tables)
-        # New rows make their pages move: the next shrink empties another slab.
-        world.tables.append(pool.allocate(pool.free_pages and 1))
-        parts = [(0, range(36 + position, 37 + position))]
-        if position < 2:
-            parts.append((1, range(10 + position, 11 + position)))
-        outputs = padded(world, buffers, parts)
-        world.compare([out[: len(parts)].contiguous() for out in outputs], parts)
-    assert (addresses(buffers), world.steps.slabs.addresses.data_ptr()) == before
-
-
-def test_a_table_that_is_updated_in_place_is_seen_by_the_next_call(device: torch.device) -> None:
-    """As when a captured step is replayed: the same launch, after a slab has moved."""
-    world = World([20], torch.float32, 19, device, slab_pages=8)
-    buffers = world.steps.buffers(Room(singles=1, segments=0, tokens=1, entries=2))
-    world.run([(0, range(19))])
-    row = [(0, range(19, 20))]
-    expected = padded(world, buffers, row)
-    slab = world.pool.slab(0)
-    copied = world.pool._allocate_slab()
-    for new, old in zip(copied.tensors, slab.tensors, strict=True):
-        new.copy_(old)
-        old.fill_(torch.nan)
-    world.pool.slabs[0] = copied
-    world.steps.slabs.follow()
-    step = TritonStep(world.pool, world.forward(row), buffers)
-    for index, out in enumerate(world.attend(step.compute, row)):
-        assert torch.equal(out, expected[index])
-
-
-def test_pages_in_no_slab_are_refused(device: torch.device) -> None:
-    world = World([20], torch.float32, 20, device, slab_pages=1)
-    world.tables[0][1] = len(world.pool.slabs)
-    with pytest.raises(IndexError, match="in no slab"):
-        world.step([(0, range(20))])
-    world.tables[0][1] = 0
-    world.pool.slabs[0] = None
-    with pytest.raises(IndexError, match="in no slab"):
-        world.step([(0, range(20))])
-
-
-def test_more_slabs_than_the_table_holds(device: torch.device) -> None:
-    world = World([20], torch.float32, 21, device, slab_pages=1)
-    with pytest.raises(ValueError, match="table of their addresses holds 2"):
-        SlabTable(world.pool, 2).follow()
-
-
 # -- which is chosen ------------------------------------------------------------------------------------
-
-
-def forget_what_serves() -> None:
-    for found in (select._triton_serves, select._triton_failure):
-        found.cache_clear()
-
-
-@pytest.fixture
-def gpu_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A pool as of a GPU, for what looks at its layout and device alone."""
-    forget_what_serves()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    monkeypatch.setattr(triton, "TritonSteps", lambda pool, library: SimpleNamespace(name="triton"))
-    layout = KVLayout((Site(None, 1, 16, 16, Span()),), torch.bfloat16, 16)
-    yield SimpleNamespace(layout=layout, device=torch.device("cuda", 0), parts=(None,))
-    forget_what_serves()
-
-
-def test_a_gpu_gets_triton_where_it_passes_its_check(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    checked = []
-    monkeypatch.setattr(triton, "check", lambda *about: checked.append(about))
-    assert [select.fastest(gpu_pool).name for _ in range(2)] == ["triton", "triton"]
-    assert checked == [(frozenset({(16, 16)}), torch.bfloat16, gpu_pool.device)]
-
-
-def test_a_gpu_gathers_where_it_does_not_and_says_so_once(
-    gpu_pool: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fails(*about: object) -> None:
-        raise RuntimeError("Failed to find C compiler.\nmore")
-
-    monkeypatch.setattr(triton, "check", fails)
-    with caplog.at_level(logging.WARNING):
-        assert [select.fastest(gpu_pool) for _ in range(2)] == [GatherStep, GatherStep]
-    assert len(caplog.records) == 1
-    assert "some GPU, pages are gathered instead" in caplog.text
-    assert "RuntimeError: Failed to find C compiler." in caplog.text
-
-
-def test_triton_asked_for_by_name_is_not_replaced(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*about: object) -> None:
-        raise RuntimeError("Failed to find C compiler.\nmore")
-
-    monkeypatch.setattr(triton, "check", fails)
-    with pytest.raises(UnsupportedAttention, match=r"attention=triton .*\(RuntimeError: Failed to find C compiler\): "):
-        select.chosen("triton", gpu_pool)
-    monkeypatch.setattr(triton, "check", lambda *about: None)
-    forget_what_serves()
-    assert select.chosen("triton", gpu_pool).name == "triton"
-
-
-def test_no_room_for_the_check_is_no_reason_to_gather(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*about: object) -> None:
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(triton, "check", fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        select.fastest(gpu_pool)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

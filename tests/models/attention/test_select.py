@@ -1,0 +1,76 @@
+"""Which attention serves a pool."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rollout.models.attention import select, triton
+from rollout.models.attention.gather import GatherStep
+from rollout.models.errors import UnsupportedAttention
+from rollout.models.kv_cache.layout import KVLayout, Site, Span
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def forget_what_serves() -> None:
+    for found in (select._triton_serves, select._triton_failure):
+        found.cache_clear()
+
+
+@pytest.fixture
+def gpu_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A pool as of a GPU, for what looks at its layout and device alone."""
+    forget_what_serves()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(triton, "TritonSteps", lambda pool, library: SimpleNamespace(name="triton"))
+    layout = KVLayout((Site(None, 1, 16, 16, Span()),), torch.bfloat16, 16)
+    yield SimpleNamespace(layout=layout, device=torch.device("cuda", 0), parts=(None,))
+    forget_what_serves()
+
+
+def test_a_gpu_gets_triton_where_it_passes_its_check(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+    monkeypatch.setattr(triton, "check", lambda *about: checked.append(about))
+    assert [select.fastest(gpu_pool).name for _ in range(2)] == ["triton", "triton"]
+    assert checked == [(frozenset({(16, 16)}), torch.bfloat16, gpu_pool.device)]
+
+
+def test_a_gpu_gathers_where_it_does_not_and_says_so_once(
+    gpu_pool: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*about: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nmore")
+
+    monkeypatch.setattr(triton, "check", fails)
+    with caplog.at_level(logging.WARNING):
+        assert [select.fastest(gpu_pool) for _ in range(2)] == [GatherStep, GatherStep]
+    assert len(caplog.records) == 1
+    assert "some GPU, pages are gathered instead" in caplog.text
+    assert "RuntimeError: Failed to find C compiler." in caplog.text
+
+
+def test_triton_asked_for_by_name_is_not_replaced(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*about: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nmore")
+
+    monkeypatch.setattr(triton, "check", fails)
+    with pytest.raises(UnsupportedAttention, match=r"attention=triton .*\(RuntimeError: Failed to find C compiler\): "):
+        select.chosen("triton", gpu_pool)
+    monkeypatch.setattr(triton, "check", lambda *about: None)
+    forget_what_serves()
+    assert select.chosen("triton", gpu_pool).name == "triton"
+
+
+def test_no_room_for_the_check_is_no_reason_to_gather(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*about: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(triton, "check", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        select.fastest(gpu_pool)

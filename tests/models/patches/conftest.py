@@ -1,0 +1,39 @@
+"""What tests of norms and rotary functions share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rollout.models.csrc import build
+from rollout.models.csrc.build import KernelUnavailable
+from rollout.models.patches.pointwise_cpu import Pointwise, pointwise
+
+
+@pytest.fixture
+def kernel() -> None:
+    try:
+        build.compiler()
+    except KernelUnavailable as error:
+        pytest.skip(str(error))
+    assert pointwise() is not None
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Calls of the kernel by its entry point."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            calls[name] += 1
+            return own(*arguments, **named)
+
+        return counted
+
+    for name in ("rms_norm", "rotate"):
+        monkeypatch.setattr(Pointwise, name, counting(name, getattr(Pointwise, name)))
+    return calls

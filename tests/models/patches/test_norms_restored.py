@@ -1,0 +1,142 @@
+"""Norms and rotary functions that are put back: after failures, beside other threads and other models."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from rollout.models.patches.norms_and_rope import FusedParts
+from rollout.models.patches.pointwise_cpu import pointwise
+from tests.support.norms_and_rope import heads, logits_of, model_of, traces
+from tests.support.tiny_models import tiny
+
+pytestmark = pytest.mark.usefixtures("kernel")
+
+
+def test_without_a_compiler_nothing_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny("llama")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    pointwise.cache_clear()
+    before = traces(model)
+    try:
+        with caplog.at_level(logging.WARNING):
+            for _ in range(2):
+                with FusedParts(model).in_place():
+                    assert traces(model) == before
+    finally:
+        pointwise.cache_clear()
+    assert sum("pointwise.c" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+def test_nothing_stays_on_modules_or_in_namespaces(family: str) -> None:
+    model = tiny(family).train()
+    before, generator = traces(model), torch.get_rng_state()
+    parts = FusedParts(model)
+    assert traces(model) == before
+    for _ in range(2):
+        with parts.in_place():
+            assert traces(model) != before
+            logits_of(model)
+        assert traces(model) == before
+    with pytest.raises(KeyError), parts.in_place():
+        raise KeyError
+    assert traces(model) == before
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_nothing_stays_when_a_block_cannot_be_entered() -> None:
+    class Sealed(LlamaRMSNorm):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "forward":
+                raise AttributeError("sealed")
+            super().__setattr__(name, value)
+
+    model = tiny("llama")
+    model.model.norm.__class__ = type("SealedRMSNorm", (Sealed,), {})
+    before = traces(model)
+    with pytest.raises(AttributeError, match="sealed"), FusedParts(model).in_place():
+        pass
+    assert traces(model) == before
+
+
+@torch.no_grad()
+def test_changed_weights_are_seen_when_made_anew() -> None:
+    model = model_of("llama")
+    parts = FusedParts(model)
+    with parts.in_place():
+        before = logits_of(model)
+    model.model.norm.weight.neg_()
+    with parts.in_place():
+        assert torch.equal(logits_of(model), before)  # copies
+    with FusedParts(model).in_place():
+        assert torch.allclose(logits_of(model), -before, atol=1e-6)
+
+
+@pytest.fixture
+def other_thread() -> Iterator[Callable[..., Any]]:
+    """Calls a function there, and returns what it returns."""
+    with ThreadPoolExecutor(1) as executor:
+        yield lambda function, *arguments: executor.submit(function, *arguments).result()
+
+
+def test_other_threads_get_the_family_s_own_function(other_thread: Callable[..., Any], served: Counter[str]) -> None:
+    """A trainer's thread needs what it computes with for its gradients."""
+
+    def grow() -> list[torch.Tensor]:
+        q, k, cos, sin = heads()
+        q.requires_grad_()
+        rotated = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+        sum(x.sum() for x in rotated).backward()
+        assert q.grad is not None
+        return [*(x.detach() for x in rotated), q.grad]
+
+    wanted = other_thread(grow)
+    with FusedParts(tiny("llama")).in_place():
+        served.clear()
+        got = other_thread(grow)
+        assert not served
+        modeling_llama.apply_rotary_pos_emb(*heads())
+        assert served["rotate"] == 1
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+def test_a_second_model_s_parts_made_inside_another_thread_s_block(
+    other_thread: Callable[..., Any], served: Counter[str]
+) -> None:
+    """They put back the family's own function, not what stood in its place when they were made."""
+    own = modeling_llama.apply_rotary_pos_emb
+    first, second = FusedParts(tiny("llama")), tiny("llama")
+    with first.in_place():
+        parts = other_thread(FusedParts, second)
+    with parts.in_place():
+        served.clear()
+        logits_of(second)
+        assert served == Counter(rms_norm=9, rotate=4)
+    assert modeling_llama.apply_rotary_pos_emb is own
+
+
+def test_blocks_of_two_threads_that_overlap(other_thread: Callable[..., Any]) -> None:
+    own = modeling_llama.apply_rotary_pos_emb
+    models = [tiny("llama"), tiny("llama")]
+    wanted = logits_of(models[0])
+    parts = [FusedParts(model) for model in models]
+    here, there = parts[0].in_place(), parts[1].in_place()
+    here.__enter__()
+    other_thread(there.__enter__)
+    here.__exit__(None, None, None)
+    assert torch.allclose(other_thread(logits_of, models[1]), wanted, atol=1e-5)
+    assert torch.equal(logits_of(models[0]), wanted)
+    other_thread(there.__exit__, None, None, None)
+    assert modeling_llama.apply_rotary_pos_emb is own
+    assert not any("forward" in vars(module) for model in models for module in model.modules())
