@@ -3,13 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,29 +13,22 @@ import pytest
 from rollout.errors import Exit, InputError
 from rollout.job.job import run_job
 from rollout.job.ranks import Place
-from rollout.run_dir.metrics import read_metrics
 from rollout.run_dir.part_file import Part
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import read_run
 from rollout.verify import verify
-from tests.support.jobs import LIVE, FakeEngine, config_of, load_fake, read_records, refuse_to_load, without_attempt
-
-ROOT = Path(__file__).parents[2]
-JOB = ("data.limit=20", "sampling.n=3", "output.rows_per_shard=4", "data.id_column=id")
-
-
-def keys(records: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    return [(record["row_id"], record["sample"]) for record in records]
-
-
-EXPECTED = [(f"arithmetic-{row:05d}", sample) for row in range(20) for sample in range(3)]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    assert run_job(config_of(folder, *JOB), load_fake()) == Exit.COMPLETE
-    return read_records(folder / "out")
+from tests.support.jobs import (
+    EXPECTED,
+    JOB,
+    LIVE,
+    FakeEngine,
+    config_of,
+    keys,
+    load_fake,
+    read_records,
+    refuse_to_load,
+    without_attempt,
+)
 
 
 def test_every_sample_once_in_order(uninterrupted: list[dict[str, Any]]) -> None:
@@ -266,215 +252,3 @@ def test_a_reward_that_raises_is_an_error_record(tmp_path: Path, uninterrupted: 
 def test_a_reward_that_cannot_be_imported_is_refused_at_start(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^reward\._target_=no\.such\.reward "):
         run_job(config_of(tmp_path, "reward._target_=no.such.reward"), refuse_to_load)
-
-
-# Order
-
-
-class Told(FakeEngine):
-    """Remembers what is expected of each request that it reads. Every prompt has token ids of its own."""
-
-    def __init__(self, fail_after: int | None = None) -> None:
-        super().__init__(fail_after=fail_after)
-        self.told: dict[str, tuple[float | None, int]] = {}
-
-    def encode(self, prompt: Any) -> list[int]:
-        super().encode(prompt)
-        return list(str(prompt).encode())
-
-    def run(self, requests: Any, **options: Any) -> Any:
-        def told() -> Any:
-            for request in requests:
-                self.told[request.row_id] = request.expected_tokens, request.ahead
-                yield request
-
-        return super().run(told(), **options)
-
-
-def hinted_rows(folder: Path) -> str:
-    rows = [{"prompt": f"row {i}", "id": f"r{i}", "tokens": 100.0 * i if i % 4 else None} for i in range(10)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return f"data.path={folder}/rows.jsonl"
-
-
-def test_hints_reach_the_engine_a_shard_at_a_time_and_change_no_record(tmp_path: Path) -> None:
-    job = (hinted_rows(tmp_path), "data.id_column=id", "sampling.n=2", "output.rows_per_shard=4")
-    plain = Told()
-    assert run_job(config_of(tmp_path, *job), load_fake(plain)) == Exit.COMPLETE
-    assert set(plain.told.values()) == {(None, 0)}, "nothing is read ahead"
-    records = read_records(tmp_path / "out")
-
-    (tmp_path / "out").rename(tmp_path / "plain")
-    hinted = Told()
-    run_job(config_of(tmp_path, *job, "data.length_hint_column=tokens"), load_fake(hinted))
-    assert hinted.told == {f"r{i}": (100.0 * i if i % 4 else None, 3 - i % 4 if i < 8 else 9 - i) for i in range(10)}
-    assert read_records(tmp_path / "out") == records
-
-
-def test_a_run_may_go_on_with_hints(tmp_path: Path) -> None:
-    job = (hinted_rows(tmp_path), "data.id_column=id", "sampling.n=2", "output.rows_per_shard=4")
-    run_job(config_of(tmp_path, *job), load_fake(Told()))
-    records = read_records(tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "plain")
-    with pytest.raises(RuntimeError):
-        run_job(config_of(tmp_path, *job), load_fake(Told(fail_after=5)))
-    engine = Told()
-    hinted = config_of(tmp_path, *job, "data.length_hint_column=tokens", f"data.lengths_from={tmp_path / 'plain'}")
-    assert run_job(hinted, load_fake(engine)) == Exit.COMPLETE
-    assert without_attempt(read_records(tmp_path / "out")) == without_attempt(records)
-    assert engine.told["r5"][0] == 500.0, "the row's own hint comes first"
-
-
-def test_lengths_of_a_former_run_are_expected_of_its_prompts(tmp_path: Path) -> None:
-    job = (hinted_rows(tmp_path), "data.id_column=id", "sampling.n=2")
-    run_job(config_of(tmp_path, *job, "data.limit=6"), load_fake(Told()))
-    former = read_records(tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "former")
-    engine = Told()
-    config = config_of(tmp_path, *job, "seed=1", f"data.lengths_from={tmp_path / 'former'}")
-    assert run_job(config, load_fake(engine)) == Exit.COMPLETE
-    for i in range(10):
-        lengths = [len(record["completion_ids"]) for record in former if record["row_id"] == f"r{i}"]
-        assert engine.told[f"r{i}"] == (sum(lengths) / 2 if i < 6 else None, 9 - i)
-
-
-def test_bad_hints_are_refused_before_the_model_loads(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^data\.lengths_from=.* holds no run"):
-        run_job(config_of(tmp_path, f"data.lengths_from={tmp_path / 'nowhere'}"), refuse_to_load)
-    with pytest.raises(InputError, match=r"^data\.length_hint_column=prompt holds string values"):
-        run_job(config_of(tmp_path, "data.length_hint_column=prompt"), refuse_to_load)
-
-
-# Several workers, and kills
-
-
-def start(folder: Path, delay: float, *overrides: str, **environment: str) -> subprocess.Popen[str]:
-    arguments = [f"model.path={folder / 'model'}", f"output.dir={folder / 'out'}", *JOB, *overrides]
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.jobs", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "ROLLOUT_TEST_DELAY": str(delay), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def test_workers_on_one_folder_share_the_work(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
-    config = config_of(tmp_path, *JOB)
-    engines = [FakeEngine(delay=0.01) for _ in range(3)]
-    statuses: list[Exit] = []
-    workers = [
-        threading.Thread(target=lambda engine=engine: statuses.append(run_job(config, load_fake(engine))))  # type: ignore[misc]
-        for engine in engines
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert statuses == [Exit.COMPLETE] * 3
-    assert sorted(row for engine in engines for row in engine.asked) == EXPECTED
-    assert sum(bool(engine.asked) for engine in engines) >= 2
-    assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)
-    assert not (tmp_path / "out" / "work").exists()
-
-
-def test_two_processes_on_one_folder(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
-    config_of(tmp_path)
-    array = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "0"}
-    workers = [start(tmp_path, 0.02, **array, SLURM_ARRAY_TASK_ID=str(task)) for task in range(2)]
-    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
-    assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)
-    assert verify(tmp_path / "out").complete
-    # Two tasks: shards of ceil(20 / 16) rows, and metrics of their own.
-    assert read_run(RunPaths(tmp_path / "out")).rows_per_shard == 2
-    assert {line["worker"] for line in read_metrics(RunPaths(tmp_path / "out"))} == {0, 1}
-
-
-def test_the_work_of_a_dead_worker_is_taken_over(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
-    config_of(tmp_path)
-    doomed = start(tmp_path, 0.2)
-    paths = RunPaths(tmp_path / "out")
-    _until(lambda: _finished(paths) >= 2)
-    survivor = start(tmp_path, 0.0)
-    _until(lambda: len(list(paths.shards.glob("*.json"))) >= 3)
-    doomed.send_signal(signal.SIGKILL)
-    assert doomed.wait() == -signal.SIGKILL
-    output = survivor.communicate(timeout=120)[0]
-    assert survivor.returncode == 0, output
-    doomed.communicate()
-    assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)
-    assert verify(tmp_path / "out").complete
-
-
-def test_a_job_killed_at_any_time_goes_on(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
-    config_of(tmp_path)
-    paths = RunPaths(tmp_path / "out")
-    kept = 0
-    for _ in range(4):
-        process = start(tmp_path, 0.02)
-        wanted = min(kept + rng.randint(1, 15), 59)
-        _until(lambda: _finished(paths) >= wanted)  # noqa: B023
-        time.sleep(rng.random() * 0.05)
-        process.kill()
-        process.communicate()
-        assert _finished(paths) >= kept, "a kill lost what was finished"
-        kept = _finished(paths)
-        if rng.random() < 0.5:
-            _tear(paths, rng)
-            kept = _finished(paths)
-    process = start(tmp_path, 0.0)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)
-    assert verify(tmp_path / "out").complete
-
-
-def _finished(paths: RunPaths) -> int:
-    """Samples that are on disk: in committed shards, or in whole lines of part files."""
-    committed = [json.loads(path.read_text()) for path in paths.shards.glob("*.json")]
-    done = {manifest["shard"] for manifest in committed}
-    parts = [path for path in paths.work.glob("*.part.jsonl") if int(path.name[:5]) not in done]
-    return sum(m["samples"] for m in committed) + sum(_lines(path) for path in parts)
-
-
-def _lines(path: Path) -> int:
-    try:
-        return path.read_bytes().count(b"\n")
-    except FileNotFoundError:
-        # Committed since.
-        return 0
-
-
-def _tear(paths: RunPaths, rng: random.Random) -> None:
-    """What a power cut may do to files that were not synced."""
-    for path in paths.work.glob("*.part.jsonl"):
-        content = path.read_bytes()
-        path.write_bytes(content[: rng.randint(0, len(content))] + b"\0" * rng.randint(0, 50))
-
-
-def _until(true: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it does not come true"
-        time.sleep(0.01)
-
-
-def test_ranks_of_one_launch(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
-    config_of(tmp_path)
-    arguments = [f"model.path={tmp_path / 'model'}", f"output.dir={tmp_path / 'out'}", *JOB]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "tests.support.jobs", *arguments]
-    environment = {**os.environ, "ROLLOUT_TEST_DELAY": "0.05"}
-    for expected_workers in ({0, 1}, {0, 1}):
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("20 rows, 60 samples") == 1
-        assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)
-        # The second time there is nothing to do, and no line is added.
-        assert {line["worker"] for line in read_metrics(RunPaths(tmp_path / "out"))} == expected_workers
-    assert read_run(RunPaths(tmp_path / "out")).attempt == 0

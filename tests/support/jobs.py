@@ -150,3 +150,13 @@ def without_attempt(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     engine = FakeEngine(delay=float(os.environ.get("ROLLOUT_TEST_DELAY", "0")))
     sys.exit(run_job(load_config(sys.argv[1:]), load_fake(engine)))
+
+
+JOB = ("data.limit=20", "sampling.n=3", "output.rows_per_shard=4", "data.id_column=id")
+
+
+def keys(records: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    return [(record["row_id"], record["sample"]) for record in records]
+
+
+EXPECTED = [(f"arithmetic-{row:05d}", sample) for row in range(20) for sample in range(3)]

@@ -1,0 +1,77 @@
+"""Charts: scales, lines and the axis of time."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from rollout.report.charts import Series
+from rollout.report.metric_lines import Span
+from rollout.report.time_axis import LEFT, RIGHT, TimeAxis, clock
+from rollout.run_dir.paths import RunPaths
+from tests.support.report import figure, history_of
+
+
+def test_what_does_not_lead_or_stands_out_is_cut_off(paths: RunPaths) -> None:
+    history = history_of(paths)
+    steady, spike = np.full(100, 10.0), np.full(100, 10.0)
+    spike[0] = 5000
+    assert "(cut off; up to 5,000)" in figure(history, Series("a", spike, "blue"))
+    assert "cut off" not in figure(history, Series("a", np.linspace(0, 5000, 100), "blue"))
+    both = figure(history, Series("a", steady, "blue"), Series("b", 100 * steady, "red", leading=False))
+    assert '<li><i class="key line blue"></i>a</li>' in both
+    assert "b (cut off; up to 1,000)" in both
+    near = figure(history, Series("a", steady, "blue"), Series("b", 1.4 * steady, "red", leading=False))
+    assert "cut off" not in near
+
+
+@pytest.mark.parametrize("top", [0.0, 5e-324, 0.013, 1.0, 3.0, 7.0, 39.0, 41.0, 99.0, 100.0, 12345.0, 1e15])
+def test_scales_have_few_round_steps_and_hold_all(paths: RunPaths, top: float) -> None:
+    text = figure(history_of(paths), Series("a", np.full(100, top), "blue", "area"))
+    labels = [float(label.replace(",", "")) for label in re.findall(r'text-anchor="end">([^<]*)</text>', text)]
+    assert 3 <= len(labels) <= 7
+    assert labels[0] == 0
+    assert labels[-1] >= top
+    assert "cut off" not in text
+    assert len(set(np.diff(labels).round(12))) == 1
+    heights = [float(y) for y in re.findall(r"[MV]\S* ?(-?[\d.]+)", text)]
+    assert all(0 <= y <= 170 for y in heights)
+
+
+def test_lines_are_broken_where_nothing_is_known(paths: RunPaths) -> None:
+    history = history_of(paths)
+    values = np.full(100, 10.0)
+    values[40:60] = math.nan
+    path = re.findall(r'class="line blue" d="([^"]*)"', figure(history, Series("a", values, "blue")))[0]
+    assert path.count("M") == 2
+
+
+def test_pauses_are_narrow_and_times_can_be_read() -> None:
+    spans = [Span(0, 100), Span(10_000, 10_300), Span(10_310, 10_311)]
+    axis = TimeAxis(spans)
+    xs = axis.x(np.array([0, 100, 10_000, 10_300, 10_310, 10_311]))
+    assert (xs[0], xs[-1]) == (LEFT, pytest.approx(RIGHT))
+    assert (np.diff(xs) > 0).all()
+    assert xs[3] - xs[2] == pytest.approx(3 * (xs[1] - xs[0]))
+    assert [(round(right - left), seconds) for left, right, seconds in axis.pauses()] == [(24, 9900), (24, 10)]
+    ticks = list(axis.ticks())
+    assert 5 <= len(ticks) <= 15
+    assert min(np.diff([x for x, _ in ticks])) >= 60
+    assert [name for _, name in ticks[:4]] == ["0:00", "1:00", "2:47:00", "2:48:00"]
+
+
+def test_many_attempts_leave_room_for_what_ran() -> None:
+    axis = TimeAxis([Span(100.0 * i, 100.0 * i + 10) for i in range(500)])
+    widths = [right - left for left, right, _ in axis.pauses()]
+    assert sum(widths) == pytest.approx(0.35 * (RIGHT - LEFT))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (9.6, "0:10"), (65, "1:05"), (3599, "59:59"), (3600, "1:00:00"), (180_000, "2 days, 2:00:00")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert clock(seconds) == text

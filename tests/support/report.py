@@ -1,0 +1,102 @@
+"""Metrics of a run that are made up, and the page that is drawn of them."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from rollout.report.__main__ import main
+from rollout.report.charts import Series, chart
+from rollout.report.history import History, read_history
+from rollout.report.time_axis import TimeAxis
+from rollout.run_dir.metrics import MetricsWriter
+from rollout.run_dir.paths import RunPaths
+from tests.support.jobs import report_of
+
+BEGAN = 1_700_000_000.0
+VOID = {"meta"}
+
+
+def write_metrics(
+    paths: RunPaths, worker: int, attempt: int, began: float, steps: list[dict[str, Any]], step_s: float = 0.5
+) -> None:
+    """Metrics of a worker whose steps take ``step_s`` each."""
+    now = began
+    with MetricsWriter(paths.metrics(worker), worker, attempt, lambda: now, lambda: now) as metrics:
+        for number, values in enumerate(steps):
+            now += step_s
+            metrics.step(report_of(number, **{"step_ms": 1e3 * step_s} | values))
+
+
+def change_run(paths: RunPaths, **values: Any) -> None:
+    """Set values in ``run.json``."""
+    paths.run.write_text(json.dumps(json.loads(paths.run.read_text()) | values))
+
+
+class Page(HTMLParser):
+    """Elements and text of a page that is well-formed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = ""
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.data: list[dict[str, Any]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            if data.startswith("{"):
+                self.data.append(json.loads(data))
+        elif self.open and self.open[-1] != "style":
+            self.text += data + " "
+
+
+def drawn(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> Page:
+    capsys.readouterr()
+    assert main([str(paths.root)]) == 0
+    assert capsys.readouterr().out == f"{paths.report}\n"
+    return Page(paths.report.read_text())
+
+
+def hover(page: Page, figure: int, section: int = 0) -> dict[str, list[Any]]:
+    """The values of a figure's series."""
+    return {name: values for name, _, values, *_ in page.data[section]["figures"][figure]}
+
+
+def a_line(**values: Any) -> dict[str, Any]:
+    """A line as `MetricsWriter` writes it."""
+    line: dict[str, Any] = dict.fromkeys(("live_rows", "row_target", "kv_tokens", "kv_bytes", "prefill_tokens"), 7)
+    line |= dict.fromkeys(("worker", "attempt", "preempted_rows"), 0)
+    line |= {"time": BEGAN, "seconds": 1.0, "steps": 4, "new_tokens": 28, "step_ms": 250.0, "step_ms_max": 300.5}
+    line |= {"headroom_bytes": -12, "reason": "hold", "reasons": {"hold": 3, "memory": 1}}
+    return line | {"step_ms_counts": {"250.0": 3, "310.0": 1}} | values
+
+
+def history_of(paths: RunPaths) -> History:
+    write_metrics(paths, 0, 0, BEGAN, [{}] * 200)
+    return read_history(paths, {})
+
+
+def figure(history: History, *series: Series) -> str:
+    return chart("Rows", "", TimeAxis(history.spans), (history.starts, history.ends), series)
