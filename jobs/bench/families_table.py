@@ -32,8 +32,8 @@ from rollout import Engine, SamplingParams
 from rollout.models.errors import UnsupportedModel
 from rollout.models.runners.recurrent import StateTier
 from rollout.models.runners.select import serve
-from tests.contract.conftest import greedy, random_prompts, teacher_forced, tight_engine
 from tests.support import tiny_models
+from tests.support.parity import greedy, random_prompts, teacher_forced, tight_engine
 from tests.support.tiny_models import SERVED, VOCABULARY, random_model
 
 _PAGE = Path(__file__).parents[2] / "docs" / "models.md"

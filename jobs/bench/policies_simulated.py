@@ -13,23 +13,24 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 import numpy as np
 
+from jobs.bench.lib.decision_cost import cost
 from jobs.bench.lib.hidden_limits import AHEAD, Unaware, quantiles
-from jobs.bench.lib.tables import Lines, markdown
+from jobs.bench.lib.paper_figures import paper
+from jobs.bench.lib.tables import geomean, tell
 from rollout.batcher.admission_order import early_enough, steady_rows
 from rollout.batcher.preemption import Victim, cheapest, youngest
-from rollout.batcher.registry import POLICIES, make_policy
+from rollout.batcher.registry import make_policy
 from rollout.batcher.simulation.compare import KEPT, MAX_ROWS, Spec, Trial, parse_spec, run
 from rollout.batcher.simulation.lower_bound import lower_bound_s
 from rollout.batcher.simulation.simulator import Machine, Outcome, simulate
-from rollout.batcher.simulation.workloads import WORKLOADS, Workload, named_workload, with_hints, workload_of
-from rollout.batcher.types import Bounds, FinishedRow, FloatArray, IntArray, Observation, StepSample, WaitingRows
+from rollout.batcher.simulation.workloads import WORKLOADS, Workload, named_workload, with_hints
+from rollout.batcher.types import Bounds, FloatArray, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,6 @@ SETTINGS: Mapping[str, Setting] = {
 }
 
 
-def geomean(values: Iterable[float]) -> float:
-    """The geometric mean."""
-    return math.exp(fmean(math.log(value) for value in values))
-
-
 def memory_bound_rows(workload: Workload, machine: Machine) -> float:
     """Rows that memory holds."""
     return steady_rows(machine.kv_tokens, workload.prompt_tokens, workload.output_tokens.astype(np.float64))
@@ -69,10 +65,6 @@ def budget_ms(workload: Workload, machine: Machine) -> float:
     half = memory_bound_rows(workload, machine) / 2
     c0, c1, c2, _ = machine.step_ms
     return 1.3 * (c0 + c1 * half + c2 * machine.kv_tokens / 2)
-
-
-def _tell(lines: Lines) -> None:
-    print(markdown(lines), flush=True)
 
 
 # -- memory ------------------------------------------------------------------------------------------------
@@ -118,7 +110,7 @@ def memory(given: argparse.Namespace) -> None:
         lines.append(["geomean", *(f"{geomean(ratios[spec.text]):.3f}" for spec in specs)])
         lines[-1] += ["", "", f"{geomean(ours['FIFO oracle']):.3f}", f"{geomean(ours['memory']):.3f}", "", "", ""]
         print(f"\n{letter}: {given.seeds} seeds, {setting.requests} rows; relative to the best static batch")
-        _tell(lines)
+        tell(lines)
         for text, values in ours.items():
             print(f"predictive / {text}: geomean {geomean(values):.4f}, least {min(values):.3f}", flush=True)
 
@@ -163,7 +155,7 @@ def budget(given: argparse.Namespace) -> None:
         if not given.sla:
             lines = [line[:-2] for line in lines]
         print(f"\n{letter}: {given.seeds} seeds, {setting.requests} rows")
-        _tell(lines)
+        tell(lines)
         print(
             f"predictive / best static that keeps the budget: geomean {geomean(all_ratios):.4f}, least "
             f"{min(all_ratios):.3f}; steps over: mean {fmean(all_overs):.2%}, most {max(all_overs):.2%}",
@@ -228,7 +220,7 @@ def hints(given: argparse.Namespace) -> None:
         for order, own_gains in gains.items():
             lines.append([name, order, *(f"{geomean(values):.3f}" for values in own_gains.values())])
     print(f"\nB: {given.seeds} seeds, {setting.requests} rows; tokens/s relative to the order of arrival")
-    _tell(lines)
+    tell(lines)
 
 
 def useless(given: argparse.Namespace) -> None:
@@ -246,7 +238,7 @@ def useless(given: argparse.Namespace) -> None:
             error = stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
             lines.append([name, letter, f"{fmean(ratios):.4f}", f"{error:.4f}"])
     print(f"\n{given.seeds} seeds; tokens/s with useless hints relative to the order of arrival")
-    _tell(lines)
+    tell(lines)
 
 
 def _hints_of(workload: Workload) -> FloatArray:
@@ -301,7 +293,7 @@ def victims(given: argparse.Namespace) -> None:
                 shares = [f"{fmean(o.recompute_share for o in own):.1%}" for own in runs.values()]
                 ratios.setdefault(policy, []).append(rate["cheapest"] / rate["youngest"])
                 lines.append([name, letter, policy, f"{ratios[policy][-1]:.3f}", *shares])
-    _tell(lines)
+    tell(lines)
     for policy, values in ratios.items():
         print(f"{policy}: geomean {geomean(values):.4f}, least {min(values):.3f}", flush=True)
 
@@ -323,119 +315,10 @@ def forecast(given: argparse.Namespace) -> None:
                 errors += policy.errors
             lines.append([f"{letter} {name}", *quantiles(errors)])
     print(f"{given.seeds} seeds; |foretold - true| tokens of the live rows, as a share of memory")
-    _tell(lines)
-
-
-# -- the paper ---------------------------------------------------------------------------------------------
-
-# arXiv 2503.05248, Table I: model, mean prompt, mean output, requests, static and dynamic tok/s.
-_TABLE_1 = (
-    ("LLaMA-65B", 68.4, 344.5, 1319, 1983, 2146),
-    ("LLaMA3-70B", 68.4, 454.4, 1319, 3153, 3357),
-    ("LLaMA3-70B", 191.0, 381.9, 3000, 2296, 2575),
-    ("PanGu-7B", 128, 128, 1000, 2305, 2956),
-    ("PanGu-38B", 128, 128, 1000, 2215, 2569),
-    ("PanGu-135B", 128, 128, 1000, 1342, 1449),
-)
-# Table II, with a budget of 50 ms: model, mean prompt, mean output, static and dynamic tok/s.
-_TABLE_2 = (
-    ("LLaMA-65B", 237.7, 416.2, 1190, 1223),
-    ("LLaMA3-70B", 256.6, 61.5, 331, 405),
-    ("LLaMA3-70B, PD fusion", 256.6, 447.5, 1322, 1665),
-)
-_FIGURE_3 = (30.0, 0.22, 0.0, 0.1)
-
-
-def paper(given: argparse.Namespace) -> None:
-    """The paper's settings beside its figures; most of what they depend on is not in the paper."""
-    print(
-        "Assumed: step time of Fig. 3 (30 + 0.22 rows ms) for every model, 0.1 ms a prefilled token, static = 256 rows"
-    )
-    print("with no watermark, memory for so many x 256 rows at their mean final length, lengths lognormal of CV 0.6")
-    print("(constant where prompt and output are both 128).")
-    specs = (Spec("static 256", "static", 256, 0.0), parse_spec("memory"), parse_spec("predictive"))
-    heads = [f"{spec.text}, {share:g}" for share in (0.5, 1, 3) for spec in specs[1:]]
-    lines = [["model", "prompt", "output", "paper: gain", *(f"{head}: gain" for head in heads)]]
-    for model, prompt, output, requests, static, dynamic in _TABLE_1:
-        cells = []
-        for share in (0.5, 1, 3):
-            machine = Machine(int(share * 256 * (prompt + output)), _FIGURE_3)
-            rates = [
-                geomean(run(spec, _of_means(model, prompt, output, requests, seed), machine, seed).tokens_per_s
-                        for seed in range(given.seeds))
-                for spec in specs
-            ]  # fmt: skip
-            cells += [f"{rate / rates[0] - 1:+.1%}" for rate in rates[1:]]
-        lines.append([model, f"{prompt}", f"{output}", f"{dynamic / static - 1:+.1%}", *cells])
-    print("\nTable I: tok/s over static 256, at 0.5, 1 and 3 times the memory that 256 rows need")
-    _tell(lines)
-    print("\nTable II is of arrival rates, which a job with all rows at hand has not. Here: tok/s, a budget of 50 ms")
-    print("and memory for 256 rows, relative to the best static batch that keeps it in at least 99 % of steps.")
-    lines = [["model", "prompt", "output", "paper: tok/s", "paper: gain", "static", "sla", "over", "paper", "over",
-              "predictive", "over"]]  # fmt: skip
-    for model, prompt, output, static, dynamic in _TABLE_2:
-        machine = Machine(int(256 * (prompt + output)), _FIGURE_3)
-        trial = Trial(_of_means(model, prompt, output, 3000, 0), machine, 0, 50.0)
-        rate = trial.best_static[1].tokens_per_s
-        cells = []
-        for name in ("sla", "paper", "predictive"):
-            outcome = trial.run(parse_spec(f"{name}:1024"))
-            cells += [f"{outcome.tokens_per_s / rate - 1:+.1%}", f"{outcome.over(50.0):.1%}"]
-        lines.append([model, f"{prompt}", f"{output}", f"{static} to {dynamic}", f"{dynamic / static - 1:+.1%}",
-                      f"{rate:.0f}", *cells])  # fmt: skip
-    _tell(lines)
-
-
-def _of_means(name: str, prompt: float, output: float, requests: int, seed: int) -> Workload:
-    if prompt == output:
-        return workload_of(name, np.full(requests, prompt), np.full(requests, output), 512)
-    rng = np.random.default_rng([seed, 5])
-    variance = math.log1p(0.36)
-    noise = np.exp(math.sqrt(variance) * rng.standard_normal((2, requests)) - variance / 2)
-    return workload_of(name, prompt * noise[0], output * noise[1], 4096)
+    tell(lines)
 
 
 # -- cost --------------------------------------------------------------------------------------------------
-
-
-def cost(given: argparse.Namespace) -> None:
-    """Microseconds that a decision takes, by live rows."""
-    lines = [["policy", "100 rows", "300 rows", "1000 rows", "1000 rows and room for more"]]
-    cases = ((100, 0), (300, 0), (1000, 0), (1000, 100_000))
-    for name in POLICIES:
-        for limit in (None, 1e4):
-            cells = [f"{_decision_us(name, rows, room, limit, given.seeds):.0f}" for rows, room in cases]
-            lines.append([name + (" with a budget" if limit else ""), *cells])
-    print("microseconds a decision, the median of batches of 64")
-    _tell(lines)
-
-
-def _decision_us(name: str, rows: int, room: int, limit: float | None, seeds: int) -> float:
-    policy = make_policy(name, Bounds(1, MAX_ROWS, limit))
-    rng = np.random.default_rng(0)
-    ages = np.sort(rng.integers(1, 600, rows))[::-1].copy()
-    prompts = rng.integers(50, 400, rows)
-    limits = np.full(rows, 4096, np.int64)
-    held = int((ages + prompts).sum())
-    sixty_four = np.arange(64)
-    waiting = WaitingRows(
-        rng.integers(50, 400, 64), np.zeros(64, np.int64), limits[:1].repeat(64), 10_000 + sixty_four,
-        np.zeros(64, bool),
-    )  # fmt: skip
-    batches = []
-    for batch in range(20 * seeds):
-        started = time.perf_counter()
-        for _ in range(64):
-            ms = 30 + 0.02 * rows
-            policy.decide(
-                Observation(
-                    prompts, ages, limits, 1000, 200_000, held, room, 0, 1, 0, 16, np.arange(rows),
-                    np.zeros(rows, bool), waiting, (StepSample(rows, held, 200 * (batch % 3), ms),),
-                    (FinishedRow(200, 300 + batch),),
-                )
-            )  # fmt: skip
-        batches.append((time.perf_counter() - started) / 64)
-    return 1e6 * float(np.median(batches))
 
 
 FIGURES: Mapping[str, Callable[[argparse.Namespace], None]] = {

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from functools import partial
-from typing import Any
 
 import pytest
-import torch
-from transformers import PreTrainedModel
 
-from rollout import Engine, Record
 from rollout.batcher.types import IntArray
 from rollout.engine.loop import Loop
 from rollout.engine.scheduler import Running
-from rollout.models.runners.select import serve
-from tests.support.tiny_models import VOCABULARY
 
 #: More tokens than the page tables of the live batch hold before they grow.
 BEYOND_TABLE = 256
@@ -39,55 +32,3 @@ def integrity(monkeypatch: pytest.MonkeyPatch) -> None:
 def at_once_and_late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that uses this runs twice: with tokens that are read at once, and with such that are read a step late."""
     monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, late=request.param))
-
-
-def random_prompts(seed: int, count: int, longest: int = 48) -> list[list[int]]:
-    """Prompts of mixed lengths: the first of one token, the third longer than the first page table is wide."""
-    print(f"seed {seed}")
-    rng = random.Random(seed)
-    lengths = [1, *(rng.randint(1, longest) for _ in range(count - 1))]
-    if count > 2:
-        lengths[2] += BEYOND_TABLE
-    return [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
-
-
-def page_bytes(model: PreTrainedModel) -> int:
-    """KV bytes of a page of ``model``."""
-    return serve(model).probe().bytes_per_page
-
-
-def greedy(model: PreTrainedModel, prompt: list[int], tokens: int, use_cache: bool = True) -> list[int]:
-    """The completion that transformers' own generate gives; without a cache, each token from the whole text anew."""
-    ids = torch.tensor([prompt], device=model.device)
-    out: Any = model.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=tokens,
-        pad_token_id=0,
-        use_cache=use_cache,
-    )
-    return [int(i) for i in out[0, len(prompt) :]]
-
-
-def teacher_forced(model: PreTrainedModel, record: Record, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probabilities of a record's completion under one plain forward of the model."""
-    with torch.no_grad():
-        ids = torch.tensor([record.prompt_ids + record.completion_ids], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(record.prompt_ids) - 1 : -1].float().cpu()
-    logprobs = (logits / temperature).log_softmax(-1)
-    chosen: torch.Tensor = logprobs.gather(1, torch.tensor(record.completion_ids)[:, None])[:, 0]
-    return chosen
-
-
-def worst_logprob(model: PreTrainedModel, records: list[Record], temperature: float = 1.0) -> float:
-    """Largest |difference| between recorded log-probabilities and teacher forcing."""
-    return max(
-        float((teacher_forced(model, record, temperature) - torch.tensor(record.logprobs)).abs().max())
-        for record in records
-    )
-
-
-def tight_engine(model: PreTrainedModel, pages: int, **options: Any) -> Engine:
-    """An engine that must preempt: it starts all rows at once, and has ``pages`` pages."""
-    return Engine(model, None, policy="static", max_kv_bytes=pages * page_bytes(model), **options)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from rollout import Engine, SamplingParams
-from tests.contract.conftest import greedy
 from tests.support.fuzz import CONTEXT, Case, cases, check, model_of
+from tests.support.parity import greedy
 
 SEED = int(os.environ.get("ROLLOUT_FUZZ_SEED", "12"))
 EXAMPLES = int(os.environ.get("ROLLOUT_FUZZ_EXAMPLES", "16"))

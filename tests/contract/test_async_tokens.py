@@ -9,7 +9,7 @@ import pytest
 from rollout import Engine, SamplingParams
 from rollout.batcher.types import Decision, Observation
 from rollout.engine.loop import Loop
-from tests.contract.conftest import random_prompts, tight_engine
+from tests.support.parity import random_prompts, tight_engine
 from tests.support.tiny_models import tiny
 
 _PARAMS = (

@@ -11,7 +11,7 @@ import torch
 from rollout import Engine, Record, SamplingParams
 from rollout.headroom.fake import FakeHeadroom
 from rollout.requests import Request
-from tests.contract.conftest import page_bytes, random_prompts, tight_engine, worst_logprob
+from tests.support.parity import page_bytes, random_prompts, tight_engine, worst_logprob
 from tests.support.tiny_models import tiny
 
 _CASES = (("llama", 0), ("llama", 1), ("gemma2", 0), ("gpt_oss", 1), ("qwen3_moe", 1), ("bloom", 1))

@@ -11,7 +11,7 @@ import pytest
 
 from rollout import Engine, Record, SamplingParams
 from rollout.requests import Request, in_windows
-from tests.contract.conftest import page_bytes, random_prompts
+from tests.support.parity import page_bytes, random_prompts
 from tests.support.tiny_models import tiny
 
 

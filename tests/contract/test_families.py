@@ -6,7 +6,7 @@ import pytest
 
 from rollout import Engine, SamplingParams
 from rollout.models.errors import UnsupportedModel
-from tests.contract.conftest import greedy, random_prompts, tight_engine, worst_logprob
+from tests.support.parity import greedy, random_prompts, tight_engine, worst_logprob
 from tests.support.tiny_models import REFUSED, SERVED, TIERS, tiny
 
 _NEW_TOKENS = 24

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rollout import Engine, Record, SamplingParams
 from rollout.batcher.types import Decision, Observation
-from tests.contract.conftest import greedy, tight_engine
+from tests.support.parity import greedy, tight_engine
 from tests.support.tiny_models import VOCABULARY, tiny
 
 _ORIGINAL = 40

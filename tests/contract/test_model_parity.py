@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rollout import Engine, SamplingParams
-from tests.contract.conftest import random_prompts, teacher_forced, worst_logprob
+from tests.support.parity import random_prompts, teacher_forced, worst_logprob
 from tests.support.tiny_models import tiny
 
 

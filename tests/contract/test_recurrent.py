@@ -14,7 +14,7 @@ from rollout.batcher.types import Decision, Observation
 from rollout.headroom.fake import FakeHeadroom
 from rollout.models.runners.select import serve
 from rollout.requests import Request, StepReport
-from tests.contract.conftest import random_prompts, worst_logprob
+from tests.support.parity import random_prompts, worst_logprob
 from tests.support.tiny_models import STATE, tiny
 
 _NEW_TOKENS = 20

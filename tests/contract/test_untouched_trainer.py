@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rollout import Engine, SamplingParams
-from tests.contract.conftest import random_prompts, worst_logprob
 from tests.support.devices import DEVICE, GPU
+from tests.support.parity import random_prompts, worst_logprob
 from tests.support.tiny_models import tiny
 
 _PARAMS = SamplingParams(n=2, max_new_tokens=12)

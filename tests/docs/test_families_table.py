@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from jobs.bench import families_table
 from jobs.bench.families_table import Result, table, tiny_config, tried, write
-from tests.contract.conftest import greedy
+from tests.support.parity import greedy
 from tests.support.tiny_models import REFUSED, SERVED
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from rollout import Engine, SamplingParams
 from rollout.batcher.registry import POLICIES
-from tests.contract.conftest import page_bytes
+from tests.support.parity import page_bytes
 from tests.support.tiny_models import tiny
 
 _PROMPTS = [[5 + i % 7] * (3 + 5 * i % 23) for i in range(24)]

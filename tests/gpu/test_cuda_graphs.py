@@ -17,10 +17,10 @@ from rollout.models.runners import cuda_graphs, graph_capture
 from rollout.models.runners.cuda_graphs import CapturedRunner
 from rollout.models.runners.graph_capture import CudaGraphs
 from rollout.models.runners.packed import InterfaceRunner, InterfaceTier
-from tests.contract.conftest import random_prompts
-from tests.models.runners.test_cuda_graphs import World
+from tests.support.cuda_graph_world import World
 from tests.support.devices import DEVICE
 from tests.support.paged_sequences import Kind, PagedWorld, Parts
+from tests.support.parity import random_prompts
 from tests.support.tiny_models import tiny
 from tests.support.triton_world import TOLERANCE
 

@@ -13,8 +13,8 @@ import torch
 
 from rollout import Engine, Record, SamplingParams
 from rollout.requests import Request, StepReport
-from tests.contract.conftest import random_prompts
 from tests.support.devices import DEVICE
+from tests.support.parity import random_prompts
 from tests.support.tiny_models import tiny
 
 #: A process with a context on the GPU, which takes a fair share of memory by itself; then, for each line that it reads,

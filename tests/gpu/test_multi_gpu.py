@@ -9,8 +9,8 @@ import torch
 
 from rollout import Engine, SamplingParams
 from rollout.models.loading.load import ModelSource, load_model
-from tests.contract.conftest import random_prompts
 from tests.support.devices import DEVICE
+from tests.support.parity import random_prompts
 from tests.support.tensor_parallel import assert_as_one_that_holds_all
 from tests.support.tiny_models import tiny
 

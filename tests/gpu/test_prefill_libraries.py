@@ -13,9 +13,9 @@ from rollout.models.attention.prefill_libraries import LIBRARIES
 from rollout.models.attention.triton import TritonSteps
 from rollout.models.errors import UnsupportedAttention
 from rollout.models.kv_cache.layout import Span
-from tests.contract.conftest import random_prompts
 from tests.support.devices import DEVICE
 from tests.support.paged_sequences import Kind, PagedWorld, same_bits, whole
+from tests.support.parity import random_prompts
 from tests.support.tiny_models import tiny
 
 _KINDS = (Kind(2, 6, 128, 128), Kind(2, 2, 64, 64, Span("window", 300)))

@@ -9,8 +9,8 @@ import torch
 
 from rollout.models.sampling.sampler import RowSampling, _triton, sample
 from rollout.models.sampling.top_p import _kernel_serves
-from tests.models.sampling.test_sampler import One, rows_of
 from tests.support.devices import DEVICE
+from tests.support.sampling import One, rows_of
 
 
 def on_device(rows: RowSampling) -> RowSampling:

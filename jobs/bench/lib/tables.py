@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,3 +185,13 @@ def markdown(lines: Lines) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def geomean(values: Iterable[float]) -> float:
+    """The geometric mean."""
+    return math.exp(fmean(math.log(value) for value in values))
+
+
+def tell(lines: Lines) -> None:
+    """Print a table as Markdown."""
+    print(markdown(lines), flush=True)

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from itertools import chain
 
-import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from rollout import Engine, SamplingParams
-from rollout.models.arrays import IntArray
 from rollout.models.attention import triton, triton_metadata
 from rollout.models.attention.triton import Blocks, TritonSteps
-from rollout.models.forward_batch import Packed
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.runners import cuda_graphs
 from rollout.models.runners.base import Runner
 from rollout.models.runners.cuda_graphs import CapturedRunner, capturing, rung
-from rollout.models.runners.graph_capture import Graphs
 from rollout.models.runners.packed import InterfaceRunner, InterfaceTier
 from tests.contract.test_long_sequences import long_model
+from tests.support.cuda_graph_world import FakeGraphs, World, llama
 from tests.support.devices import DEVICE
-from tests.support.tiny_models import VOCABULARY, tiny
+from tests.support.tiny_models import tiny
 from tests.support.triton_interpreter import kernels_run_here
 
 _SMALL = Blocks(16, 16, 4)
@@ -40,122 +35,6 @@ def small_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cuda_graphs._refused.clear()
     yield
     cuda_graphs._refused.clear()
-
-
-@dataclass
-class FakeGraph:
-    step: Callable[[], object]
-    replays: int = 0
-    gone: bool = False
-
-    def replay(self) -> None:
-        assert not self.gone
-        self.replays += 1
-        self.step()
-
-    def reset(self) -> None:
-        assert not self.gone
-        self.gone = True
-
-
-@dataclass
-class FakeGraphs:
-    """``failure`` is raised, once, by a capture."""
-
-    failure: Exception | None = None
-    graphs: list[FakeGraph] = field(default_factory=list)
-    tried: int = 0
-    released: int = 0
-
-    @property
-    def bytes_kept(self) -> int:
-        return 1000 * sum(not graph.gone for graph in self.graphs)
-
-    def try_out(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
-        self.tried += 1
-        return step()
-
-    def capture(self, step: Callable[[], object]) -> FakeGraph:
-        failure, self.failure = self.failure, None
-        if failure is not None:
-            raise failure
-        self.graphs.append(FakeGraph(step))
-        return self.graphs[-1]
-
-    def release(self) -> None:
-        assert all(graph.gone for graph in self.graphs)
-        self.released += 1
-
-
-def llama(layers: int = 2) -> PreTrainedModel:
-    return tiny("llama", num_hidden_layers=layers)
-
-
-class World:
-    """Texts on two pools: what `captured` computes in one, `plain` computes in the other."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel | None = None,
-        texts: int = 6,
-        slab_pages: int = 4,
-        graphs: Graphs | None = None,
-    ) -> None:
-        self.model = tiny("llama", num_hidden_layers=2) if model is None else model
-        self.tier = InterfaceTier(self.model)
-        self.layout = self.tier.probe()
-        self.fake = FakeGraphs()
-        self.loan = self.tier._loan
-        self.pools = [PagePool(self.layout, slab_pages, DEVICE) for _ in range(2)]
-        steps = [TritonSteps(pool) for pool in self.pools]
-        self.plain, eager = (InterfaceRunner(self.model, pool, s) for pool, s in zip(self.pools, steps, strict=True))
-        self.runner = CapturedRunner(eager, self.model, steps[1], self.loan, graphs or self.fake)
-        self.tokens = np.random.default_rng(3).integers(3, VOCABULARY, (texts, 200))
-        self.tables: list[list[IntArray]] = [[np.zeros(0, np.int64)] * texts for _ in range(2)]
-        self.lengths = [0] * texts
-
-    def forward(self, parts: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """So many further tokens of some texts: logits of the eager runner and of the one under test.
-
-        torch's products give a row other bits in more company, so the eager runner computes the first row again as
-        often as there is padding.
-        """
-        padding = rung(len(parts)) - len(parts) if all(count == 1 for _, count in parts) else 0
-        logits = []
-        for which, runner in enumerate((self.plain, self.runner)):
-            with self.tier.on_loan():
-                packed = self._packed(which, [*parts, *parts[:1] * (0 if which else padding)])
-                logits.append(runner.forward(packed)[: len(parts)])
-        for text, count in parts:
-            self.lengths[text] += count
-        return logits[0], logits[1]
-
-    def same(self, parts: list[tuple[int, int]]) -> None:
-        expected, found = self.forward(parts)
-        assert torch.equal(expected, found)
-
-    def decode(self, *texts: int) -> None:
-        self.same([(text, 1) for text in texts])
-
-    def _packed(self, which: int, parts: list[tuple[int, int]]) -> Packed:
-        pool, tables = self.pools[which], self.tables[which]
-        for text, count in parts:
-            lacking = self.layout.pages_for(self.lengths[text] + count) - len(tables[text])
-            while pool.free_pages < lacking:
-                pool.grow()
-            tables[text] = np.concatenate([tables[text], pool.allocate(lacking)])
-        packed = np.full((len(parts), max(len(tables[text]) for text, _ in parts)), 10**9)
-        for row, (text, _) in enumerate(parts):
-            packed[row, : len(tables[text])] = tables[text]
-        starts = np.array([self.lengths[text] for text, _ in parts])
-        new = [self.tokens[text, self.lengths[text] : self.lengths[text] + count] for text, count in parts]
-        return Packed(
-            torch.from_numpy(np.concatenate(new)).to(DEVICE), packed, starts, np.array([count for _, count in parts])
-        )
-
-    @property
-    def sizes(self) -> list[int]:
-        return list(self.runner._captured)
 
 
 def test_the_ladder() -> None:

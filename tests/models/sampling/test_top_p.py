@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rollout.models.sampling import sampler, top_p, top_p_triton
 from rollout.models.sampling.top_p import by_sorting, is_threshold
 from rollout.models.sampling.top_p_triton import threshold
-from tests.models.sampling.test_sampler import One, rows_of
 from tests.support.devices import GPU
+from tests.support.sampling import One, rows_of
 from tests.support.triton_interpreter import kernels_run_here
 
 
