@@ -1,0 +1,77 @@
+"""Who may import whom: files and sub-packages of the product stand in levels, and import from lower ones alone."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+#: From the lowest level up. Names on one level do not import each other.
+LEVELS = {
+    "models": [
+        "errors arrays cache_dir",
+        "device",
+        "kv_cache forward_batch csrc module",
+        "loading sampling attention",
+        "runners patches",
+    ],
+    "batcher": ["types", "estimators preemption admission_order", "policies", "registry", "simulation"],
+    "rollout": [
+        "errors logs arithmetic stats",
+        "records sampling_params headroom",
+        "requests length_history config",
+        "override_errors data engine run_dir",
+        "job verify report simulate",
+        "__main__",
+    ],
+}
+PLACES = {
+    (package, name): level
+    for package, levels in LEVELS.items()
+    for level, names in enumerate(levels)
+    for name in names.split()
+}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in LEVELS
+    for path in (ROOT / package).rglob("*.py")
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Files of the product that a file imports, anywhere in it; named by where they lie."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    names = {
+        name.removeprefix("rollout.") if name.startswith(("rollout.models", "rollout.batcher")) else name
+        for name in found
+    }
+    # What a package's own file holds is a docstring: importing a file of it is no import of the package.
+    return {name for name in names & FILES.keys() if FILES[name].name != "__init__.py"}
+
+
+def test_imports_go_to_lower_levels() -> None:
+    for name, path in FILES.items():
+        for other in imports(path) if name != "rollout" else ():
+            here, there = tuple(name.split(".")[:2]), tuple(other.split(".")[:2])
+            if here != there:
+                assert there[0] == here[0] or here[0] == "rollout", f"{name} imports {other}"
+                assert there[0] != here[0] or PLACES[there] < PLACES[here], f"{name} imports {other}"
+
+
+def test_files_do_not_import_in_a_circle() -> None:
+    TopologicalSorter({name: imports(path) - {name} for name, path in FILES.items()}).prepare()
+
+
+def test_files_of_packages_are_docstrings() -> None:
+    for path in {
+        *ROOT.glob("models/**/__init__.py"),
+        *ROOT.glob("batcher/**/__init__.py"),
+        *ROOT.glob("rollout/*/__init__.py"),
+    }:
+        assert len(ast.parse(path.read_text(encoding="utf-8")).body) == 1, path
