@@ -40,7 +40,7 @@ typecheck: setup
 
 # Nothing is fetched in a test; without this a mistake would wait for a network instead of failing.
 unit: setup
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 # What `unit` shows on a CPU, on a GPU: the contract, with Triton's kernels compiled instead of interpreted, and what
 # only a GPU has.
