@@ -11,46 +11,46 @@ from rollout.models.arrays import IntArray
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """S sequences with T new tokens in all: rows that decode have one each, prompts that are prefilled more."""
+class ForwardBatch:
+    """S sequences with T new tokens in all: one token for each row that decodes, several for a prompt that prefills."""
 
     tokens: torch.Tensor
     """[T] int64 on the model's device: the new tokens, sequence after sequence. The host may not know them yet."""
-    tables: IntArray
-    """[S, pages] pages of each sequence, those to be written included; entries past its end are not read."""
-    starts: IntArray
-    """[S] tokens of each sequence whose keys and values its pages hold already."""
-    lengths: IntArray
+    page_tables: IntArray
+    """[S, pages] page ids of each sequence, those to be written included; entries past its end are not read."""
+    prefix_lens: IntArray
+    """[S] tokens of each sequence whose keys and values are already in its pages."""
+    query_lens: IntArray
     """[S] new tokens of each sequence, at least one."""
     states: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     """[S] page of each sequence's recurrent state; [0] in models without."""
 
-    texts: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[S] known tokens of each sequence, also those that this forward leaves for later; [0] where it leaves none."""
+    known_lens: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[S] known tokens of each sequence, those left for a later forward included; [0] if none is left."""
 
     @property
-    def text_lengths(self) -> IntArray:
-        """[S] known tokens of each sequence."""
-        return self.texts if len(self.texts) else self.ends
+    def full_lens(self) -> IntArray:
+        """[S] known tokens of each sequence, those left for a later forward included."""
+        return self.known_lens if len(self.known_lens) else self.seq_lens
 
     @property
-    def ends(self) -> IntArray:
+    def seq_lens(self) -> IntArray:
         """[S] tokens of each sequence, the new ones included."""
-        return self.starts + self.lengths
+        return self.prefix_lens + self.query_lens
 
     @property
     def offsets(self) -> IntArray:
         """[S] where each sequence's new tokens begin among the T."""
-        return np.cumsum(self.lengths) - self.lengths
+        return np.cumsum(self.query_lens) - self.query_lens
 
     @property
     def positions(self) -> IntArray:
-        """[T] the place of each new token in its sequence."""
-        return np.arange(len(self.tokens)) + np.repeat(self.starts - self.offsets, self.lengths)
+        """[T] the position of each new token in its sequence."""
+        return np.arange(len(self.tokens)) + np.repeat(self.prefix_lens - self.offsets, self.query_lens)
 
-    def slots(self, page_size: int) -> IntArray:
+    def slot_mapping(self, page_size: int) -> IntArray:
         """[T] where each new token's keys and values go: ``page * page_size + place in page``."""
         positions = self.positions
-        rows = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        slots: IntArray = self.tables[rows, positions // page_size] * page_size + positions % page_size
+        rows = np.repeat(np.arange(len(self.query_lens)), self.query_lens)
+        slots: IntArray = self.page_tables[rows, positions // page_size] * page_size + positions % page_size
         return slots

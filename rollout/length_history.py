@@ -14,7 +14,7 @@ from rollout.records import Record
 _MEMORY = 32
 
 
-class Lengths:
+class LengthHistory:
     """The mean length of a prompt's completions, by a hash of its token ids.
 
     Args:

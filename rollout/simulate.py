@@ -15,7 +15,7 @@ from statistics import fmean
 
 import numpy as np
 
-from rollout.batcher.simulation.compare import Spec, Trial, parse_spec
+from rollout.batcher.simulation.compare import Comparison, Spec, parse_spec
 from rollout.batcher.simulation.simulator import Machine
 from rollout.batcher.simulation.workloads import WORKLOADS, Workload, named_workload, workload_of
 from rollout.errors import Exit, InputError
@@ -49,7 +49,7 @@ class Result:
     total_s: float
 
 
-def compare(trial: Trial, specs: Sequence[Spec], seed: int) -> list[Result]:
+def compare(trial: Comparison, specs: Sequence[Spec], seed: int) -> list[Result]:
     """All policies on one job."""
     static = trial.best_static[1].tokens_per_s
     results = []
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         statics: list[str] = []
         for seed in range(given.seeds):
             workload = _workload(given, seed)
-            trial = Trial(workload, Machine(given.kv_tokens, given.step_ms), seed, given.budget_ms)
+            trial = Comparison(workload, Machine(given.kv_tokens, given.step_ms), seed, given.budget_ms)
             results += compare(trial, specs, seed)
             bounds, _ = trial.best_static
             chunk = "" if given.budget_ms is None else f" with prefills of {bounds.prefill_tokens}"

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from rollout.errors import Exit, InputError
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.run import Run, read_row_ids, read_run
+from rollout.run_dir.run import RunDir, read_row_ids, read_run
 from rollout.run_dir.shards import file_sha256, read_manifest, read_shard
 
 SHOWN = 20
@@ -72,7 +72,7 @@ def verify(folder: Path) -> Findings:
     return findings
 
 
-def _checked_shard(run: Run, shard: int, findings: Findings) -> pa.Table | None:
+def _checked_shard(run: RunDir, shard: int, findings: Findings) -> pa.Table | None:
     """The shard's records, if it is committed and whole."""
     manifest_path, path = run.paths.manifest(shard), run.paths.shard(shard, run.format)
     if not manifest_path.exists():
@@ -114,7 +114,7 @@ def _count(table: pa.Table, row_ids: pa.ChunkedArray, times: np.ndarray, finding
     findings.errors += [((names[int(at)].as_py(), int(samples[at])), classes[int(at)].as_py()) for at in in_error]
 
 
-def _look_for_foreign_files(run: Run, findings: Findings) -> None:
+def _look_for_foreign_files(run: RunDir, findings: Findings) -> None:
     """Whoever loads ``shards/*`` would load these too."""
     if not run.paths.shards.exists():
         return

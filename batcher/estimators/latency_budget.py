@@ -29,7 +29,7 @@ class Share:
     """Whether one row alone is known to take longer than the budget."""
 
 
-class Latency:
+class LatencyBudget:
     """Inverts the fit of step times (``StepTime``) for the largest step within the budget.
 
     Decoding rows go first, oldest first; those that no longer fit are paused until older ones have ended. What they

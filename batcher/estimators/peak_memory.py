@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rollout.batcher.estimators.row_memory import Rows, Shared
+from rollout.batcher.estimators.row_memory import RowMemory, Shared
 from rollout.batcher.types import FloatArray
 
 
@@ -27,7 +27,7 @@ def future_peak(held: FloatArray, grows: FloatArray, remaining: FloatArray) -> f
     return float(totals.max())
 
 
-def fitting_exactly(live: Rows, shared: Shared, waiting: Rows, tokens: float) -> int:
+def fitting_exactly(live: RowMemory, shared: Shared, waiting: RowMemory, tokens: float) -> int:
     """How many of the waiting rows may join for the peak to stay within ``tokens``, if every row reaches its limit."""
     held = np.concatenate((shared.tokens, live.own_tokens, waiting.own_tokens))
     lives, starts = live.remaining.astype(np.float64), waiting.remaining.astype(np.float64)

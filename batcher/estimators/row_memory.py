@@ -15,7 +15,7 @@ _YOUNGEST = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowMemory:
     """Arrays with one entry a row."""
 
     own_tokens: FloatArray
@@ -35,9 +35,9 @@ class Rows:
         """Tokens that each may still generate."""
         return self.limits - self.ages
 
-    def taken(self, which: IntArray | BoolArray) -> Rows:
+    def taken(self, which: IntArray | BoolArray) -> RowMemory:
         """Some of them."""
-        return Rows(self.own_tokens[which], self.ages[which], self.limits[which], self.ends_at_limit[which])
+        return RowMemory(self.own_tokens[which], self.ages[which], self.limits[which], self.ends_at_limit[which])
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Shared:
 _NOTHING_SHARED = Shared(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
-def live_rows(observation: Observation) -> tuple[Rows, Shared]:
+def live_rows(observation: Observation) -> tuple[RowMemory, Shared]:
     """The rows that live, and what they share as far as that is told."""
     known = observation.ends_at_limit
     known = np.zeros(observation.live_rows, bool) if known is None else known
@@ -74,10 +74,10 @@ def live_rows(observation: Observation) -> tuple[Rows, Shared]:
         own = own - prompts
         lasts = np.flatnonzero(np.append(~alike, True))
         shared = Shared(prompts[lasts].astype(np.float64), np.diff(lasts, prepend=-1), lasts)
-    return Rows(own, observation.generated_tokens, observation.max_new_tokens, known), shared
+    return RowMemory(own, observation.generated_tokens, observation.max_new_tokens, known), shared
 
 
-def waiting_rows(observation: Observation) -> Rows:
+def waiting_rows(observation: Observation) -> RowMemory:
     """The rows that wait, first ones first: those that are known, else one that stands for all of them.
 
     One that joins rows of its prompt, live or before it, does not hold the prompt again.
@@ -85,17 +85,17 @@ def waiting_rows(observation: Observation) -> Rows:
     waiting = observation.waiting
     if waiting is None:
         if not observation.waiting_rows:
-            return Rows(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool))
+            return RowMemory(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool))
         prompt = np.array([observation.waiting_prompt_tokens // observation.waiting_rows])
         limit = int(observation.max_new_tokens.mean()) if observation.live_rows else TYPICAL_MAX_NEW
-        return Rows(_held(prompt, observation), np.zeros(1, np.int64), np.array([limit]), np.zeros(1, bool))
+        return RowMemory(_held(prompt, observation), np.zeros(1, np.int64), np.array([limit]), np.zeros(1, bool))
     joins = np.zeros(len(waiting), bool)
     joins[1:] = waiting.groups[1:] == waiting.groups[:-1]
     if observation.groups is not None:
         joins |= (waiting.groups[:, None] == observation.groups[-_YOUNGEST:]).any(1)
     tokens = waiting.prompt_tokens + waiting.generated_tokens
     own = _held(tokens - np.where(joins, _full_pages(waiting.prompt_tokens, observation), 0), observation)
-    return Rows(own, waiting.generated_tokens, waiting.max_new_tokens, waiting.ends_at_limit)
+    return RowMemory(own, waiting.generated_tokens, waiting.max_new_tokens, waiting.ends_at_limit)
 
 
 def _held(tokens: IntArray, observation: Observation) -> FloatArray:

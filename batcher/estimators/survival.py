@@ -31,7 +31,7 @@ def bins_of(ages: IntArray) -> IntArray:
     return _BIN_OF_AGE[np.minimum(ages, len(_BIN_OF_AGE) - 1)]
 
 
-class Hazard:
+class Survival:
     """The probability that a row of an age ends, for each bin of ages.
 
     The actuarial estimator (Cutler and Ederer, 1958): of the rows that came to a bin, those that ended in it,

@@ -6,12 +6,12 @@ from statistics import NormalDist
 
 import numpy as np
 
-from rollout.batcher.estimators.latency_budget import Latency
-from rollout.batcher.estimators.memory_forecast import Forecast, Occupancy
+from rollout.batcher.estimators.latency_budget import LatencyBudget
+from rollout.batcher.estimators.memory_forecast import Forecast, MemoryForecaster
 from rollout.batcher.estimators.peak_memory import fitting_exactly
 from rollout.batcher.estimators.row_memory import TYPICAL_MAX_NEW, live_rows, waiting_rows
 from rollout.batcher.estimators.step_time import StepTime
-from rollout.batcher.estimators.survival import Hazard
+from rollout.batcher.estimators.survival import Survival
 from rollout.batcher.types import OVER_BUDGET, BoolArray, Bounds, Decision, FloatArray, Observation, decoding_rows
 
 # Lengths and costs change slowly: what follows from them is worked out once in so many decisions.
@@ -54,9 +54,9 @@ class PredictivePolicy:
         if memory_rows < 1:
             raise ValueError(f"memory_rows must be at least 1, not {memory_rows}.")
         self._bounds = bounds
-        self._hazard = Hazard(memory_rows)
+        self._hazard = Survival(memory_rows)
         self._steps = StepTime()
-        self._latency = None if bounds.latency_budget_ms is None else Latency(bounds, self._steps)
+        self._latency = None if bounds.latency_budget_ms is None else LatencyBudget(bounds, self._steps)
         self._decisions = 0
         self._theta = 0.0
         self._admitted = 0
@@ -145,7 +145,7 @@ class PredictivePolicy:
         fits = self._fits(held + more.up_to_each().last() + more.times(np.arange(1, imagined + 1)), eta)
         return len(waiting) + (imagined if fits.all() else int(np.argmin(fits)))
 
-    def _fits(self, needed: Occupancy, eta: int) -> BoolArray:
+    def _fits(self, needed: MemoryForecaster, eta: int) -> BoolArray:
         """[rows] whether memory will do for each of [rows, grid]."""
         unsure = (needed.most - needed.mean) ** 2 / (self._hazard.finished + _PRIOR_ROWS)
         most = needed.mean + self._theta * np.sqrt(needed.variance + unsure)

@@ -73,7 +73,7 @@ def run(spec: Spec, workload: Workload, machine: Machine, seed: int = 0, budget_
     return simulate(workload, machine, policy, seed=seed, watermark=spec.watermark)
 
 
-class Trial:
+class Comparison:
     """A job and a machine, and what policies are compared with there.
 
     Args:

@@ -31,7 +31,7 @@ from jobs.bench.engines.harness import Task
 from jobs.bench.engines.loading import load
 from jobs.bench.lib import tables, workload
 from rollout import Engine, SamplingParams
-from rollout.models.attention.base import PagedStep
+from rollout.models.attention.base import PagedAttention
 from rollout.models.loading.load import resolve_path
 from rollout.models.patches import linears
 from rollout.requests import Request, StepReport
@@ -112,7 +112,7 @@ class Timers:
         """They run inside this block."""
         loop: Any = rollout.engine.loop
         form: Any = linears._Form
-        originals = nn.Linear.forward, form.product, PagedStep.attend_tokens, loop.sample
+        originals = nn.Linear.forward, form.product, PagedAttention.attend_tokens, loop.sample
         forward, attend = self.timed("linears", originals[0]), self.timed("attention", originals[2])
 
         def count(weight: torch.Tensor, x: torch.Tensor) -> None:
@@ -133,18 +133,23 @@ class Timers:
             return counted
 
         def attending(
-            step: PagedStep, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *a: Any
+            step: PagedAttention,
+            module: nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            *a: Any,
         ) -> Any:
             self._token_bytes += sum(x.shape[1] * x.shape[2] * step.layout.dtype.itemsize for x in (key, value))
             return attend(step, module, query, key, value, *a)
 
         nn.Linear.forward, form.product = linear, product  # type: ignore[method-assign, assignment]
-        PagedStep.attend_tokens = attending  # type: ignore[method-assign, assignment]
+        PagedAttention.attend_tokens = attending  # type: ignore[method-assign, assignment]
         loop.sample = self.timed("sampler", originals[3])
         try:
             yield
         finally:
-            nn.Linear.forward, form.product, PagedStep.attend_tokens, loop.sample = originals  # type: ignore[method-assign]
+            nn.Linear.forward, form.product, PagedAttention.attend_tokens, loop.sample = originals  # type: ignore[method-assign]
 
 
 def overhead() -> float:

@@ -30,8 +30,8 @@ from transformers.utils import logging
 
 from rollout import Engine, SamplingParams
 from rollout.models.errors import UnsupportedModel
-from rollout.models.runners.recurrent import StateTier
-from rollout.models.runners.select import serve
+from rollout.models.runners.recurrent import RecurrentStrategy
+from rollout.models.runners.select import select_strategy
 from tests.support import tiny_models
 from tests.support.parity import greedy, random_prompts, teacher_forced, tight_engine
 from tests.support.tiny_models import SERVED, VOCABULARY, random_model
@@ -203,7 +203,7 @@ def tried(family: str) -> Result:
     except Exception as error:  # noqa: BLE001 - whatever a family's own code says
         return Result(family, "not built", reason=_in_short(error))
     try:
-        tier = serve(model)
+        tier = select_strategy(model)
     except UnsupportedModel as refusal:
         return Result(family, "refused", reason=str(refusal))
     prompts = random_prompts(11, 7)
@@ -224,7 +224,7 @@ def tried(family: str) -> Result:
     if equal < len(prompts) and all(_is_greedy(model, *pair) for pair in zip(prompts, records, strict=True)):
         reason = "gives other tokens than plain forwards of the same module; the engine's tokens are the forwards'"
         return Result(family, "generate fails", tier.name, equal, len(prompts), gap, half, reason)
-    tolerance = _STATE_TOLERANCE if tier.name == StateTier.name else _TOLERANCE
+    tolerance = _STATE_TOLERANCE if tier.name == RecurrentStrategy.name else _TOLERANCE
     if gap > tolerance:
         tolerance = _ROUNDINGS * _own_rounding(model, prompts, records)
     state: Literal["right", "wrong"] = "right" if equal == len(prompts) and gap <= tolerance else "wrong"
@@ -233,7 +233,7 @@ def tried(family: str) -> Result:
 
 def _generated(model: PreTrainedModel, prompts: Sequence[list[int]]) -> tuple[list[list[int]], torch.Tensor]:
     """Completions, and how far each of their log-probabilities is from a plain forward."""
-    states = serve(model).probe().states
+    states = select_strategy(model).probe().states
     engine = Engine(model, None, policy="static", max_rows=4) if states else tight_engine(model, _PAGES, max_rows=4)
     batch = engine.generate(prompts, SamplingParams(max_new_tokens=_NEW_TOKENS, temperature=0))
     failed = [record.error for record in batch if record.error]

@@ -23,7 +23,7 @@ from rollout import Engine, SamplingParams
 from rollout.batcher.estimators.step_time import StepTime
 from rollout.batcher.registry import make_policy
 from rollout.batcher.types import Bounds, Policy, StepSample
-from rollout.models.runners.select import serve
+from rollout.models.runners.select import select_strategy
 from rollout.requests import Request, StepReport
 from rollout.stats import Stats
 
@@ -155,7 +155,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     model = cli.model(folder, given)
-    layout = serve(model).probe()
+    layout = select_strategy(model).probe()
     mean = fmean(len(request.ids) + request.n for request in work)
     max_kv_bytes = int(given.kv_rows * layout.pages_for(int(mean)) * layout.bytes_per_page)
     limit = max(request.n for request in work)

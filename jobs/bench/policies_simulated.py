@@ -26,7 +26,7 @@ from jobs.bench.lib.tables import geomean, tell
 from rollout.batcher.admission_order import early_enough, steady_rows
 from rollout.batcher.preemption import Victim, cheapest, youngest
 from rollout.batcher.registry import make_policy
-from rollout.batcher.simulation.compare import KEPT, MAX_ROWS, Spec, Trial, parse_spec, run
+from rollout.batcher.simulation.compare import KEPT, MAX_ROWS, Comparison, Spec, parse_spec, run
 from rollout.batcher.simulation.lower_bound import lower_bound_s
 from rollout.batcher.simulation.simulator import Machine, Outcome, simulate
 from rollout.batcher.simulation.workloads import WORKLOADS, Workload, named_workload, with_hints
@@ -85,7 +85,7 @@ def memory(given: argparse.Namespace) -> None:
         for name in given.workloads.split(","):
             rows: list[list[float]] = []
             for seed in range(given.seeds):
-                trial = Trial(setting.workload(name, seed), setting.machine, seed)
+                trial = Comparison(setting.workload(name, seed), setting.machine, seed)
                 bounds, static = trial.best_static
                 rate = static.tokens_per_s
                 outcomes = {spec.text: trial.run(spec) for spec in specs}
@@ -135,7 +135,7 @@ def budget(given: argparse.Namespace) -> None:
             for seed in range(given.seeds):
                 workload = setting.workload(name, seed)
                 limit = budget_ms(workload, setting.machine)
-                trial = Trial(workload, setting.machine, seed, limit)
+                trial = Comparison(workload, setting.machine, seed, limit)
                 bounds, static = trial.best_static
                 own = trial.run(parse_spec("predictive"))
                 published = _sla(trial, alpha=20, delta=5, epsilon_d=10.0)
@@ -168,17 +168,17 @@ def _short(outcome: Outcome, limit: float) -> float:
     return float(outcome.step_ms[outcome.step_ms < 0.85 * limit].sum() / outcome.step_ms.sum())
 
 
-def _sla(trial: Trial, chunk: int = 512, **parameters: float) -> Outcome:
+def _sla(trial: Comparison, chunk: int = 512, **parameters: float) -> Outcome:
     policy = make_policy("sla", Bounds(1, 1024, trial.budget_ms, chunk), **parameters)
     return simulate(trial.workload, trial.machine, policy, seed=trial.seed)
 
 
-def _sla_sweep(trial: Trial) -> list[Outcome]:
+def _sla_sweep(trial: Comparison) -> list[Outcome]:
     """Algorithm 2 with the best of 4 settings and 5 chunks, aimed at three budgets below the real one."""
     assert trial.budget_ms is not None
     found = []
     for aim in (0.75, 0.9, 1.0):
-        aimed = Trial(trial.workload, trial.machine, trial.seed, aim * trial.budget_ms)
+        aimed = Comparison(trial.workload, trial.machine, trial.seed, aim * trial.budget_ms)
         for parameters in _SLA:
             own = parameters | {"epsilon_d": parameters["epsilon_d"] * trial.budget_ms}
             found += [_sla(aimed, chunk, **own) for chunk in (32, 64, 128, 256, 512)]

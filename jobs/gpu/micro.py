@@ -20,11 +20,11 @@ from jobs.bench.decode_bandwidth import copy_bandwidth
 from jobs.gpu.common import CUDA, DEVICE, TINY, ended, graphed, guarded, say, synchronize, timed
 from rollout.models.attention import triton as kernels
 from rollout.models.attention import triton_metadata
-from rollout.models.attention.interface import Scores
-from rollout.models.attention.triton import Blocks
-from rollout.models.attention.triton_metadata import Room
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.attention.interface import ScoreParams
+from rollout.models.attention.triton import TileSizes
+from rollout.models.attention.triton_metadata import MetadataSizes
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.sampling.sampler import RowSampling, sample
 
@@ -35,16 +35,16 @@ HEADS = {"tiny": (1, 2, 16)} if TINY else {"qwen1.5b": (2, 6, 128), "llama8b": (
 #: Rows, tokens of each
 DECODES = ((3, 40),) if TINY else ((64, 1024), (256, 1024), (16, 8192), (1, 32768), (1024, 512))
 SPLIT_CUTS = (
-    (Blocks(16, 64, 4, 3), 256),
-    (Blocks(16, 64, 4, 3), 512),
-    (Blocks(16, 64, 4, 4), 256),
-    (Blocks(16, 64, 2, 3), 256),
-    (Blocks(16, 32, 4, 4), 256),
-    (Blocks(16, 128, 4, 3), 256),
-    (Blocks(16, 128, 8, 3), 512),
-    (Blocks(16, 64, 8, 3), 256),
+    (TileSizes(16, 64, 4, 3), 256),
+    (TileSizes(16, 64, 4, 3), 512),
+    (TileSizes(16, 64, 4, 4), 256),
+    (TileSizes(16, 64, 2, 3), 256),
+    (TileSizes(16, 32, 4, 4), 256),
+    (TileSizes(16, 128, 4, 3), 256),
+    (TileSizes(16, 128, 8, 3), 512),
+    (TileSizes(16, 64, 8, 3), 256),
 )
-TILE_CUTS = (Blocks(128, 64, 8), Blocks(64, 64, 4), Blocks(64, 32, 4), Blocks(128, 32, 8))
+TILE_CUTS = (TileSizes(128, 64, 8), TileSizes(64, 64, 4), TileSizes(64, 32, 4), TileSizes(128, 32, 8))
 #: Hidden size, sizes of query, key and value, intermediate size
 PRODUCTS = (
     {"tiny": (64, (64, 32, 32), 96)}
@@ -62,9 +62,11 @@ ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 
 
 @contextmanager
-def cut(split: Blocks | None = None, tiles: Blocks | None = None, split_tokens: int | None = None) -> Iterator[None]:
+def cut(
+    split: TileSizes | None = None, tiles: TileSizes | None = None, split_tokens: int | None = None
+) -> Iterator[None]:
     """Cut the attention kernel otherwise, for heads of any size."""
-    blocks: dict[tuple[int, int], tuple[Blocks, Blocks]] = kernels._BLOCKS
+    blocks: dict[tuple[int, int], tuple[TileSizes, TileSizes]] = kernels._BLOCKS
     metadata: Any = triton_metadata
     saved, saved_tokens = dict(blocks), metadata.SPLIT_TOKENS
     try:
@@ -96,7 +98,9 @@ def decode_seconds(rows: int, context: int, heads: tuple[int, int, int], sites: 
     Layers take turns, so that what one reads is not in the cache when it comes again.
     """
     kv_heads, group, dim = heads
-    layout = KVLayout(tuple(Site(None, kv_heads, dim, dim, Span()) for _ in range(sites)), DTYPE, PAGE_SIZE)
+    layout = KVLayout(
+        tuple(AttentionLayer(None, kv_heads, dim, dim, MaskKind()) for _ in range(sites)), DTYPE, PAGE_SIZE
+    )
     pages = -(-context // PAGE_SIZE) * rows
     pool = pool_for(pages, layout, max(1, min(pages // 4, (1 << 30) // layout.bytes_per_page)))
     tables = np.random.default_rng(0).permutation(pool.allocate(pages)).reshape(rows, -1)
@@ -104,15 +108,15 @@ def decode_seconds(rows: int, context: int, heads: tuple[int, int, int], sites: 
         for tensor in slab.tensors:
             tensor.normal_()
     tokens = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
-    packed = Packed(tokens, tables, np.full(rows, context - 1), np.ones(rows, np.int64))
-    buffers = kernels.TritonSteps(pool).buffers(Room(rows, 0, rows, tables.size))
+    packed = ForwardBatch(tokens, tables, np.full(rows, context - 1), np.ones(rows, np.int64))
+    buffers = kernels.TritonBackend(pool).buffers(MetadataSizes(rows, 0, rows, tables.size))
     buffers.fill(packed)
     query, key, value = (randoms(rows, count, dim) for count in (kv_heads * group, kv_heads, kv_heads))
 
     def call() -> None:
-        step = kernels.TritonStep(pool, packed, buffers)
+        step = kernels.TritonAttention(pool, packed, buffers)
         for site in range(sites):
-            step.compute(site, query, key, value, Scores(dim**-0.5))
+            step.compute(site, query, key, value, ScoreParams(dim**-0.5))
 
     return timed(graphed(call)) / sites, rows * context * kv_heads * dim * 2 * DTYPE.itemsize
 
@@ -150,14 +154,16 @@ def prefill_cuts() -> None:
         for (name, heads), (count, length) in itertools.product(HEADS.items(), ((16, 1024), (2, 8192))):
             kv_heads, group, dim = heads
             pages = count * length // PAGE_SIZE
-            pool = pool_for(pages, KVLayout((Site(None, kv_heads, dim, dim, Span()),), DTYPE, PAGE_SIZE), 4096)
+            pool = pool_for(
+                pages, KVLayout((AttentionLayer(None, kv_heads, dim, dim, MaskKind()),), DTYPE, PAGE_SIZE), 4096
+            )
             tokens = torch.zeros(count * length, dtype=torch.int64, device=DEVICE)
             tables = pool.allocate(pages).reshape(count, -1)
-            packed = Packed(tokens, tables, np.zeros(count, np.int64), np.full(count, length))
+            packed = ForwardBatch(tokens, tables, np.zeros(count, np.int64), np.full(count, length))
             query, key, value = (randoms(count * length, n, dim) for n in (kv_heads * group, kv_heads, kv_heads))
             with cut(tiles=blocks):
-                step = kernels.TritonSteps(pool)(pool, packed)
-                seconds = timed(partial(step.compute, 0, query, key, value, Scores(dim**-0.5)), repeat=5)
+                step = kernels.TritonBackend(pool)(pool, packed)
+                seconds = timed(partial(step.compute, 0, query, key, value, ScoreParams(dim**-0.5)), repeat=5)
             rate = 2 * count * length * length * kv_heads * group * dim / seconds
             found.append(f"{name} {count}x{length}: {rate / 1e12:.0f}")
         say(f"  tiles {blocks.queries}x{blocks.keys} warps {blocks.warps}: " + "   ".join(found), "TFLOP/s")

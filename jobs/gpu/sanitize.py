@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from jobs.gpu.common import DEVICE, TINY, ended, guarded, synchronize
-from rollout.models.attention.interface import Scores
-from rollout.models.attention.triton import TritonSteps
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.attention.interface import ScoreParams
+from rollout.models.attention.triton import TritonBackend
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.patches.pointwise_triton import TritonPointwise
 from rollout.models.sampling.gumbel_triton import TritonGumbelMax
@@ -24,10 +24,10 @@ LENGTHS = (300, 1, 17, 520, 16)
 PAGE_SIZE = 16
 #: dtype, KV heads, query heads of each, key dim, value dim, span, softcap, sinks
 CASES = (
-    (torch.bfloat16, 2, 6, 128, 128, Span(), None, False),
-    (torch.bfloat16, 1, 4, 64, 64, Span("window", 40), 30.0, True),
-    (torch.float32, 2, 2, 80, 80, Span("chunk", 48), None, False),
-    (torch.bfloat16, 1, 1, 192, 128, Span(), None, False),
+    (torch.bfloat16, 2, 6, 128, 128, MaskKind(), None, False),
+    (torch.bfloat16, 1, 4, 64, 64, MaskKind("window", 40), 30.0, True),
+    (torch.float32, 2, 2, 80, 80, MaskKind("chunk", 48), None, False),
+    (torch.bfloat16, 1, 1, 192, 128, MaskKind(), None, False),
 )
 
 
@@ -37,12 +37,12 @@ def attend(
     group: int,
     key_dim: int,
     value_dim: int,
-    span: Span,
+    span: MaskKind,
     softcap: float | None,
     sinks: bool,
 ) -> None:
     """Prefill sequences of mixed lengths over a pool with holes, then decode one token of each."""
-    site = Site(None, kv_heads, key_dim, value_dim, span)
+    site = AttentionLayer(None, kv_heads, key_dim, value_dim, span)
     pool = PagePool(KVLayout((site, site), dtype, PAGE_SIZE), 7, DEVICE)
     for _ in range(14):
         pool.grow()
@@ -52,16 +52,16 @@ def attend(
     for row, length in enumerate(LENGTHS):
         pages = -(-length // PAGE_SIZE)
         tables[row, :pages] = pool.allocate(pages)
-    steps = TritonSteps(pool)
+    steps = TritonBackend(pool)
     heads = kv_heads * group
 
     def forward(starts: list[int], counts: list[int]) -> list[torch.Tensor]:
         total = sum(counts)
         tokens = torch.zeros(total, dtype=torch.int64, device=DEVICE)
-        step = steps(pool, Packed(tokens, tables, np.array(starts), np.array(counts)))
+        step = steps(pool, ForwardBatch(tokens, tables, np.array(starts), np.array(counts)))
         shapes = ((heads, key_dim), (kv_heads, key_dim), (kv_heads, value_dim))
         query, key, value = (torch.randn(total, *shape, device=DEVICE).to(dtype) for shape in shapes)
-        scores = Scores(key_dim**-0.5, softcap, torch.zeros(heads, device=DEVICE, dtype=dtype) if sinks else None)
+        scores = ScoreParams(key_dim**-0.5, softcap, torch.zeros(heads, device=DEVICE, dtype=dtype) if sinks else None)
         return [step.compute(index, query, key, value, scores) for index in range(2)]
 
     forward([0] * len(LENGTHS), [max(1, length - 1) for length in LENGTHS])

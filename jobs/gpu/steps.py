@@ -24,9 +24,9 @@ import rollout.engine.engine
 from jobs.bench import decode_bandwidth as bench
 from jobs.gpu.common import CUDA, DEVICE, OUT, TINY, ended, guarded, random_model, say, synchronize
 from rollout import Engine, SamplingParams
-from rollout.engine.pending_tokens import Draw
+from rollout.engine.pending_tokens import PendingTokens
 from rollout.models.runners import cuda_graphs
-from rollout.models.runners.select import serve
+from rollout.models.runners.select import select_strategy
 
 KERNELS_NAMED = 14
 
@@ -37,8 +37,8 @@ class Spies:
     def __init__(self) -> None:
         self.waits: list[float] = []
         self.captures: list[tuple[int, float]] = []
-        draw: Any = Draw
-        runner: Any = cuda_graphs.CapturedRunner
+        draw: Any = PendingTokens
+        runner: Any = cuda_graphs.CudaGraphRunner
         read, capture = draw.read, runner._capture
 
         def waited(pending: Any) -> Any:
@@ -81,7 +81,7 @@ class Steps:
     def __init__(self, model: Any, context: int, steps: int, spies: Spies) -> None:
         self._model, self._context, self._steps, self._spies = model, context, steps, spies
         self._bandwidth = bench.copy_bandwidth(DEVICE)
-        self._layout = serve(model).probe()
+        self._layout = select_strategy(model).probe()
         weights = bench.weight_bytes(model)
         say(f"# copies at {self._bandwidth / 1e9:.0f} GB/s; weights {weights / 1e9:.2f} GB")
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from rollout.models.arrays import IntArray
-from rollout.models.attention.base import PagedStep
+from rollout.models.attention.base import PagedAttention
 from rollout.models.attention.compiled_library import DTYPES, CCall, CPlan, CSite, CSizes, CStep, CTask, Kernel
-from rollout.models.attention.interface import Scores
+from rollout.models.attention.interface import ScoreParams
 from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
 from rollout.models.csrc.build import KernelUnavailable, build, built
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import Site, Span
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import AttentionLayer, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "paged_attention.c"
@@ -31,10 +31,10 @@ SOURCE = Path(__file__).parents[1] / "csrc" / "paged_attention.c"
 _SPANS = {"full": 0, "window": 1, "chunk": 2}
 
 
-# The structures of `csrc/attention_call.h`, field by field: `CStep` is its `Step`.
+# The structures of `csrc/attention_call.h`, field by field: `CStep` is its `ForwardAttention`.
 
 
-class CompiledAttention:
+class CompiledForward:
     """Attention of one forward: a packed batch of sequences, each with its new tokens one after another.
 
     What depends on lengths alone is planned once, and serves every site. Not for two threads at a time.
@@ -82,14 +82,14 @@ class CompiledAttention:
             *(len(self._addresses.slabs), self.tokens),
             *(a.ctypes.data for a in (self._tables, self._starts, self._lengths, self._offsets, self._slots)),
         )
-        self._plans: dict[tuple[int, int, int, int, Span], CPlan] = {}
+        self._plans: dict[tuple[int, int, int, int, MaskKind], CPlan] = {}
         self._memory: list[np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = []
         # Checks the pages, so that the next line reads only what the table holds.
-        self._plan(self._site(0, 1), pool.layout.sites[0].span)
+        self._plan(self._site(0, 1), pool.layout.layers[0].mask_kind)
         kernel.prepare(byref(self._step))
 
     def __call__(
-        self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+        self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: ScoreParams
     ) -> torch.Tensor:
         """Writes the new keys and values of site ``index`` into their pages, and attends.
 
@@ -107,7 +107,7 @@ class CompiledAttention:
             ValueError: a shape is not that of the site.
             IndexError: a page that the site reads is in no slab.
         """
-        site, dtype = self._layout.sites[index], self._layout.dtype
+        site, dtype = self._layout.layers[index], self._layout.dtype
         heads = query.shape[1]
         if (
             query.shape != (self.tokens, heads, site.key_dim)
@@ -154,11 +154,11 @@ class CompiledAttention:
         addresses = self._addresses
         known = addresses.sites.get((index, group))
         if known is None:
-            site: Site = self._layout.sites[index]
+            site: AttentionLayer = self._layout.layers[index]
             keys, values = (addresses.bases[index, which].ctypes.data for which in (0, 1))
             known = addresses.sites[index, group] = CSite(
                 *(DTYPES[self._layout.dtype], site.kv_heads, group, site.key_dim, site.value_dim),
-                *(_SPANS[site.span.kind], site.span.size, keys, values),
+                *(_SPANS[site.mask_kind.kind], site.mask_kind.size, keys, values),
             )
         return known
 
@@ -167,11 +167,11 @@ class CompiledAttention:
         call = calls.get((index, group))
         if call is None:
             call = calls[index, group] = CCall(site=addressof(site), parallel=self._kernel.parallel)
-        plan = self._plan(site, self._layout.sites[index].span)
+        plan = self._plan(site, self._layout.layers[index].mask_kind)
         call.step, call.plan, call.threads = addressof(self._step), addressof(plan), self._threads
         return call
 
-    def _plan(self, site: CSite, span: Span) -> CPlan:
+    def _plan(self, site: CSite, span: MaskKind) -> CPlan:
         key = (site.kv_heads, site.group, site.key_dim, site.value_dim, span)
         plan = self._plans.get(key)
         if plan is None:
@@ -225,8 +225,8 @@ def _checked(library: ctypes.CDLL) -> Kernel:
     """
     loaded = Kernel(library)
 
-    def attention(pool: PagePool, packed: Packed) -> Attention:
-        return CompiledAttention(loaded, pool, packed.tables, packed.starts, packed.lengths, 1)
+    def attention(pool: PagePool, packed: ForwardBatch) -> Attention:
+        return CompiledForward(loaded, pool, packed.page_tables, packed.prefix_lens, packed.query_lens, 1)
 
     for dtype in loaded.dtypes:
         error = largest_error(attention, dtype, ((64, 32), (13, 20)), torch.device("cpu"))
@@ -235,26 +235,28 @@ def _checked(library: ctypes.CDLL) -> Kernel:
     return loaded
 
 
-class CompiledStep(PagedStep):
+class CompiledAttention(PagedAttention):
     """The compiled kernel writes new keys and values and attends to all, page by page, in place."""
 
     name: ClassVar[str] = "compiled"
 
-    def __init__(self, pool: PagePool, packed: Packed, compiled: Kernel) -> None:
+    def __init__(self, pool: PagePool, packed: ForwardBatch, compiled: Kernel) -> None:
         super().__init__(pool, packed)
-        self._attention = CompiledAttention(compiled, pool, packed.tables, packed.starts, packed.lengths)
+        self._attention = CompiledForward(compiled, pool, packed.page_tables, packed.prefix_lens, packed.query_lens)
 
-    def compute(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
-        """See `PagedStep.compute`."""
+    def compute(
+        self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
+    ) -> torch.Tensor:
+        """See `PagedAttention.compute`."""
         return self._attention(index, q, k, v, scores)
 
 
 @dataclass(frozen=True, slots=True)
-class CompiledSteps:
+class CompiledBackend:
     """Makes steps by the compiled kernel."""
 
     compiled: Kernel
-    name: ClassVar[str] = CompiledStep.name
+    name: ClassVar[str] = CompiledAttention.name
 
-    def __call__(self, pool: PagePool, packed: Packed) -> CompiledStep:
-        return CompiledStep(pool, packed, self.compiled)
+    def __call__(self, pool: PagePool, packed: ForwardBatch) -> CompiledAttention:
+        return CompiledAttention(pool, packed, self.compiled)

@@ -115,14 +115,14 @@ class Kernel:
 
     def supports(self, layout: KVLayout, device: torch.device) -> bool:
         """Whether pages of this layout on this device can be read."""
-        return device.type == "cpu" and layout.dtype in self.dtypes and bool(layout.sites)
+        return device.type == "cpu" and layout.dtype in self.dtypes and bool(layout.layers)
 
     def addresses(self, pool: PagePool) -> Addresses:
         """Where the pool's slabs lie; looked up again when it grew or shrank."""
         slabs = tuple(0 if slab is None else slab.keys[0].data_ptr() for slab in pool.slabs)
         known = self._addresses.get(pool)
         if known is None or known.slabs != slabs:
-            bases = np.zeros((len(pool.layout.sites), 2, len(slabs)), np.int64)
+            bases = np.zeros((len(pool.layout.layers), 2, len(slabs)), np.int64)
             for number, slab in enumerate(pool.slabs):
                 if slab is not None:
                     for which, tensors in enumerate((slab.keys, slab.values)):

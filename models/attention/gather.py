@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from rollout.models.arrays import IntArray, uploaded
-from rollout.models.attention.base import PagedStep
-from rollout.models.attention.interface import Scores
-from rollout.models.attention.prefill import Library, Segments
+from rollout.models.attention.base import PagedAttention
+from rollout.models.attention.interface import ScoreParams
+from rollout.models.attention.prefill import PrefillAttention, VarlenFunction
 from rollout.models.device import cpu_multiplies
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import Site, Span
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import AttentionLayer, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.kv_cache.slab_index import SlabShare, gather, scatter, split_by_slab
 
@@ -51,7 +51,7 @@ class _Group:
     """[g, 1, 1, pages * page_size], 0 where the token sees the key and -inf elsewhere."""
 
 
-class GatherStep(PagedStep):
+class GatherAttention(PagedAttention):
     """Gathers what each sequence sees; what depends on lengths alone is planned once and serves every layer.
 
     Args:
@@ -60,24 +60,26 @@ class GatherStep(PagedStep):
 
     name: ClassVar[str] = "gather"
 
-    def __init__(self, pool: PagePool, packed: Packed, prefills: Segments | None = None) -> None:
+    def __init__(self, pool: PagePool, packed: ForwardBatch, prefills: PrefillAttention | None = None) -> None:
         super().__init__(pool, packed)
         self._prefills = prefills
         size = pool.layout.page_size
         slow = pool.device.type == "cpu" and not cpu_multiplies(pool.layout.dtype)
         self._compute_dtype = torch.float32 if slow else pool.layout.dtype
-        self._writes = split_by_slab(packed.slots(size), pool.slab_pages * size, pool.device)
-        self._single = np.flatnonzero(packed.lengths == 1)
-        several = packed.lengths > 1 if prefills is None else np.zeros(0, np.bool_)
+        self._writes = split_by_slab(packed.slot_mapping(size), pool.slab_pages * size, pool.device)
+        self._single = np.flatnonzero(packed.query_lens == 1)
+        several = packed.query_lens > 1 if prefills is None else np.zeros(0, np.bool_)
         self._segments = [self._segment(int(i)) for i in np.flatnonzero(several)]
-        self._groups: dict[Span, list[_Group]] = {}
-        self._masks: dict[tuple[int, Span], torch.Tensor | None] = {}
+        self._groups: dict[MaskKind, list[_Group]] = {}
+        self._masks: dict[tuple[int, MaskKind], torch.Tensor | None] = {}
         self._most_pages = 0
         self._workspace: dict[tuple[str, int], torch.Tensor] = {}
 
-    def compute(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
-        """See `PagedStep.compute`."""
-        site = self.layout.sites[index]
+    def compute(
+        self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
+    ) -> torch.Tensor:
+        """See `PagedAttention.compute`."""
+        site = self.layout.layers[index]
         slabs = [self.pool.slab(share.slab) for share in self._writes]
         scatter(self._writes, [slab.keys[index].flatten(0, 1) for slab in slabs], k)
         scatter(self._writes, [slab.values[index].flatten(0, 1) for slab in slabs], v)
@@ -92,10 +94,10 @@ class GatherStep(PagedStep):
     # -- several new tokens ----------------------------------------------------------------------------
 
     def _segment(self, number: int) -> _Segment:
-        start, length = int(self.packed.starts[number]), int(self.packed.lengths[number])
+        start, length = int(self.packed.prefix_lens[number]), int(self.packed.query_lens[number])
         offset, size = int(self.packed.offsets[number]), self.layout.page_size
         pages = -(-(start + length) // size)
-        reads = self._by_slab(self.packed.tables[number, :pages]) if start else ()
+        reads = self._by_slab(self.packed.page_tables[number, :pages]) if start else ()
         return _Segment(slice(offset, offset + length), start, start + length, pages, reads)
 
     def _attend_segment(
@@ -103,10 +105,10 @@ class GatherStep(PagedStep):
         segment: _Segment,
         index: int,
         new: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        scores: Scores,
+        scores: ScoreParams,
         output: torch.Tensor,
     ) -> None:
-        site = self.layout.sites[index]
+        site = self.layout.layers[index]
         queries, keys, values = (x[segment.tokens] for x in new)
         if segment.start:
             keys, values = (
@@ -118,10 +120,10 @@ class GatherStep(PagedStep):
         queries, keys, values = (x.to(self._compute_dtype).transpose(0, 1)[None] for x in (queries, keys, values))
         keys, values = (x.repeat_interleave(repeats, dim=1) for x in (keys, values))
         sinks = None if scores.sinks is None else scores.sinks[None, :, None, None]
-        out = softmax_attention(queries, keys, values, self._mask(segment, site.span), scores, sinks)
+        out = softmax_attention(queries, keys, values, self._mask(segment, site.mask_kind), scores, sinks)
         output[segment.tokens] = out[0].transpose(0, 1).to(output.dtype)
 
-    def _mask(self, segment: _Segment, span: Span) -> torch.Tensor | None:
+    def _mask(self, segment: _Segment, span: MaskKind) -> torch.Tensor | None:
         """[t, end] of one segment, True where a query sees a key; None where that is plainly causal."""
         key = (segment.tokens.start, span)
         if key not in self._masks:
@@ -135,13 +137,13 @@ class GatherStep(PagedStep):
 
     # -- one new token -----------------------------------------------------------------------------------
 
-    def _attend_groups(self, index: int, q: torch.Tensor, scores: Scores, output: torch.Tensor) -> None:
-        site = self.layout.sites[index]
-        if site.span not in self._groups:
-            self._groups[site.span] = self._plan(site.span)
+    def _attend_groups(self, index: int, q: torch.Tensor, scores: ScoreParams, output: torch.Tensor) -> None:
+        site = self.layout.layers[index]
+        if site.mask_kind not in self._groups:
+            self._groups[site.mask_kind] = self._plan(site.mask_kind)
         # The heads that share keys become query rows of one head: keys are read once for all of them.
         sinks = None if scores.sinks is None else scores.sinks.view(1, site.kv_heads, -1, 1)
-        for group in self._groups[site.span]:
+        for group in self._groups[site.mask_kind]:
             rows = len(group.tokens)
             keys, values = (
                 self._gather_group(group, index, which).view(rows, -1, site.kv_heads, dim).transpose(1, 2)
@@ -154,7 +156,7 @@ class GatherStep(PagedStep):
 
     def _gather_group(self, group: _Group, index: int, which: str) -> torch.Tensor:
         """Into memory kept over the layers of the step: fresh large blocks would cost page faults in each."""
-        count, site = len(group.tokens) * group.pages, self.layout.sites[index]
+        count, site = len(group.tokens) * group.pages, self.layout.layers[index]
         elements = self._most_pages * self.layout.page_size * _width(site, which)
         if (which, elements) not in self._workspace:
             empty = torch.empty(elements, dtype=self.layout.dtype, device=self.pool.device)
@@ -162,15 +164,15 @@ class GatherStep(PagedStep):
         out = self._workspace[which, elements][: count * self.layout.page_size * _width(site, which)]
         return self._gather(group.reads, index, which, count, out).to(self._compute_dtype)
 
-    def _plan(self, span: Span) -> list[_Group]:
+    def _plan(self, span: MaskKind) -> list[_Group]:
         """Groups of similar length; of a window or chunk, only the pages that the token sees are gathered."""
         size = self.layout.page_size
-        last = self.packed.starts[self._single]
+        last = self.packed.prefix_lens[self._single]
         first_keys = span.first_keys(last)
         first_pages = first_keys // size
         counts = last // size - first_pages + 1
         order = np.argsort(-counts, kind="stable")
-        page_bytes = size * max(_width(s, "keys") for s in self.layout.sites) * self._compute_dtype.itemsize
+        page_bytes = size * max(_width(s, "keys") for s in self.layout.layers) * self._compute_dtype.itemsize
         groups, start = [], 0
         while start < len(order):
             longest = int(counts[order[start]])
@@ -182,10 +184,10 @@ class GatherStep(PagedStep):
         return groups
 
     def _group(self, sequences: IntArray, first_pages: IntArray, first_keys: IntArray, pages: int) -> _Group:
-        size, last = self.layout.page_size, self.packed.starts[sequences][:, None]
+        size, last = self.layout.page_size, self.packed.prefix_lens[sequences][:, None]
         # Past its last page a sequence gathers that page again: valid memory, and masked.
         columns = np.minimum(first_pages[:, None] + np.arange(pages), last // size)
-        table = self.packed.tables[sequences[:, None], columns].ravel()
+        table = self.packed.page_tables[sequences[:, None], columns].ravel()
         positions = first_pages[:, None] * size + np.arange(pages * size)
         hidden = self._tensor((positions > last) | (positions < first_keys[:, None]))
         mask = torch.zeros(hidden.shape, dtype=self._compute_dtype, device=hidden.device)
@@ -211,7 +213,7 @@ class GatherStep(PagedStep):
         return uploaded(values, self.pool.device)
 
 
-def _width(site: Site, which: str) -> int:
+def _width(site: AttentionLayer, which: str) -> int:
     return site.kv_heads * (site.key_dim if which == "keys" else site.value_dim)
 
 
@@ -220,7 +222,7 @@ def softmax_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scores: Scores,
+    scores: ScoreParams,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Weights of ``scores`` over [b, h, keys, dim], for query [b, h, t, key_dim]; ``mask`` None is causal.
@@ -246,14 +248,14 @@ def softmax_attention(
 
 
 @dataclass(frozen=True, slots=True)
-class GatherSteps:
+class GatherBackend:
     """Makes steps that gather, with prefills by a library."""
 
-    library: Library
+    library: VarlenFunction
 
     @property
     def name(self) -> str:
-        return f"{self.library.name}+{GatherStep.name}"
+        return f"{self.library.name}+{GatherAttention.name}"
 
-    def __call__(self, pool: PagePool, packed: Packed) -> GatherStep:
-        return GatherStep(pool, packed, Segments(pool, packed, self.library))
+    def __call__(self, pool: PagePool, packed: ForwardBatch) -> GatherAttention:
+        return GatherAttention(pool, packed, PrefillAttention(pool, packed, self.library))

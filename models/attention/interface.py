@@ -30,7 +30,7 @@ _WITHOUT_EFFECT = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class ScoreParams:
     """How scores become weights in one call: ``softmax([softcap(scaling * q.k), sinks])``."""
 
     scaling: float
@@ -39,7 +39,7 @@ class Scores:
     """[heads]: one more logit a head, which takes weight and gives no value."""
 
 
-class Step(Protocol):
+class ForwardAttention(Protocol):
     """What answers attention calls during one forward."""
 
     def attend(
@@ -49,7 +49,7 @@ class Step(Protocol):
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        scores: Scores,
+        scores: ScoreParams,
     ) -> torch.Tensor:
         """Attention of query [b, heads, t, key_dim] over key, value [b, kv_heads, t, dim] and what is stored.
 
@@ -57,11 +57,11 @@ class Step(Protocol):
         """
 
 
-_step: ContextVar[Step | None] = ContextVar("rollout_attention_step", default=None)
+_step: ContextVar[ForwardAttention | None] = ContextVar("rollout_attention_step", default=None)
 
 
 @contextmanager
-def running(step: Step) -> Iterator[None]:
+def use_attention(step: ForwardAttention) -> Iterator[None]:
     """Attention calls are answered by ``step`` inside this block."""
     token = _step.set(step)
     try:
@@ -70,7 +70,7 @@ def running(step: Step) -> Iterator[None]:
         _step.reset(token)
 
 
-def running_step() -> Step | None:
+def current_attention() -> ForwardAttention | None:
     """What answers attention calls now."""
     return _step.get()
 
@@ -105,7 +105,7 @@ def attend(
             f"{type(module).__name__} called the attention function {NAME!r} outside of an engine's step: "
             "another thread is using the model while it generates."
         )
-    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    scores = ScoreParams(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     return step.attend(module, query, key, value, attention_mask, scores), None
 
 

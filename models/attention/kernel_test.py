@@ -7,27 +7,27 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from rollout.models.attention.interface import Scores
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.attention.interface import ScoreParams
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 
 #: Errors up to this are rounding.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
-Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, Scores], torch.Tensor]
-"""As `rollout.models.attention.base.PagedStep.compute`."""
+Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, ScoreParams], torch.Tensor]
+"""As `rollout.models.attention.base.PagedAttention.compute`."""
 
 _LENGTH, _BREAK, _PAGE_SIZE, _KV_HEADS, _GROUP = 75, 49, 4, 2, 3
-_FULL = Span()
+_FULL = MaskKind()
 
 
 def largest_error(
-    attention: Callable[[PagePool, Packed], Attention],
+    attention: Callable[[PagePool, ForwardBatch], Attention],
     dtype: torch.dtype,
     dims: tuple[tuple[int, int], ...],
     device: torch.device,
-    span: Span = _FULL,
+    span: MaskKind = _FULL,
 ) -> float:
     """The largest difference to plain attention; infinite if there is none.
 
@@ -36,7 +36,7 @@ def largest_error(
         dims: sizes of a key and a value, each pair for a site.
         span: of all sites.
     """
-    sites = tuple(Site(None, _KV_HEADS, key_dim, value_dim, span) for key_dim, value_dim in dims)
+    sites = tuple(AttentionLayer(None, _KV_HEADS, key_dim, value_dim, span) for key_dim, value_dim in dims)
     pool = PagePool(KVLayout(sites, dtype, _PAGE_SIZE), 10, device)
     pool.grow()
     pool.grow()
@@ -46,7 +46,9 @@ def largest_error(
     steps = [
         attention(
             pool,
-            Packed(torch.zeros(count, dtype=torch.int64, device=device), tables, np.array([start]), np.array([count])),
+            ForwardBatch(
+                torch.zeros(count, dtype=torch.int64, device=device), tables, np.array([start]), np.array([count])
+            ),
         )
         for start, count in ((part.start, part.stop - part.start) for part in parts)
     ]
@@ -63,7 +65,7 @@ def largest_error(
         )
         scaling = key_dim**-0.5
         outputs = [
-            step(index, query[part], key[part], value[part], Scores(scaling))
+            step(index, query[part], key[part], value[part], ScoreParams(scaling))
             for step, part in zip(steps, parts, strict=True)
         ]
         difference = float((torch.cat(outputs).cpu().double() - _plain(query, key, value, scaling, span)).abs().max())
@@ -71,7 +73,7 @@ def largest_error(
     return error
 
 
-def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, span: Span) -> torch.Tensor:
+def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, span: MaskKind) -> torch.Tensor:
     """Causal attention of the definition, in double precision and on the CPU."""
     query, key, value = (x.cpu().double() for x in (query, key, value))
     logits = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(_GROUP, 1)) * scaling

@@ -14,33 +14,39 @@ import numpy as np
 import torch
 
 from rollout.models.arrays import IntArray, uploaded
-from rollout.models.attention.interface import Scores
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import Span
+from rollout.models.attention.interface import ScoreParams
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import MaskKind
 from rollout.models.kv_cache.page_pool import PagePool, Slots
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
+class VarlenMetadata:
     """Where each of n sequences lies among packed queries and packed keys. Queries are the last tokens of each."""
 
-    query_ends: torch.Tensor
+    cu_seqlens_q: torch.Tensor
     """[n + 1] int32 on the device: 0, and where each sequence's queries end."""
-    key_ends: torch.Tensor
+    cu_seqlens_k: torch.Tensor
     """[n + 1] int32 on the device: the same of its keys."""
-    most_queries: int
+    max_seqlen_q: int
     """Of one sequence; at least 2."""
-    most_keys: int
+    max_seqlen_k: int
 
 
-class Library(Protocol):
+class VarlenFunction(Protocol):
     """Attention over packed sequences."""
 
     name: ClassVar[str]
     """As in `rollout.models.attention.names.ATTENTIONS`."""
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, span: Span, scores: Scores
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        packing: VarlenMetadata,
+        span: MaskKind,
+        scores: ScoreParams,
     ) -> torch.Tensor:
         """Causal attention within ``span``: q [T, heads, dim] over k, v [K, kv_heads, dim]. Returns [T, heads, dim].
 
@@ -54,7 +60,7 @@ class Library(Protocol):
     def __hash__(self) -> int: ...
 
 
-class Segments:
+class PrefillAttention:
     """Those of a forward. What depends on lengths alone is planned once, and serves every site.
 
     Args:
@@ -63,27 +69,29 @@ class Segments:
         library: attends.
     """
 
-    def __init__(self, pool: PagePool, packed: Packed, library: Library) -> None:
+    def __init__(self, pool: PagePool, packed: ForwardBatch, library: VarlenFunction) -> None:
         self._pool, self._library = pool, library
-        several = packed.lengths > 1
-        lengths, ends = packed.lengths[several], packed.ends[several]
+        several = packed.query_lens > 1
+        lengths, ends = packed.query_lens[several], packed.seq_lens[several]
         self._tokens: slice | torch.Tensor | None = None
         if not len(lengths):
             return
-        tokens = np.flatnonzero(np.repeat(several, packed.lengths))
+        tokens = np.flatnonzero(np.repeat(several, packed.query_lens))
         first, last = int(tokens[0]), int(tokens[-1])
         # As the engine packs them, they lie side by side, unless one of a single token is among them.
         together = last - first + 1 == len(tokens)
         self._tokens = slice(first, last + 1) if together else uploaded(tokens, pool.device)
-        begun = bool(packed.starts[several].any())
-        self._stored = Slots.of(pool, _slots(packed.tables[several], ends, pool.layout.page_size)) if begun else None
-        query_ends, key_ends = (
+        begun = bool(packed.prefix_lens[several].any())
+        self._stored = (
+            Slots.of(pool, _slots(packed.page_tables[several], ends, pool.layout.page_size)) if begun else None
+        )
+        cu_seqlens_q, cu_seqlens_k = (
             uploaded(np.cumsum([0, *counts]).astype(np.int32), pool.device) for counts in (lengths, ends)
         )
-        self._packing = Packing(query_ends, key_ends, int(lengths.max()), int(ends.max()))
+        self._packing = VarlenMetadata(cu_seqlens_q, cu_seqlens_k, int(lengths.max()), int(ends.max()))
 
     def attend(
-        self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, out: torch.Tensor
+        self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams, out: torch.Tensor
     ) -> None:
         """Attends at site ``index``, whose new keys and values stand in their pages already.
 
@@ -94,7 +102,7 @@ class Segments:
         if self._tokens is None:
             return
         keys, values = (k[self._tokens], v[self._tokens]) if self._stored is None else self._stored.read(index)
-        span = self._pool.layout.sites[index].span
+        span = self._pool.layout.layers[index].mask_kind
         out[self._tokens] = self._library.attend(q[self._tokens], keys, values, self._packing, span, scores)
 
 

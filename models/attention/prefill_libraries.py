@@ -20,14 +20,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from rollout.models.attention.gather import GatherStep
-from rollout.models.attention.interface import Scores
+from rollout.models.attention.gather import GatherAttention
+from rollout.models.attention.interface import ScoreParams
 from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
-from rollout.models.attention.prefill import Library, Packing, Segments
+from rollout.models.attention.prefill import PrefillAttention, VarlenFunction, VarlenMetadata
 from rollout.models.device import is_out_of_memory
 from rollout.models.errors import UnsupportedAttention, clause
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import KVLayout, Span
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -57,9 +57,15 @@ class Varlen:
         self._options: dict[str, Any] = {"num_splits": 1} if "num_splits" in known else {}
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, span: Span, scores: Scores
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        packing: VarlenMetadata,
+        span: MaskKind,
+        scores: ScoreParams,
     ) -> torch.Tensor:
-        """See `Library.attend`."""
+        """See `VarlenFunction.attend`."""
         _refuse_sinks(self.name, scores)
         if scores.softcap is not None:
             raise UnsupportedAttention(self.name, "it has no softcap, and the model caps its attention scores")
@@ -70,9 +76,9 @@ class Varlen:
             k, v = (x.repeat_interleave(group, 1) for x in (k, v))
         out: torch.Tensor = self._function(
             *(_rows(x) for x in (q, k, v)),
-            packing.query_ends,
-            packing.key_ends,
-            packing.most_queries,
+            packing.cu_seqlens_q,
+            packing.cu_seqlens_k,
+            packing.max_seqlen_q,
             _most_keys(packing, span),
             scale=scores.scaling,
             window_size=(_left(span), 0),
@@ -96,15 +102,21 @@ class FlashAttn:
         self._function = function
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, span: Span, scores: Scores
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        packing: VarlenMetadata,
+        span: MaskKind,
+        scores: ScoreParams,
     ) -> torch.Tensor:
-        """See `Library.attend`."""
+        """See `VarlenFunction.attend`."""
         _refuse_sinks(self.name, scores)
         out: torch.Tensor = self._function(
             *(_rows(x) for x in (q, k, v)),
-            cu_seqlens_q=packing.query_ends,
-            cu_seqlens_k=packing.key_ends,
-            max_seqlen_q=packing.most_queries,
+            cu_seqlens_q=packing.cu_seqlens_q,
+            cu_seqlens_k=packing.cu_seqlens_k,
+            max_seqlen_q=packing.max_seqlen_q,
             max_seqlen_k=_most_keys(packing, span),
             softmax_scale=scores.scaling,
             causal=True,
@@ -119,7 +131,7 @@ LIBRARIES: dict[str, type[Varlen] | type[FlashAttn]] = {kind.name: kind for kind
 
 
 @cache
-def installed(name: str) -> Library:
+def installed(name: str) -> VarlenFunction:
     """The library of a name among `LIBRARIES`.
 
     Raises:
@@ -133,10 +145,10 @@ def installed(name: str) -> Library:
         raise UnsupportedAttention(name, reason) from error
 
 
-def check(library: Library, layout: KVLayout, device: torch.device) -> None:
+def check(library: VarlenFunction, layout: KVLayout, device: torch.device) -> None:
     """Sees to it that a library serves a model on a device, and tries it out there.
 
-    Scores (softcap, sinks) are known when a model runs: `Library.attend` refuses those.
+    Scores (softcap, sinks) are known when a model runs: `VarlenFunction.attend` refuses those.
 
     Raises:
         UnsupportedAttention: it does not serve what the model stores, or computes something else.
@@ -146,34 +158,34 @@ def check(library: Library, layout: KVLayout, device: torch.device) -> None:
     if layout.dtype not in DTYPES:
         said = " and ".join(map(_said, DTYPES))
         raise UnsupportedAttention(name, f"it serves {said}, and the model stores {_said(layout.dtype)}")
-    for site in layout.sites:
+    for site in layout.layers:
         if site.key_dim != site.value_dim:
             sizes = f"keys of {site.key_dim} numbers a head and values of {site.value_dim}"
             raise UnsupportedAttention(name, f"it takes keys and values of one size, and the model has {sizes}")
         if site.key_dim > LARGEST_DIM or site.key_dim % 8:
             sizes = f"multiples of 8 up to {LARGEST_DIM}"
             raise UnsupportedAttention(name, f"it takes heads of {sizes} numbers, and the model's have {site.key_dim}")
-        if site.span.kind == "chunk":
+        if site.mask_kind.kind == "chunk":
             raise UnsupportedAttention(name, "it has no chunks, within which the model attends")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         least = ".".join(map(str, LEAST_CAPABILITY))
         raise UnsupportedAttention(name, f"the GPU has a compute capability below {least}")
-    dims = frozenset((site.key_dim, site.value_dim) for site in layout.sites)
-    windows = any(site.span.kind == "window" for site in layout.sites)
+    dims = frozenset((site.key_dim, site.value_dim) for site in layout.layers)
+    windows = any(site.mask_kind.kind == "window" for site in layout.layers)
     if (reason := _failure(library, dims, windows, layout.dtype, device)) is not None:
         raise UnsupportedAttention(name, reason)
 
 
 @cache
 def _failure(
-    library: Library, dims: frozenset[tuple[int, int]], windows: bool, dtype: torch.dtype, device: torch.device
+    library: VarlenFunction, dims: frozenset[tuple[int, int]], windows: bool, dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """What is wrong when it is tried out; None if nothing."""
 
-    def attention(pool: PagePool, packed: Packed) -> Attention:
-        return GatherStep(pool, packed, Segments(pool, packed, library)).compute
+    def attention(pool: PagePool, packed: ForwardBatch) -> Attention:
+        return GatherAttention(pool, packed, PrefillAttention(pool, packed, library)).compute
 
-    spans = (Span(), Span("window", _TRIED_WINDOW)) if windows else (Span(),)
+    spans = (MaskKind(), MaskKind("window", _TRIED_WINDOW)) if windows else (MaskKind(),)
     try:
         wrong = max(largest_error(attention, dtype, tuple(sorted(dims)), device, span) for span in spans)
     except Exception as error:
@@ -187,14 +199,14 @@ def _said(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _left(span: Span) -> int:
+def _left(span: MaskKind) -> int:
     """Keys before a query's own that it sees; -1 is all."""
     return span.size - 1 if span.kind == "window" else -1
 
 
-def _most_keys(packing: Packing, span: Span) -> int:
+def _most_keys(packing: VarlenMetadata, span: MaskKind) -> int:
     """Or more: where no text is longer than the window, FlashAttention takes another kernel, whose bits may differ."""
-    return max(packing.most_keys, span.size + 1) if span.kind == "window" else packing.most_keys
+    return max(packing.max_seqlen_k, span.size + 1) if span.kind == "window" else packing.max_seqlen_k
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -202,6 +214,6 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _refuse_sinks(name: str, scores: Scores) -> None:
+def _refuse_sinks(name: str, scores: ScoreParams) -> None:
     if scores.sinks is not None:
         raise UnsupportedAttention(name, "it has no attention sinks, and the model has some")

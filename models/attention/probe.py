@@ -19,8 +19,8 @@ from transformers import AttentionMaskInterface
 
 from rollout.models.attention import interface
 from rollout.models.errors import UnsupportedModel
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
-from rollout.models.module.inspect import family_name, home, refuse_recurrent, vocabulary_size
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
+from rollout.models.module.inspect import family_name, output_device, refuse_recurrent, vocabulary_size
 
 MaskPredicate = Callable[[Any, Any, Any, Any], Any]
 
@@ -36,22 +36,22 @@ def probe(model: nn.Module) -> KVLayout:
             in a way that is not causal, causal in a window, or causal in chunks.
     """
     refuse_recurrent(model)
-    positions = torch.arange(PROBE_TOKENS, device=home(model))[None]
-    sites, dtype = attention_sites(model, position_ids=positions, use_cache=False)
+    positions = torch.arange(PROBE_TOKENS, device=output_device(model))[None]
+    sites, dtype = attention_layers(model, position_ids=positions, use_cache=False)
     if dtype is None:
         raise UnsupportedModel(f"{family_name(model)} made no call through transformers' attention interface.")
     return KVLayout(sites, dtype, PAGE_SIZE)
 
 
-def attention_sites(model: nn.Module, **arguments: object) -> tuple[tuple[Site, ...], torch.dtype | None]:
+def attention_layers(model: nn.Module, **arguments: object) -> tuple[tuple[AttentionLayer, ...], torch.dtype | None]:
     """The attention calls of a forward of a few tokens with ``arguments``, and the dtype of all values; or none.
 
     Raises:
         UnsupportedModel: a mask is not causal, causal in a window, or causal in chunks, or values differ in dtype.
     """
     step = _Probe()
-    ids = torch.arange(PROBE_TOKENS, device=home(model))[None] % vocabulary_size(model)
-    with _masks(step), interface.running(step):
+    ids = torch.arange(PROBE_TOKENS, device=output_device(model))[None] % vocabulary_size(model)
+    with _masks(step), interface.use_attention(step):
         model(input_ids=ids, **arguments)
     if len(step.dtypes) > 1:
         raise UnsupportedModel(f"{family_name(model)} has values of several dtypes: {sorted(map(str, step.dtypes))}.")
@@ -62,8 +62,8 @@ class _Probe:
     """Records every attention call; answers with zeros."""
 
     def __init__(self) -> None:
-        self.spans: list[Span] = []
-        self.sites: list[Site] = []
+        self.spans: list[MaskKind] = []
+        self.sites: list[AttentionLayer] = []
         self.dtypes: set[torch.dtype] = set()
 
     def mask(self, *, q_length: int, kv_length: int, mask_function: MaskPredicate, **kwargs: Any) -> torch.Tensor:
@@ -79,12 +79,12 @@ class _Probe:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        scores: interface.Scores,  # noqa: ARG002 - part of the interface
+        scores: interface.ScoreParams,  # noqa: ARG002 - part of the interface
     ) -> torch.Tensor:
         if not isinstance(attention_mask, torch.Tensor):
             raise UnsupportedModel(f"{type(module).__name__} attends without a causal mask.")
         span = self.spans[int(attention_mask[0, 0, 0, 0])]
-        self.sites.append(Site(module, key.shape[1], key.shape[-1], value.shape[-1], span, value.device))
+        self.sites.append(AttentionLayer(module, key.shape[1], key.shape[-1], value.shape[-1], span, value.device))
         # Under autocast, queries and keys may come out of the rotary embedding in fp32: values tell.
         self.dtypes.add(value.dtype)
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
@@ -99,7 +99,7 @@ def _masks(step: _Probe) -> Iterator[None]:
         del AttentionMaskInterface._global_mapping[interface.NAME]
 
 
-def classify(sees: MaskPredicate, size: int | None) -> Span:
+def classify(sees: MaskPredicate, size: int | None) -> MaskKind:
     """The span of a mask predicate ``sees(batch, head, query, key)``, tried at far positions.
 
     ``size`` is the window or chunk size that the model states for it.
@@ -108,7 +108,7 @@ def classify(sees: MaskPredicate, size: int | None) -> Span:
         UnsupportedModel: the predicate is none of full, window and chunk.
     """
 
-    def agrees(span: Span, query: int) -> bool:
+    def agrees(span: MaskKind, query: int) -> bool:
         first = int(span.first_keys(np.array([query]))[0])
         inside = {first, (first + query) // 2, query}
         outside = {key for key in (first - 1, first // 2, query + 1) if key < first or key > query}
@@ -118,7 +118,7 @@ def classify(sees: MaskPredicate, size: int | None) -> Span:
 
     unit = size or 1024
     queries = [0, 1, unit - 1, unit, unit + 1, 3 * unit + unit // 2, 1000 * unit + 7]
-    spans = [Span(), Span("window", size), Span("chunk", size)] if size else [Span()]
+    spans = [MaskKind(), MaskKind("window", size), MaskKind("chunk", size)] if size else [MaskKind()]
     for span in spans:
         if all(agrees(span, query) for query in queries):
             return span

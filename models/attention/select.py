@@ -8,12 +8,12 @@ from functools import cache
 import torch
 
 from rollout.models.attention import prefill_libraries
-from rollout.models.attention.base import Steps
-from rollout.models.attention.compiled import CompiledSteps, kernel
-from rollout.models.attention.gather import GatherStep, GatherSteps
-from rollout.models.attention.multi_device import SpreadSteps
+from rollout.models.attention.base import AttentionBackend
+from rollout.models.attention.compiled import CompiledBackend, kernel
+from rollout.models.attention.gather import GatherAttention, GatherBackend
+from rollout.models.attention.multi_device import MultiDeviceBackend
 from rollout.models.attention.names import AUTO
-from rollout.models.attention.prefill import Library
+from rollout.models.attention.prefill import VarlenFunction
 from rollout.models.attention.prefill_libraries import LIBRARIES, installed
 from rollout.models.device import failure_of
 from rollout.models.errors import UnsupportedAttention
@@ -23,7 +23,7 @@ from rollout.models.kv_cache.page_pool import PagePool
 logger = logging.getLogger(__name__)
 
 
-def require(choice: str, device: torch.device) -> None:
+def check_available(choice: str, device: torch.device) -> None:
     """Refuses what cannot be on a device whatever the model: known before one is loaded.
 
     Raises:
@@ -41,7 +41,7 @@ def require(choice: str, device: torch.device) -> None:
             raise UnsupportedAttention(choice, "it could not be compiled, as a warning says")
 
 
-def chosen(choice: str, pool: PagePool) -> Steps:
+def select_backend(choice: str, pool: PagePool) -> AttentionBackend:
     """The attention of a name, for the layout and device of ``pool``.
 
     ``auto`` is the fastest of the engine's own: ``triton``, on a GPU, or ``compiled``, on a CPU; ``gather`` gathers
@@ -53,15 +53,15 @@ def chosen(choice: str, pool: PagePool) -> Steps:
         torch.OutOfMemoryError: there is no room to try it out.
     """
     if choice == AUTO:
-        return fastest(pool)
+        return fastest_backend(pool)
     if len(pool.parts) > 1:
-        return SpreadSteps([chosen(choice, part) for part in pool.parts])
+        return MultiDeviceBackend([select_backend(choice, part) for part in pool.parts])
     layout, device = pool.layout, pool.device
-    require(choice, device)
+    check_available(choice, device)
     if choice in LIBRARIES:
         library = installed(choice)
         prefill_libraries.check(library, layout, device)
-        return _triton(pool, library) or GatherSteps(library)
+        return _triton(pool, library) or GatherBackend(library)
     if choice == "triton":
         if (reason := _triton_failure(_dims(layout), layout.dtype, device)) is not None:
             raise UnsupportedAttention(choice, f"it does not serve here ({reason})")
@@ -72,38 +72,38 @@ def chosen(choice: str, pool: PagePool) -> Steps:
             stored = str(layout.dtype).removeprefix("torch.")
             raise UnsupportedAttention(choice, f"it does not serve {stored}, which the model stores")
         return steps
-    return GatherStep
+    return GatherAttention
 
 
-def fastest(pool: PagePool) -> Steps:
+def fastest_backend(pool: PagePool) -> AttentionBackend:
     """The fastest of the engine's own for the layout and device of ``pool``; of several devices, each has its own."""
     if len(pool.parts) > 1:
-        return SpreadSteps([fastest(part) for part in pool.parts])
-    return _triton(pool) or _compiled(pool) or GatherStep
+        return MultiDeviceBackend([fastest_backend(part) for part in pool.parts])
+    return _triton(pool) or _compiled(pool) or GatherAttention
 
 
-def _compiled(pool: PagePool) -> Steps | None:
+def _compiled(pool: PagePool) -> AttentionBackend | None:
     compiled = kernel() if pool.device.type == "cpu" else None
-    return CompiledSteps(compiled) if compiled is not None and compiled.supports(pool.layout, pool.device) else None
+    return CompiledBackend(compiled) if compiled is not None and compiled.supports(pool.layout, pool.device) else None
 
 
-def _triton(pool: PagePool, library: Library | None = None) -> Steps | None:
+def _triton(pool: PagePool, library: VarlenFunction | None = None) -> AttentionBackend | None:
     """None where Triton's kernels do not serve; a warning then says why."""
     layout, device = pool.layout, pool.device
-    if device.type != "cuda" or not layout.sites or not _triton_serves(_dims(layout), layout.dtype, device):
+    if device.type != "cuda" or not layout.layers or not _triton_serves(_dims(layout), layout.dtype, device):
         return None
     return _triton_steps(pool, library)
 
 
-def _triton_steps(pool: PagePool, library: Library | None) -> Steps:
+def _triton_steps(pool: PagePool, library: VarlenFunction | None) -> AttentionBackend:
     # Comes with torch's builds for GPUs, and with no other.
-    from rollout.models.attention.triton import TritonSteps
+    from rollout.models.attention.triton import TritonBackend
 
-    return TritonSteps(pool, library)
+    return TritonBackend(pool, library)
 
 
 def _dims(layout: KVLayout) -> frozenset[tuple[int, int]]:
-    return frozenset((site.key_dim, site.value_dim) for site in layout.sites)
+    return frozenset((site.key_dim, site.value_dim) for site in layout.layers)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Paged attention by Triton kernels, which read pages in place: for GPUs.
 
-`TritonSteps` serves any forward, with buffers of its own for each. For a captured step, make buffers of a fixed size
-with `TritonSteps.buffers`, fill them before each replay, and make the `TritonStep` and run the model inside the
+`TritonBackend` serves any forward, with buffers of its own for each. For a captured step, make buffers of a fixed size
+with `TritonBackend.buffers`, fill them before each replay, and make the `TritonAttention` and run the model inside the
 capture: slabs may come and go, since all that changes is read from those buffers and the slab table.
 """
 
@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 import torch
 
 from rollout.models.attention import triton_kernels
-from rollout.models.attention.base import PagedStep
-from rollout.models.attention.interface import Scores
+from rollout.models.attention.base import PagedAttention
+from rollout.models.attention.interface import ScoreParams
 from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
-from rollout.models.attention.prefill import Library, Segments
-from rollout.models.attention.triton_metadata import Room, StepBuffers, Work
+from rollout.models.attention.prefill import PrefillAttention, VarlenFunction
+from rollout.models.attention.triton_metadata import MetadataSizes, TritonMetadata, WorkItems
 from rollout.models.device import launching_on
-from rollout.models.forward_batch import Packed
+from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.kv_cache.slab_table import SlabTable
 
@@ -36,7 +36,7 @@ _LOCATE_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class TileSizes:
     """How the attention kernel is cut. Fixed by head size and dtype, since the last bits of results depend on it."""
 
     queries: int
@@ -49,23 +49,23 @@ class Blocks:
 
 #: By bytes of a number and the largest head size: for one query, and for tiles of queries. By what the compiler says of
 #: registers and shared memory for compute capability 9.0: no spills for one query, 2 to 5 programs a multiprocessor.
-_BLOCKS: dict[tuple[int, int], tuple[Blocks, Blocks]] = {
-    (2, 64): (Blocks(16, 128, 4), Blocks(128, 64, 8)),
-    (2, 128): (Blocks(16, 64, 4), Blocks(128, 64, 8)),
-    (2, 256): (Blocks(16, 32, 4), Blocks(64, 32, 8)),
-    (2, 512): (Blocks(16, 16, 4), Blocks(32, 16, 8)),
-    (4, 64): (Blocks(16, 32, 4), Blocks(32, 32, 4)),
-    (4, 128): (Blocks(16, 32, 4), Blocks(32, 32, 4)),
-    (4, 256): (Blocks(16, 16, 4), Blocks(16, 16, 4)),
-    (4, 512): (Blocks(16, 16, 8), Blocks(16, 16, 8)),
+_BLOCKS: dict[tuple[int, int], tuple[TileSizes, TileSizes]] = {
+    (2, 64): (TileSizes(16, 128, 4), TileSizes(128, 64, 8)),
+    (2, 128): (TileSizes(16, 64, 4), TileSizes(128, 64, 8)),
+    (2, 256): (TileSizes(16, 32, 4), TileSizes(64, 32, 8)),
+    (2, 512): (TileSizes(16, 16, 4), TileSizes(32, 16, 8)),
+    (4, 64): (TileSizes(16, 32, 4), TileSizes(32, 32, 4)),
+    (4, 128): (TileSizes(16, 32, 4), TileSizes(32, 32, 4)),
+    (4, 256): (TileSizes(16, 16, 4), TileSizes(16, 16, 4)),
+    (4, 512): (TileSizes(16, 16, 8), TileSizes(16, 16, 8)),
 }
 
 
-def blocks(itemsize: int, dim: int, group: int, split: bool) -> Blocks:
+def tile_sizes(itemsize: int, dim: int, group: int, split: bool) -> TileSizes:
     """The cut for numbers of so many bytes, heads of at most ``dim``, and ``group`` heads that share keys."""
     largest = min(size for bytes_, size in _BLOCKS if bytes_ == itemsize and size >= dim)
     chosen = _BLOCKS[itemsize, largest][0 if split else 1]
-    return Blocks(max(chosen.queries, _power(group)), chosen.keys, chosen.warps, chosen.stages)
+    return TileSizes(max(chosen.queries, _power(group)), chosen.keys, chosen.warps, chosen.stages)
 
 
 def check(dims: Collection[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
@@ -82,15 +82,15 @@ def check(dims: Collection[tuple[int, int]], dtype: torch.dtype, device: torch.d
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         raise ValueError(f"its compute capability is below {'.'.join(map(str, LEAST_CAPABILITY))}")
 
-    def attention(pool: PagePool, packed: Packed) -> Attention:
-        return TritonSteps(pool)(pool, packed).compute
+    def attention(pool: PagePool, packed: ForwardBatch) -> Attention:
+        return TritonBackend(pool)(pool, packed).compute
 
     error = largest_error(attention, dtype, tuple(sorted(dims)), device)
     if not error <= TOLERANCE[dtype]:
         raise ValueError(f"the kernels compute something else in {dtype} (by {error:.2g})")
 
 
-class TritonStep(PagedStep):
+class TritonAttention(PagedAttention):
     """One forward; making it launches the look-up of its pages.
 
     Args:
@@ -100,7 +100,9 @@ class TritonStep(PagedStep):
 
     name: ClassVar[str] = "triton"
 
-    def __init__(self, pool: PagePool, packed: Packed, buffers: StepBuffers, prefills: Segments | None = None) -> None:
+    def __init__(
+        self, pool: PagePool, packed: ForwardBatch, buffers: TritonMetadata, prefills: PrefillAttention | None = None
+    ) -> None:
         super().__init__(pool, packed)
         self._prefills = prefills
         self._buffers, self._slabs = buffers, buffers.slabs
@@ -119,9 +121,11 @@ class TritonStep(PagedStep):
                     BLOCK=_LOCATE_BLOCK,
                 )
 
-    def compute(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
-        """See `PagedStep.compute`."""
-        site = self.layout.sites[index]
+    def compute(
+        self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
+    ) -> torch.Tensor:
+        """See `PagedAttention.compute`."""
+        site = self.layout.layers[index]
         tokens, heads, _ = q.shape
         if tokens != self._buffers.room.tokens:
             raise ValueError(f"{tokens} queries came, but the step's buffers are for {self._buffers.room.tokens}.")
@@ -131,20 +135,22 @@ class TritonStep(PagedStep):
             return out
         with launching_on(self.pool.device):
             self._write(index, k, v, out)
-            splits = self._buffers.splits.get(site.span)
+            splits = self._buffers.splits.get(site.mask_kind)
             if splits is not None:
                 self._attend_splits(index, q, out, scores, splits)
             if self._prefills is not None:
                 self._prefills.attend(index, q, k, v, scores, out)
                 return out
-            most = blocks(self.layout.dtype.itemsize, max(site.key_dim, site.value_dim), heads // site.kv_heads, False)
-            tiles = self._buffers.tiles(site.span, most.queries // (heads // site.kv_heads))
+            most = tile_sizes(
+                self.layout.dtype.itemsize, max(site.key_dim, site.value_dim), heads // site.kv_heads, False
+            )
+            tiles = self._buffers.tiles(site.mask_kind, most.queries // (heads // site.kv_heads))
             if tiles is not None:
                 self._attend(index, q, out, None, None, scores, tiles, most)
         return out
 
     def _write(self, index: int, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
-        site = self.layout.sites[index]
+        site = self.layout.layers[index]
         triton_kernels.write[(len(out),)](
             k,
             v,
@@ -167,15 +173,17 @@ class TritonStep(PagedStep):
             BLOCK_VALUE=_power(site.value_dim),
         )
 
-    def _attend_splits(self, index: int, q: torch.Tensor, out: torch.Tensor, scores: Scores, work: Work) -> None:
-        site, items = self.layout.sites[index], len(work.items)
+    def _attend_splits(
+        self, index: int, q: torch.Tensor, out: torch.Tensor, scores: ScoreParams, work: WorkItems
+    ) -> None:
+        site, items = self.layout.layers[index], len(work.items)
         heads = q.shape[1]
         group = heads // site.kv_heads
         # Not in the buffers: captured steps of all sizes can have the same memory for it.
         partial, maxima, sums = (
             torch.empty(items * heads * size, dtype=torch.float32, device=q.device) for size in (site.value_dim, 1, 1)
         )
-        cut = blocks(self.layout.dtype.itemsize, max(site.key_dim, site.value_dim), group, True)
+        cut = tile_sizes(self.layout.dtype.itemsize, max(site.key_dim, site.value_dim), group, True)
         self._attend(index, q, partial, maxima, sums, scores, work, cut)
         triton_kernels.reduce[(len(work.rows), site.kv_heads)](
             partial,
@@ -199,11 +207,11 @@ class TritonStep(PagedStep):
         out: torch.Tensor,
         maxima: torch.Tensor | None,
         sums: torch.Tensor | None,
-        scores: Scores,
-        work: Work,
-        cut: Blocks,
+        scores: ScoreParams,
+        work: WorkItems,
+        cut: TileSizes,
     ) -> None:
-        site, buffers = self.layout.sites[index], self._buffers
+        site, buffers = self.layout.layers[index], self._buffers
         triton_kernels.attend[(min(len(work.items) * site.kv_heads, self._programs),)](
             q,
             out,
@@ -220,9 +228,9 @@ class TritonStep(PagedStep):
             q.stride(1),
             float(scores.scaling),
             float(scores.softcap or 0.0),
-            site.span.size,
+            site.mask_kind.size,
             SPLIT=maxima is not None,
-            SPAN=site.span.kind,
+            SPAN=site.mask_kind.kind,
             SOFTCAP=scores.softcap is not None,
             SINKS=scores.sinks is not None,
             PAGE_SIZE=self.layout.page_size,
@@ -241,7 +249,7 @@ class TritonStep(PagedStep):
         )
 
 
-class TritonSteps:
+class TritonBackend:
     """Makes steps for the forwards of one pool.
 
     Args:
@@ -249,23 +257,23 @@ class TritonSteps:
         library: attends in prefills, instead of the kernels.
     """
 
-    def __init__(self, pool: PagePool, library: Library | None = None) -> None:
+    def __init__(self, pool: PagePool, library: VarlenFunction | None = None) -> None:
         self.slabs = SlabTable(pool)
         """Shared by all buffers."""
         self._library = library
-        self.name = TritonStep.name if library is None else f"{library.name}+{TritonStep.name}"
+        self.name = TritonAttention.name if library is None else f"{library.name}+{TritonAttention.name}"
 
-    def buffers(self, room: Room) -> StepBuffers:
+    def buffers(self, room: MetadataSizes) -> TritonMetadata:
         """Buffers for forwards of up to a size, to be filled again and again."""
-        return StepBuffers(room, self.slabs)
+        return TritonMetadata(room, self.slabs)
 
-    def __call__(self, pool: PagePool, packed: Packed) -> TritonStep:
-        """See `rollout.models.attention.base.Steps`."""
+    def __call__(self, pool: PagePool, packed: ForwardBatch) -> TritonAttention:
+        """See `rollout.models.attention.base.AttentionBackend`."""
         assert pool is self.slabs.pool, "steps are made for one pool"
-        buffers = self.buffers(Room.of(packed, pool.layout.page_size))
+        buffers = self.buffers(MetadataSizes.of(packed, pool.layout.page_size))
         buffers.fill(packed)
-        prefills = None if self._library is None else Segments(pool, packed, self._library)
-        return TritonStep(pool, packed, buffers, prefills)
+        prefills = None if self._library is None else PrefillAttention(pool, packed, self._library)
+        return TritonAttention(pool, packed, buffers, prefills)
 
 
 def _power(size: int) -> int:

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from rollout.models.arrays import IntArray, upload
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import Span
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import MaskKind
 from rollout.models.kv_cache.slab_table import SlabTable
 
 SPLIT_TOKENS = 256
@@ -34,7 +34,7 @@ Int32Array = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class MetadataSizes:
     """The largest forward that buffers are for."""
 
     singles: int
@@ -47,12 +47,12 @@ class Room:
     """Pages of all; one that several sequences share counts for each."""
 
     @classmethod
-    def of(cls, packed: Packed, page_size: int) -> Room:
+    def of(cls, packed: ForwardBatch, page_size: int) -> MetadataSizes:
         """Just enough for one forward."""
-        single, more = int((packed.lengths == 1).sum()), int((packed.lengths > 1).sum())
+        single, more = int((packed.query_lens == 1).sum()), int((packed.query_lens > 1).sum())
         return cls(single, more, len(packed.tokens), int(_pages_of(packed, page_size).sum()))
 
-    def holds(self, other: Room) -> bool:
+    def holds(self, other: MetadataSizes) -> bool:
         """Whether buffers of this size can be filled with what needs ``other``."""
         return (
             other.singles <= self.singles
@@ -63,7 +63,7 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class WorkItems:
     """Items of one kind, in device memory."""
 
     items: torch.Tensor
@@ -74,7 +74,7 @@ class Work:
     """[most, ROW_FIELDS] int32: which items make up a query; of no items past those that there are now."""
 
 
-class StepBuffers:
+class TritonMetadata:
     """Buffers of one size, filled anew for every forward, by one copy.
 
     Args:
@@ -83,12 +83,12 @@ class StepBuffers:
         slabs: of the pool whose pages forwards read.
     """
 
-    def __init__(self, room: Room, slabs: SlabTable) -> None:
+    def __init__(self, room: MetadataSizes, slabs: SlabTable) -> None:
         self.room = room
         self.slabs = slabs
         layout, device = slabs.pool.layout, slabs.pool.device
         self._page_size, self._slab_pages = layout.page_size, slabs.pool.slab_pages
-        spans = list(dict.fromkeys(site.span for site in layout.sites)) if room.singles else []
+        spans = list(dict.fromkeys(site.mask_kind for site in layout.layers)) if room.singles else []
         items = room.singles + room.entries * self._page_size // SPLIT_TOKENS
         # Pages come last: what is past them is not copied.
         sizes = [
@@ -112,34 +112,34 @@ class StepBuffers:
         """[entries] of each page: its slab's address; found by a kernel, so that captured steps follow slabs too."""
         self.first_tokens = torch.zeros(room.entries, dtype=torch.int32, device=device)
         """[entries] of each page: its first token, counted in its slab."""
-        self.splits: dict[Span, Work] = {
-            span: Work(items.view(-1, ITEM_FIELDS), counts[1 + i :][:1], rows.view(-1, ROW_FIELDS))
+        self.splits: dict[MaskKind, WorkItems] = {
+            span: WorkItems(items.view(-1, ITEM_FIELDS), counts[1 + i :][:1], rows.view(-1, ROW_FIELDS))
             for i, (span, rows, items) in enumerate(zip(spans, of_spans[::2], of_spans[1::2], strict=True))
         }
         """Sequences with one new token, their keys split; empty where there is no room for any."""
-        self._tiles: dict[tuple[Span, int], Work] = {}
-        self._packed: Packed | None = None
+        self._tiles: dict[tuple[MaskKind, int], WorkItems] = {}
+        self._packed: ForwardBatch | None = None
 
-    def fill(self, packed: Packed) -> None:
+    def fill(self, packed: ForwardBatch) -> None:
         """Takes a forward; sequences without new tokens are padding.
 
         Raises:
             ValueError: it does not fit.
             IndexError: a page of it is in no slab.
         """
-        needs = Room.of(packed, self._page_size)
+        needs = MetadataSizes.of(packed, self._page_size)
         if not self.room.holds(needs):
             raise ValueError(f"A forward that needs {needs} does not fit into {self.room}.")
         self.slabs.follow()
         held = _pages_of(packed, self._page_size)
-        used = packed.tables[np.arange(packed.tables.shape[1]) < held[:, None]]
+        used = packed.page_tables[np.arange(packed.page_tables.shape[1]) < held[:, None]]
         of_slabs, live = used // self._slab_pages, self.slabs.live
         # A kernel that reads from nowhere takes the whole process's device down with it.
         if len(used) and (used.min() < 0 or of_slabs.max() >= len(live) or not live[of_slabs].all()):
             raise IndexError("A sequence of the step needs a page that is in no slab of the pool.")
         counts, slots, *of_spans, pages = (self._host[region] for region in self._regions)
         counts[0] = len(used)
-        slots[: len(packed.tokens)] = packed.slots(self._page_size)
+        slots[: len(packed.tokens)] = packed.slot_mapping(self._page_size)
         slots[len(packed.tokens) :] = -1
         pages[: len(used)] = used
         for i, (span, rows, items) in enumerate(zip(self.splits, of_spans[::2], of_spans[1::2], strict=True)):
@@ -152,7 +152,7 @@ class StepBuffers:
         self._packed = packed
         self._tiles.clear()
 
-    def tiles(self, span: Span, queries: int) -> Work | None:
+    def tiles(self, span: MaskKind, queries: int) -> WorkItems | None:
         """Sequences with more new tokens, in tiles of at most so many queries; None where there are none.
 
         Not for captured steps: planned when first asked for.
@@ -164,20 +164,20 @@ class StepBuffers:
             items = _tiles(self._packed, _pages_of(self._packed, self._page_size), span, queries)
             device = self._device.new_empty(1 + len(items), ITEM_FIELDS)
             upload(np.concatenate([items, np.full((1, ITEM_FIELDS), len(items), np.int32)]), device)
-            self._tiles[span, queries] = Work(device[:-1], device[-1, :1], device[:0, :ROW_FIELDS])
+            self._tiles[span, queries] = WorkItems(device[:-1], device[-1, :1], device[:0, :ROW_FIELDS])
         return self._tiles[span, queries]
 
 
-def _pages_of(packed: Packed, page_size: int) -> IntArray:
+def _pages_of(packed: ForwardBatch, page_size: int) -> IntArray:
     """[S] pages of each sequence; none of padding."""
-    pages: IntArray = np.where(packed.lengths > 0, -(-packed.ends // page_size), 0)
+    pages: IntArray = np.where(packed.query_lens > 0, -(-packed.seq_lens // page_size), 0)
     return pages
 
 
-def _splits(packed: Packed, held: IntArray, span: Span) -> tuple[Int32Array, Int32Array]:
+def _splits(packed: ForwardBatch, held: IntArray, span: MaskKind) -> tuple[Int32Array, Int32Array]:
     """Items [n, ITEM_FIELDS] and rows [singles, ROW_FIELDS], of sequences that hold so many pages [S]."""
-    singles = np.flatnonzero(packed.lengths == 1)
-    tokens, positions = packed.offsets[singles], packed.starts[singles]
+    singles = np.flatnonzero(packed.query_lens == 1)
+    tokens, positions = packed.offsets[singles], packed.prefix_lens[singles]
     begins = span.first_keys(positions)
     first = begins // SPLIT_TOKENS
     counts = positions // SPLIT_TOKENS - first + 1
@@ -194,16 +194,16 @@ def _splits(packed: Packed, held: IntArray, span: Span) -> tuple[Int32Array, Int
     return items, rows
 
 
-def _tiles(packed: Packed, held: IntArray, span: Span, most: int) -> Int32Array:
+def _tiles(packed: ForwardBatch, held: IntArray, span: MaskKind, most: int) -> Int32Array:
     """Items [n, ITEM_FIELDS], those with the most keys first, so that the shortest fill the end."""
-    segments = np.flatnonzero(packed.lengths > 1)
-    lengths = packed.lengths[segments]
+    segments = np.flatnonzero(packed.query_lens > 1)
+    lengths = packed.query_lens[segments]
     counts = -(-lengths // most)
     starts = np.cumsum(counts) - counts
     of = np.repeat(np.arange(len(segments)), counts)
     first = (np.arange(len(of)) - starts[of]) * most
     queries = np.minimum(most, lengths[of] - first)
-    positions = packed.starts[segments][of] + first
+    positions = packed.prefix_lens[segments][of] + first
     items = np.zeros((len(of), ITEM_FIELDS), np.int32)
     items[:, 0], items[:, 1], items[:, 2] = packed.offsets[segments][of] + first, queries, positions
     items[:, 3] = span.first_keys(positions)

@@ -14,7 +14,7 @@ from rollout.models.arrays import IntArray
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class MaskKind:
     """Which earlier tokens a query sees: all, the last ``size``, or those of its own chunk of ``size``."""
 
     kind: Literal["full", "window", "chunk"] = "full"
@@ -30,7 +30,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class AttentionLayer:
     """One attention call of a forward: who makes it, what it stores and what the engine's attention must see.
 
     Sites are told apart by call order, not by layer index: a layer that attends twice, or a module that
@@ -42,7 +42,7 @@ class Site:
     kv_heads: int
     key_dim: int
     value_dim: int
-    span: Span
+    mask_kind: MaskKind
     """Full where the model masks by itself."""
     device: torch.device | None = None
     """Where its keys and values arrive, and are kept; None is the device of the pool."""
@@ -54,7 +54,7 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class StateTensor:
     """A tensor of fixed shape that a recurrent layer keeps of each row."""
 
     layer: int
@@ -75,11 +75,11 @@ class State:
 class KVLayout:
     """All that a model stores: its sites, the dtype in which their keys and values are kept, and states."""
 
-    sites: tuple[Site, ...]
+    layers: tuple[AttentionLayer, ...]
     """None in a model that keeps states alone."""
     dtype: torch.dtype
     page_size: int
-    states: tuple[State, ...] = ()
+    states: tuple[StateTensor, ...] = ()
     """None in a model that keeps keys and values alone."""
     boundary: int | None = None
     """What is stored of a text longer than this differs, from its first token on, from what is stored of a shorter."""
@@ -90,12 +90,12 @@ class KVLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        return sum(site.elements for site in self.sites) * self.dtype.itemsize
+        return sum(site.elements for site in self.layers) * self.dtype.itemsize
 
     def shares(self, device: torch.device) -> dict[torch.device, float]:
         """How keys and values are spread over devices: each one's share of their bytes. ``device`` is the pool's."""
         bytes_on: dict[torch.device, int] = {}
-        for site in self.sites:
+        for site in self.layers:
             place = site.device or device
             bytes_on[place] = bytes_on.get(place, 0) + site.elements * self.dtype.itemsize
         return {place: size / self.bytes_per_token for place, size in bytes_on.items()}
@@ -111,4 +111,4 @@ class KVLayout:
 
     def pages_for(self, tokens: int) -> int:
         """Pages that so many tokens of a row take."""
-        return -(-tokens // self.page_size) if self.sites else 0
+        return -(-tokens // self.page_size) if self.layers else 0

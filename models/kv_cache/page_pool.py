@@ -47,15 +47,15 @@ class PagePool(Pool[Slab]):
         self.states = StatePool(layout.states, slab_states, device)
         places = list(layout.shares(device))
         self._parts: tuple[PagePool, ...] = ()
-        self.places = tuple((0, index) for index in range(len(layout.sites)))
+        self.places = tuple((0, index) for index in range(len(layout.layers)))
         """For each site, which of `parts` it is in, and its index there."""
         if any(place != device for place in places):
-            on = [places.index(site.device or device) for site in layout.sites]
+            on = [places.index(site.device or device) for site in layout.layers]
             self.places = tuple((part, on[:index].count(part)) for index, part in enumerate(on))
             self._parts = tuple(
                 PagePool(
                     replace(
-                        layout, sites=tuple(s for s, at in zip(layout.sites, on, strict=True) if at == n), states=()
+                        layout, layers=tuple(s for s, at in zip(layout.layers, on, strict=True) if at == n), states=()
                     ),
                     slab_pages,
                     place,
@@ -103,12 +103,12 @@ class PagePool(Pool[Slab]):
         parts = memory.split(
             [
                 self.slab_pages * layout.page_size * site.kv_heads * dim
-                for site in layout.sites
+                for site in layout.layers
                 for dim in (site.key_dim, site.value_dim)
             ]
         )
-        keys = tuple(parts[2 * i].view(*shape, s.kv_heads, s.key_dim) for i, s in enumerate(layout.sites))
-        values = tuple(parts[2 * i + 1].view(*shape, s.kv_heads, s.value_dim) for i, s in enumerate(layout.sites))
+        keys = tuple(parts[2 * i].view(*shape, s.kv_heads, s.key_dim) for i, s in enumerate(layout.layers))
+        values = tuple(parts[2 * i + 1].view(*shape, s.kv_heads, s.value_dim) for i, s in enumerate(layout.layers))
         return Slab(keys, values)
 
 

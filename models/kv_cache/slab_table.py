@@ -31,7 +31,7 @@ class SlabTable:
         self._known: tuple[int, ...] = ()
         sizes = [
             pool.slab_pages * pool.layout.page_size * site.kv_heads * dim
-            for site in pool.layout.sites
+            for site in pool.layout.layers
             for dim in (site.key_dim, site.value_dim)
         ]
         starts: IntArray = np.cumsum([0, *sizes], dtype=np.int64)

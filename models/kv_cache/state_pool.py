@@ -8,7 +8,7 @@ from typing import Self
 import torch
 
 from rollout.models.arrays import IntArray
-from rollout.models.kv_cache.layout import State
+from rollout.models.kv_cache.layout import StateTensor
 from rollout.models.kv_cache.pool import Pool
 from rollout.models.kv_cache.slab_index import SlabShare, gather, scatter, split_by_slab
 
@@ -23,7 +23,7 @@ class StateSlab:
 class StatePool(Pool[StateSlab]):
     """Its pages hold all states of one row each. A page is written whole before it is read."""
 
-    def __init__(self, states: tuple[State, ...], slab_pages: int, device: torch.device) -> None:
+    def __init__(self, states: tuple[StateTensor, ...], slab_pages: int, device: torch.device) -> None:
         super().__init__(sum(state.bytes for state in states), slab_pages, device)
         self.layout = states
 

@@ -12,7 +12,7 @@ from torch import nn
 from rollout.models.module.rope import Rotary
 
 
-class Loan:
+class BorrowedModule:
     """Switches a module to the engine and back, as often as needed.
 
     What is switched: the attention implementation of every configuration in the module, and the training

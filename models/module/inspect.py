@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rollout.models.errors import UnsupportedModel
 
 
-def unwrap(model: nn.Module) -> PreTrainedModel:
+def unwrap_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside of PEFT, DDP or torch.compile wrappers.
 
     Raises:
@@ -31,20 +31,20 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return seen
 
 
-def home(model: nn.Module) -> torch.device:
+def output_device(model: nn.Module) -> torch.device:
     """The device on which token ids are given, and logits come out.
 
     Of a model whose layers accelerate has placed on several devices, it is that of the last one: accelerate takes ids
     to the first by itself, and brings logits back to where the ids were, which is then where they are computed.
     """
-    base = unwrap(model)
+    base = unwrap_model(model)
     device = getattr(getattr(base.get_output_embeddings(), "_hf_hook", None), "execution_device", None)
     return base.device if device is None else torch.device(device)
 
 
 def family_name(model: nn.Module) -> str:
     """How messages name a model: its class and model type."""
-    base = unwrap(model)
+    base = unwrap_model(model)
     return f"{type(base).__name__} (model type {base.config.model_type!r})"
 
 
@@ -54,13 +54,13 @@ def refuse_recurrent(model: nn.Module) -> None:
     Raises:
         UnsupportedModel: transformers marks the model as one that keeps other state.
     """
-    if getattr(unwrap(model), "_is_stateful", False):
+    if getattr(unwrap_model(model), "_is_stateful", False):
         raise UnsupportedModel(f"{family_name(model)} keeps recurrent state besides keys and values.")
 
 
 def vocabulary_size(model: nn.Module) -> int:
     """Token ids that the model can embed: those below this."""
-    embeddings: Any = unwrap(model).get_input_embeddings()
+    embeddings: Any = unwrap_model(model).get_input_embeddings()
     return int(embeddings.weight.shape[0])
 
 

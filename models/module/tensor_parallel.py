@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from rollout.models.errors import UnsupportedModel
-from rollout.models.module.inspect import family_name, unwrap
+from rollout.models.module.inspect import family_name, unwrap_model
 
 _DIMENSION = "tp"
 """What transformers calls it in a device mesh, if it has a name."""
@@ -26,7 +26,7 @@ def tensor_parallel_group(model: nn.Module) -> ProcessGroup | None:
         return None
     mesh = next(iter(meshes))
     # Some versions of transformers give a mesh that is of nothing else no name.
-    unnamed = mesh.mesh_dim_names is None and mesh.ndim == 1 and unwrap(model).tp_size == mesh.size()
+    unnamed = mesh.mesh_dim_names is None and mesh.ndim == 1 and unwrap_model(model).tp_size == mesh.size()
     if len(meshes) > 1 or not (unnamed or mesh.mesh_dim_names == (_DIMENSION,)):
         raise UnsupportedModel(
             f"{family_name(model)} has weights sharded over the mesh dimensions {mesh.mesh_dim_names}, of which "

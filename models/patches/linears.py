@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rollout.models.device import cpu_multiplies
-from rollout.models.patches.patching import replaced
+from rollout.models.patches.patching import patched
 from rollout.models.patches.shared_inputs import Siblings, version
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class PackedLinears:
 
     def __init__(self, model: nn.Module, room_bytes: int, groups: Sequence[Siblings] = ()) -> None:
         self._products: list[tuple[nn.Linear, Product]] = []
-        self._together: list[_Together] = []
+        self._sync: list[_Together] = []
         self.bytes_held = 0
         shared: dict[int, Product] = {}
         left_out = 0
@@ -62,7 +62,7 @@ class PackedLinears:
                 continue
             weight, bias = torch.cat([layer.weight.detach() for layer in group]), _joined_bias(group)
             together = _Together(form.product(weight, bias), [layer.out_features for layer in group])
-            self._together.append(together)
+            self._sync.append(together)
             self._products.extend((layer, together.part(i)) for i, layer in enumerate(group))
         merged = {id(layer) for layer, _ in self._products}
         for layer in layers:
@@ -105,10 +105,10 @@ class PackedLinears:
     def in_place(self) -> Iterator[None]:
         """The layers compute from their copies inside this block."""
         try:
-            with replaced(self._products):
+            with patched(self._products):
                 yield
         finally:
-            for together in self._together:
+            for together in self._sync:
                 together.forget()
 
 

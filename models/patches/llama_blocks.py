@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from rollout.models.attention.base import PagedStep
-from rollout.models.attention.interface import Scores, running_step
+from rollout.models.attention.base import PagedAttention
+from rollout.models.attention.interface import ScoreParams, current_attention
 from rollout.models.patches.pointwise_cpu import Pointwise
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -37,7 +37,7 @@ def shorter_attention(module: nn.Module, kernel: Pointwise) -> Forward | None:
         return None
     own: Forward = module.forward
     *inputs, result = layers
-    dim, scores = int(module.head_dim), Scores(float(module.scaling))  # type: ignore[arg-type]
+    dim, scores = int(module.head_dim), ScoreParams(float(module.scaling))  # type: ignore[arg-type]
 
     def forward(
         hidden_states: torch.Tensor,
@@ -46,9 +46,14 @@ def shorter_attention(module: nn.Module, kernel: Pointwise) -> Forward | None:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        step = running_step()
+        step = current_attention()
         batch, tokens, _ = hidden_states.shape
-        if not isinstance(step, PagedStep) or batch != 1 or position_embeddings is None or past_key_values is not None:
+        if (
+            not isinstance(step, PagedAttention)
+            or batch != 1
+            or position_embeddings is None
+            or past_key_values is not None
+        ):
             return own(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         cosines, sines = position_embeddings
         q, k, v = (layer.forward(hidden_states).view(tokens, -1, dim) for layer in inputs)

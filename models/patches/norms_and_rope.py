@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from rollout.models.patches.llama_blocks import shorter_attention, shorter_mlp
-from rollout.models.patches.patching import replaced
+from rollout.models.patches.patching import patched
 from rollout.models.patches.pointwise_cpu import NormFactors, Pointwise, pointwise
 
 _ROTARY = "apply_rotary_pos_emb"
@@ -30,7 +30,7 @@ _ALIKE = 0.98
 _on_loan: ContextVar[bool] = ContextVar("rollout_fused_parts", default=False)
 
 
-class FusedParts:
+class FusedModules:
     """Replacements of parts of a module, used while `in_place`.
 
     On a CPU they hold copies of the norms' weights, on a GPU the memory of those, so this is made anew after weights
@@ -75,7 +75,7 @@ class FusedParts:
         """They are in place of the model's own inside this block, for this thread."""
         token = _on_loan.set(True)
         try:
-            with replaced(self._forwards):
+            with patched(self._forwards):
                 for source, _, function in self._rotary:
                     setattr(source, _ROTARY, function)
                 yield

@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextmanager
-def replaced(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def patched(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Modules compute by these functions inside the block.
 
     A module whose forward its owner has patched by then, or patches meanwhile, goes by that, and keeps it afterwards.

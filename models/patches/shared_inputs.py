@@ -8,8 +8,8 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from rollout.models.module.borrow import Loan
-from rollout.models.module.inspect import home
+from rollout.models.module.borrow import BorrowedModule
+from rollout.models.module.inspect import output_device
 
 Siblings = tuple[nn.Linear, ...]
 
@@ -17,12 +17,12 @@ Siblings = tuple[nn.Linear, ...]
 _TOKENS = 4
 
 
-def siblings(model: nn.Module) -> list[Siblings]:
+def layers_with_shared_inputs(model: nn.Module) -> list[Siblings]:
     """Groups of linear layers, each in the order of calls, as one forward of the model's own shows them.
 
     Those of a group have inputs and dtype in common and are called once a forward. On a GPU none are looked for.
     """
-    if home(model).type != "cpu":
+    if output_device(model).type != "cpu":
         return []
     calls: list[tuple[nn.Linear, torch.Tensor, int]] = []
 
@@ -37,8 +37,8 @@ def siblings(model: nn.Module) -> list[Siblings]:
             if isinstance(layer, nn.Linear):
                 stack.callback(layer.register_forward_pre_hook(saw).remove)
         # Also where the caller's is an inference mode, since its tensors do not tell changes in place.
-        with torch.inference_mode(False), Loan(model)():
-            ids = torch.arange(_TOKENS, device=home(model))[None]
+        with torch.inference_mode(False), BorrowedModule(model)():
+            ids = torch.arange(_TOKENS, device=output_device(model))[None]
             model(input_ids=ids, use_cache=False)
     groups: list[list[nn.Linear]] = []
     before: tuple[torch.Tensor, int] | None = None

@@ -12,11 +12,11 @@ from torch import nn
 
 from rollout.models.arrays import IntArray
 from rollout.models.attention.names import AUTO
-from rollout.models.forward_batch import Packed
+from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.module.borrow import Loan
-from rollout.models.module.inspect import home
+from rollout.models.module.borrow import BorrowedModule
+from rollout.models.module.inspect import output_device
 
 
 class Runner(Protocol):
@@ -30,7 +30,7 @@ class Runner(Protocol):
         """Memory of the device that it keeps to itself although torch's allocator does not count it as allocated."""
         return 0
 
-    def forward(self, packed: Packed) -> torch.Tensor:
+    def forward(self, packed: ForwardBatch) -> torch.Tensor:
         """Computes the new tokens of all sequences, and writes their keys and values.
 
         Returns logits [S, V] of each sequence's last token, which may be overwritten by the next call.
@@ -49,7 +49,7 @@ class Runner(Protocol):
         return
 
 
-class Tier(ABC):
+class RunStrategy(ABC):
     """Serves one model.
 
     Args:
@@ -80,13 +80,13 @@ class Tier(ABC):
 
     def own_logits(self, ids: IntArray, ends: Sequence[int]) -> torch.Tensor:
         """What the model itself gives, with no tier: logits [ends, V] after so many of the tokens ids [n] each."""
-        tokens = torch.from_numpy(ids[None]).to(home(self.model))
-        with Loan(self.model)():
+        tokens = torch.from_numpy(ids[None]).to(output_device(self.model))
+        with BorrowedModule(self.model)():
             logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits[0]
         return logits[[end - 1 for end in ends]]
 
     @abstractmethod
-    def on_loan(self) -> AbstractContextManager[None]:
+    def borrow(self) -> AbstractContextManager[None]:
         """The model is the engine's inside this block, and its owner's, as it was, after it."""
 
     @abstractmethod
@@ -95,4 +95,4 @@ class Tier(ABC):
 
     def attention(self) -> str:
         """See `Runner.attention`."""
-        return self.runner(PagePool(self.probe(), 1, home(self.model))).attention
+        return self.runner(PagePool(self.probe(), 1, output_device(self.model))).attention

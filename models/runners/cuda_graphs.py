@@ -1,7 +1,7 @@
 """Decode steps as CUDA graphs: a step of some hundreds of launches is captured once, and from then on is one launch.
 
 A graph is of a fixed number of rows, so there is one for each rung of a ladder, captured when it is first needed, and
-the rows of a step are padded to the next rung. Padding writes nowhere and reads nothing (`StepBuffers`). Whatever else
+the rows of a step are padded to the next rung. Padding writes nowhere and reads nothing (`TritonMetadata`). All that
 varies from step to step is read from memory that stays in its place: token and position ids, the plan of the step, and
 the table of slabs, so the pool may grow and shrink between replays.
 
@@ -22,13 +22,13 @@ from torch import nn
 
 from rollout.models.arrays import upload
 from rollout.models.attention import interface
-from rollout.models.attention.base import Steps
-from rollout.models.attention.multi_device import SpreadSteps
-from rollout.models.attention.triton import TritonStep, TritonSteps
-from rollout.models.attention.triton_metadata import Room, StepBuffers
+from rollout.models.attention.base import AttentionBackend
+from rollout.models.attention.multi_device import MultiDeviceBackend
+from rollout.models.attention.triton import TritonAttention, TritonBackend
+from rollout.models.attention.triton_metadata import MetadataSizes, TritonMetadata
 from rollout.models.device import is_out_of_memory
-from rollout.models.forward_batch import Packed
-from rollout.models.module.borrow import Loan
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.module.borrow import BorrowedModule
 from rollout.models.module.inspect import family_name
 from rollout.models.module.rope import Rotary
 from rollout.models.module.tensor_parallel import tensor_parallel_group
@@ -46,7 +46,7 @@ _PAUSE = 256
 _refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
-def rung(rows: int) -> int:
+def padded_batch_size(rows: int) -> int:
     """Rows of the graph that serves so many: powers of two up to 8, multiples of 8 up to 64, then four a doubling.
 
     Each is captured anew in every call, and while a batch runs empty each may serve no more than a few steps. Padding
@@ -57,7 +57,7 @@ def rung(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def capturing(eager: Runner, model: nn.Module, steps: Steps, loan: Loan) -> Runner:
+def capturing(eager: Runner, model: nn.Module, steps: AttentionBackend, loan: BorrowedModule) -> Runner:
     """A runner that captures decode steps; ``eager`` itself where that cannot be, and the log says why, once a model.
 
     Not captured are models whose rotary embeddings depend on the text's length, dynamic scaling or longrope: they
@@ -75,14 +75,14 @@ def capturing(eager: Runner, model: nn.Module, steps: Steps, loan: Loan) -> Runn
         devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
         if Rotary(model).by_length:
             _refuse(model, "its rotary embeddings depend on the length of a text")
-        elif len(devices) > 1 or isinstance(steps, SpreadSteps):
+        elif len(devices) > 1 or isinstance(steps, MultiDeviceBackend):
             _refuse(model, "it lies on several devices")
         elif tensor_parallel_group(model) is not None:
             _refuse(model, "several processes hold it together")
     if model in _refused:
         return eager
-    assert isinstance(steps, TritonSteps)
-    return CapturedRunner(eager, model, steps, loan, CudaGraphs(steps.slabs.pool.device))
+    assert isinstance(steps, TritonBackend)
+    return CudaGraphRunner(eager, model, steps, loan, CudaGraphs(steps.slabs.pool.device))
 
 
 def _refuse(model: nn.Module, reason: str) -> None:
@@ -90,7 +90,7 @@ def _refuse(model: nn.Module, reason: str) -> None:
     logger.warning("Decode steps of %s are not captured in CUDA graphs: %s.", family_name(model), reason.rstrip("."))
 
 
-class CapturedRunner(Runner):
+class CudaGraphRunner(Runner):
     """Replays a graph for a forward in which all rows decode; all others, and all under autocast, are ``eager``'s.
 
     Under autocast torch keeps cast weights in memory that goes when autocast ends, which a graph would go on reading.
@@ -107,7 +107,9 @@ class CapturedRunner(Runner):
         graphs: how steps are captured.
     """
 
-    def __init__(self, eager: Runner, model: nn.Module, steps: TritonSteps, loan: Loan, graphs: Graphs) -> None:
+    def __init__(
+        self, eager: Runner, model: nn.Module, steps: TritonBackend, loan: BorrowedModule, graphs: Graphs
+    ) -> None:
         self._eager, self._model, self._steps, self._loan, self._graphs = eager, model, steps, loan, graphs
         self.attention = eager.attention
         self._pool = steps.slabs.pool
@@ -123,7 +125,7 @@ class CapturedRunner(Runner):
         """See `Runner.bytes_kept`."""
         return self._graphs.bytes_kept
 
-    def forward(self, packed: Packed) -> torch.Tensor:
+    def forward(self, packed: ForwardBatch) -> torch.Tensor:
         """See `Runner.forward`. Where a graph serves, the next call overwrites the logits that this one returns."""
         if not self._serves(packed):
             return self._eager.forward(packed)
@@ -135,7 +137,7 @@ class CapturedRunner(Runner):
             self._give_up(_cause(error))
             return self._eager.forward(packed)
         captured.graph.replay()
-        return captured.logits[: len(packed.lengths)]
+        return captured.logits[: len(packed.query_lens)]
 
     def shed(self) -> bool:
         """See `Runner.shed`."""
@@ -157,8 +159,8 @@ class CapturedRunner(Runner):
             )
         self._drop()
 
-    def _serves(self, packed: Packed) -> bool:
-        if self._model in _refused or not len(packed.lengths) or (packed.lengths != 1).any():
+    def _serves(self, packed: ForwardBatch) -> bool:
+        if self._model in _refused or not len(packed.query_lens) or (packed.query_lens != 1).any():
             return False
         if torch.is_autocast_enabled(self._pool.device.type):
             return False
@@ -173,9 +175,9 @@ class CapturedRunner(Runner):
                 logger.info("The model's weights lie elsewhere now: decode steps are captured anew.")
                 self._drop()
 
-    def _filled(self, packed: Packed) -> _Captured:
+    def _filled(self, packed: ForwardBatch) -> _Captured:
         """The step that serves a forward, with that forward in its memory."""
-        size, needs = rung(len(packed.lengths)), Room.of(packed, self._pool.layout.page_size)
+        size, needs = padded_batch_size(len(packed.query_lens)), MetadataSizes.of(packed, self._pool.layout.page_size)
         captured = self._captured.get(size)
         if captured is not None and captured.inputs.buffers.room.holds(needs):
             captured.inputs.fill(packed)
@@ -184,14 +186,14 @@ class CapturedRunner(Runner):
         captured = self._captured[size] = self._capture(size, needs.entries, packed)
         return captured
 
-    def _capture(self, size: int, entries: int, packed: Packed) -> _Captured:
+    def _capture(self, size: int, entries: int, packed: ForwardBatch) -> _Captured:
         started = time.perf_counter()
-        room = Room(size, 0, size, _power(max(2 * entries, LEAST_PAGES * size)))
+        room = MetadataSizes(size, 0, size, _power(max(2 * entries, LEAST_PAGES * size)))
         inputs = _Inputs(self._steps.buffers(room))
         inputs.fill(packed)
 
         def step() -> torch.Tensor:
-            with interface.running(TritonStep(self._pool, packed, inputs.buffers)):
+            with interface.use_attention(TritonAttention(self._pool, packed, inputs.buffers)):
                 output = self._model(
                     input_ids=inputs.tokens, position_ids=inputs.positions, use_cache=False, logits_to_keep=0
                 )
@@ -246,7 +248,7 @@ class CapturedRunner(Runner):
 class _Inputs:
     """What a captured step reads, at addresses that stay."""
 
-    def __init__(self, buffers: StepBuffers) -> None:
+    def __init__(self, buffers: TritonMetadata) -> None:
         self.buffers = buffers
         self._host = np.zeros((1, buffers.room.tokens), np.int64)
         self.tokens, self.positions = torch.zeros(
@@ -254,11 +256,11 @@ class _Inputs:
         )
         """[1, rows] each; 0 for padding."""
 
-    def fill(self, packed: Packed) -> None:
+    def fill(self, packed: ForwardBatch) -> None:
         """Takes a forward in which all rows decode."""
         self.buffers.fill(packed)
         rows = len(packed.tokens)
-        self._host[0, :rows], self._host[0, rows:] = packed.starts, 0
+        self._host[0, :rows], self._host[0, rows:] = packed.prefix_lens, 0
         upload(self._host, self.positions)
         # Tokens are on the device; the host may not know them yet.
         self.tokens[0, :rows] = packed.tokens

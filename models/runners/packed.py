@@ -12,48 +12,48 @@ from torch import nn
 
 from rollout.models.arrays import IntArray, uploaded
 from rollout.models.attention import interface
-from rollout.models.attention.base import Steps
+from rollout.models.attention.base import AttentionBackend
 from rollout.models.attention.names import AUTO
 from rollout.models.attention.probe import probe
-from rollout.models.attention.select import chosen
+from rollout.models.attention.select import select_backend
 from rollout.models.errors import UnsupportedModel
-from rollout.models.forward_batch import Packed
+from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.module.borrow import Loan
-from rollout.models.module.inspect import family_name, home, unwrap
+from rollout.models.module.borrow import BorrowedModule
+from rollout.models.module.inspect import family_name, output_device, unwrap_model
 from rollout.models.module.rope import Rotary, texts_of
-from rollout.models.runners.base import Runner, Tier
+from rollout.models.runners.base import Runner, RunStrategy
 
 
-class InterfaceTier(Tier):
+class PackedStrategy(RunStrategy):
     """Families whose modules call attention through transformers' ``AttentionInterface``."""
 
-    name: ClassVar[str] = "interface"
+    name: ClassVar[str] = "packed"
 
     def __init__(self, model: nn.Module, choice: str = AUTO) -> None:
         super().__init__(model, choice)
-        base = unwrap(model)
+        base = unwrap_model(model)
         if not base._can_set_attn_implementation():
             raise UnsupportedModel(
                 f"{family_name(model)} computes attention on its own instead of through transformers' attention "
                 "interface."
             )
-        self._loan = Loan(model)
+        self._loan = BorrowedModule(model)
 
     def probe(self) -> KVLayout:
-        """See `Tier.probe`."""
-        with self.on_loan():
+        """See `RunStrategy.probe`."""
+        with self.borrow():
             return replace(probe(self.model), boundary=Rotary(self.model).boundary)
 
-    def on_loan(self) -> AbstractContextManager[None]:
-        """See `Tier.on_loan`."""
+    def borrow(self) -> AbstractContextManager[None]:
+        """See `RunStrategy.borrow`."""
         return self._loan(interface.NAME)
 
     def runner(self, pool: PagePool) -> Runner:
-        """See `Tier.runner`."""
-        steps = chosen(self.choice, pool)
-        eager = InterfaceRunner(self.model, pool, steps)
+        """See `RunStrategy.runner`."""
+        steps = select_backend(self.choice, pool)
+        eager = PackedRunner(self.model, pool, steps)
         # Decode steps, which Triton's kernels may serve beside a library.
         if pool.device.type == "cuda" and steps.name.endswith("triton"):
             # Triton comes with torch's builds for GPUs, and with no other.
@@ -63,7 +63,7 @@ class InterfaceTier(Tier):
         return eager
 
 
-class InterfaceRunner(Runner):
+class PackedRunner(Runner):
     """Runs a module, through whatever wraps it, with all new tokens in one row ``[1, T]``.
 
     Args:
@@ -72,17 +72,17 @@ class InterfaceRunner(Runner):
         steps: how they are written and read.
     """
 
-    def __init__(self, model: nn.Module, pool: PagePool, steps: Steps) -> None:
+    def __init__(self, model: nn.Module, pool: PagePool, steps: AttentionBackend) -> None:
         self._model = model
         self._pool, self._steps = pool, steps
         self.attention = steps.name
-        self._device = home(model)
+        self._device = output_device(model)
 
-    def forward(self, packed: Packed) -> torch.Tensor:
+    def forward(self, packed: ForwardBatch) -> torch.Tensor:
         """See `Runner.forward`."""
-        last = packed.offsets + packed.lengths - 1
-        texts = texts_of(np.repeat(packed.text_lengths, packed.lengths)[None])
-        with interface.running(self._steps(self._pool, packed)), texts:
+        last = packed.offsets + packed.query_lens - 1
+        texts = texts_of(np.repeat(packed.full_lens, packed.query_lens)[None])
+        with interface.use_attention(self._steps(self._pool, packed)), texts:
             output = self._model(
                 input_ids=packed.tokens[None],
                 position_ids=uploaded(packed.positions[None], self._device),

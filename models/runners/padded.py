@@ -20,13 +20,13 @@ from torch import nn
 from rollout.models.arrays import IntArray, uploaded
 from rollout.models.attention.names import AUTO
 from rollout.models.errors import UnsupportedModel
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool, Slots
-from rollout.models.module.borrow import Loan
-from rollout.models.module.inspect import family_name, home, refuse_recurrent, unwrap, vocabulary_size
+from rollout.models.module.borrow import BorrowedModule
+from rollout.models.module.inspect import family_name, output_device, refuse_recurrent, unwrap_model, vocabulary_size
 from rollout.models.module.rope import Rotary, texts_of
-from rollout.models.runners.base import Runner, Tier
+from rollout.models.runners.base import Runner, RunStrategy
 
 _PAGE_SIZE = 16
 _PROBE_TOKENS = 5
@@ -36,35 +36,35 @@ _BATCH_FILL = 0.6
 _BATCH_BYTES = 256 << 20
 
 
-class GatheringTier(Tier):
+class PaddedStrategy(RunStrategy):
     """Families that store keys and values through the cache they are given, and mask by padding."""
 
-    name: ClassVar[str] = "gathering"
+    name: ClassVar[str] = "padded"
     chooses_attention: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, choice: str = AUTO) -> None:
         super().__init__(model, choice)
         refuse_recurrent(model)
-        self._loan = Loan(model)
+        self._loan = BorrowedModule(model)
 
     def probe(self) -> KVLayout:
-        """See `Tier.probe`."""
+        """See `RunStrategy.probe`."""
         cache = _RecordingCache(_PROBE_TOKENS)
-        positions = torch.arange(_PROBE_TOKENS, device=home(self.model))[None]
-        with self.on_loan():
+        positions = torch.arange(_PROBE_TOKENS, device=output_device(self.model))[None]
+        with self.borrow():
             _Forward(self.model)(positions % vocabulary_size(self.model), torch.ones_like(positions), positions, cache)
         return replace(cache.layout(family_name(self.model)), boundary=Rotary(self.model).boundary)
 
-    def on_loan(self) -> AbstractContextManager[None]:
-        """See `Tier.on_loan`; the attention implementation stays the module's own."""
+    def borrow(self) -> AbstractContextManager[None]:
+        """See `RunStrategy.borrow`; the attention implementation stays the module's own."""
         return self._loan()
 
-    def runner(self, pool: PagePool) -> GatheringRunner:
-        """See `Tier.runner`."""
-        return GatheringRunner(self.model, pool)
+    def runner(self, pool: PagePool) -> PaddedRunner:
+        """See `RunStrategy.runner`."""
+        return PaddedRunner(self.model, pool)
 
 
-class GatheringRunner(Runner):
+class PaddedRunner(Runner):
     """Runs a module, through whatever wraps it, with sequences of similar length side by side ``[b, t]``."""
 
     attention = "own"
@@ -72,12 +72,12 @@ class GatheringRunner(Runner):
     def __init__(self, model: nn.Module, pool: PagePool) -> None:
         self._run = _Forward(model)
         self._pool = pool
-        self._device = home(model)
+        self._device = output_device(model)
         self._token_bytes = pool.layout.dtype.itemsize * max(
-            site.kv_heads * (site.key_dim + site.value_dim) for site in pool.layout.sites
+            site.kv_heads * (site.key_dim + site.value_dim) for site in pool.layout.layers
         )
 
-    def forward(self, packed: Packed) -> torch.Tensor:
+    def forward(self, packed: ForwardBatch) -> torch.Tensor:
         """See `Runner.forward`."""
         outputs = []
         batches = list(self._batches(packed))
@@ -87,18 +87,18 @@ class GatheringRunner(Runner):
             sources, mask, positions = (
                 uploaded(array, self._device) for array in (batch.sources, batch.mask, batch.positions)
             )
-            with texts_of(packed.text_lengths[sequences, None]):
+            with texts_of(packed.full_lens[sequences, None]):
                 outputs.append(self._run(packed.tokens[sources], mask, positions, cache))
-        logits = outputs[0].new_empty(len(packed.lengths), outputs[0].shape[-1])
+        logits = outputs[0].new_empty(len(packed.query_lens), outputs[0].shape[-1])
         for sequences, output in zip(batches, outputs, strict=True):
             logits[uploaded(sequences, self._device)] = output
         return logits
 
-    def _batches(self, packed: Packed) -> Iterator[IntArray]:
+    def _batches(self, packed: ForwardBatch) -> Iterator[IntArray]:
         """Sequences to be computed together, all sequences in the end."""
-        order = np.lexsort((-packed.ends, -packed.lengths))
+        order = np.lexsort((-packed.seq_lens, -packed.query_lens))
         while len(order):
-            lengths, ends = packed.lengths[order], packed.ends[order]
+            lengths, ends = packed.query_lens[order], packed.seq_lens[order]
             longest = np.maximum.accumulate(ends)
             fits = np.arange(1, len(order) + 1) * longest * self._token_bytes <= _BATCH_BYTES
             alike = (lengths >= _BATCH_FILL * lengths[0]) & (np.minimum.accumulate(ends) >= _BATCH_FILL * longest)
@@ -125,8 +125,8 @@ class _Batch:
     """[b * n] slots to gather. In the padding, the sequence's first: its values are finite where the others are."""
 
     @classmethod
-    def of(cls, packed: Packed, sequences: IntArray, page_size: int) -> _Batch:
-        tables, lengths, ends = packed.tables[sequences], packed.lengths[sequences], packed.ends[sequences]
+    def of(cls, packed: ForwardBatch, sequences: IntArray, page_size: int) -> _Batch:
+        tables, lengths, ends = packed.page_tables[sequences], packed.query_lens[sequences], packed.seq_lens[sequences]
         most_queries, most_keys = int(lengths.max()), int(ends.max())
         keys = np.arange(most_keys) - (most_keys - ends)[:, None]
         held = np.maximum(keys, 0)
@@ -148,7 +148,7 @@ class _Forward:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._named = set(inspect.signature(unwrap(model).forward).parameters)
+        self._named = set(inspect.signature(unwrap_model(model).forward).parameters)
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: _Cache) -> torch.Tensor:
         """Logits [b, V] of the last of the new tokens ids [b, t] at positions [b, t], under mask [b, n]."""
@@ -210,7 +210,7 @@ class _RecordingCache(_Cache):
 
     def __init__(self, tokens: int) -> None:
         super().__init__(tokens, tokens)
-        self._sites: list[Site] = []
+        self._sites: list[AttentionLayer] = []
         self._dtypes: set[torch.dtype] = set()
         self._odd: list[str] = []
 
@@ -218,7 +218,9 @@ class _RecordingCache(_Cache):
         for stored in (keys, values):
             if stored.ndim != 4 or stored.shape[0] != 1 or stored.shape[1:3] != (keys.shape[1], self._queries):
                 self._odd.append(str(tuple(stored.shape)))
-        self._sites.append(Site(None, keys.shape[1], keys.shape[-1], values.shape[-1], Span(), values.device))
+        self._sites.append(
+            AttentionLayer(None, keys.shape[1], keys.shape[-1], values.shape[-1], MaskKind(), values.device)
+        )
         self._dtypes.add(values.dtype)
         return keys.contiguous(), values.contiguous()
 

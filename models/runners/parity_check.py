@@ -9,11 +9,11 @@ import torch
 
 from rollout.models.arrays import IntArray, uploaded
 from rollout.models.errors import UnsupportedModel
-from rollout.models.forward_batch import Packed
+from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.module.inspect import family_name, home, vocabulary_size
-from rollout.models.runners.base import Tier
+from rollout.models.module.inspect import family_name, output_device, vocabulary_size
+from rollout.models.runners.base import RunStrategy
 
 #: Tokens of the sequences, which are computed side by side, and of each those that are computed after the
 #: first prefill: first all but the last of these, then the last by itself.
@@ -36,7 +36,7 @@ class _Trial:
     ends: tuple[int, int, int]
 
 
-def check_pages(tier: Tier) -> None:
+def check_pages(tier: RunStrategy) -> None:
     """Compares two sequences, each in three forwards, with what the model gives by itself.
 
     Raises:
@@ -62,10 +62,10 @@ def check_pages(tier: Tier) -> None:
         )
 
 
-def _logits_over_pages(tier: Tier, trials: list[_Trial], layout: KVLayout) -> torch.Tensor:
+def _logits_over_pages(tier: RunStrategy, trials: list[_Trial], layout: KVLayout) -> torch.Tensor:
     """[forwards, sequences, V] of the last token of each forward."""
     pages = sum(len(trial.pages) for trial in trials)
-    pool = PagePool(layout, pages, home(tier.model), len(trials))
+    pool = PagePool(layout, pages, output_device(tier.model), len(trials))
     states = np.zeros(0, np.int64)
     if pages:
         pool.grow()
@@ -79,10 +79,10 @@ def _logits_over_pages(tier: Tier, trials: list[_Trial], layout: KVLayout) -> to
         table[: len(trial.pages)] = trial.pages
     starts = np.zeros(len(trials), np.int64)
     try:
-        with tier.on_loan():
+        with tier.borrow():
             for ends in np.array([trial.ends for trial in trials]).T:
                 ids = np.concatenate([t.ids[start:end] for t, start, end in zip(trials, starts, ends, strict=True)])
-                packed = Packed(uploaded(ids, pool.device), tables, starts, ends - starts, states=states)
+                packed = ForwardBatch(uploaded(ids, pool.device), tables, starts, ends - starts, states=states)
                 # The next forward may overwrite them.
                 logits.append(runner.forward(packed).float().clone())
                 starts = ends

@@ -18,26 +18,26 @@ from transformers import DynamicCache
 
 from rollout.models.arrays import IntArray, uploaded
 from rollout.models.attention import interface
-from rollout.models.attention.base import Steps
+from rollout.models.attention.base import AttentionBackend
 from rollout.models.attention.names import AUTO
-from rollout.models.attention.probe import PAGE_SIZE, PROBE_TOKENS, attention_sites
-from rollout.models.attention.select import chosen
+from rollout.models.attention.probe import PAGE_SIZE, PROBE_TOKENS, attention_layers
+from rollout.models.attention.select import select_backend
 from rollout.models.errors import UnsupportedAttention, UnsupportedModel
-from rollout.models.forward_batch import Packed
+from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.kv_cache.state_pool import StateRows
-from rollout.models.module.borrow import Loan
-from rollout.models.module.inspect import family_name, home, unwrap
+from rollout.models.module.borrow import BorrowedModule
+from rollout.models.module.inspect import family_name, output_device, unwrap_model
 from rollout.models.module.rope import Rotary, texts_of
-from rollout.models.runners.base import Runner, Tier
+from rollout.models.runners.base import Runner, RunStrategy
 from rollout.models.runners.state_cache import PooledStates, RecordedStates
 
 
-class StateTier(Tier):
+class RecurrentStrategy(RunStrategy):
     """Families that keep recurrent states in transformers' cache, besides keys and values or instead of them."""
 
-    name: ClassVar[str] = "state"
+    name: ClassVar[str] = "recurrent"
     whole_contexts: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, choice: str = AUTO) -> None:
@@ -47,14 +47,14 @@ class StateTier(Tier):
             raise UnsupportedModel(
                 f"{family_name(model)} keeps no recurrent state, or not in a cache of transformers' own kind."
             )
-        self._loan = Loan(model)
+        self._loan = BorrowedModule(model)
 
     def probe(self) -> KVLayout:
-        """See `Tier.probe`."""
+        """See `RunStrategy.probe`."""
         recorded = RecordedStates()
-        positions = torch.arange(PROBE_TOKENS, device=home(self.model))[None]
-        with self.on_loan():
-            sites, dtype = attention_sites(self.model, **self._arguments(positions, recorded))
+        positions = torch.arange(PROBE_TOKENS, device=output_device(self.model))[None]
+        with self.borrow():
+            sites, dtype = attention_layers(self.model, **self._arguments(positions, recorded))
         if not recorded.states:
             raise UnsupportedModel(
                 f"{family_name(self.model)} stored no recurrent state in the cache that it was given."
@@ -69,18 +69,18 @@ class StateTier(Tier):
                 f"{family_name(self.model)} attends {len(sites)} times through transformers' attention interface, but "
                 f"stores keys and values {recorded.updates} times."
             )
-        dtype = dtype or unwrap(self.model).dtype
+        dtype = dtype or unwrap_model(self.model).dtype
         return KVLayout(sites, dtype, PAGE_SIZE, tuple(recorded.states), Rotary(self.model).boundary)
 
     def own_logits(self, ids: IntArray, ends: Sequence[int]) -> torch.Tensor:
-        """See `Tier.own_logits`: as ``generate`` would, with transformers' cache.
+        """See `RunStrategy.own_logits`: as ``generate`` would, with transformers' cache.
 
         Its chunked and its step form of a recurrence differ by more than rounding in some families.
         """
-        tokens = torch.from_numpy(ids[None]).to(home(self.model))
+        tokens = torch.from_numpy(ids[None]).to(output_device(self.model))
         positions = torch.arange(len(ids), device=tokens.device)[None]
         cache, start, own = None, 0, []
-        with Loan(self.model)():
+        with BorrowedModule(self.model)():
             for end in ends:
                 arguments = self._arguments(positions[:, start:end], cache)
                 output = self.model(input_ids=tokens[:, start:end], **arguments)
@@ -88,20 +88,20 @@ class StateTier(Tier):
                 cache, start = output[self._arguments.cache], end
         return torch.stack(own)
 
-    def on_loan(self) -> AbstractContextManager[None]:
-        """See `Tier.on_loan`."""
+    def borrow(self) -> AbstractContextManager[None]:
+        """See `RunStrategy.borrow`."""
         return self._loan(interface.NAME)
 
-    def runner(self, pool: PagePool) -> StateRunner:
-        """See `Tier.runner`."""
-        if pool.layout.sites:
-            return StateRunner(self.model, pool, chosen(self.choice, pool))
+    def runner(self, pool: PagePool) -> RecurrentRunner:
+        """See `RunStrategy.runner`."""
+        if pool.layout.layers:
+            return RecurrentRunner(self.model, pool, select_backend(self.choice, pool))
         if self.choice != AUTO:
             raise UnsupportedAttention(self.choice, f"{family_name(self.model)} does not attend at all")
-        return StateRunner(self.model, pool, None)
+        return RecurrentRunner(self.model, pool, None)
 
 
-class StateRunner(Runner):
+class RecurrentRunner(Runner):
     """Runs a module, through whatever wraps it, with sequences of equal length side by side ``[b, t]``.
 
     When a forward fails, the states of its sequences are lost: some layers may have gone on, others not.
@@ -112,13 +112,13 @@ class StateRunner(Runner):
         steps: how keys and values are written and read; None where there are none.
     """
 
-    def __init__(self, model: nn.Module, pool: PagePool, steps: Steps | None) -> None:
+    def __init__(self, model: nn.Module, pool: PagePool, steps: AttentionBackend | None) -> None:
         self._model = model
         self._arguments = _Arguments(model)
         self._pool, self._steps = pool, steps
         self.attention = "none" if steps is None else steps.name
 
-    def forward(self, packed: Packed) -> torch.Tensor:
+    def forward(self, packed: ForwardBatch) -> torch.Tensor:
         """See `Runner.forward`.
 
         Raises:
@@ -128,18 +128,18 @@ class StateRunner(Runner):
         outputs = [self._run(_part(packed, sequences)) for sequences in groups]
         if len(groups) == 1:
             return outputs[0]
-        logits = outputs[0].new_empty(len(packed.lengths), outputs[0].shape[-1])
+        logits = outputs[0].new_empty(len(packed.query_lens), outputs[0].shape[-1])
         for sequences, output in zip(groups, outputs, strict=True):
             logits[uploaded(sequences, logits.device)] = output
         return logits
 
-    def _run(self, packed: Packed) -> torch.Tensor:
+    def _run(self, packed: ForwardBatch) -> torch.Tensor:
         """Logits [b, V] of the last tokens of sequences that are equally long and all new, or none of them."""
-        cache = PooledStates(StateRows.of(self._pool.states, packed.states), fresh=not packed.starts[0])
-        tokens = packed.tokens.view(len(packed.lengths), -1)
+        cache = PooledStates(StateRows.of(self._pool.states, packed.states), fresh=not packed.prefix_lens[0])
+        tokens = packed.tokens.view(len(packed.query_lens), -1)
         positions = uploaded(packed.positions.reshape(tokens.shape), self._pool.device)
-        step = nullcontext() if self._steps is None else interface.running(self._steps(self._pool, packed))
-        with step, texts_of(packed.text_lengths[:, None]):
+        step = nullcontext() if self._steps is None else interface.use_attention(self._steps(self._pool, packed))
+        with step, texts_of(packed.full_lens[:, None]):
             output = self._model(input_ids=tokens, **self._arguments(positions, cache))
         cache.finish()
         logits: torch.Tensor = output.logits[:, -1]
@@ -150,7 +150,7 @@ class _Arguments:
     """What a family's forward takes besides token ids, under the names it has for it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._named = set(inspect.signature(unwrap(model).forward).parameters)
+        self._named = set(inspect.signature(unwrap_model(model).forward).parameters)
         self.cache = next((name for name in ("past_key_values", "cache_params") if name in self._named), None)
 
     def __call__(self, positions: torch.Tensor, cache: object) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class _Arguments:
 def _has_state_layers(model: nn.Module) -> bool:
     """Whether transformers' own cache for this model has layers for recurrent states."""
     try:
-        layers = DynamicCache(config=unwrap(model).config).layers
+        layers = DynamicCache(config=unwrap_model(model).config).layers
     except (KeyError, AttributeError, TypeError):  # layers of kinds that only the model's own cache knows
         return False
     return any(hasattr(layer, "update_conv_state") for layer in layers)
@@ -173,24 +173,24 @@ def _keeps_states_itself(model: nn.Module) -> bool:
     return any(hasattr(module, "_setup_cache") for module in model.modules())
 
 
-def _groups(packed: Packed) -> Iterator[IntArray]:
+def _groups(packed: ForwardBatch) -> Iterator[IntArray]:
     """Sequences that can stand side by side, all of them in the end."""
-    keys = np.where(packed.starts > 0, 0, packed.lengths)
-    if (packed.lengths[keys == 0] > 1).any():
+    keys = np.where(packed.prefix_lens > 0, 0, packed.query_lens)
+    if (packed.query_lens[keys == 0] > 1).any():
         raise RuntimeError("A sequence with a recurrent state goes on by one token at a time.")
     for key in np.unique(keys):
         yield np.flatnonzero(keys == key)
 
 
-def _part(packed: Packed, sequences: IntArray) -> Packed:
+def _part(packed: ForwardBatch, sequences: IntArray) -> ForwardBatch:
     """Some sequences, equally long, of a forward."""
-    length = packed.lengths[sequences[0]]
+    length = packed.query_lens[sequences[0]]
     of = packed.offsets[sequences][:, None] + np.arange(length)
-    pages = -(-int(packed.ends[sequences].max()) // PAGE_SIZE)
-    return Packed(
+    pages = -(-int(packed.seq_lens[sequences].max()) // PAGE_SIZE)
+    return ForwardBatch(
         packed.tokens[uploaded(of.ravel(), packed.tokens.device)],
-        packed.tables[sequences, :pages],
-        packed.starts[sequences],
-        packed.lengths[sequences],
+        packed.page_tables[sequences, :pages],
+        packed.prefix_lens[sequences],
+        packed.query_lens[sequences],
         states=packed.states[sequences],
     )

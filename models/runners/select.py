@@ -8,17 +8,17 @@ from rollout.models.attention.names import AUTO
 from rollout.models.device import is_out_of_memory
 from rollout.models.errors import UnsupportedAttention, UnsupportedModel, clause
 from rollout.models.module.inspect import family_name
-from rollout.models.runners.base import Tier
-from rollout.models.runners.packed import InterfaceTier
-from rollout.models.runners.padded import GatheringTier
+from rollout.models.runners.base import RunStrategy
+from rollout.models.runners.packed import PackedStrategy
+from rollout.models.runners.padded import PaddedStrategy
 from rollout.models.runners.parity_check import check_pages
-from rollout.models.runners.recurrent import StateTier
+from rollout.models.runners.recurrent import RecurrentStrategy
 
 #: In the order in which they are tried: the fastest first.
-TIERS: tuple[type[Tier], ...] = (InterfaceTier, GatheringTier, StateTier)
+STRATEGIES: tuple[type[RunStrategy], ...] = (PackedStrategy, PaddedStrategy, RecurrentStrategy)
 
 
-def serve(model: nn.Module, choice: str = AUTO) -> Tier:
+def select_strategy(model: nn.Module, choice: str = AUTO) -> RunStrategy:
     """The first tier whose numbers are the model's own, with the attention that was chosen.
 
     Raises:
@@ -28,7 +28,7 @@ def serve(model: nn.Module, choice: str = AUTO) -> Tier:
     """
     reasons: list[str] = []
     cause: Exception | None = None
-    for tier in TIERS:
+    for tier in STRATEGIES:
         try:
             served = tier(model, choice)
             if choice != AUTO and not tier.chooses_attention:

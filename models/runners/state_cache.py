@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from rollout.models.kv_cache.layout import State
+from rollout.models.kv_cache.layout import StateTensor
 from rollout.models.kv_cache.state_pool import StateRows
 
 Kind = Literal["conv", "recurrent"]
@@ -159,14 +159,14 @@ class RecordedStates(StateCache):
 
     def __init__(self) -> None:
         super().__init__(fresh=True)
-        self.states: list[State] = []
+        self.states: list[StateTensor] = []
         self.devices: set[torch.device] = set()
         self.updates = 0
         """Times that keys and values were stored."""
 
     def store(self, kind: Kind, layer: int, number: int, values: torch.Tensor) -> None:
         self.devices.add(values.device)
-        self.states.append(State(layer, kind, number, tuple(values.shape[1:]), values.dtype))
+        self.states.append(StateTensor(layer, kind, number, tuple(values.shape[1:]), values.dtype))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

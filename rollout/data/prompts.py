@@ -25,7 +25,7 @@ _BATCH = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class PromptRow:
+class DatasetRow:
     """One row: its prompt, or the class and words of what is wrong with it."""
 
     index: int
@@ -59,7 +59,7 @@ class Prompts:
         """Whether rows have length hints."""
         return self._config.length_hint_column is not None
 
-    def rows(self, start: int, stop: int) -> Iterator[PromptRow]:
+    def rows(self, start: int, stop: int) -> Iterator[DatasetRow]:
         """Rows ``[start, stop)``."""
         for index, columns in enumerate(_dicts(self._dataset[start:stop]), start):
             row = _prompt_row(index, self.row_ids[index], columns, self._config)
@@ -135,22 +135,22 @@ def _plain(value: object) -> str:
 # One row
 
 
-def _prompt_row(index: int, row_id: str, columns: dict[str, Any], config: DataConfig) -> PromptRow:
+def _prompt_row(index: int, row_id: str, columns: dict[str, Any], config: DataConfig) -> DatasetRow:
     value = columns[config.prompt_column]
     if value is None:
-        return PromptRow(index, row_id, None, columns, "bad_prompt", "The prompt is null.")
+        return DatasetRow(index, row_id, None, columns, "bad_prompt", "The prompt is null.")
     if value in ("", []):
-        return PromptRow(index, row_id, None, columns, "empty_prompt", "The prompt is empty.")
+        return DatasetRow(index, row_id, None, columns, "empty_prompt", "The prompt is empty.")
     if isinstance(value, str):
-        return PromptRow(index, row_id, _with_system(value, config), columns)
+        return DatasetRow(index, row_id, _with_system(value, config), columns)
     if isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         if min(value) < 0:
-            return PromptRow(index, row_id, None, columns, "bad_prompt", f"The token id {min(value)} is negative.")
-        return PromptRow(index, row_id, value, columns)
+            return DatasetRow(index, row_id, None, columns, "bad_prompt", f"The token id {min(value)} is negative.")
+        return DatasetRow(index, row_id, value, columns)
     if isinstance(value, list) and all(isinstance(item, dict) and isinstance(item.get("role"), str) for item in value):
-        return PromptRow(index, row_id, _with_system(_without_nulls(value), config), columns)
+        return DatasetRow(index, row_id, _with_system(_without_nulls(value), config), columns)
     error = f"The prompt {_short(value)} is neither text, nor chat messages with roles, nor token ids."
-    return PromptRow(index, row_id, None, columns, "bad_prompt", error)
+    return DatasetRow(index, row_id, None, columns, "bad_prompt", error)
 
 
 def _hint(value: float | None) -> float | None:

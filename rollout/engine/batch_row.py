@@ -50,7 +50,7 @@ class Group:
 
 
 @dataclass(eq=False, slots=True)
-class Row:
+class BatchRow:
     """One sample of one request."""
 
     request: Request
@@ -95,7 +95,7 @@ class Prefill:
     """[rows] the page that each row has for its recurrent state, the first of which is computed; [0] without such."""
     computed: int
     """Tokens whose keys and values are in ``pages`` already."""
-    rows: list[Row]
+    rows: list[BatchRow]
 
     @property
     def remaining(self) -> int:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 Ids = Sequence[int] | NDArray[np.int64]
 
 
-class Text:
+class Detokenizer:
     """Token ids to text, and stop strings found in it.
 
     Stop strings are searched in the text without special tokens. A completion's ids end with the token

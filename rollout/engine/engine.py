@@ -17,20 +17,20 @@ from transformers import PreTrainedTokenizerBase
 from rollout.batcher.admission_order import Ordering
 from rollout.batcher.registry import make_policy
 from rollout.batcher.types import Bounds, Policy
-from rollout.engine.detokenizer import Text
-from rollout.engine.kv_memory import Memory
+from rollout.engine.detokenizer import Detokenizer
+from rollout.engine.kv_memory import KVMemory
 from rollout.engine.loop import Loop
-from rollout.engine.tp_sync import together
-from rollout.engine.waiting_queue import Queue
+from rollout.engine.tp_sync import sync_for
+from rollout.engine.waiting_queue import WaitingQueue
 from rollout.errors import InputError
 from rollout.headroom.headroom import Headroom, after_reserve, headroom_over
-from rollout.length_history import Lengths
+from rollout.length_history import LengthHistory
 from rollout.models.attention.names import ATTENTIONS, AUTO
-from rollout.models.module.inspect import context_limit, home, unwrap, vocabulary_size
+from rollout.models.module.inspect import context_limit, output_device, unwrap_model, vocabulary_size
 from rollout.models.patches.linears import PackedLinears
-from rollout.models.patches.norms_and_rope import FusedParts
-from rollout.models.patches.shared_inputs import siblings
-from rollout.models.runners.select import serve
+from rollout.models.patches.norms_and_rope import FusedModules
+from rollout.models.patches.shared_inputs import layers_with_shared_inputs
+from rollout.models.runners.select import select_strategy
 from rollout.records import Batch, Record
 from rollout.requests import Request, StepReport, in_windows
 from rollout.sampling_params import SamplingParams
@@ -67,8 +67,7 @@ class Engine:
         max_rows, min_rows: bounds on live rows.
         max_kv_bytes: never more KV bytes than this; None uses all headroom.
         reserve_fraction: share of the device's total memory that is always left free.
-        attention: what attends, see `rollout.models.attention.select.chosen`; ``auto`` is the fastest of the engine's
-            own.
+        attention: a backend by name (`rollout.models.attention.names`); ``auto`` is the fastest of the engine's own.
         headroom: telemetry to follow instead of that of the devices.
 
     Raises:
@@ -95,28 +94,30 @@ class Engine:
         self.tokenizer = tokenizer
         self.weight_version = 0
         """Stamped on records; set it when the weights change."""
-        base = unwrap(model)
-        self._device = home(model)
-        self._together = together(model)
-        self._tier = serve(model, attention)
-        self.attention = self._tier.attention()
+        base = unwrap_model(model)
+        self._device = output_device(model)
+        self._sync = sync_for(model)
+        self._strategy = select_strategy(model, attention)
+        self.attention = self._strategy.attention()
         """What attends: triton, compiled, gather; varlen or flash_attn to prefills, and after a + what attends to rows
         that decode; own: the model itself; none: nothing."""
-        logger.info("The %s tier serves the model; attention: %s.", self._tier.name, self.attention)
+        logger.info("The %s tier serves the model; attention: %s.", self._strategy.name, self.attention)
         bounds = Bounds(min_rows, max_rows, latency_budget_ms)
         self._policy = make_policy(policy, bounds) if isinstance(policy, str) else policy
         self._max_kv_bytes = max_kv_bytes
         self._reserve_fraction = reserve_fraction
         if headroom is None:
-            headroom = headroom_over(self._tier.probe().shares(self._device) or {self._device: 1.0}, reserve_fraction)
-        self._headroom = self._together.headroom(headroom)
+            headroom = headroom_over(
+                self._strategy.probe().shares(self._device) or {self._device: 1.0}, reserve_fraction
+            )
+        self._headroom = self._sync.headroom(headroom)
         self.context_limit = context_limit(base.config)
         """Most tokens of prompt and completion together; None when the model states none."""
         self._vocabulary = vocabulary_size(model)
-        self._text = Text(tokenizer)
+        self._text = Detokenizer(tokenizer)
         self._eos = _eos_ids(base.generation_config)
         _warn_of_unapplied(base.generation_config)
-        self._lengths = Lengths(_REMEMBERED)
+        self._lengths = LengthHistory(_REMEMBERED)
         self._ordering = Ordering()
         self.stats: Stats | None = None
         """Totals of the last call that ran to its end or was closed."""
@@ -189,15 +190,15 @@ class Engine:
         """
         started = time.perf_counter()
         self.stats = None
-        layout = self._tier.probe()
+        layout = self._strategy.probe()
         # Before memory is read: the copies take their share.
         room = after_reserve(self._headroom, self._reserve_fraction) * _COPIES_SHARE
-        linears = PackedLinears(self.model, int(room), siblings(self.model))
+        linears = PackedLinears(self.model, int(room), layers_with_shared_inputs(self.model))
         # Recurrent states carry differences of rounding on and on, so those models keep their own arithmetic.
-        fused = nullcontext if layout.states else FusedParts(self.model).in_place
-        queue = Queue(requests, self.context_limit, self._vocabulary, self._ordering)
+        fused = nullcontext if layout.states else FusedModules(self.model).in_place
+        queue = WaitingQueue(requests, self.context_limit, self._vocabulary, self._ordering)
         queue.fill(_FIRST_ROWS)
-        memory = Memory(
+        memory = KVMemory(
             layout,
             self._headroom,
             self._device,
@@ -205,10 +206,10 @@ class Engine:
             self._reserve_fraction,
             queue.demand,
             max(1, len(queue)),
-            self._together,
+            self._sync,
         )
         loop = Loop(
-            self._tier.runner(memory.pool),
+            self._strategy.runner(memory.pool),
             memory,
             self._policy,
             self._text,
@@ -216,12 +217,12 @@ class Engine:
             queue,
             self.weight_version,
             on_step,
-            together=self._together,
+            together=self._sync,
         )
         try:
             while True:
                 loop.refill()
-                with self._tier.on_loan(), linears.in_place(), fused():
+                with self._strategy.borrow(), linears.in_place(), fused():
                     records = loop.advance()
                 if records is None:
                     return

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from rollout.engine.tp_sync import Alone
+from rollout.engine.tp_sync import SingleProcess
 from rollout.headroom.headroom import Headroom, after_reserve
 from rollout.models.arrays import IntArray
 from rollout.models.device import is_out_of_memory
@@ -22,7 +22,7 @@ _MOST_SLAB_BYTES = 1 << 30
 _SLABS = 16
 
 
-class Memory:
+class KVMemory:
     """Grows and shrinks a page pool, and its pool of recurrent states, within headroom.
 
     Args:
@@ -43,9 +43,9 @@ class Memory:
         reserve_fraction: float,
         demand_tokens: int,
         demand_rows: int = 1,
-        together: Alone | None = None,
+        together: SingleProcess | None = None,
     ) -> None:
-        self._together = together or Alone()
+        self._sync = together or SingleProcess()
         self._headroom = headroom
         self._max_kv_bytes = max_kv_bytes
         self._reserve_fraction = reserve_fraction
@@ -146,7 +146,7 @@ class Memory:
     def _grow(self, pool: PagePool | StatePool, slabs: int) -> bool:
         for _ in range(slabs):
             try:
-                grown = pool.grow(self._together.all)
+                grown = pool.grow(self._sync.all)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from rollout.batcher.types import IntArray
-from rollout.engine.batch_row import Completion, Float32Array, Row, noise_key
+from rollout.engine.batch_row import BatchRow, Completion, Float32Array, noise_key
 from rollout.models.arrays import uploaded
 from rollout.models.sampling.sampler import RowSampling
 
@@ -18,7 +18,7 @@ _NO_STATE: IntArray = np.zeros(0, np.int64)
 _T = TypeVar("_T", bound=np.generic)
 
 
-class LiveRows:
+class LiveBatch:
     """Rows that decode, oldest first. Arrays are indexed by slot.
 
     Tokens may be drawn ahead of what the host has of them: ``generated`` counts those drawn, ``arrived`` those whose
@@ -28,7 +28,7 @@ class LiveRows:
     def __init__(self, page_size: int, device: torch.device, states_per_row: int = 0) -> None:
         self._page_size = page_size
         self._device = device
-        self._rows: list[Row | None] = []
+        self._rows: list[BatchRow | None] = []
         self._free: list[int] = []
         self._sampling: RowSampling | None = None
         self._sampled: IntArray = np.zeros(0, np.int64)
@@ -72,7 +72,7 @@ class LiveRows:
     def __len__(self) -> int:
         return len(self.active)
 
-    def row(self, slot: int) -> Row:
+    def row(self, slot: int) -> BatchRow:
         """The row in ``slot``."""
         row = self._rows[slot]
         assert row is not None, f"slot {slot} is free"
@@ -92,7 +92,7 @@ class LiveRows:
         pages: IntArray = self.tables[slot, : self.page_counts[slot]]
         return pages
 
-    def all_rows(self) -> list[Row]:
+    def all_rows(self) -> list[BatchRow]:
         """The rows in all slots, oldest first."""
         return [self.row(slot) for slot in self.held.tolist()]
 
@@ -106,7 +106,7 @@ class LiveRows:
 
     # -- coming and going ----------------------------------------------------------------------------
 
-    def add(self, row: Row, pages: IntArray, state: IntArray = _NO_STATE) -> int:
+    def add(self, row: BatchRow, pages: IntArray, state: IntArray = _NO_STATE) -> int:
         """Gives ``row`` a slot; it goes on after the tokens of ``row.completion``."""
         if not self._free:
             self._grow_slots()

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from rollout.batcher.types import Decision, FinishedRow, IntArray, Observation, Policy, StepSample
-from rollout.engine.detokenizer import Text
-from rollout.engine.kv_memory import Memory
+from rollout.engine.detokenizer import Detokenizer
+from rollout.engine.kv_memory import KVMemory
 from rollout.engine.observation import observe
-from rollout.engine.pending_tokens import Draw
-from rollout.engine.record_builder import Recorder
-from rollout.engine.scheduler import Running
-from rollout.engine.tp_sync import Alone
-from rollout.engine.waiting_queue import Queue
+from rollout.engine.pending_tokens import PendingTokens
+from rollout.engine.record_builder import RecordBuilder
+from rollout.engine.scheduler import Scheduler
+from rollout.engine.tp_sync import SingleProcess
+from rollout.engine.waiting_queue import WaitingQueue
 from rollout.models.arrays import uploaded
 from rollout.models.device import is_out_of_memory
 from rollout.models.runners.base import Runner
@@ -47,7 +47,7 @@ class Loop:
         queue: rows that wait.
         weight_version: stamped on records.
         on_step: told of every step.
-        late: whether the tokens of a step are read only when the next one is on its way, so that the device need not
+        overlap: whether the tokens of a step are read only when the next one is on its way, so that the device need not
             wait for the host; None where that is a GPU. Records are the same. A row that ends with a token that nobody
             could foresee takes part in one step too many, whose token is dropped: steps and drawn tokens count it.
         together: who decides.
@@ -56,25 +56,25 @@ class Loop:
     def __init__(
         self,
         runner: Runner,
-        memory: Memory,
+        memory: KVMemory,
         policy: Policy,
-        text: Text,
+        text: Detokenizer,
         eos: Sequence[int],
-        queue: Queue,
+        queue: WaitingQueue,
         weight_version: int = 0,
         on_step: Callable[[StepReport], None] | None = None,
-        late: bool | None = None,
-        together: Alone | None = None,
+        overlap: bool | None = None,
+        together: SingleProcess | None = None,
     ) -> None:
         self._runner, self._memory, self._policy, self._text, self._queue = runner, memory, policy, text, queue
         self._eos = np.array(eos, np.int64)
         self._on_step = on_step
-        self._together = together or Alone()
+        self._sync = together or SingleProcess()
         self.tally = Tally()
-        self._recorder = Recorder(text, self.tally, weight_version)
-        self._running = Running(memory, queue, self.tally, self._settle)
-        self._late = memory.pool.device.type == "cuda" if late is None else late
-        self._outstanding: Draw | None = None
+        self._record_builder = RecordBuilder(text, self.tally, weight_version)
+        self._scheduler = Scheduler(memory, queue, self.tally, self._settle)
+        self._overlap = memory.pool.device.type == "cuda" if overlap is None else overlap
+        self._pending: PendingTokens | None = None
         """What the last step drew, if that was not read yet."""
         self._steps: list[StepSample] = []
         self._finished: list[FinishedRow] = []
@@ -97,18 +97,18 @@ class Loop:
         unit = max(1, memory.pool.layout.bytes_per_token)
         self._queue.arrange((memory.bytes_used + memory.obtainable_bytes) // unit, self._target)
         for request, error_class, error in self._queue.take_refused():
-            self._recorder.refuse(request, error_class, error)
+            self._record_builder.refuse(request, error_class, error)
 
     def advance(self) -> list[Record] | None:
         """Steps until records are finished or the stream should be read on; None when all is done."""
-        while self._queue or self._running.alive:
-            if self._recorder or self._queue.wants(self._lookahead):
-                return self._recorder.take()
+        while self._queue or self._scheduler.alive:
+            if self._record_builder or self._queue.wants(self._lookahead):
+                return self._record_builder.take()
             self._step()
-        return self._recorder.take() or None
+        return self._record_builder.take() or None
 
     def _step(self) -> None:
-        started, running, tokens = time.perf_counter(), self._running, self.tally.drawn_tokens
+        started, running, tokens = time.perf_counter(), self._scheduler, self.tally.drawn_tokens
         try:
             decision = self._decide()
             running.shrink(self._memory.excess_bytes)
@@ -118,7 +118,7 @@ class Loop:
             done, paused = self._forward(decision)
         except (RuntimeError, MemoryError) as error:
             # The others wait in the middle of the forward for this one's part of it, and cannot be told.
-            if not is_out_of_memory(error) or not self._together.alone:
+            if not is_out_of_memory(error) or not self._sync.alone:
                 raise
             self._back_off()
             return
@@ -128,13 +128,13 @@ class Loop:
         if lacking is not None:
             self._wait_or_give_up(lacking)
         self._calm_down()
-        step_ms = self._together.measured(1e3 * (time.perf_counter() - started))
+        step_ms = self._sync.measured(1e3 * (time.perf_counter() - started))
         self._account(decision, replace(done, ms=step_ms), alive, paused)
 
     def close(self) -> None:
         """Drops all rows and gives all memory back."""
-        self._outstanding = None
-        self._running.close()
+        self._pending = None
+        self._scheduler.close()
         self._runner.close()
 
     @property
@@ -147,8 +147,8 @@ class Loop:
             return 1
         memory, layout = self._memory, self._memory.pool.layout
         least = layout.bytes_per_page + layout.bytes_per_row
-        fitting = int(memory.obtainable_bytes / max(least, memory.bytes_used / max(1, self._running.alive)))
-        return 1 + min(max(0, self._target - self._running.alive), fitting)
+        fitting = int(memory.obtainable_bytes / max(least, memory.bytes_used / max(1, self._scheduler.alive)))
+        return 1 + min(max(0, self._target - self._scheduler.alive), fitting)
 
     # -- deciding ------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class Loop:
         return decision
 
     def _observe(self) -> Observation:
-        observation = observe(self._running, self._memory, self._queue, self._steps, self._finished)
+        observation = observe(self._scheduler, self._memory, self._queue, self._steps, self._finished)
         self._steps.clear()
         self._finished.clear()
         return observation
@@ -188,7 +188,7 @@ class Loop:
 
         Returns what ran, its time left open, and the rows that were paused.
         """
-        running, prefill_tokens = self._running, decision.prefill_tokens
+        running, prefill_tokens = self._scheduler, decision.prefill_tokens
         slots = running.make_room(decision.decode_rows)
         parts = running.prefill_parts(
             prefill_tokens if self._oom_prefill is None else min(prefill_tokens, self._oom_prefill)
@@ -212,28 +212,28 @@ class Loop:
         if len(slots):
             drawn = self._draw(slots, logits[uploaded(sources, logits.device)] if parts else logits)
         self._settle()
-        self._outstanding = drawn
-        if not (self._late and running.alive):
+        self._pending = drawn
+        if not (self._overlap and running.alive):
             self._settle()
-        prefilled = int(packed.lengths[rows:].sum())
+        prefilled = int(packed.query_lens[rows:].sum())
         self.tally.prefilled_tokens += prefilled
-        return StepSample(rows, int(packed.ends[:rows].sum()), prefilled, 0.0), paused
+        return StepSample(rows, int(packed.seq_lens[:rows].sum()), prefilled, 0.0), paused
 
-    def _draw(self, slots: IntArray, logits: torch.Tensor) -> Draw:
+    def _draw(self, slots: IntArray, logits: torch.Tensor) -> PendingTokens:
         """Draws a token for the row in each of ``slots`` from its row of ``logits``, without waiting for it."""
-        live, positions = self._running.live, self._running.live.generated[slots]
-        sampled = self._together.drawn(sample(logits, live.sampling(slots), uploaded(positions, logits.device)))
-        drawn = Draw.of(slots, positions, sampled)
+        live, positions = self._scheduler.live, self._scheduler.live.generated[slots]
+        sampled = self._sync.drawn(sample(logits, live.sampling(slots), uploaded(positions, logits.device)))
+        drawn = PendingTokens.of(slots, positions, sampled)
         live.advance(slots, sampled.tokens)
         self.tally.drawn_tokens += len(slots)
         return drawn
 
     def _settle(self) -> bool:
         """Reads what is outstanding and finishes the rows that end with it. Returns whether anything was."""
-        drawn, self._outstanding = self._outstanding, None
+        drawn, self._pending = self._pending, None
         if drawn is None:
             return False
-        live, slots, positions = self._running.live, drawn.slots, drawn.positions
+        live, slots, positions = self._scheduler.live, drawn.slots, drawn.positions
         tokens, logprobs, sampler = drawn.read()
         live.broken[slots] |= ~np.isfinite(logprobs)
         wanted = ~live.over[slots]
@@ -246,35 +246,35 @@ class Loop:
             self._finish(int(slots[i]), bool(stopped[i]))
         # A step that is under way still writes to what other rows that have ended hold, maybe numbers not finite.
         for slot in slots[live.over[slots] & (positions + 1 == live.generated[slots])].tolist():
-            self._running.leave(slot, scrub=bool(live.broken[slot]))
+            self._scheduler.leave(slot, scrub=bool(live.broken[slot]))
         return True
 
     def _stops(self, slot: int, token: int) -> bool:
         """Whether a stop id or stop string of the row's own ends it."""
-        params = self._running.live.row(slot).request.params
+        params = self._scheduler.live.row(slot).request.params
         if token in params.stop_token_ids:
             return True
-        return bool(params.stop) and self._text.ends_at_stop(self._running.live.completed(slot), params.stop)
+        return bool(params.stop) and self._text.ends_at_stop(self._scheduler.live.completed(slot), params.stop)
 
     def _finish(self, slot: int, stopped: bool) -> None:
         """Makes the record of a row that ends with its last token that is here."""
-        live = self._running.live
+        live = self._scheduler.live
         row, completion = live.row(slot), live.completion(slot)
         live.end(slot)
         if live.broken[slot]:
             error = "The model's logits are not finite."
-            self._recorder.fail(row.request, row.sample, completion, "not_finite", error)
+            self._record_builder.fail(row.request, row.sample, completion, "not_finite", error)
             return
         cut = not stopped and len(completion) >= row.limit
         self._queue.learn(row, len(completion))
         self._finished.append(FinishedRow(len(row.group.prompt_ids), len(completion), cut))
-        self._recorder.finish(row.request, row.sample, completion, "stop" if stopped else "length")
+        self._record_builder.finish(row.request, row.sample, completion, "stop" if stopped else "length")
 
     # -- when memory runs out ------------------------------------------------------------------------
 
     def _back_off(self) -> None:
         """After an allocator failure: fewer rows, then smaller prefills, then patience with the only row."""
-        running = self._running
+        running = self._scheduler
         alive = running.alive  # before rows end, and those whose first token could not be drawn make way: maybe all
         self._settle()
         self.tally.out_of_memory_events += 1
@@ -310,9 +310,9 @@ class Loop:
 
         Others may give memory back; a row is given up when it could never fit, or when no token was drawn for long.
         """
-        now = self._together.measured(time.monotonic())
+        now = self._sync.measured(time.monotonic())
         self._stuck_since = self._stuck_since or now
-        if self._memory.could_hold(pages, int(self._running.recurrent)) and now - self._stuck_since < _PATIENCE_S:
+        if self._memory.could_hold(pages, int(self._scheduler.recurrent)) and now - self._stuck_since < _PATIENCE_S:
             time.sleep(_RETRY_S)
             return
         self._stuck_since = None
@@ -321,7 +321,7 @@ class Loop:
     def _give_up(self) -> None:
         row = self._queue.pop()
         error = f"A sample of more than {len(row.context)} tokens does not fit into memory, even alone."
-        self._recorder.fail(row.request, row.sample, row.completion, "too_large", error)
+        self._record_builder.fail(row.request, row.sample, row.completion, "too_large", error)
 
     # -- telling -------------------------------------------------------------------------------------
 

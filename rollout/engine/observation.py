@@ -9,15 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rollout.batcher.types import FinishedRow, Observation, StepSample
-from rollout.engine.kv_memory import Memory
-from rollout.engine.scheduler import Running
-from rollout.engine.waiting_queue import Queue
+from rollout.engine.kv_memory import KVMemory
+from rollout.engine.scheduler import Scheduler
+from rollout.engine.waiting_queue import WaitingQueue
 
 _T = TypeVar("_T", bound=np.generic)
 
 
 def observe(
-    running: Running, memory: Memory, queue: Queue, steps: Sequence[StepSample], finished: Sequence[FinishedRow]
+    running: Scheduler,
+    memory: KVMemory,
+    queue: WaitingQueue,
+    steps: Sequence[StepSample],
+    finished: Sequence[FinishedRow],
 ) -> Observation:
     """Describe live rows, those that are prefilled after them, what waits, and memory.
 

@@ -12,7 +12,7 @@ from rollout.models.sampling.sampler import Sampled
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class PendingTokens:
     """One token for each of B rows. Made without waiting for the device, which has yet to compute them."""
 
     slots: IntArray
@@ -24,7 +24,7 @@ class Draw:
     _copied: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, slots: IntArray, positions: IntArray, sampled: Sampled) -> Draw:
+    def of(cls, slots: IntArray, positions: IntArray, sampled: Sampled) -> PendingTokens:
         """Begins the copy to the host."""
         on_host = Sampled(
             *(x.to("cpu", non_blocking=True) for x in (sampled.tokens, sampled.logprobs, sampled.sampler_logprobs))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from rollout.engine.batch_row import NOTHING, Completion
-from rollout.engine.detokenizer import Text
+from rollout.engine.detokenizer import Detokenizer
 from rollout.records import FinishReason, Record
 from rollout.requests import Request
 from rollout.stats import Tally
 
 
-class Recorder:
+class RecordBuilder:
     """Collects records until they are taken.
 
     Args:
@@ -18,7 +18,7 @@ class Recorder:
         weight_version: stamped on every record.
     """
 
-    def __init__(self, text: Text, tally: Tally, weight_version: int) -> None:
+    def __init__(self, text: Detokenizer, tally: Tally, weight_version: int) -> None:
         self._text = text
         self._tally = tally
         self._weight_version = weight_version

@@ -9,12 +9,12 @@ import torch
 
 from rollout.batcher.preemption import Victim, cheapest, youngest
 from rollout.batcher.types import IntArray
-from rollout.engine.batch_row import Group, Prefill, Row
-from rollout.engine.kv_memory import Memory
-from rollout.engine.live_batch import LiveRows
-from rollout.engine.waiting_queue import Queue
+from rollout.engine.batch_row import BatchRow, Group, Prefill
+from rollout.engine.kv_memory import KVMemory
+from rollout.engine.live_batch import LiveBatch
+from rollout.engine.waiting_queue import WaitingQueue
 from rollout.models.arrays import uploaded
-from rollout.models.forward_batch import Packed
+from rollout.models.forward_batch import ForwardBatch
 from rollout.stats import Tally
 
 _NO_PAGES: IntArray = np.zeros(0, np.int64)
@@ -22,7 +22,7 @@ _NO_PAGES: IntArray = np.zeros(0, np.int64)
 _WATERMARK = 0.02
 
 
-class Running:
+class Scheduler:
     """The live batch and the prefills on their way into it, with the pages of both.
 
     Where the model keeps recurrent states, a row holds the page of its own from admission until it leaves.
@@ -37,7 +37,7 @@ class Running:
             whether there were any. Called before a row makes way, which is then not needed where others have ended.
     """
 
-    def __init__(self, memory: Memory, queue: Queue, tally: Tally, settle: Callable[[], bool]) -> None:
+    def __init__(self, memory: KVMemory, queue: WaitingQueue, tally: Tally, settle: Callable[[], bool]) -> None:
         self._memory, self._queue, self._tally, self._settle = memory, queue, tally, settle
         self._pool = memory.pool
         self._states = self._pool.states
@@ -45,7 +45,7 @@ class Running:
         self._pages_for = self._pool.layout.pages_for
         self.recurrent = bool(self._pool.layout.states)
         self._states_per_row = int(self.recurrent)
-        self.live = LiveRows(self._page_size, self._pool.device, self._states_per_row)
+        self.live = LiveBatch(self._page_size, self._pool.device, self._states_per_row)
         self.prefills: list[Prefill] = []
 
     @property
@@ -104,7 +104,7 @@ class Running:
         return slots
 
     def _reserve(self, pages: int, states: int = 0, leaving: int = 0) -> bool:
-        """See `Memory.reserve`. What states have to spare may serve keys and values, and the other way round.
+        """See `KVMemory.reserve`. What states have to spare may serve keys and values, and the other way round.
 
         All pages and states that are in use must be among those held, for they may move.
         """
@@ -138,7 +138,7 @@ class Running:
             parts.append((prefill, length))
         return parts
 
-    def packed(self, slots: IntArray, parts: Sequence[tuple[Prefill, int]]) -> Packed | None:
+    def packed(self, slots: IntArray, parts: Sequence[tuple[Prefill, int]]) -> ForwardBatch | None:
         """The forward of a step: the last token of the row in each of ``slots``, then ``parts``; None of nothing."""
         live, rows = self.live, len(slots)
         if not rows and not parts:
@@ -153,12 +153,12 @@ class Running:
         if parts:
             new = [prefill.context[prefill.computed : prefill.computed + length] for prefill, length in parts]
             tokens = torch.cat([tokens, uploaded(np.concatenate(new), tokens.device)])
-        return Packed(
+        return ForwardBatch(
             tokens=tokens,
-            tables=tables,
-            starts=np.concatenate([lengths - 1, np.array([prefill.computed for prefill, _ in parts], np.int64)]),
-            lengths=np.concatenate([np.ones(rows, np.int64), np.array([length for _, length in parts], np.int64)]),
-            texts=np.concatenate([lengths, np.array([len(prefill.context) for prefill, _ in parts], np.int64)]),
+            page_tables=tables,
+            prefix_lens=np.concatenate([lengths - 1, np.array([prefill.computed for prefill, _ in parts], np.int64)]),
+            query_lens=np.concatenate([np.ones(rows, np.int64), np.array([length for _, length in parts], np.int64)]),
+            known_lens=np.concatenate([lengths, np.array([len(prefill.context) for prefill, _ in parts], np.int64)]),
             states=np.concatenate([live.states[slots].ravel(), *(prefill.states[:1] for prefill, _ in parts)]),
         )
 
@@ -186,7 +186,7 @@ class Running:
         if prefill.group.prefill is prefill:
             prefill.group.prefill = None
 
-    def _fork(self, prefill: Prefill) -> list[tuple[Row, IntArray, IntArray]]:
+    def _fork(self, prefill: Prefill) -> list[tuple[BatchRow, IntArray, IntArray]]:
         """Pages and state for each of the prefill's rows.
 
         Full pages are shared; a last partial one and the state are copied.

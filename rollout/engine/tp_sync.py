@@ -17,7 +17,7 @@ from rollout.models.module.tensor_parallel import of_first, tensor_parallel_grou
 from rollout.models.sampling.sampler import Sampled
 
 
-class Alone:
+class SingleProcess:
     """A process that holds the whole model, and so decides by itself."""
 
     alone = True
@@ -39,7 +39,7 @@ class Alone:
         return own
 
 
-class Together(Alone):
+class TensorParallelSync(SingleProcess):
     """One of several processes. Each must call the same methods in the same order.
 
     Args:
@@ -58,21 +58,21 @@ class Together(Alone):
         self._group, self._host = weakref.ref(group), weakref.ref(host)
 
     def headroom(self, own: Headroom) -> Headroom:
-        """See `Alone.headroom`."""
+        """See `SingleProcess.headroom`."""
         return _Tightest(own, self)
 
     def measured(self, value: float) -> float:
-        """See `Alone.measured`."""
+        """See `SingleProcess.measured`."""
         return float(of_first(torch.tensor(value, dtype=torch.float64), _living(self._host)))
 
     def drawn(self, own: Sampled) -> Sampled:
-        """See `Alone.drawn`."""
+        """See `SingleProcess.drawn`."""
         tensors = (own.tokens, own.logprobs, own.sampler_logprobs)
         group = _living(self._group)
         return Sampled(*(of_first(x.contiguous(), group) for x in tensors))
 
     def all(self, own: bool) -> bool:
-        """See `Alone.all`."""
+        """See `SingleProcess.all`."""
         return bool(self.least(own))
 
     def least(self, value: int) -> int:
@@ -91,19 +91,19 @@ def _living(group: weakref.ref[ProcessGroup]) -> ProcessGroup:
 class _Tightest:
     """Headroom of the process that has least; each holds as much of the model and of its keys and values."""
 
-    def __init__(self, own: Headroom, together: Together) -> None:
-        self._own, self._together = own, together
-        self.total_bytes = together.least(own.total_bytes)
+    def __init__(self, own: Headroom, sync_for: TensorParallelSync) -> None:
+        self._own, self._sync = own, sync_for
+        self.total_bytes = sync_for.least(own.total_bytes)
 
     def free_bytes(self) -> int:
-        return self._together.least(self._own.free_bytes())
+        return self._sync.least(self._own.free_bytes())
 
 
-def together(model: nn.Module) -> Alone:
+def sync_for(model: nn.Module) -> SingleProcess:
     """Who decides for a model.
 
     Raises:
         UnsupportedModel: its weights are sharded in a way that is not served.
     """
     group = tensor_parallel_group(model)
-    return Alone() if group is None else Together(group)
+    return SingleProcess() if group is None else TensorParallelSync(group)

@@ -11,14 +11,14 @@ import numpy as np
 
 from rollout.batcher.admission_order import Ordering
 from rollout.batcher.types import WaitingRows
-from rollout.engine.batch_row import Group, Row
+from rollout.engine.batch_row import BatchRow, Group
 from rollout.requests import Request
 
 #: Policies are told of so many waiting rows.
 _TOLD = 64
 
 
-class Queue:
+class WaitingQueue:
     """First in, first out, but for what `arrange` does; preempted rows come back to the front, oldest first.
 
     Args:
@@ -39,7 +39,7 @@ class Queue:
         self._context_limit = context_limit
         self._vocabulary = vocabulary
         self._ordering = Ordering() if ordering is None else ordering
-        self._rows: deque[Row] = deque()
+        self._rows: deque[BatchRow] = deque()
         self._last_group: Group | None = None
         self._groups = count()
         self._upcoming: WaitingRows | None = None
@@ -88,7 +88,7 @@ class Queue:
         limit = request.params.max_new_tokens
         if self._context_limit is not None:
             limit = min(limit, self._context_limit - len(prompt))
-        rows = [Row(request, sample, self._last_group, limit) for sample in request.wanted_samples]
+        rows = [BatchRow(request, sample, self._last_group, limit) for sample in request.wanted_samples]
         self._rows.extend(rows)
         self._count(rows)
         self._has_expectations |= request.expected_tokens is not None
@@ -110,7 +110,7 @@ class Queue:
 
     # -- order ---------------------------------------------------------------------------------------
 
-    def learn(self, row: Row, tokens: int) -> None:
+    def learn(self, row: BatchRow, tokens: int) -> None:
         """A row has ended with so many tokens."""
         self._ordering.learn(row.expected_tokens, tokens)
 
@@ -141,11 +141,11 @@ class Queue:
 
     # -- rows ----------------------------------------------------------------------------------------
 
-    def first(self) -> Row | None:
+    def first(self) -> BatchRow | None:
         """The row to be admitted next."""
         return self._rows[0] if self._rows else None
 
-    def pop(self) -> Row:
+    def pop(self) -> BatchRow:
         """Takes out the row to be admitted next."""
         row = self._rows.popleft()
         self._upcoming = None
@@ -154,12 +154,12 @@ class Queue:
             self.waiting_prompt_tokens -= len(row.group.prompt_ids)
         return row
 
-    def put_back(self, rows: Sequence[Row]) -> None:
+    def put_back(self, rows: Sequence[BatchRow]) -> None:
         """Preempted rows, oldest first, go before all that wait."""
         self._rows.extendleft(reversed(rows))
         self._count(rows)
 
-    def _count(self, rows: Sequence[Row]) -> None:
+    def _count(self, rows: Sequence[BatchRow]) -> None:
         self._upcoming = None
         for row in rows:
             if not row.group.waiting:

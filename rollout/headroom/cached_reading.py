@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-class Refreshed:
+class CachedReading:
     """Reads a number at most every so many seconds, and believes it in between.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 import pynvml
 import torch
 
-from rollout.headroom.cached_reading import Refreshed
+from rollout.headroom.cached_reading import CachedReading
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class CudaHeadroom:
         self._device = device
         self._nvml = _nvml_handle(device)
         self._total = int(torch.cuda.get_device_properties(device).total_memory)
-        self._others = Refreshed(self._read_others, refresh_s, clock)
+        self._others = CachedReading(self._read_others, refresh_s, clock)
 
     @property
     def total_bytes(self) -> int:

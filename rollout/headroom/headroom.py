@@ -50,10 +50,10 @@ def headroom_over(shares: Mapping[torch.device, float], reserve_fraction: float)
         InputError: there is none for a device.
     """
     parts = [(headroom_for(device), share) for device, share in shares.items()]
-    return parts[0][0] if len(parts) == 1 else SpreadHeadroom(parts, reserve_fraction)
+    return parts[0][0] if len(parts) == 1 else MultiDeviceHeadroom(parts, reserve_fraction)
 
 
-class SpreadHeadroom:
+class MultiDeviceHeadroom:
     """Several devices that share a pool: how many bytes of it they have room for together, which the tightest decides.
 
     Args:

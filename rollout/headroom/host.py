@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from rollout.headroom.cached_reading import Refreshed
+from rollout.headroom.cached_reading import CachedReading
 from rollout.headroom.cgroups import MEMBERSHIP, MOUNT, cgroups
 
 
@@ -38,7 +38,7 @@ class HostHeadroom:
         self._cgroups = tuple(_memory_cgroups(membership, mount))
         limits = [limit for cgroup in self._cgroups if (limit := cgroup.limit_bytes()) is not None]
         self._total = min([int(psutil.virtual_memory().total), *limits])
-        self._without_us = Refreshed(self._read_without_us, refresh_s, clock)
+        self._without_us = CachedReading(self._read_without_us, refresh_s, clock)
 
     @property
     def total_bytes(self) -> int:

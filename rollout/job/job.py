@@ -16,17 +16,17 @@ from rollout.data.prompts import Prompt, Prompts, read_prompts
 from rollout.errors import Exit, InputError
 from rollout.job.cpu_threads import threads
 from rollout.job.progress import Progress
-from rollout.job.ranks import Place, Ranks
+from rollout.job.ranks import Ranks, Topology
 from rollout.job.rewards import Reward, load_reward
-from rollout.job.shard_worker import Work
-from rollout.length_history import Lengths
+from rollout.job.shard_worker import ShardWorker
+from rollout.length_history import LengthHistory
 from rollout.records import Record
 from rollout.requests import Request, StepReport
 from rollout.run_dir.fingerprint import fingerprint_of
 from rollout.run_dir.metrics import MetricsWriter
 from rollout.run_dir.previous_lengths import lengths_of_run
-from rollout.run_dir.run import Run, earlier_run, open_run, prepare, read_run
-from rollout.run_dir.shard_locks import FileClaims
+from rollout.run_dir.run import RunDir, earlier_run, open_run, prepare, read_run
+from rollout.run_dir.shard_locks import FileLocks
 from rollout.run_dir.summary import summarise
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Loaded:
     """What attends, as `Engine.attention` says."""
 
 
-def load_engine(config: Config, prompts: Prompts, place: Place) -> Loaded:
+def load_engine(config: Config, prompts: Prompts, place: Topology) -> Loaded:
     """The model of a job with the engine on it.
 
     Raises:
@@ -66,7 +66,7 @@ def load_engine(config: Config, prompts: Prompts, place: Place) -> Loaded:
     import transformers
 
     from rollout.engine.engine import Engine
-    from rollout.models.attention.select import require
+    from rollout.models.attention.select import check_available
     from rollout.models.loading.load import ModelSource, load_model, load_tokenizer, resolve_device
 
     transformers.utils.logging.disable_progress_bar()
@@ -75,7 +75,7 @@ def load_engine(config: Config, prompts: Prompts, place: Place) -> Loaded:
     source = ModelSource(**named)
     try:
         device = resolve_device(source.device)
-        require(attention, device)
+        check_available(attention, device)
         if device.type == "cpu" and (count := threads(place.local_world_size, os.environ)) is not None:
             torch.set_num_threads(count)
         tokenizer = load_tokenizer(source)
@@ -101,7 +101,7 @@ def load_engine(config: Config, prompts: Prompts, place: Place) -> Loaded:
     return Loaded(engine, str(model.dtype).removeprefix("torch."), engine.attention)
 
 
-Load = Callable[[Config, Prompts, Place], Loaded]
+Load = Callable[[Config, Prompts, Topology], Loaded]
 
 
 def run_job(config: Config, load: Load | None = None) -> Exit:
@@ -113,7 +113,7 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
     Raises:
         InputError: the configuration or the input is wrong; the message is one sentence.
     """
-    place = Place.of(os.environ, config.model.tensor_parallel)
+    place = Topology.of(os.environ, config.model.tensor_parallel)
     reward = load_reward(config.reward)
     prompts = read_prompts(config.data, with_columns=reward is not None)
     former = None if config.data.lengths_from is None else lengths_of_run(config.data.lengths_from)
@@ -150,18 +150,18 @@ def _follow(engine: Generator, ranks: Ranks) -> None:
 
 
 def _generate(
-    run: Run,
+    run: RunDir,
     config: Config,
     prompts: Prompts,
     engine: Generator,
     reward: Reward | None,
-    former: Lengths | None,
-    place: Place,
+    former: LengthHistory | None,
+    place: Topology,
     ranks: Ranks,
 ) -> None:
     """Work on shards until none can be claimed; rank 0 until all are committed, whoever works on them."""
-    claims = FileClaims(run.paths, run.shards, place.workers)
-    work = Work(run, claims, prompts, engine.encode, config.sampling.params(), config.seed, reward, former)
+    claims = FileLocks(run.paths, run.shards, place.workers)
+    work = ShardWorker(run, claims, prompts, engine.encode, config.sampling.params(), config.seed, reward, former)
     with ExitStack() as stack:
         stack.enter_context(closing(work))
         metrics = stack.enter_context(MetricsWriter(run.paths.metrics(place.worker), place.worker, run.attempt))
@@ -190,7 +190,7 @@ def _generate(
         ranks.done()
 
 
-def _report(run: Run) -> Exit:
+def _report(run: RunDir) -> Exit:
     summary = summarise(run)
     print("\n".join(summary.lines()), flush=True)
     return Exit.ERROR_ROWS if summary.totals.error_rows else Exit.COMPLETE
@@ -207,7 +207,7 @@ def _model_path(config: Config) -> Path:
         raise InputError(str(error)) from error
 
 
-def _of_run(config: Config, run: Run | None) -> Config:
+def _of_run(config: Config, run: RunDir | None) -> Config:
     """The configuration with the dtype that the run began with: ``auto`` may be another one on this machine."""
     if run is None or config.model.dtype != "auto":
         return config

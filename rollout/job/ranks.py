@@ -14,7 +14,7 @@ _PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Topology:
     """A rank of a launch, and the launch's place in a SLURM array."""
 
     rank: int = 0
@@ -27,7 +27,7 @@ class Place:
     """Whether the ranks of the launch are one worker: the first does its work, the others hold a share of its model."""
 
     @classmethod
-    def of(cls, environment: Mapping[str, str], together: bool = False) -> Place:
+    def of(cls, environment: Mapping[str, str], together: bool = False) -> Topology:
         """As ``accelerate launch`` or torchrun, and SLURM, say in environment variables."""
 
         def number(name: str, default: int) -> int:
@@ -62,7 +62,7 @@ class Ranks:
     whatever device the model is on.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Topology) -> None:
         self._place = place
         self._state: Any = None
         self._group: Any = None

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 from jinja2 import TemplateError
 
-from rollout.data.prompts import Prompt, PromptRow, Prompts
+from rollout.data.prompts import DatasetRow, Prompt, Prompts
 from rollout.job.rewards import Reward, scored
-from rollout.length_history import Lengths
+from rollout.length_history import LengthHistory
 from rollout.records import Record
 from rollout.requests import Request, in_windows
-from rollout.run_dir.part_file import Part
-from rollout.run_dir.run import Run
-from rollout.run_dir.shard_locks import Claims
+from rollout.run_dir.part_file import PartFile
+from rollout.run_dir.run import RunDir
+from rollout.run_dir.shard_locks import ShardLocks
 from rollout.run_dir.shards import commit
 from rollout.sampling_params import SamplingParams
 
@@ -26,8 +26,8 @@ class OpenShard:
     """A claimed shard: its rows, and what is there of their samples."""
 
     index: int
-    rows: dict[str, PromptRow]
-    part: Part
+    rows: dict[str, DatasetRow]
+    part: PartFile
 
     def missing(self, row_id: str, samples: int) -> list[int]:
         """Samples of a row that are not there yet."""
@@ -37,7 +37,7 @@ class OpenShard:
         return len(self.part.done) == len(self.rows) * samples
 
 
-class Work:
+class ShardWorker:
     """Feeds the engine from claimed shards, and takes its records back into them.
 
     Several shards are open at a time: the next one is claimed when the rows of one are all admitted, while the
@@ -46,14 +46,14 @@ class Work:
 
     def __init__(
         self,
-        run: Run,
-        claims: Claims,
+        run: RunDir,
+        claims: ShardLocks,
         prompts: Prompts,
         encode: Encode,
         params: SamplingParams,
         seed: int,
         reward: Reward | None = None,
-        former: Lengths | None = None,
+        former: LengthHistory | None = None,
     ) -> None:
         self._run = run
         self._claims = claims
@@ -107,7 +107,7 @@ class Work:
     def _opened(self, index: int) -> OpenShard:
         span = self._run.span(index)
         rows = {row.row_id: row for row in self._prompts.rows(span.start, span.stop)}
-        shard = OpenShard(index, rows, Part(self._run.paths.part(index)))
+        shard = OpenShard(index, rows, PartFile(self._run.paths.part(index)))
         self._open[index] = shard
         self._shard_of.update(dict.fromkeys(rows, shard))
         return shard
@@ -130,13 +130,13 @@ class Work:
     def _has_expectations(self) -> bool:
         return self._former is not None or self._prompts.hinted
 
-    def _expected(self, row: PromptRow, ids: list[int]) -> float | None:
+    def _expected(self, row: DatasetRow, ids: list[int]) -> float | None:
         """The row's own hint, or else what a former run says of its prompt."""
         if row.length_hint is None and self._former is not None:
             return self._former.expected(ids)
         return row.length_hint
 
-    def _encoded(self, row: PromptRow) -> tuple[list[int], str, str]:
+    def _encoded(self, row: DatasetRow) -> tuple[list[int], str, str]:
         """Token ids of a row, or the class and words of what is wrong with it."""
         if row.prompt is None:
             return [], row.error_class, row.error

@@ -18,7 +18,7 @@ from rollout.report.charts import rounded
 from rollout.report.history import Activity, History
 from rollout.report.series import Counts, Limits, add_counts, quantile, share_above
 from rollout.report.time_axis import clock
-from rollout.run_dir.run import Run
+from rollout.run_dir.run import RunDir
 from rollout.run_dir.summary import Totals, counts
 
 _ATTEMPT_COLUMNS = (
@@ -31,7 +31,7 @@ _ATTEMPT_COLUMNS = (
 class Subject:
     """The run that is shown."""
 
-    run: Run
+    run: RunDir
     description: Mapping[str, Any]
     """What ``run.json`` says."""
     totals: Totals

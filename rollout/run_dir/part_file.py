@@ -63,7 +63,7 @@ def whole_records(path: Path) -> Iterator[Record]:
             yield record
 
 
-class Part:
+class PartFile:
     """The part file of one shard, open by the worker that holds the shard's claim."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:

@@ -10,13 +10,13 @@ import pyarrow.compute as pc
 
 from rollout.batcher.types import IntArray
 from rollout.errors import InputError
-from rollout.length_history import Lengths
+from rollout.length_history import LengthHistory
 from rollout.run_dir.part_file import whole_records
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.shards import read_manifest, read_shard
 
 
-def lengths_of_run(folder: str) -> Lengths:
+def lengths_of_run(folder: str) -> LengthHistory:
     """What the records in a run's folder say, whether it is complete or not.
 
     Raises:
@@ -27,7 +27,7 @@ def lengths_of_run(folder: str) -> Lengths:
         raise InputError(
             f"data.lengths_from={folder} holds no run, for there is no run.json in it: name an output.dir."
         )
-    lengths = Lengths()
+    lengths = LengthHistory()
     for manifest in sorted(paths.shards.glob("*.json")):
         shard = paths.shards / read_manifest(manifest).file
         try:

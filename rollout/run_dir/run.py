@@ -34,7 +34,7 @@ _PACKAGES = ("rollout", "torch", "transformers", "accelerate", "datasets", "pyar
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunDir:
     """What ``run.json`` says, for one attempt."""
 
     paths: RunPaths
@@ -90,7 +90,7 @@ def prepare(folder: str) -> RunPaths:
     return paths
 
 
-def earlier_run(paths: RunPaths, fingerprint: Fingerprint) -> Run | None:
+def earlier_run(paths: RunPaths, fingerprint: Fingerprint) -> RunDir | None:
     """The run that the folder holds, if any, which must be of the same fingerprint.
 
     Raises:
@@ -107,7 +107,7 @@ def earlier_run(paths: RunPaths, fingerprint: Fingerprint) -> Run | None:
     return run
 
 
-def read_run(paths: RunPaths) -> Run:
+def read_run(paths: RunPaths) -> RunDir:
     """The run that a folder holds.
 
     Raises:
@@ -115,7 +115,7 @@ def read_run(paths: RunPaths) -> Run:
     """
     stored = read_description(paths)
     try:
-        return Run(
+        return RunDir(
             paths=paths,
             fingerprint=Fingerprint(stored["fingerprint"]),
             rows=stored["rows"],
@@ -149,7 +149,7 @@ def open_run(
     dtype: str,
     attention: str,
     workers: int,
-) -> Run:
+) -> RunDir:
     """Start a run in the folder, or go on with the one that is there, and count this attempt.
 
     The partition into shards is decided here once, and kept by later attempts whatever their number of workers.

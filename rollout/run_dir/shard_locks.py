@@ -13,7 +13,7 @@ from typing import Protocol
 from rollout.run_dir.paths import RunPaths
 
 
-class Claims(Protocol):
+class ShardLocks(Protocol):
     """Hands out shards, each to one worker at a time."""
 
     def claim(self) -> int | None:
@@ -23,7 +23,7 @@ class Claims(Protocol):
         """Give a claimed shard back, with its work done or not."""
 
 
-class FileClaims:
+class FileLocks:
     """Claims by ``flock`` on a file a shard, which the kernel frees when a process dies, however it dies.
 
     So a killed job can go on at once. Of the shards that are not committed, a worker holds at most its share at a

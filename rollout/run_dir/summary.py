@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rollout.run_dir.metrics import read_metrics
 from rollout.run_dir.part_file import whole_records
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.run import Run
+from rollout.run_dir.run import RunDir
 from rollout.run_dir.shards import Contents, Manifest, contents_of, read_manifest
 
 
@@ -33,7 +33,7 @@ class Totals:
 class Summary:
     """Totals of a run, and the speed of its last attempt that generated anything."""
 
-    run: Run
+    run: RunDir
     totals: Totals
     tokens_per_s: float | None
     live_rows: tuple[int, int] | None
@@ -56,12 +56,12 @@ class Summary:
         return [f"{name + ':':<13}{value}" for name, value in table.items() if value]
 
 
-def summarise(run: Run) -> Summary:
+def summarise(run: RunDir) -> Summary:
     """The summary of a complete run."""
     return Summary(run, finished(run), *_speed(run))
 
 
-def finished(run: Run) -> Totals:
+def finished(run: RunDir) -> Totals:
     """The totals of all samples that no kill would lose, in committed shards or not.
 
     Raises:
@@ -94,7 +94,7 @@ def _contents(paths: RunPaths, shard: int) -> Contents | None:
     return read_manifest(manifest)
 
 
-def _speed(run: Run) -> tuple[float | None, tuple[int, int] | None]:
+def _speed(run: RunDir) -> tuple[float | None, tuple[int, int] | None]:
     """Tokens a second over all workers, and the range of live rows of one worker."""
     lines = list(read_metrics(run.paths))
     if not lines:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rollout.batcher.estimators.memory_forecast import Forecast
-from rollout.batcher.estimators.row_memory import Rows
-from rollout.batcher.estimators.survival import Hazard
+from rollout.batcher.estimators.row_memory import RowMemory
+from rollout.batcher.estimators.survival import Survival
 from rollout.batcher.types import FinishedRow
 
 
@@ -16,13 +16,13 @@ from rollout.batcher.types import FinishedRow
 def test_rows_together_hold_what_each_holds(count: int, seed: int) -> None:
     print("seed", seed)
     rng = np.random.default_rng(seed)
-    hazard = Hazard()
+    hazard = Survival()
     hazard.learn([FinishedRow(10, int(length)) for length in rng.integers(1, 300, 200)])
     hazard.estimate(rng.integers(0, 300, 50), 300)
     forecast = Forecast(hazard, np.linspace(0, 400, 40))
     ages = rng.integers(0, 300, count)
     limits = ages + rng.choice([1, 7, 200, 399, 400, 401, 5000], count)
-    rows = Rows(500 * rng.random(count), ages, limits, rng.random(count) < 0.2)
+    rows = RowMemory(500 * rng.random(count), ages, limits, rng.random(count) < 0.2)
     together, alone = forecast.together(rows), forecast.one_by_one(rows)
     np.testing.assert_allclose(together.mean, alone.mean.sum(0))
     np.testing.assert_allclose(together.variance, alone.variance.sum(0), atol=1e-6)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rollout.batcher.estimators.peak_memory import fitting_exactly, future_peak
-from rollout.batcher.estimators.row_memory import Rows, live_rows, waiting_rows
+from rollout.batcher.estimators.row_memory import RowMemory, live_rows, waiting_rows
 from rollout.batcher.simulation.oracle import OraclePolicy
 from rollout.batcher.types import Bounds, Observation, WaitingRows
 
@@ -76,8 +76,8 @@ def test_without_names_one_row_stands_for_those_that_wait():
 
 
 def test_rows_fit_while_the_peak_does():
-    rows = Rows(np.array([100.0]), np.array([0]), np.array([100]), np.ones(1, bool))
-    more = Rows(np.full(5, 50.0), np.zeros(5, np.int64), np.full(5, 20), np.ones(5, bool))
+    rows = RowMemory(np.array([100.0]), np.array([0]), np.array([100]), np.ones(1, bool))
+    more = RowMemory(np.full(5, 50.0), np.zeros(5, np.int64), np.full(5, 20), np.ones(5, bool))
     _, shared = live_rows(observation([1], 1))
     # At the end of the short ones: 120 + 70 a row; at the end of the long one 200.
     assert [fitting_exactly(rows, shared, more, tokens) for tokens in (199, 200, 260, 400, 1000)] == [0, 1, 2, 4, 5]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rollout.batcher.estimators.survival import EDGES, Hazard, bins_of
+from rollout.batcher.estimators.survival import EDGES, Survival, bins_of
 from rollout.batcher.types import FinishedRow
 
 NOBODY = np.zeros(0, np.int64)
@@ -13,7 +13,7 @@ def finished(*lengths: int, cut: bool = False) -> list[FinishedRow]:
     return [FinishedRow(100, length, cut) for length in lengths]
 
 
-def survival(hazard: Hazard, age: int, steps: float) -> float:
+def survival(hazard: Survival, age: int, steps: float) -> float:
     return float(hazard.survival(np.array([steps]))[bins_of(np.array([age]))[0], 0])
 
 
@@ -27,7 +27,7 @@ def test_bins_hold_their_ages():
 
 
 def test_what_ended_is_learned():
-    hazard = Hazard()
+    hazard = Survival()
     lengths = np.random.default_rng(0).geometric(1 / 300, 4000)
     hazard.learn(finished(*lengths.tolist()))
     hazard.estimate(NOBODY, 4096)
@@ -37,7 +37,7 @@ def test_what_ended_is_learned():
 
 
 def test_constant_lengths_end_all_at_once():
-    hazard = Hazard()
+    hazard = Survival()
     hazard.learn(finished(*[128] * 200))
     hazard.estimate(NOBODY, 512)
     assert survival(hazard, 20, 90) > 0.97
@@ -46,7 +46,7 @@ def test_constant_lengths_end_all_at_once():
 
 def test_running_rows_are_lives_that_are_not_over():
     """Of rows of 100 and 1,000 tokens only short ones have ended; the others are known to go on."""
-    lives, deaf = Hazard(), Hazard()
+    lives, deaf = Survival(), Survival()
     for hazard in (lives, deaf):
         hazard.learn(finished(*[100] * 50))
     lives.estimate(np.full(50, 500), 4096)
@@ -56,7 +56,7 @@ def test_running_rows_are_lives_that_are_not_over():
 
 
 def test_rows_cut_at_their_limit_did_not_end():
-    cut, ended = Hazard(), Hazard()
+    cut, ended = Survival(), Survival()
     cut.learn(finished(*[100] * 50) + finished(*[512] * 50, cut=True))
     ended.learn(finished(*[100] * 50) + finished(*[512] * 50))
     for hazard in (cut, ended):
@@ -66,14 +66,14 @@ def test_rows_cut_at_their_limit_did_not_end():
 
 
 def test_nothing_known_is_the_prior():
-    hazard = Hazard()
+    hazard = Survival()
     hazard.estimate(NOBODY, 1600)
     assert hazard.length(0.5) == pytest.approx(100, rel=0.5)
     assert 0.3 < survival(hazard, 1000, 1100) < 0.7, "what has lasted long goes on as long again"
 
 
 def test_a_drift_is_followed():
-    hazard = Hazard(memory_rows=200)
+    hazard = Survival(memory_rows=200)
     hazard.learn(finished(*[100] * 1000))
     hazard.learn(finished(*[800] * 1000))
     hazard.estimate(NOBODY, 4096)

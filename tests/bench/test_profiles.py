@@ -20,7 +20,7 @@ from jobs.bench.lib import cli, workload
 from jobs.bench.lib.workload import Request, Shape
 from rollout import SamplingParams
 from rollout.batcher.types import StepSample
-from rollout.models.attention.base import PagedStep
+from rollout.models.attention.base import PagedAttention
 from rollout.requests import Request as EngineRequest
 from tests.support.bench import PROMPTS
 from tests.support.jobs import report_of
@@ -47,11 +47,11 @@ class TestSteps:
         assert found[-1].flops == 2 * 3 * parameters
 
     def test_nothing_stays_behind(self) -> None:
-        before, originals = steps.rollout.engine.loop.sample, (nn.Linear.forward, PagedStep.attend_tokens)
+        before, originals = steps.rollout.engine.loop.sample, (nn.Linear.forward, PagedAttention.attend_tokens)
         with steps.Timers().installed():
             assert steps.rollout.engine.loop.sample is not before
         assert steps.rollout.engine.loop.sample is before
-        assert (nn.Linear.forward, PagedStep.attend_tokens) == originals
+        assert (nn.Linear.forward, PagedAttention.attend_tokens) == originals
 
     def test_a_whole_run_and_its_bound(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(steps, "BANDWIDTH_BYTES", 1 << 16)

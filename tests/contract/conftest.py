@@ -8,7 +8,7 @@ import pytest
 
 from rollout.batcher.types import IntArray
 from rollout.engine.loop import Loop
-from rollout.engine.scheduler import Running
+from rollout.engine.scheduler import Scheduler
 
 #: More tokens than the page tables of the live batch hold before they grow.
 BEYOND_TABLE = 256
@@ -17,18 +17,18 @@ BEYOND_TABLE = 256
 @pytest.fixture(autouse=True)
 def integrity(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every page and state is accounted for before each decode of every engine in these tests."""
-    make_room = Running.make_room
+    make_room = Scheduler.make_room
 
-    def checked(self: Running, most: int | None) -> IntArray:
+    def checked(self: Scheduler, most: int | None) -> IntArray:
         slots = make_room(self, most)
         self._pool.check_integrity(self.held_pages())
         self._pool.states.check_integrity(self.held_states())
         return slots
 
-    monkeypatch.setattr(Running, "make_room", checked)
+    monkeypatch.setattr(Scheduler, "make_room", checked)
 
 
 @pytest.fixture(params=[False, True], ids=["at once", "late"])
 def at_once_and_late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that uses this runs twice: with tokens that are read at once, and with such that are read a step late."""
-    monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, late=request.param))
+    monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, overlap=request.param))

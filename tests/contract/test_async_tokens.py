@@ -33,11 +33,11 @@ def test_records_are_the_same(family: str, atol: float, monkeypatch: pytest.Monk
     prompts = random_prompts(21, 8)
     prompts[3] = prompts[2]
     params = [_PARAMS[i % len(_PARAMS)] for i in range(len(prompts))]
-    monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, late=False))
+    monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, overlap=False))
     expected = Engine(model, None).generate(prompts, params, seed=3)
     assert {record.finish_reason for record in expected} == {"stop", "length"}
 
-    monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, late=True))
+    monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, overlap=True))
     engines = [Engine(model, None), Engine(model, None, max_rows=1), Engine(model, None, policy=Small())]
     if family != "falcon_h1":  # preemption computes its states in another order
         engines.append(tight_engine(model, 26))

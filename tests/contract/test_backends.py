@@ -10,13 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout.models.attention import triton
-from rollout.models.attention.base import Steps
-from rollout.models.attention.gather import GatherStep
-from rollout.models.attention.select import fastest
-from rollout.models.attention.triton import Blocks, TritonSteps
-from rollout.models.forward_batch import Packed
+from rollout.models.attention.base import AttentionBackend
+from rollout.models.attention.gather import GatherAttention
+from rollout.models.attention.select import fastest_backend
+from rollout.models.attention.triton import TileSizes, TritonBackend
+from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.runners.packed import InterfaceRunner, InterfaceTier
+from rollout.models.runners.packed import PackedRunner, PackedStrategy
 from tests.support.devices import DEVICE, GPU
 from tests.support.tiny_models import INTERFACE, VOCABULARY, tiny
 from tests.support.triton_interpreter import kernels_run_here
@@ -30,12 +30,12 @@ _FORWARDS = (
     ((3, 17, 18), (2, 2, 3), (0, 41, 42), (1, 37, 38)),
 )
 #: Tiles that the interpreter is quick about.
-_BLOCKS = Blocks(16, 16, 4)
+_BLOCKS = TileSizes(16, 16, 4)
 
 
-def logits_of(model: PreTrainedModel, steps_for: Callable[[PagePool], Steps]) -> torch.Tensor:
+def logits_of(model: PreTrainedModel, steps_for: Callable[[PagePool], AttentionBackend]) -> torch.Tensor:
     """Of all forwards."""
-    tier = InterfaceTier(model)
+    tier = PackedStrategy(model)
     layout = tier.probe()
     pool = PagePool(layout, 3, DEVICE)
     for _ in range(4):
@@ -43,27 +43,27 @@ def logits_of(model: PreTrainedModel, steps_for: Callable[[PagePool], Steps]) ->
     rng = np.random.default_rng(5)
     tokens = torch.from_numpy(rng.integers(3, VOCABULARY, (4, 48))).to(DEVICE)
     tables = rng.permutation(pool.free_pages).reshape(4, 3)
-    runner = InterfaceRunner(model, pool, steps_for(pool))
+    runner = PackedRunner(model, pool, steps_for(pool))
     logits = []
-    with tier.on_loan():
+    with tier.borrow():
         for parts in _FORWARDS:
             logits.append(
                 runner.forward(
-                    Packed(
+                    ForwardBatch(
                         tokens=torch.cat([tokens[sequence, start:end] for sequence, start, end in parts]),
-                        tables=np.stack([tables[sequence] for sequence, _, _ in parts]),
-                        starts=np.array([start for _, start, _ in parts]),
-                        lengths=np.array([end - start for _, start, end in parts]),
+                        page_tables=np.stack([tables[sequence] for sequence, _, _ in parts]),
+                        prefix_lens=np.array([start for _, start, _ in parts]),
+                        query_lens=np.array([end - start for _, start, end in parts]),
                     )
                 )
             )
     return torch.cat(logits).float()
 
 
-def assert_agrees_with_gathering(family: str, steps_for: Callable[[PagePool], Steps]) -> None:
+def assert_agrees_with_gathering(family: str, steps_for: Callable[[PagePool], AttentionBackend]) -> None:
     for dtype, tolerance in _TOLERANCE.items():
         model = tiny(family, dtype)
-        gathered, found = logits_of(model, lambda _: GatherStep), logits_of(model, steps_for)
+        gathered, found = logits_of(model, lambda _: GatherAttention), logits_of(model, steps_for)
         distance = (found - gathered).norm(dim=-1) / gathered.norm(dim=-1)
         # Rounding can send a token of a mixture of experts elsewhere, so in half precision most rows count.
         worst = distance.max() if dtype == torch.float32 else distance.median()
@@ -72,9 +72,9 @@ def assert_agrees_with_gathering(family: str, steps_for: Callable[[PagePool], St
 
 @pytest.mark.parametrize("family", INTERFACE)
 def test_the_fastest_attention_agrees_with_the_gathering_one(family: str) -> None:
-    def steps_for(pool: PagePool) -> Steps:
-        steps = fastest(pool)
-        if steps is GatherStep:
+    def steps_for(pool: PagePool) -> AttentionBackend:
+        steps = fastest_backend(pool)
+        if steps is GatherAttention:
             assert GPU is None, "a GPU gathers only where Triton fails"
             pytest.skip("there is no compiler on this machine")
         return steps
@@ -87,4 +87,4 @@ def test_triton_s_attention_agrees_with_the_gathering_one(family: str, monkeypat
     """Without a GPU as well: a window with a softcap, and sinks."""
     kernels_run_here(monkeypatch)
     monkeypatch.setattr(triton, "_BLOCKS", dict.fromkeys(triton._BLOCKS, (_BLOCKS, _BLOCKS)))
-    assert_agrees_with_gathering(family, TritonSteps)
+    assert_agrees_with_gathering(family, TritonBackend)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rollout import Engine, Record, SamplingParams
 from rollout.batcher.types import Decision, Observation
 from rollout.headroom.fake import FakeHeadroom
-from rollout.models.runners.select import serve
+from rollout.models.runners.select import select_strategy
 from rollout.requests import Request, StepReport
 from tests.support.parity import random_prompts, worst_logprob
 from tests.support.tiny_models import STATE, tiny
@@ -50,7 +50,7 @@ def _own(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[flo
 def test_own_numbers_with_rows_joining_late(family: str) -> None:
     model = tiny(family)
     engine = Engine(model, None, max_rows=3)
-    assert engine._tier.name == "state"
+    assert engine._strategy.name == "recurrent"
     prompts = random_prompts(11, 5, longest=32)[::-1]  # one of a single token, beside others that decode
     params = [SamplingParams(n=1 + (i == 1), max_new_tokens=_NEW_TOKENS - 3 * i, temperature=0) for i in range(5)]
     batch = engine.generate(prompts, params)
@@ -117,7 +117,7 @@ def test_a_prompt_is_computed_once_for_the_samples_admitted_with_it() -> None:
 
 
 def _bytes(model: PreTrainedModel, rows: int, pages: int) -> int:
-    layout = serve(model).probe()
+    layout = select_strategy(model).probe()
     return rows * layout.bytes_per_row + pages * layout.bytes_per_page
 
 
@@ -212,7 +212,7 @@ def test_an_allocator_failure_costs_recomputation_alone(place: str, monkeypatch:
 
 def test_policies_see_what_a_row_takes() -> None:
     model = tiny("mamba")
-    state = serve(model).probe().bytes_per_row
+    state = select_strategy(model).probe().bytes_per_row
     seen: list[Observation] = []
 
     class Watching:
@@ -287,5 +287,5 @@ def test_a_refused_module_is_left_alone_too() -> None:
     """This family keeps its state on its modules as soon as it is run with a cache."""
     model = tiny("recurrent_gemma")
     with pytest.raises(ValueError, match="keeps no recurrent state, or not in a cache"):
-        serve(model)
+        select_strategy(model)
     assert all(getattr(module, "conv1d_state", None) is None for module in model.modules())

@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from rollout.config import DataConfig, load_config
-from rollout.data.prompts import PromptRow, Prompts, read_prompts
+from rollout.data.prompts import DatasetRow, Prompts, read_prompts
 from rollout.errors import InputError
 
 
@@ -31,7 +31,7 @@ def write(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
-def rows_of(prompts: Prompts) -> list[PromptRow]:
+def rows_of(prompts: Prompts) -> list[DatasetRow]:
     return list(prompts.rows(0, len(prompts)))
 
 

@@ -17,7 +17,7 @@ from tests.support.tiny_models import REFUSED, SERVED
 
 def test_a_family_is_right() -> None:
     result = tried("arcee")
-    assert (result.state, result.tier, result.equal, result.rows) == ("right", "interface", 7, 7)
+    assert (result.state, result.tier, result.equal, result.rows) == ("right", "packed", 7, 7)
     assert 0 < result.gap < 1e-5
     assert result.half_gap is not None
     assert result.half_gap > result.gap
@@ -57,9 +57,9 @@ def test_windows_are_shorter_than_the_texts() -> None:
 
 
 RESULTS = [
-    Result("a", "right", "interface", 7, 7, 2e-6, 3e-3),
-    Result("b", "right", "state", 7, 7, 2e-6, None),
-    Result("c", "wrong", "interface", 3, 7, 2e-2, None, "off"),
+    Result("a", "right", "packed", 7, 7, 2e-6, 3e-3),
+    Result("b", "right", "recurrent", 7, 7, 2e-6, None),
+    Result("c", "wrong", "packed", 3, 7, 2e-2, None, "off"),
     Result("d", "refused", reason="this | that"),
     Result("e", "not built", reason="too large"),
 ]

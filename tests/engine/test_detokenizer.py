@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rollout.engine.detokenizer import Text
+from rollout.engine.detokenizer import Detokenizer
 
 CORPUS = [
     "the end of the story",
@@ -23,7 +23,7 @@ SPECIAL = "<|end|>"
 
 
 @cache
-def byte_level() -> Text:
+def byte_level() -> Detokenizer:
     """As GPT-2, Llama 3 and Qwen: a character may be several tokens, and a token several characters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,11 +35,11 @@ def byte_level() -> Text:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
-    return Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL))
+    return Detokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL))
 
 
 @cache
-def with_byte_fallback() -> Text:
+def with_byte_fallback() -> Detokenizer:
     """As Llama 2 and Gemma: spaces are underscores, the first one is dropped, unknown characters are bytes."""
     pieces = ["<unk>", SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["▁", *"abcdefghijklmnopqrstuvwxyzEND.12\n", "▁th", "en", "▁then", "st", "op", "▁stop", "▁▁"]
@@ -52,24 +52,24 @@ def with_byte_fallback() -> Text:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([SPECIAL])
-    return Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL))
+    return Detokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL))
 
 
 TEXTS = {"byte level": byte_level, "byte fallback": with_byte_fallback}
 
 
-def ids_of(text: Text, string: str) -> list[int]:
+def ids_of(text: Detokenizer, string: str) -> list[int]:
     tokenizer = text._tokenizer
     assert tokenizer is not None
     return list(tokenizer(string, add_special_tokens=False)["input_ids"])
 
 
-def special(text: Text) -> int:
+def special(text: Detokenizer) -> int:
     assert text._tokenizer is not None
     return int(text._tokenizer.convert_tokens_to_ids(SPECIAL))
 
 
-def stopped_at(text: Text, ids: Sequence[int], stops: Sequence[str]) -> int | None:
+def stopped_at(text: Detokenizer, ids: Sequence[int], stops: Sequence[str]) -> int | None:
     """How many tokens it takes, asked after each as the loop does."""
     return next((n for n in range(1, len(ids) + 1) if text.ends_at_stop(ids[:n], stops)), None)
 
@@ -188,7 +188,7 @@ def test_a_stop_string_amid_characters_of_many_bytes_is_found(name: str, stop: s
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
-    text = Text(None)
+    text = Detokenizer(None)
     assert text.decode([1, 2, 3]) == ""
     assert not text.ends_at_stop([1, 2, 3], ("a",))
     assert text.before_stop([1, 2, 3], ("a",)) == ""

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from rollout.engine.kv_memory import Memory
+from rollout.engine.kv_memory import KVMemory
 from rollout.headroom.fake import FakeHeadroom
 from rollout.models.device import is_out_of_memory
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 4
 #: One site of one head with keys and values of one number: 8 bytes a token, 32 a page.
-LAYOUT = KVLayout((Site(nn.Identity(), 1, 1, 1, Span()),), torch.float32, PAGE_SIZE)
+LAYOUT = KVLayout((AttentionLayer(nn.Identity(), 1, 1, 1, MaskKind()),), torch.float32, PAGE_SIZE)
 PAGE = LAYOUT.bytes_per_page
 MANY = 1 << 40
 
@@ -34,15 +34,15 @@ class World:
         reserve_fraction: float = 0.0,
         demand_tokens: int = MANY,
     ) -> None:
-        self.memory: Memory | None = None
+        self.memory: KVMemory | None = None
         self.headroom = FakeHeadroom(total, taken, self.held)
-        self.memory = Memory(LAYOUT, self.headroom, CPU, max_kv_bytes, reserve_fraction, demand_tokens)
+        self.memory = KVMemory(LAYOUT, self.headroom, CPU, max_kv_bytes, reserve_fraction, demand_tokens)
 
     def held(self) -> int:
         return 0 if self.memory is None else self.memory.pool.bytes_held
 
 
-def made(total: int, **options: object) -> Memory:
+def made(total: int, **options: object) -> KVMemory:
     memory = World(total, **options).memory  # type: ignore[arg-type]
     assert memory is not None
     return memory
@@ -79,7 +79,7 @@ def test_a_slab_is_never_huge() -> None:
 # -- growing ---------------------------------------------------------------------------------------------
 
 
-def fill(memory: Memory) -> None:
+def fill(memory: KVMemory) -> None:
     """Grows as far as it goes, reading telemetry now and then."""
     while memory.reserve(memory.pool.free_pages + 1):
         memory.pool.allocate(memory.pool.free_pages)
@@ -108,7 +108,7 @@ def test_growth_stops_at_the_cap() -> None:
 def test_headroom_is_counted_down_between_readings() -> None:
     """Telemetry is read once a step; a step must not take the same bytes twice."""
     headroom = FakeHeadroom(160 * PAGE)  # never sees what the pool holds
-    memory = Memory(LAYOUT, headroom, CPU, None, 0.0, MANY)
+    memory = KVMemory(LAYOUT, headroom, CPU, None, 0.0, MANY)
     assert memory.reserve(160)
     assert memory.headroom_bytes == 0
     assert not memory.reserve(161)
@@ -260,8 +260,10 @@ def test_what_could_ever_be_held_does_not_depend_on_others(options: dict[str, in
     assert not memory.could_hold(fits + 1)
 
 
-@pytest.mark.parametrize("check", [Memory.read, lambda memory: memory.could_hold(1), lambda memory: memory.reserve(0)])
-def test_looking_takes_nothing(check: Callable[[Memory], object]) -> None:
+@pytest.mark.parametrize(
+    "check", [KVMemory.read, lambda memory: memory.could_hold(1), lambda memory: memory.reserve(0)]
+)
+def test_looking_takes_nothing(check: Callable[[KVMemory], object]) -> None:
     memory = made(160 * PAGE)
     check(memory)
     assert memory.pool.bytes_held == 0

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rollout.batcher.types import IntArray
-from rollout.engine.batch_row import Completion, Group, Row, noise_key
-from rollout.engine.live_batch import LiveRows
+from rollout.engine.batch_row import BatchRow, Completion, Group, noise_key
+from rollout.engine.live_batch import LiveBatch
 from rollout.requests import Request
 from rollout.sampling_params import SamplingParams
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 class Plain:
     """What one row should have."""
 
-    row: Row
+    row: BatchRow
     prompt: int
     pages: list[int]
     joined: int
@@ -45,16 +45,16 @@ def row_of(
     done: int = 0,
     limit: int = 99,
     group_number: int = 7,
-) -> Row:
+) -> BatchRow:
     group = Group(group_number, np.arange(prompt))
-    row = Row(Request(name, group.prompt_ids.tolist(), params, seed=3), sample, group, limit)
+    row = BatchRow(Request(name, group.prompt_ids.tolist(), params, seed=3), sample, group, limit)
     if done:
         values = np.linspace(-1, -2, done).astype(np.float32)
         row.completion = Completion(np.arange(done) + 50, values, values / 2)
     return row
 
 
-def append(live: LiveRows, slot: int, token: int) -> None:
+def append(live: LiveBatch, slot: int, token: int) -> None:
     """A token that is here at once."""
     slots, positions = np.array([slot]), live.generated[[slot]]
     live.advance(slots, torch.tensor([token]))
@@ -66,7 +66,7 @@ class Model:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.live = LiveRows(PAGE_SIZE, CPU)
+        self.live = LiveBatch(PAGE_SIZE, CPU)
         self.plain: dict[int, Plain] = {}
         self.pending: deque[tuple[list[int], list[int], list[int]]] = deque()
         """Slots, positions and tokens of draws that are not here."""
@@ -233,7 +233,7 @@ def test_any_sequence_keeps_every_row_s_own(seed: int) -> None:
 
 
 def test_a_completion_is_a_copy() -> None:
-    live = LiveRows(PAGE_SIZE, CPU)
+    live = LiveBatch(PAGE_SIZE, CPU)
     slot = live.add(row_of("a", 3, SamplingParams(), done=2), np.array([0, 1]))
     before = live.completion(slot)
     append(live, slot, 7)
@@ -244,7 +244,7 @@ def test_a_completion_is_a_copy() -> None:
 
 
 def test_tables_of_rows_are_views_that_may_be_rewritten() -> None:
-    live = LiveRows(PAGE_SIZE, CPU)
+    live = LiveBatch(PAGE_SIZE, CPU)
     first = live.add(row_of("a", 5, SamplingParams()), np.array([3, 4]))
     second = live.add(row_of("b", 2, SamplingParams()), np.array([9]))
     for pages in live.all_pages():
@@ -253,7 +253,7 @@ def test_tables_of_rows_are_views_that_may_be_rewritten() -> None:
 
 
 def test_a_free_slot_has_no_row() -> None:
-    live = LiveRows(PAGE_SIZE, CPU)
+    live = LiveBatch(PAGE_SIZE, CPU)
     slot = live.add(row_of("a", 5, SamplingParams()), np.array([3, 4]))
     live.remove(slot)
     with pytest.raises(AssertionError, match="is free"):
@@ -262,7 +262,7 @@ def test_a_free_slot_has_no_row() -> None:
 
 def test_sampling_tensors_are_made_once_a_batch() -> None:
     """And again when it changes: a slot that is taken again must not sample as its last row did."""
-    live = LiveRows(PAGE_SIZE, CPU)
+    live = LiveBatch(PAGE_SIZE, CPU)
     slot = live.add(row_of("a", 5, SamplingParams(temperature=0.5)), np.array([3, 4]))
     first = live.sampling(live.active)
     append(live, slot, 7)

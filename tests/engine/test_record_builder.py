@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from rollout.engine.batch_row import NOTHING, Completion
-from rollout.engine.detokenizer import Text
-from rollout.engine.record_builder import Recorder
+from rollout.engine.detokenizer import Detokenizer
+from rollout.engine.record_builder import RecordBuilder
 from rollout.records import Record
 from rollout.requests import Request
 from rollout.sampling_params import SamplingParams
 from rollout.stats import Tally
 
 
-class Letters(Text):
+class Letters(Detokenizer):
     """Token 0 is a, 1 is b, and so on."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ def completion(*tokens: int) -> Completion:
 
 def test_a_finished_completion_is_one_record() -> None:
     tally = Tally()
-    recorder = Recorder(Letters(), tally, weight_version=6)
+    recorder = RecordBuilder(Letters(), tally, weight_version=6)
     request = Request("r", (9, 8), SamplingParams(n=5, stop=("cd", "x")), seed=4)
     recorder.finish(request, 3, completion(0, 1, 2, 3), "stop")
     assert recorder.take() == [
@@ -54,7 +54,7 @@ def test_a_finished_completion_is_one_record() -> None:
 
 def test_values_are_plain_numbers() -> None:
     """They are written to files, where numpy's scalars are strangers."""
-    recorder = Recorder(Letters(), Tally(), 0)
+    recorder = RecordBuilder(Letters(), Tally(), 0)
     recorder.finish(Request("r", np.array([9]), SamplingParams()), 0, completion(1), "length")  # type: ignore[arg-type]
     (record,) = recorder.take()
     assert type(record.completion_ids[0]) is int
@@ -63,7 +63,7 @@ def test_values_are_plain_numbers() -> None:
 
 def test_a_refused_request_is_an_error_for_every_sample_that_was_wanted() -> None:
     tally = Tally()
-    recorder = Recorder(Letters(), tally, 0)
+    recorder = RecordBuilder(Letters(), tally, 0)
     recorder.refuse(Request("a", [1] * 7, SamplingParams(n=3)), "prompt_too_long", "why")
     recorder.refuse(Request("b", [], SamplingParams(n=9), samples=[8, 4]), "empty_prompt", "what")
     records = recorder.take()
@@ -76,7 +76,7 @@ def test_a_refused_request_is_an_error_for_every_sample_that_was_wanted() -> Non
 
 def test_a_failed_sample_keeps_what_it_has() -> None:
     tally = Tally()
-    recorder = Recorder(Letters(), tally, 0)
+    recorder = RecordBuilder(Letters(), tally, 0)
     recorder.fail(Request("a", [1], SamplingParams()), 0, completion(0, 1), "not_finite", "why")
     recorder.fail(Request("b", [1], SamplingParams()), 0, NOTHING, "too_large", "why")
     first, second = recorder.take()
@@ -86,7 +86,7 @@ def test_a_failed_sample_keeps_what_it_has() -> None:
 
 
 def test_records_are_taken_once_and_in_order() -> None:
-    recorder = Recorder(Letters(), Tally(), 0)
+    recorder = RecordBuilder(Letters(), Tally(), 0)
     assert not recorder
     for name in "abc":
         recorder.finish(Request(name, [1], SamplingParams()), 0, completion(1), "length")

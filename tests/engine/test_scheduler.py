@@ -161,14 +161,14 @@ def test_a_step_packs_the_last_token_of_each_live_row_and_then_the_parts_of_pref
     packed = world.running.packed(world.live.active, parts)
     assert packed is not None
     a, (b, c) = world.live.pages(0), (prefill.pages for prefill in world.running.prefills)
-    assert packed.starts.tolist() == [6, 3, 0]
-    assert packed.lengths.tolist() == [1, 6, 2]
+    assert packed.prefix_lens.tolist() == [6, 3, 0]
+    assert packed.query_lens.tolist() == [1, 6, 2]
     assert packed.tokens.tolist() == [*world.live.last_tokens(world.live.active).tolist(), *range(23, 29), 40, 41]
     assert packed.positions.tolist() == [6, 3, 4, 5, 6, 7, 8, 0, 1]
     size = PAGE_SIZE
     wanted = [(a, 6), *((b, i) for i in range(3, 9)), (c, 0), (c, 1)]
-    assert packed.slots(size).tolist() == [pages[i // size] * size + i % size for pages, i in wanted]
-    assert packed.tables.shape == (3, 3)
+    assert packed.slot_mapping(size).tolist() == [pages[i // size] * size + i % size for pages, i in wanted]
+    assert packed.page_tables.shape == (3, 3)
 
 
 def test_a_row_that_does_not_fit_says_what_it_lacks_only_on_an_empty_device() -> None:
@@ -287,7 +287,7 @@ def test_prefill_wider_than_the_live_page_tables() -> None:
     assert live.tables.shape[1] < pages_of_long
     packed = running.packed(slots, parts)
     assert packed is not None
-    assert packed.tables.shape == (2, pages_of_long)
+    assert packed.page_tables.shape == (2, pages_of_long)
     held = live.pages(int(slots[0]))
-    assert packed.tables[0, : len(held)].tolist() == held.tolist()
-    assert packed.tables[1].tolist() == parts[0][0].pages.tolist()
+    assert packed.page_tables[0, : len(held)].tolist() == held.tolist()
+    assert packed.page_tables[1].tolist() == parts[0][0].pages.tolist()

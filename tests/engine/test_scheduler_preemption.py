@@ -112,7 +112,7 @@ def test_a_row_keeps_its_pages_until_its_last_token_is_here() -> None:
     world.pool.check_integrity(world.running.held_pages())
     packed = world.running.packed(world.live.active, [])
     assert packed is not None
-    assert (packed.tokens.tolist(), packed.starts.tolist()) == ([2], [8])
+    assert (packed.tokens.tolist(), packed.prefix_lens.tolist()) == ([2], [8])
     world.running.leave(slot)
     world.pool.check_integrity(world.running.held_pages())
     world.running.close()

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from rollout import Engine
 from rollout.config import load_config
-from rollout.engine.kv_memory import Memory
-from rollout.engine.tp_sync import Alone, Together, together
+from rollout.engine.kv_memory import KVMemory
+from rollout.engine.tp_sync import SingleProcess, TensorParallelSync, sync_for
 from rollout.errors import InputError
 from rollout.headroom.fake import FakeHeadroom
 from rollout.job.job import run_job
-from rollout.job.ranks import Place
+from rollout.job.ranks import Topology
 from rollout.models.errors import UnsupportedModel
 from rollout.models.loading.load import ModelSource, load_model
 from rollout.models.module.tensor_parallel import tensor_parallel_group
@@ -87,9 +87,9 @@ def test_what_does_not_go_with_it(other: str) -> None:
 
 def test_a_place_among_processes_that_work_together() -> None:
     launched = {"RANK": "1", "WORLD_SIZE": "2", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_ID": "2"}
-    place = Place.of(launched, together=True)
+    place = Topology.of(launched, together=True)
     assert (place.together, place.rank, place.workers, place.worker) == (True, 1, 3, 2)
-    assert not Place.of({}, together=True).together
+    assert not Topology.of({}, together=True).together
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_steps_are_not_captured(caplog: pytest.LogCaptureFixture) -> None:
     assert "several processes hold it together" in caplog.text
 
 
-class Other(Alone):
+class Other(SingleProcess):
     """One of two, of which the other has no memory left."""
 
     alone = False
@@ -142,7 +142,9 @@ class Other(Alone):
 
 
 def test_a_slab_that_another_has_no_room_for_is_not_taken() -> None:
-    memory = Memory(LAYOUT, FakeHeadroom(1000 * LAYOUT.bytes_per_page), torch.device("cpu"), None, 0.0, 100, 1, Other())
+    memory = KVMemory(
+        LAYOUT, FakeHeadroom(1000 * LAYOUT.bytes_per_page), torch.device("cpu"), None, 0.0, 100, 1, Other()
+    )
     assert memory.obtainable_pages > 1
     assert not memory.reserve(1)
     assert (memory.bytes_held, memory.pool.slabs, memory.obtainable_pages) == (0, [], 0)
@@ -152,7 +154,7 @@ def test_an_allocator_failure_inside_of_a_step_ends_the_loop() -> None:
     """The other process waits for this one's part of that very step."""
     trouble, raised = refuse_at({3})
     world = World(plain(4), trouble=trouble)
-    world.loop._together = Other()
+    world.loop._sync = Other()
     world.memory.reserve(100)  # type: ignore[union-attr]
     with pytest.raises(torch.OutOfMemoryError):
         world.run()
@@ -164,7 +166,7 @@ def test_a_process_group_ends_when_it_is_destroyed() -> None:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     group = distributed.group.WORLD
     assert group is not None
-    one = Together(group)
+    one = TensorParallelSync(group)
     groups = [weakref.ref(group), one._host]
     del group
     assert (one.least(3), one.measured(2.5)) == (3, 2.5)
@@ -173,4 +175,4 @@ def test_a_process_group_ends_when_it_is_destroyed() -> None:
 
 
 def test_a_whole_model_decides_alone() -> None:
-    assert type(together(tiny("llama"))) is Alone
+    assert type(sync_for(tiny("llama"))) is SingleProcess

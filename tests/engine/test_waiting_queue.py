@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from rollout.batcher.admission_order import Ordering
-from rollout.engine.batch_row import Completion, Row
-from rollout.engine.waiting_queue import Queue
+from rollout.engine.batch_row import BatchRow, Completion
+from rollout.engine.waiting_queue import WaitingQueue
 from rollout.requests import Request, in_windows
 from rollout.sampling_params import SamplingParams
 
@@ -39,16 +39,16 @@ def queue_of(
     context_limit: int | None = None,
     vocabulary: int = 200,
     ordering: Ordering | None = None,
-) -> Queue:
-    return Queue(requests, context_limit, vocabulary, ordering)
+) -> WaitingQueue:
+    return WaitingQueue(requests, context_limit, vocabulary, ordering)
 
 
-def drain(queue: Queue) -> list[tuple[str, int]]:
+def drain(queue: WaitingQueue) -> list[tuple[str, int]]:
     queue.fill(10**6)
     return [name_of(queue.pop()) for _ in range(len(queue))]
 
 
-def name_of(row: Row) -> tuple[str, int]:
+def name_of(row: BatchRow) -> tuple[str, int]:
     return row.request.row_id, row.sample
 
 
@@ -57,7 +57,7 @@ def name_of(row: Row) -> tuple[str, int]:
 
 def test_the_stream_is_read_only_until_enough_rows_wait() -> None:
     stream = Stream([request(str(i), n=2) for i in range(10)])
-    queue = Queue(stream, None, 100)
+    queue = WaitingQueue(stream, None, 100)
     assert stream.read == 0
     assert queue, "nothing was read, so that more may come"
     queue.fill(1)
@@ -93,7 +93,7 @@ def test_a_stream_that_ended_is_not_asked_again() -> None:
         yield request("a")
         yield request("b")
 
-    queue = Queue(once(), None, 100)
+    queue = WaitingQueue(once(), None, 100)
     queue.fill(5)
     queue.fill(5)
     assert drain(queue) == [("a", 0), ("b", 0)]
@@ -130,7 +130,7 @@ def test_any_sequence_behaves_as_a_list() -> None:
         rng = random.Random(seed)
         requests = [request(str(i), n=rng.randint(1, 3)) for i in range(12)]
         ahead = [(r.row_id, sample) for r in requests for sample in range(r.params.n)]
-        queue, out = queue_of(requests), list[Row]()
+        queue, out = queue_of(requests), list[BatchRow]()
         while queue or out:
             if out and rng.random() < 0.3:
                 count = rng.randint(1, min(3, len(out)))
@@ -314,7 +314,7 @@ def test_the_longest_prompt_that_fits_is_taken() -> None:
 
 def test_refused_requests_do_not_count_as_waiting() -> None:
     stream = Stream([request("bad", []), request("bad too", []), request("a"), request("b")])
-    queue = Queue(stream, None, 100)
+    queue = WaitingQueue(stream, None, 100)
     queue.fill(1)
     assert (stream.read, len(queue)) == (3, 1)
     assert len(queue.take_refused()) == 2

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from rollout import Engine, SamplingParams
-from rollout.models.attention.triton import TritonStep, TritonSteps
-from rollout.models.attention.triton_metadata import Room
+from rollout.models.attention.triton import TritonAttention, TritonBackend
+from rollout.models.attention.triton_metadata import MetadataSizes
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.runners import cuda_graphs, graph_capture
-from rollout.models.runners.cuda_graphs import CapturedRunner
+from rollout.models.runners.cuda_graphs import CudaGraphRunner
 from rollout.models.runners.graph_capture import CudaGraphs
-from rollout.models.runners.packed import InterfaceRunner, InterfaceTier
+from rollout.models.runners.packed import PackedRunner, PackedStrategy
 from tests.support.cuda_graph_world import World
 from tests.support.devices import DEVICE
 from tests.support.paged_sequences import Kind, PagedWorld, Parts
@@ -31,12 +31,12 @@ _KIND = Kind(2, 6, 128, 128)
 def test_a_captured_step_serves_other_rows_and_slabs(dtype: torch.dtype) -> None:
     world = PagedWorld([700, 90, 300], dtype, 1, (_KIND,), TOLERANCE[dtype], device=DEVICE, slab_pages=16)
     world.tables = [world.pool.allocate(len(table)) for table in world.tables]
-    steps = TritonSteps(world.pool)
+    steps = TritonBackend(world.pool)
     prefill: Parts = [(0, range(690)), (1, range(80)), (2, range(290))]
     world.compare(world.attend(steps(world.pool, world.forward(prefill)).compute, prefill), prefill)
 
     rows = 4
-    buffers = steps.buffers(Room(singles=rows, segments=0, tokens=rows, entries=128))
+    buffers = steps.buffers(MetadataSizes(singles=rows, segments=0, tokens=rows, entries=128))
     shapes = ((12, 128), (2, 128), (2, 128))
     inputs = [torch.zeros(rows, *shape, dtype=dtype, device=DEVICE) for shape in shapes]
 
@@ -47,7 +47,7 @@ def test_a_captured_step_serves_other_rows_and_slabs(dtype: torch.dtype) -> None
             memory[: len(parts)] = world.packed(source, 0, parts)
 
     def step() -> torch.Tensor:
-        return TritonStep(world.pool, world.forward(first), buffers).compute(0, *inputs, world.scores[0])
+        return TritonAttention(world.pool, world.forward(first), buffers).compute(0, *inputs, world.scores[0])
 
     first: Parts = [(0, range(690, 691)), (1, range(80, 81)), (2, range(290, 291))]
     fill(first)
@@ -160,10 +160,10 @@ def test_an_engine_replays_graphs_and_draws_what_it_does_without(monkeypatch: py
     found = [record.completion_ids for record in Engine(model, None).generate(prompts, params)]
     assert len(replays) >= 30
 
-    def eager(self: InterfaceTier, pool: PagePool) -> InterfaceRunner:
-        return InterfaceRunner(self.model, pool, TritonSteps(pool))
+    def eager(self: PackedStrategy, pool: PagePool) -> PackedRunner:
+        return PackedRunner(self.model, pool, TritonBackend(pool))
 
-    monkeypatch.setattr(InterfaceTier, "runner", eager)
+    monkeypatch.setattr(PackedStrategy, "runner", eager)
     replays.clear()
     expected = [record.completion_ids for record in Engine(model, None).generate(prompts, params)]
     assert not replays
@@ -171,5 +171,5 @@ def test_an_engine_replays_graphs_and_draws_what_it_does_without(monkeypatch: py
 
 
 def test_a_gpu_s_runner_captures() -> None:
-    tier = InterfaceTier(tiny("llama"))
-    assert isinstance(tier.runner(PagePool(tier.probe(), 4, DEVICE)), CapturedRunner)
+    tier = PackedStrategy(tiny("llama"))
+    assert isinstance(tier.runner(PagePool(tier.probe(), 4, DEVICE)), CudaGraphRunner)

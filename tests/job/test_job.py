@@ -12,8 +12,8 @@ import pytest
 
 from rollout.errors import Exit, InputError
 from rollout.job.job import run_job
-from rollout.job.ranks import Place
-from rollout.run_dir.part_file import Part
+from rollout.job.ranks import Topology
+from rollout.run_dir.part_file import PartFile
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import read_run
 from rollout.verify import verify
@@ -121,7 +121,7 @@ def test_a_finished_part_is_committed_without_the_engine(tmp_path: Path) -> None
     paths = RunPaths(tmp_path / "out")
     whole = read_records(paths.root)
     paths.manifest(1).unlink()
-    part = Part(_made(paths.part(1)))
+    part = PartFile(_made(paths.part(1)))
     for record in whole[12:24]:
         part.append(_record(record))
     part.close()
@@ -184,7 +184,7 @@ def test_a_run_keeps_its_dtype(tmp_path: Path) -> None:
     seen = []
 
     def load(dtype: str, fail_after: int | None = None) -> Any:
-        def loading(config: Any, prompts: Any, place: Place) -> Any:
+        def loading(config: Any, prompts: Any, place: Topology) -> Any:
             seen.append(config.model.dtype)
             return replace(load_fake(FakeEngine(fail_after=fail_after))(config, prompts, place), dtype=dtype)
 

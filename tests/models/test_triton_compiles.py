@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rollout.models.attention.triton import _BLOCKS, blocks
+from rollout.models.attention.triton import _BLOCKS, tile_sizes
 from rollout.models.sampling import gumbel_triton, top_p_triton
 
 _SHARED_BYTES = 227 << 10
@@ -73,9 +73,9 @@ def power(size: int) -> int:
 
 
 def attend(dtype: str, dims: tuple[int, int], group: int, split: bool, **changes: Any) -> tuple[Any, ...]:
-    """Arguments as `TritonStep` passes them."""
+    """Arguments as `TritonAttention` passes them."""
     itemsize = {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]
-    cut = blocks(itemsize, max(dims), group, split)
+    cut = tile_sizes(itemsize, max(dims), group, split)
     types = dict.fromkeys(("query", "out", "sinks"), f"*{dtype}")
     types |= {"items": "*i32", "count": "*i32", "slab_addresses": "*i64", "first_tokens": "*i32"}
     types |= dict.fromkeys(("keys_at", "values_at", "query_token", "query_head", "span_size"), "i32")

@@ -11,7 +11,7 @@ import pytest
 
 from rollout.records import Record
 from rollout.requests import Request
-from rollout.run_dir.part_file import Part, decode_record, encode_record
+from rollout.run_dir.part_file import PartFile, decode_record, encode_record
 from rollout.sampling_params import SamplingParams
 from tests.support.jobs import record_of
 
@@ -48,11 +48,11 @@ def test_records_survive_exactly() -> None:
 
 def test_what_was_appended_is_there_again(tmp_path: Path) -> None:
     made = records(6)
-    part = Part(tmp_path / "a")
+    part = PartFile(tmp_path / "a")
     for record in made[:4]:
         part.append(record)
     part.close()
-    part = Part(tmp_path / "a")
+    part = PartFile(tmp_path / "a")
     assert part.done == {(record.row_id, record.sample) for record in made[:4]}
     for record in made[4:]:
         part.append(record)
@@ -61,10 +61,10 @@ def test_what_was_appended_is_there_again(tmp_path: Path) -> None:
 
 
 def test_a_kill_loses_no_record_that_was_appended(tmp_path: Path) -> None:
-    part = Part(tmp_path / "a")
+    part = PartFile(tmp_path / "a")
     part.append(records(1)[0])
     # Neither closed nor synced: what another process sees is what a kill leaves.
-    assert len(Part(tmp_path / "a").done) == 1
+    assert len(PartFile(tmp_path / "a").done) == 1
 
 
 def test_a_tail_torn_at_any_byte_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_a_tail_torn_at_any_byte_is_cut_off(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "a"
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
-        part = Part(path)
+        part = PartFile(path)
         kept = sum(end <= size for end in ends) - 1
         assert list(part.records()) == made[:kept], size
         assert path.stat().st_size == ends[kept]
@@ -91,7 +91,7 @@ def test_junk_is_cut_off_with_all_that_follows(tmp_path: Path, junk: bytes) -> N
     made = records(3)
     path = tmp_path / "a"
     path.write_bytes(encode_record(made[0]) + junk + encode_record(made[1]))
-    part = Part(path)
+    part = PartFile(path)
     assert list(part.records()) == made[:1]
     part.close()
 
@@ -100,7 +100,7 @@ def test_a_record_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     made = records(2)
     path = tmp_path / "a"
     path.write_bytes(encode_record(made[0]) + encode_record(replace(made[0], attempt=9)) + encode_record(made[1]))
-    part = Part(path)
+    part = PartFile(path)
     assert list(part.records()) == made[:1]
     with pytest.raises(AssertionError, match="finished already"):
         part.append(made[0])
@@ -111,7 +111,7 @@ def test_it_is_synced_about_every_second_and_when_closed(tmp_path: Path, monkeyp
     now = 0.0
     synced: list[float] = []
     monkeypatch.setattr("rollout.run_dir.part_file.os.fsync", lambda descriptor: synced.append(now))
-    part = Part(tmp_path / "a", clock=lambda: now)
+    part = PartFile(tmp_path / "a", clock=lambda: now)
     for step, record in enumerate(records(30)):
         now = step * 0.1
         part.append(record)

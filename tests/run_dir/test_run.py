@@ -11,14 +11,14 @@ import pytest
 from rollout.errors import InputError
 from rollout.run_dir.fingerprint import Fingerprint
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.run import Run, earlier_run, open_run, prepare, read_row_ids, read_run, rows_per_shard
+from rollout.run_dir.run import RunDir, earlier_run, open_run, prepare, read_row_ids, read_run, rows_per_shard
 from tests.support.jobs import config_of
 
 IDS = [f"row {i}" for i in range(10)]
 FINGERPRINT = Fingerprint({"seed": 0, "sampling.temperature": 1.0})
 
 
-def opened(folder: Path, *overrides: str, fingerprint: Fingerprint = FINGERPRINT, workers: int = 1) -> Run:
+def opened(folder: Path, *overrides: str, fingerprint: Fingerprint = FINGERPRINT, workers: int = 1) -> RunDir:
     config = config_of(folder, *overrides)
     return open_run(prepare(config.output.dir), config, fingerprint, IDS, "float32", "gather", workers)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.shard_locks import FileClaims, locked, try_lock, unlock
+from rollout.run_dir.shard_locks import FileLocks, locked, try_lock, unlock
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def paths(tmp_path: Path) -> RunPaths:
 
 
 def test_each_shard_is_claimed_once(paths: RunPaths) -> None:
-    one, two = FileClaims(paths, 5), FileClaims(paths, 5)
+    one, two = FileLocks(paths, 5), FileLocks(paths, 5)
     claimed = [one.claim(), two.claim(), two.claim(), one.claim(), one.claim()]
     assert sorted(c for c in claimed if c is not None) == [0, 1, 2, 3, 4]
     assert one.claim() is None
@@ -31,13 +31,13 @@ def test_each_shard_is_claimed_once(paths: RunPaths) -> None:
 def test_committed_shards_are_not_claimed(paths: RunPaths) -> None:
     paths.manifest(0).write_text("{}")
     paths.manifest(2).write_text("{}")
-    claims = FileClaims(paths, 4)
+    claims = FileLocks(paths, 4)
     assert [claims.claim() for _ in range(3)] == [1, 3, None]
     assert not paths.lock(0).exists()
 
 
 def test_a_shard_given_back_can_be_claimed_again(paths: RunPaths) -> None:
-    one, two = FileClaims(paths, 1), FileClaims(paths, 1)
+    one, two = FileLocks(paths, 1), FileLocks(paths, 1)
     assert one.claim() == 0
     one.release(0, committed=False)
     assert two.claim() == 0
@@ -46,7 +46,7 @@ def test_a_shard_given_back_can_be_claimed_again(paths: RunPaths) -> None:
 
 
 def test_a_committed_shard_leaves_no_lock(paths: RunPaths) -> None:
-    one, two = FileClaims(paths, 1), FileClaims(paths, 1)
+    one, two = FileLocks(paths, 1), FileLocks(paths, 1)
     assert one.claim() == 0
     paths.manifest(0).write_text("{}")
     one.release(0, committed=True)
@@ -57,7 +57,7 @@ def test_a_committed_shard_leaves_no_lock(paths: RunPaths) -> None:
 def test_a_shard_committed_between_look_and_lock_is_left_alone(
     paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claims = FileClaims(paths, 1)
+    claims = FileLocks(paths, 1)
 
     def commit_first(path: Path) -> int | None:
         paths.manifest(0).write_text("{}")
@@ -69,7 +69,7 @@ def test_a_shard_committed_between_look_and_lock_is_left_alone(
 
 
 def test_a_worker_holds_no_more_than_its_share(paths: RunPaths) -> None:
-    claims = FileClaims(paths, 8, workers=2)
+    claims = FileLocks(paths, 8, workers=2)
     assert [claims.claim() for _ in range(5)] == [0, 1, 2, 3, None]
     for shard in (4, 5, 6, 7):
         paths.manifest(shard).write_text("{}")
@@ -80,7 +80,7 @@ def test_a_worker_holds_no_more_than_its_share(paths: RunPaths) -> None:
 
 
 def test_the_share_is_never_nothing(paths: RunPaths) -> None:
-    assert FileClaims(paths, 1, workers=9).claim() == 0
+    assert FileLocks(paths, 1, workers=9).claim() == 0
 
 
 def test_a_lock_on_a_removed_file_is_none(paths: RunPaths) -> None:
@@ -127,7 +127,7 @@ time.sleep(60)
     process = subprocess.Popen([sys.executable, "-c", code, str(paths.root)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "0"
-    claims = FileClaims(paths, 1)
+    claims = FileLocks(paths, 1)
     assert claims.claim() is None
     process.kill()
     process.wait()

@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout.models.arrays import IntArray
-from rollout.models.attention.triton import TritonSteps
-from rollout.models.forward_batch import Packed
+from rollout.models.attention.triton import TritonBackend
+from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.runners.cuda_graphs import CapturedRunner, rung
+from rollout.models.runners.cuda_graphs import CudaGraphRunner, padded_batch_size
 from rollout.models.runners.graph_capture import Graphs
-from rollout.models.runners.packed import InterfaceRunner, InterfaceTier
+from rollout.models.runners.packed import PackedRunner, PackedStrategy
 from tests.support.devices import DEVICE
 from tests.support.tiny_models import VOCABULARY, tiny
 
@@ -80,14 +80,14 @@ class World:
         graphs: Graphs | None = None,
     ) -> None:
         self.model = tiny("llama", num_hidden_layers=2) if model is None else model
-        self.tier = InterfaceTier(self.model)
+        self.tier = PackedStrategy(self.model)
         self.layout = self.tier.probe()
         self.fake = FakeGraphs()
         self.loan = self.tier._loan
         self.pools = [PagePool(self.layout, slab_pages, DEVICE) for _ in range(2)]
-        steps = [TritonSteps(pool) for pool in self.pools]
-        self.plain, eager = (InterfaceRunner(self.model, pool, s) for pool, s in zip(self.pools, steps, strict=True))
-        self.runner = CapturedRunner(eager, self.model, steps[1], self.loan, graphs or self.fake)
+        steps = [TritonBackend(pool) for pool in self.pools]
+        self.plain, eager = (PackedRunner(self.model, pool, s) for pool, s in zip(self.pools, steps, strict=True))
+        self.runner = CudaGraphRunner(eager, self.model, steps[1], self.loan, graphs or self.fake)
         self.tokens = np.random.default_rng(3).integers(3, VOCABULARY, (texts, 200))
         self.tables: list[list[IntArray]] = [[np.zeros(0, np.int64)] * texts for _ in range(2)]
         self.lengths = [0] * texts
@@ -98,10 +98,10 @@ class World:
         torch's products give a row other bits in more company, so the eager runner computes the first row again as
         often as there is padding.
         """
-        padding = rung(len(parts)) - len(parts) if all(count == 1 for _, count in parts) else 0
+        padding = padded_batch_size(len(parts)) - len(parts) if all(count == 1 for _, count in parts) else 0
         logits = []
         for which, runner in enumerate((self.plain, self.runner)):
-            with self.tier.on_loan():
+            with self.tier.borrow():
                 packed = self._packed(which, [*parts, *parts[:1] * (0 if which else padding)])
                 logits.append(runner.forward(packed)[: len(parts)])
         for text, count in parts:
@@ -115,7 +115,7 @@ class World:
     def decode(self, *texts: int) -> None:
         self.same([(text, 1) for text in texts])
 
-    def _packed(self, which: int, parts: list[tuple[int, int]]) -> Packed:
+    def _packed(self, which: int, parts: list[tuple[int, int]]) -> ForwardBatch:
         pool, tables = self.pools[which], self.tables[which]
         for text, count in parts:
             lacking = self.layout.pages_for(self.lengths[text] + count) - len(tables[text])
@@ -127,7 +127,7 @@ class World:
             packed[row, : len(tables[text])] = tables[text]
         starts = np.array([self.lengths[text] for text, _ in parts])
         new = [self.tokens[text, self.lengths[text] : self.lengths[text] + count] for text, count in parts]
-        return Packed(
+        return ForwardBatch(
             torch.from_numpy(np.concatenate(new)).to(DEVICE), packed, starts, np.array([count for _, count in parts])
         )
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from rollout import Engine, Record, SamplingParams
 from rollout.batcher.types import Decision, Observation
 from rollout.engine.loop import Loop
-from rollout.models.runners.select import serve
+from rollout.models.runners.select import select_strategy
 from rollout.requests import Request
 from tests.support.tiny_models import VOCABULARY, tiny
 
@@ -220,7 +220,7 @@ def check(case: Case) -> None:
 
 def _run(case: Case, model: PreTrainedModel, prompts: list[list[int]]) -> list[Record]:
     """The records of the case, in the order of its prompts and samples."""
-    page = serve(model).probe().bytes_per_page
+    page = select_strategy(model).probe().bytes_per_page
     longest = max((min(CONTEXT, prompt.length + prompt.params.max_new_tokens) for prompt in case.prompts), default=1)
     # The pool is whole slabs, of a sixteenth of the cap each.
     pages = None if case.spare_pages is None else -(-longest // 16) * 17 // 16 + 3 + case.spare_pages
@@ -232,7 +232,7 @@ def _run(case: Case, model: PreTrainedModel, prompts: list[list[int]]) -> list[R
         max_kv_bytes=pages and pages * page,
     )
     params = [prompt.params for prompt in case.prompts]
-    with patch("rollout.engine.engine.Loop", functools.partial(Loop, late=case.late)):
+    with patch("rollout.engine.engine.Loop", functools.partial(Loop, overlap=case.late)):
         if not case.streamed:
             return list(engine.generate(prompts, params, seed=case.seed))
 

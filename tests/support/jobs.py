@@ -22,7 +22,7 @@ import pyarrow as pa
 from rollout.config import Config, load_config
 from rollout.data.prompts import Prompt, Prompts
 from rollout.job.job import Loaded, run_job
-from rollout.job.ranks import Place
+from rollout.job.ranks import Topology
 from rollout.records import Record
 from rollout.requests import Request, StepReport
 from rollout.run_dir.shards import read_shard
@@ -113,12 +113,12 @@ def report_of(step: int, **values: Any) -> StepReport:
     return replace(report, **values)
 
 
-def load_fake(engine: FakeEngine | None = None) -> Callable[[Config, Prompts, Place], Loaded]:
+def load_fake(engine: FakeEngine | None = None) -> Callable[[Config, Prompts, Topology], Loaded]:
     """A function that loads a fake engine, as `run_job` takes it."""
     return lambda config, prompts, place: Loaded(engine or FakeEngine(), "float32", "none")
 
 
-def refuse_to_load(config: Config, prompts: Prompts, place: Place) -> Loaded:
+def refuse_to_load(config: Config, prompts: Prompts, place: Topology) -> Loaded:
     """Fails a test in which no model may be loaded."""
     raise AssertionError("the model was loaded")
 

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from rollout.models.arrays import IntArray
-from rollout.models.attention.interface import Scores
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.attention.interface import ScoreParams
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 
 Parts = list[tuple[int, range]]
 """A forward: sequences, and the positions of each that are computed."""
-Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, Scores], torch.Tensor]
+Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, ScoreParams], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Kind:
     group: int
     key_dim: int
     value_dim: int
-    span: Span = Span()
+    span: MaskKind = MaskKind()
     softcap: float | None = None
     sinks: bool = False
 
@@ -60,7 +60,7 @@ class PagedWorld:
         print("seed", seed, "place", place)
         self.lengths, self.dtype, self.kinds, self.page_size = lengths, dtype, kinds, page_size
         self.tolerance, self.device = tolerance, device
-        sites = tuple(Site(None, kind.kv_heads, kind.key_dim, kind.value_dim, kind.span) for kind in kinds)
+        sites = tuple(AttentionLayer(None, kind.kv_heads, kind.key_dim, kind.value_dim, kind.span) for kind in kinds)
         self.pool = PagePool(KVLayout(sites, dtype, page_size), slab_pages, device)
         counts = [-(-length // page_size) for length in lengths]
         while self.pool.free_pages < sum(counts) + 5:
@@ -83,7 +83,7 @@ class PagedWorld:
         if shared:
             self.tables[1][: shared // page_size] = self.tables[0][: shared // page_size]
         self.scores = [
-            Scores(
+            ScoreParams(
                 1.3 * kind.key_dim**-0.5,
                 kind.softcap,
                 torch.from_numpy(rng.standard_normal(kind.kv_heads * kind.group, np.float32)).to(device, dtype)
@@ -120,7 +120,7 @@ class PagedWorld:
                 for tensor in (*slab.keys, *slab.values):
                     tensor.fill_(torch.nan)
 
-    def forward(self, parts: Parts) -> Packed:
+    def forward(self, parts: Parts) -> ForwardBatch:
         """Entries of the tables past a sequence's pages name a page that is not there."""
         width = max(len(self.tables[sequence]) for sequence, _ in parts)
         tables = np.full((len(parts), width), 10**9)
@@ -128,7 +128,7 @@ class PagedWorld:
             held = self.tables[sequence][: -(-positions.stop // self.page_size)]
             tables[row, : len(held)] = held
         starts, lengths = (np.array(x) for x in zip(*((p.start, len(p)) for _, p in parts), strict=True))
-        return Packed(torch.zeros(int(lengths.sum()), dtype=torch.int64), tables, starts, lengths)
+        return ForwardBatch(torch.zeros(int(lengths.sum()), dtype=torch.int64), tables, starts, lengths)
 
     def packed(self, source: list[list[torch.Tensor]], index: int, parts: Parts) -> torch.Tensor:
         return torch.cat([source[index][sequence][positions] for sequence, positions in parts])

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout import Engine, Record
-from rollout.models.runners.select import serve
+from rollout.models.runners.select import select_strategy
 from tests.contract.conftest import BEYOND_TABLE
 from tests.support.tiny_models import VOCABULARY
 
@@ -26,7 +26,7 @@ def random_prompts(seed: int, count: int, longest: int = 48) -> list[list[int]]:
 
 def page_bytes(model: PreTrainedModel) -> int:
     """KV bytes of a page of ``model``."""
-    return serve(model).probe().bytes_per_page
+    return select_strategy(model).probe().bytes_per_page
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], tokens: int, use_cache: bool = True) -> list[int]:

@@ -9,21 +9,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from rollout.engine.batch_row import Row
-from rollout.engine.kv_memory import Memory
-from rollout.engine.scheduler import Running
-from rollout.engine.waiting_queue import Queue
+from rollout.engine.batch_row import BatchRow
+from rollout.engine.kv_memory import KVMemory
+from rollout.engine.scheduler import Scheduler
+from rollout.engine.waiting_queue import WaitingQueue
 from rollout.headroom.fake import FakeHeadroom
 from rollout.models.arrays import IntArray
-from rollout.models.kv_cache.layout import KVLayout, Site, Span, State
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind, StateTensor
 from rollout.requests import Request
 from rollout.sampling_params import SamplingParams
 from rollout.stats import Tally
 
 PAGE_SIZE, SLAB_PAGES = 4, 4
-LAYOUT = KVLayout((Site(nn.Identity(), 1, 1, 1, Span()),), torch.float32, PAGE_SIZE)
+LAYOUT = KVLayout((AttentionLayer(nn.Identity(), 1, 1, 1, MaskKind()),), torch.float32, PAGE_SIZE)
 #: The same, and a state of one number.
-RECURRENT = replace(LAYOUT, states=(State(0, "recurrent", 0, (1,), torch.float32),))
+RECURRENT = replace(LAYOUT, states=(StateTensor(0, "recurrent", 0, (1,), torch.float32),))
 ALL = 10**6
 
 
@@ -41,18 +41,18 @@ class World:
     """
 
     def __init__(self, requests: Sequence[Request], slabs: int = 50, layout: KVLayout = LAYOUT) -> None:
-        self.memory: Memory | None = None
+        self.memory: KVMemory | None = None
         slab_bytes = SLAB_PAGES * layout.bytes_per_page
         self.headroom = FakeHeadroom(slabs * slab_bytes, held=self.held)
-        self.memory = Memory(layout, self.headroom, torch.device("cpu"), None, 0.0, 4 * SLAB_PAGES * PAGE_SIZE)
+        self.memory = KVMemory(layout, self.headroom, torch.device("cpu"), None, 0.0, 4 * SLAB_PAGES * PAGE_SIZE)
         self.pool = self.memory.pool
         # A slab is a share of memory, which is too little for these tests.
         self.pool.slab_pages = self.pool.states.slab_pages = SLAB_PAGES
         self.per_row = len(layout.states)
-        self.queue = Queue(requests, None, ALL)
+        self.queue = WaitingQueue(requests, None, ALL)
         self.queue.fill(ALL)
         self.tally = Tally()
-        self.running = Running(self.memory, self.queue, self.tally, self.settle)
+        self.running = Scheduler(self.memory, self.queue, self.tally, self.settle)
         self.live = self.running.live
         self.ended: list[int] = []
         self.drawn: dict[int, list[int]] = {}
@@ -117,7 +117,7 @@ class World:
         self.live.receive(slots, positions, tokens, -tokens.astype(np.float32), -tokens.astype(np.float32))
         self.check()
 
-    def next_token(self, row: Row) -> int:
+    def next_token(self, row: BatchRow) -> int:
         drawn = self.drawn.setdefault(id(row), [])
         drawn.append(1000 + 100 * row.sample + len(drawn))
         return drawn[-1]

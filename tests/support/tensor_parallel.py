@@ -86,13 +86,13 @@ def main(model: str) -> None:
     rank = int(os.environ["RANK"])
     held = load_model(ModelSource(model, dtype="float32", tensor_parallel=True), resolve_device())
     squeezed = Engine(held, None, latency_budget_ms=5.0, reserve_fraction=0.0, headroom=RandomHeadroom(rank))
-    layout = squeezed._tier.probe()
+    layout = squeezed._strategy.probe()
     tight = Engine(held, None, policy="static", max_kv_bytes=_PAGES * layout.bytes_per_page)
     batches = [squeezed.generate(PROMPTS, GREEDY, seed=7)]
-    with patch("rollout.engine.engine.Loop", partial(Loop, late=True)):
+    with patch("rollout.engine.engine.Loop", partial(Loop, overlap=True)):
         batches.append(tight.generate(PROMPTS, SAMPLED, seed=7))
     told = {
-        "heads": [site.kv_heads for site in layout.sites],
+        "heads": [site.kv_heads for site in layout.layers],
         "records": [asdict(record) for batch in batches for record in batch],
         "preempted": [batch.stats.preempted_rows for batch in batches],
         "steps": [batch.stats.steps for batch in batches],

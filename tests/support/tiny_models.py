@@ -155,7 +155,7 @@ for _new in ("bailing_hybrid", "lfm3"):
     if _new not in CONFIG_MAPPING:
         del STATE[_new]
 
-TIERS = {"interface": INTERFACE, "gathering": GATHERING}
+TIERS = {"packed": INTERFACE, "padded": GATHERING}
 SERVED: dict[str, dict[str, Any]] = {
     family: fields for tier in (*TIERS.values(), STATE) for family, fields in tier.items()
 }

@@ -19,14 +19,14 @@ from torch import nn
 from rollout.batcher.types import Decision, Observation, Policy
 from rollout.engine import loop as loop_module
 from rollout.engine.batch_row import noise_key
-from rollout.engine.detokenizer import Ids, Text
-from rollout.engine.kv_memory import Memory
+from rollout.engine.detokenizer import Detokenizer, Ids
+from rollout.engine.kv_memory import KVMemory
 from rollout.engine.loop import Loop
-from rollout.engine.waiting_queue import Queue
+from rollout.engine.waiting_queue import WaitingQueue
 from rollout.headroom.fake import FakeHeadroom
 from rollout.models.arrays import IntArray
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.runners.base import Runner
 from rollout.models.sampling.sampler import RowSampling, Sampled, sample
@@ -36,7 +36,7 @@ from rollout.sampling_params import SamplingParams
 from rollout.stats import Tally
 
 PAGE_SIZE, VOCABULARY, EOS, BROKEN = 4, 30, 2, 29
-LAYOUT = KVLayout((Site(nn.Identity(), 1, 1, 1, Span()),), torch.float32, PAGE_SIZE)
+LAYOUT = KVLayout((AttentionLayer(nn.Identity(), 1, 1, 1, MaskKind()),), torch.float32, PAGE_SIZE)
 PAGE = LAYOUT.bytes_per_page
 CPU = torch.device("cpu")
 _TABLE = torch.from_numpy(np.random.default_rng(0).standard_normal((64, VOCABULARY))).float()
@@ -53,7 +53,7 @@ def logits_of(context: Sequence[int]) -> torch.Tensor:
     return _TABLE[state % 64] + 0.1 * _TABLE[state % 61]
 
 
-class Letters(Text):
+class Letters(Detokenizer):
     """Token 0 is a, 1 is b, and so on."""
 
     def __init__(self) -> None:
@@ -83,21 +83,21 @@ class ToyRunner(Runner):
     def __init__(self, pool: PagePool, trouble: Trouble | None) -> None:
         self.pool, self.trouble, self.calls = pool, trouble, 0
 
-    def forward(self, packed: Packed) -> torch.Tensor:
-        ends, lengths = packed.ends.tolist(), packed.lengths
+    def forward(self, packed: ForwardBatch) -> torch.Tensor:
+        ends, lengths = packed.seq_lens.tolist(), packed.query_lens
         new = np.split(packed.tokens.numpy(), np.cumsum(lengths)[:-1])
-        before = [self.read(table, start) for table, start in zip(packed.tables, packed.starts, strict=True)]
+        before = [self.read(table, start) for table, start in zip(packed.page_tables, packed.prefix_lens, strict=True)]
         self.calls += 1
         assert self.calls < 20_000, "it goes round in circles"
         if self.trouble is not None:
             contexts = [[*old, *tokens.tolist()] for old, tokens in zip(before, new, strict=True)]
             single = int((lengths == 1).sum())
             self.trouble(Call(self.calls, single, int(lengths[lengths > 1].sum()), contexts))
-        assert packed.tables.shape[1] == -(-max(ends) // PAGE_SIZE)
-        for tokens, table, start in zip(new, packed.tables, packed.starts.tolist(), strict=True):
+        assert packed.page_tables.shape[1] == -(-max(ends) // PAGE_SIZE)
+        for tokens, table, start in zip(new, packed.page_tables, packed.prefix_lens.tolist(), strict=True):
             for position, token in enumerate(tokens.tolist(), start):
                 self.write(table, position, token)
-        return torch.stack([logits_of(self.read(t, n)) for t, n in zip(packed.tables, ends, strict=True)])
+        return torch.stack([logits_of(self.read(t, n)) for t, n in zip(packed.page_tables, ends, strict=True)])
 
     def write(self, pages: IntArray, position: int, token: int) -> None:
         slab, page = divmod(int(pages[position // PAGE_SIZE]), self.pool.slab_pages)
@@ -261,12 +261,12 @@ class World:
 
     def __post_init__(self) -> None:
         self.reports: list[StepReport] = []
-        self.memory: Memory | None = None
+        self.memory: KVMemory | None = None
         self.headroom = FakeHeadroom(self.pages * PAGE, held=self.held)
-        self.queue = Queue(self.requests, self.context_limit, VOCABULARY)
+        self.queue = WaitingQueue(self.requests, self.context_limit, VOCABULARY)
         self.queue.fill(self.read_first)
         cap = None if self.max_kv_pages is None else self.max_kv_pages * PAGE
-        self.memory = Memory(LAYOUT, self.headroom, CPU, cap, 0.0, self.queue.demand)
+        self.memory = KVMemory(LAYOUT, self.headroom, CPU, cap, 0.0, self.queue.demand)
         self.pool = self.memory.pool
         self.runner = ToyRunner(self.pool, self.trouble)
         self.loop = Loop(
@@ -293,7 +293,7 @@ class World:
         self.reports.append(report)
 
     def check(self) -> None:
-        self.pool.check_integrity(self.loop._running.held_pages())
+        self.pool.check_integrity(self.loop._scheduler.held_pages())
 
     def stream(self) -> Iterator[Record]:
         while True:

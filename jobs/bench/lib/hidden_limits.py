@@ -9,7 +9,7 @@ import numpy as np
 
 from rollout.batcher.estimators.memory_forecast import Forecast
 from rollout.batcher.estimators.row_memory import live_rows
-from rollout.batcher.estimators.survival import Hazard
+from rollout.batcher.estimators.survival import Survival
 from rollout.batcher.types import Decision, Observation, Policy, StepSample
 
 AHEAD = (16, 64, 256)
@@ -33,7 +33,7 @@ class Unaware:
     steps: list[StepSample] = field(default_factory=list)
     errors: list[tuple[float, ...]] = field(default_factory=list)
     """For each of `AHEAD`, foretold minus true tokens, as a share of memory."""
-    _hazard: Hazard = field(default_factory=Hazard)
+    _hazard: Survival = field(default_factory=Survival)
     _decisions: int = 0
 
     def decide(self, observation: Observation) -> Decision:

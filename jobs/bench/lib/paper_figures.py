@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from jobs.bench.lib.tables import geomean, tell
-from rollout.batcher.simulation.compare import Spec, Trial, parse_spec, run
+from rollout.batcher.simulation.compare import Comparison, Spec, parse_spec, run
 from rollout.batcher.simulation.simulator import Machine
 from rollout.batcher.simulation.workloads import Workload, workload_of
 
@@ -59,7 +59,7 @@ def paper(given: argparse.Namespace) -> None:
               "predictive", "over"]]  # fmt: skip
     for model, prompt, output, static, dynamic in _TABLE_2:
         machine = Machine(int(256 * (prompt + output)), _FIGURE_3)
-        trial = Trial(_of_means(model, prompt, output, 3000, 0), machine, 0, 50.0)
+        trial = Comparison(_of_means(model, prompt, output, 3000, 0), machine, 0, 50.0)
         rate = trial.best_static[1].tokens_per_s
         cells = []
         for name in ("sla", "paper", "predictive"):

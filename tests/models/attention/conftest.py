@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rollout.models.attention import triton, triton_metadata
-from rollout.models.attention.triton import Blocks
+from rollout.models.attention.triton import TileSizes
 from tests.support.triton_interpreter import kernels_run_here
 
 
@@ -16,7 +16,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     found = kernels_run_here(monkeypatch)
     if found.type == "cpu":
         monkeypatch.setattr(triton_metadata, "SPLIT_TOKENS", 32)
-        small = {key: (Blocks(16, 16, 4), Blocks(16, 16, 4)) for key in triton._BLOCKS}
+        small = {key: (TileSizes(16, 16, 4), TileSizes(16, 16, 4)) for key in triton._BLOCKS}
         monkeypatch.setattr(triton, "_BLOCKS", small)
         monkeypatch.setattr(triton, "_PROGRAMS", 5)
     return found

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from rollout.models.attention import compiled
-from rollout.models.attention.compiled import CompiledAttention
+from rollout.models.attention.compiled import CompiledForward
 from rollout.models.attention.compiled_library import Kernel
-from rollout.models.attention.interface import Scores
-from rollout.models.kv_cache.layout import KVLayout, Span
+from rollout.models.attention.interface import ScoreParams
+from rollout.models.kv_cache.layout import KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 from tests.support.compiler import needs_compiler
 from tests.support.paged_sequences import Kind, PagedWorld, Parts, same_bits, whole
@@ -33,11 +33,11 @@ KINDS = (
     Kind(1, 2, 128, 128, softcap=1.5),
     Kind(2, 1, 24, 40, sinks=True),
     Kind(1, 3, 72, 5),
-    Kind(2, 3, 64, 64, Span("window", 37)),
-    Kind(2, 1, 16, 32, Span("window", 100), softcap=0.7, sinks=True),
-    Kind(1, 4, 64, 48, Span("chunk", 70), sinks=True),
-    Kind(3, 1, 8, 8, Span("window", 1)),
-    Kind(1, 30, 32, 32, Span("window", 700)),
+    Kind(2, 3, 64, 64, MaskKind("window", 37)),
+    Kind(2, 1, 16, 32, MaskKind("window", 100), softcap=0.7, sinks=True),
+    Kind(1, 4, 64, 48, MaskKind("chunk", 70), sinks=True),
+    Kind(3, 1, 8, 8, MaskKind("window", 1)),
+    Kind(1, 30, 32, 32, MaskKind("window", 700)),
 )
 
 
@@ -57,9 +57,9 @@ class World(PagedWorld):
     ) -> None:
         super().__init__(lengths, dtype, seed, kinds, TOLERANCE[dtype], **places)
 
-    def step(self, kernel: Kernel, parts: Parts, threads: int = 1) -> CompiledAttention:
+    def step(self, kernel: Kernel, parts: Parts, threads: int = 1) -> CompiledForward:
         forward = self.forward(parts)
-        return CompiledAttention(kernel, self.pool, forward.tables, forward.starts, forward.lengths, threads)
+        return CompiledForward(kernel, self.pool, forward.tables, forward.starts, forward.lengths, threads)
 
     def run(self, kernel: Kernel, parts: Parts, threads: int = 1) -> list[torch.Tensor]:
         """One forward: for each site [T, heads, value_dim]."""
@@ -89,7 +89,7 @@ def test_any_mix_of_rows_and_segments_is_plain_attention(
 def test_long_sequences_are_plain_attention(kernel: Kernel) -> None:
     """Beyond the chunks into which one sequence is divided, with rows that several threads share."""
     world = World(
-        [1100, 530], torch.float32, 2, kinds=(KINDS[0], KINDS[5], KINDS[7], Kind(1, 2, 16, 16, Span("window", 700)))
+        [1100, 530], torch.float32, 2, kinds=(KINDS[0], KINDS[5], KINDS[7], Kind(1, 2, 16, 16, MaskKind("window", 700)))
     )
     world.run(kernel, [(0, range(480)), (1, range(500))])
     world.run(kernel, [(0, range(480, 1000))], threads=2)
@@ -244,10 +244,10 @@ def test_non_finite_numbers_stay_with_the_tokens_that_see_them(kernel: Kernel, b
         else:
             position = torch.arange(50, 80)
             seen = torch.ones(30, dtype=torch.bool)
-            if kind.span.kind == "window":
-                seen = position - 50 < kind.span.size
-            if kind.span.kind == "chunk":
-                seen = position // kind.span.size == 50 // kind.span.size
+            if kind.mask_kind.kind == "window":
+                seen = position - 50 < kind.mask_kind.size
+            if kind.mask_kind.kind == "chunk":
+                seen = position // kind.mask_kind.size == 50 // kind.mask_kind.size
             clean[80 + position[seen]] = False
         assert torch.equal(outputs[index][clean], expected[index][clean]), kind
         if bad != bad or where == "values":
@@ -298,16 +298,16 @@ def test_what_does_not_fit_is_refused(kernel: Kernel) -> None:
         with pytest.raises(ValueError, match="Site 0"):
             step(0, *tensors, scores)
     with pytest.raises(ValueError, match="sinks"):
-        step(0, q, k, v, Scores(1.0, None, torch.zeros(3)))
+        step(0, q, k, v, ScoreParams(1.0, None, torch.zeros(3)))
     arrays = (np.zeros((1, 2), np.int64), np.array([0]), np.array([1]))
     for at, wrong in ((0, np.zeros(2, np.int64)), (1, np.array([0, 0])), (2, np.array([-1]))):
         with pytest.raises(ValueError, match=r"tables|negative"):
-            CompiledAttention(kernel, world.pool, *(*arrays[:at], wrong, *arrays[at + 1 :]))
-    double = PagePool(KVLayout(world.pool.layout.sites, torch.float64, 16), 4, CPU)
+            CompiledForward(kernel, world.pool, *(*arrays[:at], wrong, *arrays[at + 1 :]))
+    double = PagePool(KVLayout(world.pool.layout.layers, torch.float64, 16), 4, CPU)
     assert not kernel.supports(double.layout, CPU)
     assert not kernel.supports(world.pool.layout, torch.device("cuda"))
     with pytest.raises(ValueError, match="float64"):
-        CompiledAttention(kernel, double, *arrays)
+        CompiledForward(kernel, double, *arrays)
 
 
 def test_a_step_without_tokens(kernel: Kernel) -> None:

@@ -11,11 +11,11 @@ from torch import nn
 
 from rollout.models.arrays import IntArray
 from rollout.models.attention import gather
-from rollout.models.attention.base import PagedStep
-from rollout.models.attention.gather import GatherStep
-from rollout.models.attention.interface import Scores
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.attention.base import PagedAttention
+from rollout.models.attention.gather import GatherAttention
+from rollout.models.attention.interface import ScoreParams
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 
 PAGE_SIZE, SLAB_PAGES, HEADS = 4, 8, 4
@@ -32,21 +32,21 @@ class Kind:
     kv_heads: int
     key_dim: int
     value_dim: int
-    span: Span
+    span: MaskKind
     scaling: float
     softcap: float | None = None
     sinks: bool = False
 
 
 KINDS = (
-    Kind(4, 8, 8, Span(), 0.3),
-    Kind(1, 8, 8, Span(), 0.5, softcap=2.0),
-    Kind(2, 8, 8, Span("window", 6), 0.4),
-    Kind(2, 6, 10, Span("chunk", 7), 0.2),
-    Kind(2, 12, 3, Span(), 0.25, sinks=True),
-    Kind(4, 4, 8, Span("window", 9), 0.5, softcap=1.5, sinks=True),
-    Kind(1, 8, 4, Span("chunk", 4), 0.4, sinks=True),
-    Kind(2, 8, 8, Span("window", 1), 0.4),
+    Kind(4, 8, 8, MaskKind(), 0.3),
+    Kind(1, 8, 8, MaskKind(), 0.5, softcap=2.0),
+    Kind(2, 8, 8, MaskKind("window", 6), 0.4),
+    Kind(2, 6, 10, MaskKind("chunk", 7), 0.2),
+    Kind(2, 12, 3, MaskKind(), 0.25, sinks=True),
+    Kind(4, 4, 8, MaskKind("window", 9), 0.5, softcap=1.5, sinks=True),
+    Kind(1, 8, 4, MaskKind("chunk", 4), 0.4, sinks=True),
+    Kind(2, 8, 8, MaskKind("window", 1), 0.4),
 )
 
 
@@ -64,7 +64,7 @@ class World:
         rng = np.random.default_rng(seed)
         self.modules = [nn.Identity() for _ in KINDS]
         sites = tuple(
-            Site(module, kind.kv_heads, kind.key_dim, kind.value_dim, kind.span)
+            AttentionLayer(module, kind.kv_heads, kind.key_dim, kind.value_dim, kind.mask_kind)
             for module, kind in zip(self.modules, KINDS, strict=True)
         )
         self.pool = PagePool(KVLayout(sites, dtype, PAGE_SIZE), SLAB_PAGES, CPU)
@@ -90,9 +90,9 @@ class World:
             for index in range(len(KINDS)):
                 stored[min(1, len(lengths) - 1)][index][:shared] = stored[0][index][:shared]
         self.scores = [
-            Scores(kind.scaling, kind.softcap, torch.from_numpy(rng.standard_normal(HEADS)).to(dtype))
+            ScoreParams(kind.scaling, kind.softcap, torch.from_numpy(rng.standard_normal(HEADS)).to(dtype))
             if kind.sinks
-            else Scores(kind.scaling, kind.softcap)
+            else ScoreParams(kind.scaling, kind.softcap)
             for kind in KINDS
         ]
 
@@ -102,9 +102,9 @@ class World:
         group = HEADS // kind.kv_heads
         outputs = []
         for position in positions:
-            first = {"full": 0, "window": position - kind.span.size + 1, "chunk": position}[kind.span.kind]
-            if kind.span.kind == "chunk":
-                first -= position % kind.span.size
+            first = {"full": 0, "window": position - kind.mask_kind.size + 1, "chunk": position}[kind.mask_kind.kind]
+            if kind.mask_kind.kind == "chunk":
+                first -= position % kind.mask_kind.size
             seen = slice(max(0, first), position + 1)
             heads = []
             for head in range(HEADS):
@@ -120,7 +120,7 @@ class World:
             outputs.append(torch.stack(heads))
         return torch.stack(outputs)
 
-    def step(self, parts: list[tuple[int, range]]) -> PagedStep:
+    def step(self, parts: list[tuple[int, range]]) -> PagedAttention:
         """Entries of the tables past a sequence's pages name a page that is not there."""
         tables = np.full((len(parts), max(map(len, self.tables))), 10**6)
         for row, (sequence, positions) in enumerate(parts):
@@ -129,7 +129,7 @@ class World:
         tokens = torch.zeros(sum(len(positions) for _, positions in parts), dtype=torch.int64)
         starts = np.array([positions.start for _, positions in parts])
         lengths = np.array([len(positions) for _, positions in parts])
-        return GatherStep(self.pool, Packed(tokens, tables, starts, lengths))
+        return GatherAttention(self.pool, ForwardBatch(tokens, tables, starts, lengths))
 
     def run(self, parts: list[tuple[int, range]]) -> list[list[torch.Tensor]]:
         """One forward: [site][part] outputs of the sequences' positions."""
@@ -256,7 +256,7 @@ def test_every_key_and_value_is_written_where_it_belongs_and_nowhere_else() -> N
 def test_a_call_out_of_the_probe_s_order_is_refused() -> None:
     world = World([5], torch.float32, seed=8)
 
-    def attend(step: PagedStep, index: int, module: nn.Module) -> None:
+    def attend(step: PagedAttention, index: int, module: nn.Module) -> None:
         query, key, value = (
             source[0][index].transpose(0, 1)[None] for source in (world.queries, world.keys, world.values)
         )

@@ -13,16 +13,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from rollout import Engine, SamplingParams
-from rollout.engine.kv_memory import Memory
+from rollout.engine.kv_memory import KVMemory
 from rollout.engine.loop import Loop
 from rollout.headroom.fake import FakeHeadroom
-from rollout.headroom.headroom import SpreadHeadroom, after_reserve, headroom_over
+from rollout.headroom.headroom import MultiDeviceHeadroom, after_reserve, headroom_over
 from rollout.models.errors import UnsupportedModel
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.loading import load
 from rollout.models.loading.load import ModelSource, load_model
-from rollout.models.module.inspect import home
+from rollout.models.module.inspect import output_device
 from tests.support.fake_devices import FAR, NEAR, Devices, spread
 from tests.support.tiny_models import tiny
 
@@ -32,9 +32,9 @@ CPU = torch.device("cpu")
 #: A token has 8 bytes on the first device and 24 on the second.
 LAYOUT = KVLayout(
     (
-        Site(nn.Identity(), 1, 1, 1, Span(), NEAR),
-        Site(nn.Identity(), 2, 1, 1, Span(), FAR),
-        Site(nn.Identity(), 1, 1, 1, Span(), FAR),
+        AttentionLayer(nn.Identity(), 1, 1, 1, MaskKind(), NEAR),
+        AttentionLayer(nn.Identity(), 2, 1, 1, MaskKind(), FAR),
+        AttentionLayer(nn.Identity(), 1, 1, 1, MaskKind(), FAR),
     ),
     torch.float32,
     page_size=4,
@@ -51,16 +51,16 @@ LAYOUT = KVLayout(
 def test_two_devices_give_the_records_of_one(
     family: str, last: torch.device, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, late=late))
+    monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, overlap=late))
     whole = Engine(tiny(family), None, max_kv_bytes=10_000_000)
-    expected, page_bytes = list(whole.generate(PROMPTS, SAMPLED)), whole._tier.probe().bytes_per_page
+    expected, page_bytes = list(whole.generate(PROMPTS, SAMPLED)), whole._strategy.probe().bytes_per_page
     model = tiny(family)
     with Devices():
         spread(model)
-        assert home(model) == last
+        assert output_device(model) == last
         # Small enough for rows to be preempted and slabs to come and go.
         engine = Engine(model, None, policy="static", max_kv_bytes=8 * page_bytes, headroom=FakeHeadroom(1_000_000))
-        assert {site.device for site in engine._tier.probe().sites} == {NEAR, FAR}
+        assert {site.device for site in engine._strategy.probe().layers} == {NEAR, FAR}
         batch = engine.generate(PROMPTS, SAMPLED)
     assert [record.completion_ids for record in batch] == [record.completion_ids for record in expected]
     for ours, theirs in zip(batch, expected, strict=True):
@@ -115,14 +115,22 @@ def test_each_site_lies_on_its_device_and_pages_are_one_thing() -> None:
 
 
 def test_on_one_device_the_pool_is_its_only_part() -> None:
-    pool = PagePool(KVLayout((Site(None, 1, 1, 1, Span(), CPU), Site(None, 1, 1, 1, Span())), torch.float32, 4), 2, CPU)
+    pool = PagePool(
+        KVLayout(
+            (AttentionLayer(None, 1, 1, 1, MaskKind(), CPU), AttentionLayer(None, 1, 1, 1, MaskKind())),
+            torch.float32,
+            4,
+        ),
+        2,
+        CPU,
+    )
     assert pool.parts == (pool,)
     assert pool.places == ((0, 0), (0, 1))
 
 
 def test_all_sites_on_another_device_than_the_logits() -> None:
     with Devices():
-        layout = KVLayout((Site(None, 1, 1, 1, Span(), FAR),), torch.float32, 4)
+        layout = KVLayout((AttentionLayer(None, 1, 1, 1, MaskKind(), FAR),), torch.float32, 4)
         pool = PagePool(layout, 2, NEAR)
         pool.grow()
         assert [part.device for part in pool.parts] == [FAR]
@@ -135,10 +143,10 @@ def test_the_tightest_device_decides(near: int, far: int, most: int) -> None:
     shares = LAYOUT.shares(NEAR)
     assert shares == {NEAR: 0.25, FAR: 0.75}
     fakes = {NEAR: FakeHeadroom(near), FAR: FakeHeadroom(far)}
-    headroom = SpreadHeadroom([(fakes[device], share) for device, share in shares.items()], 0.1)
+    headroom = MultiDeviceHeadroom([(fakes[device], share) for device, share in shares.items()], 0.1)
     assert after_reserve(headroom, 0.1) == most
     with Devices():
-        memory = Memory(LAYOUT, headroom, NEAR, None, 0.1, 10**9)
+        memory = KVMemory(LAYOUT, headroom, NEAR, None, 0.1, 10**9)
     assert memory.obtainable_bytes == most // memory.pool.slab_bytes * memory.pool.slab_bytes
     fakes[FAR].taken_bytes = far
     memory.read()

@@ -17,51 +17,51 @@ from rollout.config import load_config
 from rollout.data.prompts import read_prompts
 from rollout.errors import InputError
 from rollout.job.job import load_engine
-from rollout.job.ranks import Place
+from rollout.job.ranks import Topology
 from rollout.models.attention import prefill_libraries, select, triton
-from rollout.models.attention.base import PagedStep
-from rollout.models.attention.gather import GatherStep
+from rollout.models.attention.base import PagedAttention
+from rollout.models.attention.gather import GatherAttention
 from rollout.models.attention.names import ATTENTIONS
-from rollout.models.attention.prefill import Library, Segments
+from rollout.models.attention.prefill import PrefillAttention, VarlenFunction
 from rollout.models.attention.prefill_libraries import LIBRARIES, FlashAttn, Varlen
-from rollout.models.attention.triton import Blocks, TritonSteps
+from rollout.models.attention.triton import TileSizes, TritonBackend
 from rollout.models.errors import UnsupportedAttention
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.loading import load
 from tests.support import fake_prefill_libraries as fakes
 from tests.support.paged_sequences import Kind, PagedWorld, same_bits, whole
 from tests.support.tiny_models import tiny
 from tests.support.triton_interpreter import kernels_run_here
 
-LIBRARY_CASES: dict[str, Callable[[], Library]] = {
+LIBRARY_CASES: dict[str, Callable[[], VarlenFunction]] = {
     "torch 2.11": lambda: Varlen(fakes.varlen_attn_of_torch_2_11),
     "torch 2.13": lambda: Varlen(fakes.varlen_attn_of_torch_2_13),
     "flash-attn": lambda: FlashAttn(fakes.flash_attn_varlen_func),
 }
-KINDS = (Kind(2, 3, 16, 16), Kind(2, 1, 24, 24, Span("window", 11)), Kind(1, 4, 8, 8, Span("window", 1)))
+KINDS = (Kind(2, 3, 16, 16), Kind(2, 1, 24, 24, MaskKind("window", 11)), Kind(1, 4, 8, 8, MaskKind("window", 1)))
 CAPPED = Kind(1, 2, 16, 16, softcap=1.5)
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=list(LIBRARY_CASES))
-def library(request: pytest.FixtureRequest) -> Library:
+def library(request: pytest.FixtureRequest) -> VarlenFunction:
     return LIBRARY_CASES[request.param]()
 
 
-def world_for(library: Library, lengths: list[int], dtype: torch.dtype, seed: int) -> PagedWorld:
+def world_for(library: VarlenFunction, lengths: list[int], dtype: torch.dtype, seed: int) -> PagedWorld:
     kinds = (*KINDS, CAPPED) if isinstance(library, FlashAttn) else KINDS
     return PagedWorld(lengths, dtype, seed, kinds, 2e-2, page_size=4, slab_pages=5)
 
 
-def gathering(world: PagedWorld, packed: Packed, library: Library) -> PagedStep:
-    return GatherStep(world.pool, packed, Segments(world.pool, packed, library))
+def gathering(world: PagedWorld, packed: ForwardBatch, library: VarlenFunction) -> PagedAttention:
+    return GatherAttention(world.pool, packed, PrefillAttention(world.pool, packed, library))
 
 
 # -- what it computes ------------------------------------------------------------------------------------
 
 
-def test_prefills_that_begin_and_that_go_on_are_plain_attention(library: Library) -> None:
+def test_prefills_that_begin_and_that_go_on_are_plain_attention(library: VarlenFunction) -> None:
     world = world_for(library, [37, 1, 20, 9], torch.bfloat16, 1)
     assert world.pool.live_slabs > 1
     # Rows that decode are gathered in whole pages here, and what nobody has written is masked.
@@ -73,20 +73,20 @@ def test_prefills_that_begin_and_that_go_on_are_plain_attention(library: Library
         world.compare(world.attend(gathering(world, world.forward(parts), library).compute, parts), parts)
 
 
-def test_beside_triton_s_rows(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beside_triton_s_rows(library: VarlenFunction, monkeypatch: pytest.MonkeyPatch) -> None:
     device = kernels_run_here(monkeypatch)
     if device.type != "cpu":
         pytest.skip("fakes are for CPUs; tests/gpu has the libraries themselves")
-    small = {key: (Blocks(16, 16, 4), Blocks(16, 16, 4)) for key in triton._BLOCKS}
+    small = {key: (TileSizes(16, 16, 4), TileSizes(16, 16, 4)) for key in triton._BLOCKS}
     monkeypatch.setattr(triton, "_BLOCKS", small)
     world = world_for(library, [30, 1, 14], torch.float16, 2)
-    steps = TritonSteps(world.pool, library)
+    steps = TritonBackend(world.pool, library)
     assert steps.name == f"{library.name}+triton"
     for parts in world.random_parts(np.random.default_rng(2), 20):
         world.compare(world.attend(steps(world.pool, world.forward(parts)).compute, parts), parts)
 
 
-def test_company_changes_no_bit(library: Library) -> None:
+def test_company_changes_no_bit(library: VarlenFunction) -> None:
     lengths = [30, 12, 3]
     world = world_for(library, lengths, torch.bfloat16, 3)
     alone = [
@@ -117,7 +117,7 @@ def test_an_engine_gives_what_gathering_gives(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With windows (mistral), a softcap beside one (gemma2), contexts computed whole (falcon_h1)."""
-    monkeypatch.setattr(select, "require", lambda choice, device: None)
+    monkeypatch.setattr(select, "check_available", lambda choice, device: None)
     fake = FlashAttn(fakes.flash_attn_varlen_func)
     monkeypatch.setattr(select, "installed", lambda name: fake)
     prompts = [list(range(3, 3 + n)) for n in (21, 2, 40)]
@@ -141,24 +141,36 @@ def test_an_engine_gives_what_gathering_gives(
 @pytest.mark.parametrize(
     ("site", "dtype", "why"),
     [
-        (Site(None, 1, 16, 16, Span()), torch.float32, "serves bfloat16 and float16, and the model stores float32"),
-        (Site(None, 1, 24, 16, Span()), torch.bfloat16, "of one size, and the model has keys of 24 numbers a head"),
-        (Site(None, 1, 264, 264, Span()), torch.bfloat16, "the model's have 264"),
-        (Site(None, 1, 12, 12, Span()), torch.bfloat16, "multiples of 8 up to 256 numbers, and the model's have 12"),
-        (Site(None, 1, 16, 16, Span("chunk", 8)), torch.bfloat16, "no chunks"),
+        (
+            AttentionLayer(None, 1, 16, 16, MaskKind()),
+            torch.float32,
+            "serves bfloat16 and float16, and the model stores float32",
+        ),
+        (
+            AttentionLayer(None, 1, 24, 16, MaskKind()),
+            torch.bfloat16,
+            "of one size, and the model has keys of 24 numbers a head",
+        ),
+        (AttentionLayer(None, 1, 264, 264, MaskKind()), torch.bfloat16, "the model's have 264"),
+        (
+            AttentionLayer(None, 1, 12, 12, MaskKind()),
+            torch.bfloat16,
+            "multiples of 8 up to 256 numbers, and the model's have 12",
+        ),
+        (AttentionLayer(None, 1, 16, 16, MaskKind("chunk", 8)), torch.bfloat16, "no chunks"),
     ],
 )
-def test_what_no_library_serves(site: Site, dtype: torch.dtype, why: str, library: Library) -> None:
+def test_what_no_library_serves(site: AttentionLayer, dtype: torch.dtype, why: str, library: VarlenFunction) -> None:
     with pytest.raises(UnsupportedAttention, match=rf"^attention={library.name} .*{why}.*leave it at auto\.$"):
         prefill_libraries.check(library, KVLayout((site,), dtype, 16), CPU)
 
 
-def served(*spans: Span) -> KVLayout:
-    return KVLayout(tuple(Site(None, 2, 16, 16, span) for span in spans), torch.bfloat16, 16)
+def served(*spans: MaskKind) -> KVLayout:
+    return KVLayout(tuple(AttentionLayer(None, 2, 16, 16, span) for span in spans), torch.bfloat16, 16)
 
 
-def test_what_a_library_serves(library: Library) -> None:
-    prefill_libraries.check(library, served(Span(), Span("window", 4096)), CPU)
+def test_what_a_library_serves(library: VarlenFunction) -> None:
+    prefill_libraries.check(library, served(MaskKind(), MaskKind("window", 4096)), CPU)
 
 
 def test_a_library_that_fails_or_computes_something_else_is_refused() -> None:
@@ -170,10 +182,10 @@ def test_a_library_that_fails_or_computes_something_else_is_refused() -> None:
         return fakes.flash_attn_varlen_func(*arguments, window_size=(left + (left >= 0), right), **named)
 
     with pytest.raises(UnsupportedAttention, match=r"fails here \(RuntimeError: no kernel image is available\)"):
-        prefill_libraries.check(FlashAttn(fails), served(Span()), CPU)
-    prefill_libraries.check(FlashAttn(wider), served(Span()), CPU)
+        prefill_libraries.check(FlashAttn(fails), served(MaskKind()), CPU)
+    prefill_libraries.check(FlashAttn(wider), served(MaskKind()), CPU)
     with pytest.raises(UnsupportedAttention, match="computes something else here"):
-        prefill_libraries.check(FlashAttn(wider), served(Span(), Span("window", 64)), CPU)
+        prefill_libraries.check(FlashAttn(wider), served(MaskKind(), MaskKind("window", 64)), CPU)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +193,7 @@ def test_a_library_that_fails_or_computes_something_else_is_refused() -> None:
 )
 def test_scores_that_a_library_does_not_make(family: str, name: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the engine is made, before anything is generated."""
-    monkeypatch.setattr(select, "require", lambda choice, device: None)
+    monkeypatch.setattr(select, "check_available", lambda choice, device: None)
     functions = {"flash_attn": fakes.flash_attn_varlen_func, "varlen": fakes.varlen_attn_of_torch_2_13}
     made = LIBRARIES[name](functions[name])
     monkeypatch.setattr(select, "installed", lambda name: made)
@@ -255,7 +267,7 @@ def test_a_job_refuses_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(
         InputError, match=r"^attention=varlen was asked for \(model\.attention of a job\), but it is for"
     ):
-        load_engine(config, read_prompts(config.data), Place.of({}))
+        load_engine(config, read_prompts(config.data), Topology.of({}))
 
 
 def test_a_name_that_is_none() -> None:

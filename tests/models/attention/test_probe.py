@@ -14,15 +14,15 @@ from transformers import AttentionMaskInterface, PreTrainedModel
 from rollout.models.attention import interface
 from rollout.models.attention.probe import classify, probe
 from rollout.models.errors import UnsupportedModel
-from rollout.models.kv_cache.layout import KVLayout, Span
-from rollout.models.module.borrow import Loan
+from rollout.models.kv_cache.layout import KVLayout, MaskKind
+from rollout.models.module.borrow import BorrowedModule
 from tests.support.tiny_models import INTERFACE, tiny
 
-FULL, WINDOW, CHUNK = Span(), Span("window", 12), Span("chunk", 12)
+FULL, WINDOW, CHUNK = MaskKind(), MaskKind("window", 12), MaskKind("chunk", 12)
 
 
 def probed(model: nn.Module) -> KVLayout:
-    with Loan(model)(interface.NAME):
+    with BorrowedModule(model)(interface.NAME):
         return probe(model)
 
 
@@ -35,19 +35,19 @@ def predicate(sees: Sees) -> Callable[[Any, Any, Any, Any], Any]:
     return lambda _batch, _head, query, key: sees(query, key)
 
 
-SPANS: list[tuple[Sees, int | None, Span]] = [
-    (lambda q, k: k <= q, None, Span()),
-    (lambda q, k: k <= q, 100, Span()),
-    (lambda q, k: (k <= q) & (k > q - 1), 1, Span("window", 1)),
-    (lambda q, k: (k <= q) & (k > q - 12), 12, Span("window", 12)),
-    (lambda q, k: (k <= q) & (k > q - 4096), 4096, Span("window", 4096)),
-    (lambda q, k: (k <= q) & (k // 12 == q // 12), 12, Span("chunk", 12)),
-    (lambda q, k: (k <= q) & (k // 8192 == q // 8192), 8192, Span("chunk", 8192)),
+SPANS: list[tuple[Sees, int | None, MaskKind]] = [
+    (lambda q, k: k <= q, None, MaskKind()),
+    (lambda q, k: k <= q, 100, MaskKind()),
+    (lambda q, k: (k <= q) & (k > q - 1), 1, MaskKind("window", 1)),
+    (lambda q, k: (k <= q) & (k > q - 12), 12, MaskKind("window", 12)),
+    (lambda q, k: (k <= q) & (k > q - 4096), 4096, MaskKind("window", 4096)),
+    (lambda q, k: (k <= q) & (k // 12 == q // 12), 12, MaskKind("chunk", 12)),
+    (lambda q, k: (k <= q) & (k // 8192 == q // 8192), 8192, MaskKind("chunk", 8192)),
 ]
 
 
 @pytest.mark.parametrize(("sees", "size", "span"), SPANS)
-def test_spans_are_told_by_their_masks(sees: Sees, size: int | None, span: Span) -> None:
+def test_spans_are_told_by_their_masks(sees: Sees, size: int | None, span: MaskKind) -> None:
     assert classify(predicate(sees), size) == span
 
 
@@ -80,7 +80,7 @@ def test_masks_that_are_not_known_are_refused(name: str) -> None:
 
 # -- families --------------------------------------------------------------------------------------------
 
-LAYOUTS: dict[str, tuple[list[Span], tuple[int, int, int]]] = {
+LAYOUTS: dict[str, tuple[list[MaskKind], tuple[int, int, int]]] = {
     "llama": ([FULL] * 4, (2, 16, 16)),
     "gpt2": ([FULL] * 4, (4, 16, 16)),
     "mistral": ([WINDOW] * 4, (2, 16, 16)),
@@ -97,8 +97,8 @@ LAYOUTS: dict[str, tuple[list[Span], tuple[int, int, int]]] = {
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_layouts_of_families(family: str) -> None:
     layout, (spans, dims) = probed(tiny(family)), LAYOUTS[family]
-    assert [(site.kv_heads, site.key_dim, site.value_dim) for site in layout.sites] == [dims] * 4
-    assert [site.span for site in layout.sites] == spans
+    assert [(site.kv_heads, site.key_dim, site.value_dim) for site in layout.layers] == [dims] * 4
+    assert [site.mask_kind for site in layout.layers] == spans
     assert layout.dtype == torch.float32
     assert layout.bytes_per_token == 4 * dims[0] * (dims[1] + dims[2]) * 4
     assert layout.bytes_per_page == layout.page_size * layout.bytes_per_token
@@ -106,13 +106,13 @@ def test_layouts_of_families(family: str) -> None:
 
 def test_a_layer_that_attends_twice_has_two_sites() -> None:
     layout = probed(tiny("diffllama"))
-    assert len(layout.sites) == 2 * len({site.module for site in layout.sites}) == 8
+    assert len(layout.layers) == 2 * len({site.module for site in layout.layers}) == 8
 
 
 @pytest.mark.parametrize("family", sorted(set(INTERFACE) - set(LAYOUTS) - {"diffllama"}))
 def test_every_family_of_the_interface_has_a_site_for_each_layer(family: str) -> None:
     layout = probed(tiny(family))
-    assert len(layout.sites) == len({site.module for site in layout.sites}) == 4
+    assert len(layout.layers) == len({site.module for site in layout.layers}) == 4
 
 
 def test_keys_and_values_are_kept_in_the_dtype_that_the_model_computes_in() -> None:
@@ -124,8 +124,8 @@ def test_keys_and_values_are_kept_in_the_dtype_that_the_model_computes_in() -> N
 
 
 def test_a_prefix_of_the_layers_has_a_prefix_of_the_sites() -> None:
-    sites = probed(tiny("gemma2", num_hidden_layers=2)).sites
-    assert [site.span for site in sites] == [WINDOW, FULL]
+    sites = probed(tiny("gemma2", num_hidden_layers=2)).layers
+    assert [site.mask_kind for site in sites] == [WINDOW, FULL]
 
 
 # -- refusals --------------------------------------------------------------------------------------------
@@ -240,5 +240,5 @@ def test_the_model_is_left_as_it_was_whatever_happens(wrong: str | None) -> None
 def test_attention_outside_of_a_step_says_so() -> None:
     """Another thread that uses the model while it generates must not get silent nonsense."""
     model = tiny("llama")
-    with Loan(model)(interface.NAME), pytest.raises(RuntimeError, match="outside of an engine's step"):
+    with BorrowedModule(model)(interface.NAME), pytest.raises(RuntimeError, match="outside of an engine's step"):
         model(input_ids=torch.arange(4)[None])

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rollout.models.attention import select, triton
-from rollout.models.attention.gather import GatherStep
+from rollout.models.attention.gather import GatherAttention
 from rollout.models.errors import UnsupportedAttention
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -29,7 +29,7 @@ def gpu_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     forget_what_serves()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     monkeypatch.setattr(triton, "TritonSteps", lambda pool, library: SimpleNamespace(name="triton"))
-    layout = KVLayout((Site(None, 1, 16, 16, Span()),), torch.bfloat16, 16)
+    layout = KVLayout((AttentionLayer(None, 1, 16, 16, MaskKind()),), torch.bfloat16, 16)
     yield SimpleNamespace(layout=layout, device=torch.device("cuda", 0), parts=(None,))
     forget_what_serves()
 
@@ -37,7 +37,7 @@ def gpu_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_a_gpu_gets_triton_where_it_passes_its_check(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
     monkeypatch.setattr(triton, "check", lambda *about: checked.append(about))
-    assert [select.fastest(gpu_pool).name for _ in range(2)] == ["triton", "triton"]
+    assert [select.fastest_backend(gpu_pool).name for _ in range(2)] == ["triton", "triton"]
     assert checked == [(frozenset({(16, 16)}), torch.bfloat16, gpu_pool.device)]
 
 
@@ -49,7 +49,7 @@ def test_a_gpu_gathers_where_it_does_not_and_says_so_once(
 
     monkeypatch.setattr(triton, "check", fails)
     with caplog.at_level(logging.WARNING):
-        assert [select.fastest(gpu_pool) for _ in range(2)] == [GatherStep, GatherStep]
+        assert [select.fastest_backend(gpu_pool) for _ in range(2)] == [GatherAttention, GatherAttention]
     assert len(caplog.records) == 1
     assert "some GPU, pages are gathered instead" in caplog.text
     assert "RuntimeError: Failed to find C compiler." in caplog.text
@@ -61,10 +61,10 @@ def test_triton_asked_for_by_name_is_not_replaced(gpu_pool: Any, monkeypatch: py
 
     monkeypatch.setattr(triton, "check", fails)
     with pytest.raises(UnsupportedAttention, match=r"attention=triton .*\(RuntimeError: Failed to find C compiler\): "):
-        select.chosen("triton", gpu_pool)
+        select.select_backend("triton", gpu_pool)
     monkeypatch.setattr(triton, "check", lambda *about: None)
     forget_what_serves()
-    assert select.chosen("triton", gpu_pool).name == "triton"
+    assert select.select_backend("triton", gpu_pool).name == "triton"
 
 
 def test_no_room_for_the_check_is_no_reason_to_gather(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,4 +73,4 @@ def test_no_room_for_the_check_is_no_reason_to_gather(gpu_pool: Any, monkeypatch
 
     monkeypatch.setattr(triton, "check", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        select.fastest(gpu_pool)
+        select.fastest_backend(gpu_pool)

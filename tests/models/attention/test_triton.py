@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from rollout.models.attention import triton, triton_metadata
-from rollout.models.attention.gather import GatherStep
-from rollout.models.attention.interface import Scores
-from rollout.models.attention.triton import TritonStep
-from rollout.models.kv_cache.layout import Span
+from rollout.models.attention.gather import GatherAttention
+from rollout.models.attention.interface import ScoreParams
+from rollout.models.attention.triton import TritonAttention
+from rollout.models.kv_cache.layout import MaskKind
 from tests.support.paged_sequences import Kind, Parts, same_bits
 from tests.support.triton_interpreter import kernels_run_here
 from tests.support.triton_world import DTYPES, KINDS, TOLERANCE, World
@@ -42,7 +42,7 @@ def test_any_mix_of_rows_and_segments_is_plain_attention(
 def test_rows_of_many_splits_are_plain_attention(dtype: torch.dtype, device: torch.device) -> None:
     """At the borders of splits, and where a window or chunk begins within one."""
     length = 2 * triton_metadata.SPLIT_TOKENS + 2
-    kinds = (KINDS[0], KINDS[3], Kind(1, 2, 16, 16, Span("window", 3 * triton_metadata.SPLIT_TOKENS // 2)))
+    kinds = (KINDS[0], KINDS[3], Kind(1, 2, 16, 16, MaskKind("window", 3 * triton_metadata.SPLIT_TOKENS // 2)))
     world = World([length, length, length], dtype, 2, device, kinds)
     sequences = ((0, length - 2), (1, length - 3), (2, length - 1))
     prefill = [(sequence, range(position)) for sequence, position in sequences]
@@ -101,7 +101,7 @@ def test_it_agrees_with_gathering(dtype: torch.dtype, device: torch.device) -> N
                 tensor.zero_()
     for parts in ([(0, range(29)), (1, range(8)), (2, range(21))], [(0, range(29, 30)), (2, range(21, 40))]):
         ours = worlds[0].run(parts)
-        gathered = worlds[1].attend(GatherStep(worlds[1].pool, worlds[1].forward(parts)).compute, parts)
+        gathered = worlds[1].attend(GatherAttention(worlds[1].pool, worlds[1].forward(parts)).compute, parts)
         for one, other in zip(ours, gathered, strict=True):
             assert (one.float() - other.float()).abs().max() < 2 * TOLERANCE[dtype]
 
@@ -242,11 +242,13 @@ def test_what_there_are_no_kernels_for(
 def test_a_kernel_that_computes_something_else_does_not_pass(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    compute = TritonStep.compute
+    compute = TritonAttention.compute
 
-    def wrong(self: TritonStep, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> Any:
+    def wrong(
+        self: TritonAttention, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
+    ) -> Any:
         return compute(self, index, q, k, v, scores) + 1e-3
 
-    monkeypatch.setattr(TritonStep, "compute", wrong)
+    monkeypatch.setattr(TritonAttention, "compute", wrong)
     with pytest.raises(ValueError, match="compute something else"):
         triton.check({(16, 16)}, torch.float32, device)

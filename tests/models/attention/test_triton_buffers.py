@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.models.attention.triton import TritonStep
-from rollout.models.attention.triton_metadata import Room, StepBuffers
-from rollout.models.forward_batch import Packed
+from rollout.models.attention.triton import TritonAttention
+from rollout.models.attention.triton_metadata import MetadataSizes, TritonMetadata
+from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.slab_table import SlabTable
 from tests.support.paged_sequences import Parts
 from tests.support.triton_world import DTYPES, KINDS, World
@@ -16,18 +16,18 @@ from tests.support.triton_world import DTYPES, KINDS, World
 pytestmark = pytest.mark.usefixtures("device")
 
 
-def addresses(buffers: StepBuffers) -> list[int]:
+def addresses(buffers: TritonMetadata) -> list[int]:
     tensors = [buffers.entries, buffers.pages, buffers.slots, buffers.slab_addresses, buffers.first_tokens]
     for work in buffers.splits.values():
         tensors += [work.items, work.count, work.rows]
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def padded(world: World, buffers: StepBuffers, parts: Parts) -> list[torch.Tensor]:
+def padded(world: World, buffers: TritonMetadata, parts: Parts) -> list[torch.Tensor]:
     """A step through buffers that have more room: for each site, results of the tokens and of the padding."""
     forward, room = world.forward(parts), buffers.room.tokens
     buffers.fill(forward)
-    step, outputs = TritonStep(world.pool, forward, buffers), []
+    step, outputs = TritonAttention(world.pool, forward, buffers), []
     for index, scores in enumerate(world.scores):
         packed = [world.packed(s, index, parts) for s in (world.queries, world.keys, world.values)]
         # As after layers over padding: anything at all.
@@ -40,7 +40,7 @@ def padded(world: World, buffers: StepBuffers, parts: Parts) -> list[torch.Tenso
 def test_padding_reads_and_writes_nothing_and_changes_no_bit(dtype: torch.dtype, device: torch.device) -> None:
     lengths = [20, 5, 33]
     expected, world = (World(lengths, dtype, 14, device) for _ in range(2))
-    room = Room(singles=6, segments=0, tokens=6, entries=40)
+    room = MetadataSizes(singles=6, segments=0, tokens=6, entries=40)
     buffers = world.steps.buffers(room)
     before = addresses(buffers)
     prefill = [(sequence, range(length - 2)) for sequence, length in enumerate(lengths)]
@@ -61,11 +61,11 @@ def test_padding_reads_and_writes_nothing_and_changes_no_bit(dtype: torch.dtype,
 
 def test_a_step_of_padding_alone(device: torch.device) -> None:
     world = World([5], torch.float32, 15, device)
-    buffers = world.steps.buffers(Room(singles=2, segments=0, tokens=2, entries=4))
+    buffers = world.steps.buffers(MetadataSizes(singles=2, segments=0, tokens=2, entries=4))
     nothing = np.zeros(0, np.int64)
-    forward = Packed(torch.zeros(0, dtype=torch.int64), np.zeros((0, 1), np.int64), nothing, nothing)
+    forward = ForwardBatch(torch.zeros(0, dtype=torch.int64), np.zeros((0, 1), np.int64), nothing, nothing)
     buffers.fill(forward)
-    step = TritonStep(world.pool, forward, buffers)
+    step = TritonAttention(world.pool, forward, buffers)
     for index, kind in enumerate(KINDS):
         nan = [
             torch.full((2, heads, dim), torch.nan, device=device)
@@ -81,7 +81,7 @@ def test_a_step_of_padding_alone(device: torch.device) -> None:
 
 def test_a_mixed_step_with_padding(device: torch.device) -> None:
     expected, world = (World([20, 30], torch.float32, 16, device) for _ in range(2))
-    buffers = world.steps.buffers(Room(singles=3, segments=2, tokens=30, entries=9))
+    buffers = world.steps.buffers(MetadataSizes(singles=3, segments=2, tokens=30, entries=9))
     for one in (expected, world):
         one.run([(0, range(19))])
     for parts in ([(0, range(19, 20)), (1, range(12))], [(1, range(12, 30))]):
@@ -93,13 +93,13 @@ def test_a_mixed_step_with_padding(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     "room",
-    [Room(1, 0, 9, 9), Room(2, 0, 1, 9), Room(2, 0, 9, 3), Room(3, 0, 9, 9)],
+    [MetadataSizes(1, 0, 9, 9), MetadataSizes(2, 0, 1, 9), MetadataSizes(2, 0, 9, 3), MetadataSizes(3, 0, 9, 9)],
 )
-def test_what_does_not_fit_is_refused(room: Room, device: torch.device) -> None:
+def test_what_does_not_fit_is_refused(room: MetadataSizes, device: torch.device) -> None:
     world = World([20, 20], torch.float32, 17, device)
     rows = [(0, range(19, 20)), (1, range(19, 20))]
     buffers = world.steps.buffers(room)
-    if room == Room(3, 0, 9, 9):
+    if room == MetadataSizes(3, 0, 9, 9):
         buffers.fill(world.forward(rows))
         rows = [(0, range(18, 20))]
     with pytest.raises(ValueError, match="does not fit"):
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused(room: Room, device: torch.device) -> None:
 def test_slabs_that_are_dropped_and_grown_again_are_followed_in_place(device: torch.device) -> None:
     """What lay in a slab that went is NaN from then on, as is what nobody has written in a new one."""
     world = World([40, 12], torch.float32, 18, device, slab_pages=2)
-    pool, buffers = world.pool, world.steps.buffers(Room(singles=2, segments=0, tokens=2, entries=8))
+    pool, buffers = world.pool, world.steps.buffers(MetadataSizes(singles=2, segments=0, tokens=2, entries=8))
     before = addresses(buffers), world.steps.slabs.addresses.data_ptr()
     world.tables = [pool.allocate(len(table)) for table in world.tables]
     world.run([(0, range(36)), (1, range(10))])
@@ -143,7 +143,7 @@ def test_slabs_that_are_dropped_and_grown_again_are_followed_in_place(device: to
 def test_a_table_that_is_updated_in_place_is_seen_by_the_next_call(device: torch.device) -> None:
     """As when a captured step is replayed: the same launch, after a slab has moved."""
     world = World([20], torch.float32, 19, device, slab_pages=8)
-    buffers = world.steps.buffers(Room(singles=1, segments=0, tokens=1, entries=2))
+    buffers = world.steps.buffers(MetadataSizes(singles=1, segments=0, tokens=1, entries=2))
     world.run([(0, range(19))])
     row = [(0, range(19, 20))]
     expected = padded(world, buffers, row)
@@ -154,7 +154,7 @@ def test_a_table_that_is_updated_in_place_is_seen_by_the_next_call(device: torch
         old.fill_(torch.nan)
     world.pool.slabs[0] = copied
     world.steps.slabs.follow()
-    step = TritonStep(world.pool, world.forward(row), buffers)
+    step = TritonAttention(world.pool, world.forward(row), buffers)
     for index, out in enumerate(world.attend(step.compute, row)):
         assert torch.equal(out, expected[index])
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from rollout.models.arrays import IntArray
 from rollout.models.kv_cache import pool as slabs
-from rollout.models.kv_cache.layout import KVLayout, Site, Span
+from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.kv_cache.pool import PoolExhausted
 
@@ -22,7 +22,10 @@ CPU = torch.device("cpu")
 
 def kv_layout(dtype: torch.dtype = torch.float32) -> KVLayout:
     """Two sites that differ in heads and in key and value width."""
-    sites = (Site(nn.Identity(), 2, 3, 5, Span()), Site(nn.Identity(), 1, 4, 2, Span("window", 8)))
+    sites = (
+        AttentionLayer(nn.Identity(), 2, 3, 5, MaskKind()),
+        AttentionLayer(nn.Identity(), 1, 4, 2, MaskKind("window", 8)),
+    )
     return KVLayout(sites, dtype, PAGE_SIZE)
 
 

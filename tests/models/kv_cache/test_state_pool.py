@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from rollout.models.arrays import IntArray
-from rollout.models.kv_cache.layout import State
+from rollout.models.kv_cache.layout import StateTensor
 from rollout.models.kv_cache.state_pool import StatePool, StateRows
 from rollout.models.runners.state_cache import PooledStates, RecordedStates
 
 CPU = torch.device("cpu")
 STATES = (
-    State(1, "conv", 0, (3, 4), torch.bfloat16),
-    State(1, "recurrent", 0, (5,), torch.float32),
-    State(3, "conv", 0, (1, 3), torch.bfloat16),
-    State(3, "recurrent", 1, (2, 2), torch.float64),
+    StateTensor(1, "conv", 0, (3, 4), torch.bfloat16),
+    StateTensor(1, "recurrent", 0, (5,), torch.float32),
+    StateTensor(3, "conv", 0, (1, 3), torch.bfloat16),
+    StateTensor(3, "recurrent", 1, (2, 2), torch.float64),
 )
 ROW_BYTES = 24 + 20 + 6 + 32
 
@@ -30,7 +30,7 @@ def pool_of(slabs: int = 2, slab_pages: int = 3) -> StatePool:
     return pool
 
 
-def values(rows: int, state: State, stamp: int = 0) -> torch.Tensor:
+def values(rows: int, state: StateTensor, stamp: int = 0) -> torch.Tensor:
     return (stamp + torch.arange(rows * state.bytes // state.dtype.itemsize)).view(rows, *state.shape).to(state.dtype)
 
 

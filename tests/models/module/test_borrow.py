@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from rollout.models.attention import interface
 from rollout.models.errors import UnsupportedModel
-from rollout.models.module.borrow import Loan
-from rollout.models.module.inspect import unwrap
+from rollout.models.module.borrow import BorrowedModule
+from rollout.models.module.inspect import unwrap_model
 from tests.support.tiny_models import tiny
 
 
@@ -45,19 +45,19 @@ def mixed(model: nn.Module) -> list[bool]:
 
 def test_the_model_is_found_in_whatever_wraps_it() -> None:
     model = tiny("llama")
-    assert unwrap(model) is model
-    assert unwrap(Parallel(model)) is model
-    assert unwrap(torch.compile(model)) is model  # type: ignore[arg-type]
-    assert unwrap(Parallel(torch.compile(model))) is model  # type: ignore[arg-type]
+    assert unwrap_model(model) is model
+    assert unwrap_model(Parallel(model)) is model
+    assert unwrap_model(torch.compile(model)) is model  # type: ignore[arg-type]
+    assert unwrap_model(Parallel(torch.compile(model))) is model  # type: ignore[arg-type]
     adapted = with_adapter(model)
-    assert unwrap(adapted) is model
-    assert unwrap(Parallel(adapted)) is model
+    assert unwrap_model(adapted) is model
+    assert unwrap_model(Parallel(adapted)) is model
 
 
 @pytest.mark.parametrize("module", [nn.Linear(2, 2), Parallel(nn.Linear(2, 2))])
 def test_what_holds_no_transformers_model_is_refused(module: nn.Module) -> None:
     with pytest.raises(UnsupportedModel, match="is not a transformers model"):
-        unwrap(module)
+        unwrap_model(module)
 
 
 @pytest.mark.parametrize("wrap", [with_adapter, Parallel])
@@ -66,7 +66,7 @@ def test_a_wrapped_model_is_switched_through_its_wrapper(wrap: type[nn.Module]) 
     model = wrap(inner)
     before = mixed(model)
     own = inner.config._attn_implementation
-    with Loan(model)(interface.NAME):
+    with BorrowedModule(model)(interface.NAME):
         assert inner.config._attn_implementation == interface.NAME
         assert not any(flags(model))
     assert inner.config._attn_implementation == own
@@ -81,7 +81,7 @@ def test_training_flags_come_back_one_by_one(fails: bool) -> None:
     model = tiny("llama")
     before = mixed(model)
     assert len(set(before)) == 2
-    loan = Loan(model)
+    loan = BorrowedModule(model)
     for _ in range(2):
         if fails:
             with pytest.raises(ZeroDivisionError), loan(interface.NAME):
@@ -104,7 +104,7 @@ def test_every_configuration_gets_its_own_implementation_back(fails: bool) -> No
     before = [config._attn_implementation_internal for config in configs]
     assert len(set(before)) == 3
     try:
-        with Loan(model)(interface.NAME):
+        with BorrowedModule(model)(interface.NAME):
             assert [config._attn_implementation for config in configs] == [interface.NAME] * 3
             if fails:
                 raise ZeroDivisionError
@@ -116,7 +116,7 @@ def test_every_configuration_gets_its_own_implementation_back(fails: bool) -> No
 def test_the_implementation_of_the_moment_comes_back() -> None:
     """A trainer may change it between two uses of one loan."""
     model = tiny("llama")
-    loan = Loan(model)
+    loan = BorrowedModule(model)
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
         with loan(interface.NAME):
@@ -128,7 +128,7 @@ def test_the_model_s_own_attention_can_be_borrowed_too() -> None:
     model = tiny("llama")
     model.set_attn_implementation("eager")
     before = mixed(model)
-    with Loan(model)():
+    with BorrowedModule(model)():
         assert model.config._attn_implementation == "eager"
         assert not any(flags(model))
     assert flags(model) == before
@@ -140,7 +140,7 @@ def test_the_model_s_own_attention_can_be_borrowed_too() -> None:
 def test_no_gradients_inside_and_gradients_again_after() -> None:
     model = tiny("llama")
     ids = torch.arange(5)[None]
-    with Loan(model)(interface.NAME):
+    with BorrowedModule(model)(interface.NAME):
         assert not torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
         assert not model.get_input_embeddings()(ids).requires_grad
@@ -148,7 +148,7 @@ def test_no_gradients_inside_and_gradients_again_after() -> None:
     model(input_ids=ids).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     with torch.no_grad():
-        with Loan(model)(interface.NAME):
+        with BorrowedModule(model)(interface.NAME):
             pass
         assert not torch.is_grad_enabled(), "a caller's own no_grad stays in force"
 
@@ -163,7 +163,7 @@ def test_random_state_parameters_and_settings_are_not_touched() -> None:
     wants = [parameter.requires_grad for parameter in model.parameters()]
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    with torch.autocast("cpu", torch.bfloat16), Loan(model)(interface.NAME):
+    with torch.autocast("cpu", torch.bfloat16), BorrowedModule(model)(interface.NAME):
         assert torch.is_autocast_enabled("cpu"), "the caller's autocast stays in force"
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config.to_dict() == config
@@ -177,6 +177,6 @@ def test_the_same_numbers_before_and_after() -> None:
     model = tiny("gemma2")
     ids = torch.arange(20)[None]
     before = model(input_ids=ids).logits
-    with Loan(model)(interface.NAME):
+    with BorrowedModule(model)(interface.NAME):
         pass
     assert torch.equal(model(input_ids=ids).logits, before)

@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from rollout.models.errors import UnsupportedModel
-from rollout.models.module.borrow import Loan
+from rollout.models.module.borrow import BorrowedModule
 from rollout.models.module.rope import Rotary, texts_of
-from rollout.models.runners.packed import InterfaceTier
-from rollout.models.runners.padded import GatheringTier
+from rollout.models.runners.packed import PackedStrategy
+from rollout.models.runners.padded import PaddedStrategy
 from tests.contract.test_long_sequences import long_model
 from tests.support.tiny_models import tiny
 
@@ -32,18 +32,18 @@ def test_each_token_follows_its_own_text(family: str) -> None:
     short = embedding(model, _POSITIONS[:, :4])
     long = embedding(model, _POSITIONS[:, 4:])
     assert not torch.allclose(embedding(model, torch.tensor([[7]])), long[:, :, 1:2])
-    with Loan(model)(), texts_of(_TEXTS):
+    with BorrowedModule(model)(), texts_of(_TEXTS):
         assert torch.equal(embedding(model, _POSITIONS), torch.cat([short, long], 2))
-    with Loan(model)(), texts_of(_TEXTS[:, 4:]):
+    with BorrowedModule(model)(), texts_of(_TEXTS[:, 4:]):
         assert torch.equal(embedding(model, _POSITIONS[:, 4:]), long)
-    with Loan(model)(), texts_of(_TEXTS[:, :4]):
+    with BorrowedModule(model)(), texts_of(_TEXTS[:, :4]):
         assert torch.equal(embedding(model, _POSITIONS[:, :4]), short)
 
 
 def test_texts_side_by_side() -> None:
     model = long_model("phi3")
     positions = torch.tensor([[3, 4], [3, 4]])
-    with Loan(model)(), texts_of(np.array([[5], [60]])):
+    with BorrowedModule(model)(), texts_of(np.array([[5], [60]])):
         found = embedding(model, positions)
     assert torch.equal(found[:, 0], embedding(model, positions[:1])[:, 0])
     assert torch.equal(found[:, 1], embedding(model, torch.tensor([[3, 4, 59]]))[:, 0, :2])
@@ -52,7 +52,7 @@ def test_texts_side_by_side() -> None:
 def test_without_a_word_about_texts_the_forward_is_the_models_own() -> None:
     model = long_model("phi3")
     own = [embedding(model, positions) for positions in (_POSITIONS[:, :4], _POSITIONS)]
-    with Loan(model)():
+    with BorrowedModule(model)():
         for positions, expected in zip((_POSITIONS[:, :4], _POSITIONS), own, strict=True):
             assert torch.equal(embedding(model, positions), expected)
 
@@ -62,7 +62,7 @@ def test_the_module_keeps_nothing() -> None:
     rotary = model.model.rotary_emb
     attributes, buffers = set(vars(rotary)), dict(rotary.named_buffers())
     contents = copy.deepcopy(buffers)
-    with Loan(model)(), texts_of(_TEXTS):
+    with BorrowedModule(model)(), texts_of(_TEXTS):
         embedding(model, _POSITIONS)
         assert "forward" in vars(rotary)
     assert set(vars(rotary)) == attributes
@@ -79,7 +79,7 @@ def test_a_forward_that_somebody_else_put_there_is_used_and_left() -> None:
         return tuple(2 * tensor for tensor in own(*arguments))
 
     rotary.forward = doubled
-    with Loan(model)(), texts_of(_TEXTS[:, 4:]):
+    with BorrowedModule(model)(), texts_of(_TEXTS[:, 4:]):
         found = embedding(model, _POSITIONS[:, 4:])
     assert rotary.forward is doubled
     assert torch.equal(found, embedding(model, _POSITIONS[:, 4:]))
@@ -101,19 +101,19 @@ def test_layer_types_have_embeddings_of_their_own() -> None:
 
     for layer_type in rope:
         short, long = of(layer_type, _POSITIONS[:, :4]), of(layer_type, _POSITIONS[:, 4:])
-        with Loan(model)(), texts_of(_TEXTS):
+        with BorrowedModule(model)(), texts_of(_TEXTS):
             assert torch.equal(of(layer_type, _POSITIONS), torch.cat([short, long], 2))
 
 
 def test_layouts_say_where_texts_change() -> None:
     model = long_model("phi3")
-    for tier in (InterfaceTier, GatheringTier):
+    for tier in (PackedStrategy, PaddedStrategy):
         layout = tier(model).probe()
         assert layout.boundary == 40
         assert layout.alike(40, 3)
         assert layout.alike(41, 90)
         assert not layout.alike(40, 41)
-    plain = InterfaceTier(tiny("llama")).probe()
+    plain = PackedStrategy(tiny("llama")).probe()
     assert plain.boundary is None
     assert plain.alike(1, 10**9)
 
@@ -123,4 +123,4 @@ def test_several_lengths_are_refused() -> None:
     model.model.layers[0].rotary = copy.deepcopy(model.model.rotary_emb)
     model.model.layers[0].rotary.config.rope_parameters["original_max_position_embeddings"] = 50
     with pytest.raises(UnsupportedModel, match=r"several lengths: \[40, 50\]"):
-        InterfaceTier(model).probe()
+        PackedStrategy(model).probe()

@@ -172,7 +172,7 @@ def test_nothing_of_a_step_is_held() -> None:
     outer = [weakref.ref(x), weakref.ref(y)]
     del x, y
     assert [reference() for reference in outer] == [None, None]
-    assert not any(together._parts for together in held._together)
+    assert not any(together._parts for together in held._sync)
 
 
 def test_nothing_of_a_group_stays_on_its_layers() -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rollout.models.patches.norms_and_rope import FusedParts
+from rollout.models.patches.norms_and_rope import FusedModules
 from rollout.models.patches.pointwise_cpu import pointwise
 from tests.support.norms_and_rope import heads, logits_of, model_of, traces
 from tests.support.tiny_models import tiny
@@ -31,7 +31,7 @@ def test_without_a_compiler_nothing_is_replaced(
     try:
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
-                with FusedParts(model).in_place():
+                with FusedModules(model).in_place():
                     assert traces(model) == before
     finally:
         pointwise.cache_clear()
@@ -42,7 +42,7 @@ def test_without_a_compiler_nothing_is_replaced(
 def test_nothing_stays_on_modules_or_in_namespaces(family: str) -> None:
     model = tiny(family).train()
     before, generator = traces(model), torch.get_rng_state()
-    parts = FusedParts(model)
+    parts = FusedModules(model)
     assert traces(model) == before
     for _ in range(2):
         with parts.in_place():
@@ -65,7 +65,7 @@ def test_nothing_stays_when_a_block_cannot_be_entered() -> None:
     model = tiny("llama")
     model.model.norm.__class__ = type("SealedRMSNorm", (Sealed,), {})
     before = traces(model)
-    with pytest.raises(AttributeError, match="sealed"), FusedParts(model).in_place():
+    with pytest.raises(AttributeError, match="sealed"), FusedModules(model).in_place():
         pass
     assert traces(model) == before
 
@@ -73,13 +73,13 @@ def test_nothing_stays_when_a_block_cannot_be_entered() -> None:
 @torch.no_grad()
 def test_changed_weights_are_seen_when_made_anew() -> None:
     model = model_of("llama")
-    parts = FusedParts(model)
+    parts = FusedModules(model)
     with parts.in_place():
         before = logits_of(model)
     model.model.norm.weight.neg_()
     with parts.in_place():
         assert torch.equal(logits_of(model), before)  # copies
-    with FusedParts(model).in_place():
+    with FusedModules(model).in_place():
         assert torch.allclose(logits_of(model), -before, atol=1e-6)
 
 
@@ -102,7 +102,7 @@ def test_other_threads_get_the_family_s_own_function(other_thread: Callable[...,
         return [*(x.detach() for x in rotated), q.grad]
 
     wanted = other_thread(grow)
-    with FusedParts(tiny("llama")).in_place():
+    with FusedModules(tiny("llama")).in_place():
         served.clear()
         got = other_thread(grow)
         assert not served
@@ -116,9 +116,9 @@ def test_a_second_model_s_parts_made_inside_another_thread_s_block(
 ) -> None:
     """They put back the family's own function, not what stood in its place when they were made."""
     own = modeling_llama.apply_rotary_pos_emb
-    first, second = FusedParts(tiny("llama")), tiny("llama")
+    first, second = FusedModules(tiny("llama")), tiny("llama")
     with first.in_place():
-        parts = other_thread(FusedParts, second)
+        parts = other_thread(FusedModules, second)
     with parts.in_place():
         served.clear()
         logits_of(second)
@@ -130,7 +130,7 @@ def test_blocks_of_two_threads_that_overlap(other_thread: Callable[..., Any]) ->
     own = modeling_llama.apply_rotary_pos_emb
     models = [tiny("llama"), tiny("llama")]
     wanted = logits_of(models[0])
-    parts = [FusedParts(model) for model in models]
+    parts = [FusedModules(model) for model in models]
     here, there = parts[0].in_place(), parts[1].in_place()
     here.__enter__()
     other_thread(there.__enter__)

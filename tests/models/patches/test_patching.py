@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rollout import Engine, SamplingParams
-from rollout.models.patches.patching import replaced
+from rollout.models.patches.patching import patched
 from tests.support.tiny_models import tiny
 
 ONE = torch.ones(1)
@@ -15,7 +15,7 @@ ONE = torch.ones(1)
 
 def test_functions_are_there_inside_the_block_alone() -> None:
     first, second = nn.Identity(), nn.Identity()
-    with replaced([(first, lambda x: 2 * x), (second, lambda x: 3 * x)]):
+    with patched([(first, lambda x: 2 * x), (second, lambda x: 3 * x)]):
         assert (first(ONE).item(), second(ONE).item()) == (2, 3)
     assert first(ONE).item() == second(ONE).item() == 1
     assert "forward" not in vars(first) | vars(second)
@@ -24,21 +24,21 @@ def test_functions_are_there_inside_the_block_alone() -> None:
 def test_what_was_patched_before_stays_and_computes() -> None:
     module = nn.Identity()
     module.forward = lambda x: 5 * x  # type: ignore[method-assign]
-    with replaced([(module, lambda x: 2 * x)]):
+    with patched([(module, lambda x: 2 * x)]):
         assert module(ONE).item() == 5
     assert module(ONE).item() == 5
 
 
 def test_what_is_patched_inside_the_block_stays() -> None:
     module = nn.Identity()
-    with replaced([(module, lambda x: 2 * x)]):
+    with patched([(module, lambda x: 2 * x)]):
         module.forward = lambda x: 7 * x  # type: ignore[method-assign]
     assert module(ONE).item() == 7
 
 
 def test_a_block_that_fails_leaves_nothing() -> None:
     module = nn.Identity()
-    with pytest.raises(ZeroDivisionError), replaced([(module, lambda x: 2 * x)]):
+    with pytest.raises(ZeroDivisionError), patched([(module, lambda x: 2 * x)]):
         raise ZeroDivisionError
     assert module(ONE).item() == 1
 

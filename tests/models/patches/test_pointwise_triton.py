@@ -10,7 +10,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from rollout.models.patches import norms_and_rope, pointwise_triton
-from rollout.models.patches.norms_and_rope import FusedParts
+from rollout.models.patches.norms_and_rope import FusedModules
 from rollout.models.patches.pointwise_triton import TritonPointwise
 from tests.support.tiny_models import VOCABULARY, tiny
 from tests.support.triton_interpreter import kernels_run_here
@@ -84,7 +84,7 @@ def test_a_model_with_parts_replaced_gives_its_own_numbers(
         calls["rotary"] += 1
         return rotate(self, *about)  # type: ignore[arg-type]
 
-    parts = FusedParts(model)
+    parts = FusedModules(model)
     monkeypatch.setattr(TritonPointwise, "rms_norm", counted_norm)
     monkeypatch.setattr(TritonPointwise, "rotate", counted_rotate)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rollout.models.errors import UnsupportedModel
 from rollout.models.patches.linears import PackedLinears
-from rollout.models.patches.shared_inputs import siblings, version
+from rollout.models.patches.shared_inputs import layers_with_shared_inputs, version
 from tests.support.tiny_models import VOCABULARY, tiny
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -24,7 +24,7 @@ MLP = ("gate_proj", "up_proj")
 def groups_of(model: nn.Module) -> list[tuple[str, ...]]:
     """The names of each group's layers, in order."""
     names = {id(module): name for name, module in model.named_modules()}
-    return [tuple(names[id(layer)] for layer in group) for group in siblings(model)]
+    return [tuple(names[id(layer)] for layer in group) for group in layers_with_shared_inputs(model)]
 
 
 def in_layers(groups: dict[str, Iterable[str]], layers: int = 4, prefix: str = "model.layers") -> list[tuple[str, ...]]:
@@ -84,10 +84,10 @@ def test_layers_of_a_mixture_of_experts() -> None:
 def test_a_group_with_a_router_of_another_class_keeps_it() -> None:
     """Who multiplies decides what it can merge."""
     model = tiny("llama4_text")
-    (_, first, *_) = siblings(model)
+    (_, first, *_) = layers_with_shared_inputs(model)
     assert type(first[0]) is not nn.Linear
     own = logits_of(model)
-    with PackedLinears(model, 1 << 40, siblings(model)).in_place():
+    with PackedLinears(model, 1 << 40, layers_with_shared_inputs(model)).in_place():
         assert torch.allclose(logits_of(model), own, atol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_adapters_are_among_the_groups() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapted_models_compute_the_same_from_groups(targets: Any, dtype: torch.dtype) -> None:
     model = adapted(tiny("llama", dtype), targets).eval()
-    own, groups = logits_of(model), siblings(model)
+    own, groups = logits_of(model), layers_with_shared_inputs(model)
     assert groups
     with PackedLinears(model, 1 << 40, groups).in_place():
         packed = logits_of(model)
@@ -180,12 +180,12 @@ def test_equal_inputs_that_are_not_one_are_no_group() -> None:
 def test_other_devices_are_not_looked_at() -> None:
     model = tiny("llama").to("meta")
     model.forward = None
-    assert siblings(model) == []
+    assert layers_with_shared_inputs(model) == []
 
 
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(UnsupportedModel):
-        siblings(nn.Linear(2, 2))
+        layers_with_shared_inputs(nn.Linear(2, 2))
 
 
 def test_versions_count_changes_where_they_are_counted() -> None:
@@ -207,7 +207,7 @@ def test_the_module_stays_as_it_is(wrap: Any, training: bool) -> None:
     model = wrap(inner).train(training)
     inner.model.layers[1].train(not training)
     before, generator = everything(model), torch.get_rng_state()
-    assert siblings(model)
+    assert layers_with_shared_inputs(model)
     assert everything(model) == before
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -228,11 +228,11 @@ def test_nothing_stays_after_an_exception() -> None:
     handle = model.model.layers[2].register_forward_pre_hook(stop)
     before = everything(model)
     with pytest.raises(KeyError, match="in the middle"):
-        siblings(model)
+        layers_with_shared_inputs(model)
     assert everything(model) == before
     handle.remove()
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert len(siblings(model)) == 8
+    assert len(layers_with_shared_inputs(model)) == 8
 
 
 def test_what_flowed_is_not_held() -> None:
@@ -241,7 +241,7 @@ def test_what_flowed_is_not_held() -> None:
     handle = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
         lambda module, given: seen.append(weakref.ref(given[0]))
     )
-    groups = siblings(model)
+    groups = layers_with_shared_inputs(model)
     handle.remove()
     assert groups
     assert [reference() for reference in seen] == [None]
@@ -251,5 +251,5 @@ def test_no_gradients_are_recorded() -> None:
     model = tiny("llama")
     recorded: list[bool] = []
     model.model.layers[0].register_forward_hook(lambda module, given, out: recorded.append(torch.is_grad_enabled()))
-    siblings(model)
+    layers_with_shared_inputs(model)
     assert recorded == [False]

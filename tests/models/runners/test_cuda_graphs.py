@@ -11,19 +11,19 @@ import torch
 
 from rollout import Engine, SamplingParams
 from rollout.models.attention import triton, triton_metadata
-from rollout.models.attention.triton import Blocks, TritonSteps
+from rollout.models.attention.triton import TileSizes, TritonBackend
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.runners import cuda_graphs
 from rollout.models.runners.base import Runner
-from rollout.models.runners.cuda_graphs import CapturedRunner, capturing, rung
-from rollout.models.runners.packed import InterfaceRunner, InterfaceTier
+from rollout.models.runners.cuda_graphs import CudaGraphRunner, capturing, padded_batch_size
+from rollout.models.runners.packed import PackedRunner, PackedStrategy
 from tests.contract.test_long_sequences import long_model
 from tests.support.cuda_graph_world import FakeGraphs, World, llama
 from tests.support.devices import DEVICE
 from tests.support.tiny_models import tiny
 from tests.support.triton_interpreter import kernels_run_here
 
-_SMALL = Blocks(16, 16, 4)
+_SMALL = TileSizes(16, 16, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +38,12 @@ def small_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_the_ladder() -> None:
-    rungs = [rung(rows) for rows in range(1, 1025)]
+    rungs = [padded_batch_size(rows) for rows in range(1, 1025)]
     halves = [range(size // 2 + size // 8, size + 1, size // 8) for size in (128, 256, 512, 1024)]
     assert sorted(set(rungs)) == [1, 2, 4, *range(8, 65, 8), *chain(*halves)]
     assert all(size >= rows for rows, size in enumerate(rungs, 1))
     assert all(size - rows < size / 5 for rows, size in enumerate(rungs, 1) if rows > 64)
-    assert all(rung(size) == size for size in rungs)
+    assert all(padded_batch_size(size) == size for size in rungs)
 
 
 def test_rows_are_padded_to_the_next_rung_and_bits_are_those_of_the_eager_runner() -> None:
@@ -258,18 +258,18 @@ def test_an_engine_on_captured_steps_generates_what_it_does_without(monkeypatch:
     model = llama()
     graphs: list[FakeGraphs] = []
 
-    def eager(self: InterfaceTier, pool: PagePool) -> Runner:
-        return InterfaceRunner(self.model, pool, TritonSteps(pool))
+    def eager(self: PackedStrategy, pool: PagePool) -> Runner:
+        return PackedRunner(self.model, pool, TritonBackend(pool))
 
-    def replaying(self: InterfaceTier, pool: PagePool) -> Runner:
+    def replaying(self: PackedStrategy, pool: PagePool) -> Runner:
         graphs.append(FakeGraphs())
-        return CapturedRunner(eager(self, pool), self.model, TritonSteps(pool), self._loan, graphs[-1])
+        return CudaGraphRunner(eager(self, pool), self.model, TritonBackend(pool), self._loan, graphs[-1])
 
     prompts = [[5, 6, 7], [8] * 20, [9, 10], [11] * 9]
     params = SamplingParams(max_new_tokens=6, ignore_eos=True)
     batches = []
     for runner in (eager, replaying):
-        monkeypatch.setattr(InterfaceTier, "runner", runner)
+        monkeypatch.setattr(PackedStrategy, "runner", runner)
         engine = Engine(model, None, max_rows=3)
         batches.append([record.completion_ids for record in engine.generate(prompts, params)])
     assert batches[0] == batches[1]

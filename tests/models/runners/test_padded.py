@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout.models.errors import UnsupportedModel
-from rollout.models.forward_batch import Packed
+from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.runners.padded import GatheringRunner, GatheringTier
+from rollout.models.runners.padded import PaddedRunner, PaddedStrategy
 from tests.support.tiny_models import GATHERING, VOCABULARY, tiny
 
 _SIZE = 16
@@ -23,7 +23,7 @@ class Sequences:
 
     def __init__(self, model: PreTrainedModel, ends: list[int], slab_pages: int = 3) -> None:
         rng = np.random.default_rng(5)
-        self.model, self.tier = model, GatheringTier(model)
+        self.model, self.tier = model, PaddedStrategy(model)
         self.pool = PagePool(self.tier.probe(), slab_pages, torch.device("cpu"))
         counts = [-(-end // _SIZE) for end in ends]
         while self.pool.live_slabs * slab_pages < sum(counts) + 2:
@@ -47,8 +47,8 @@ class Sequences:
         starts = self.done[numbers]
         self.done[numbers] += lengths
         tokens = [self.tokens[i][start : self.done[i]] for i, start in zip(numbers, starts, strict=True)]
-        packed = Packed(torch.from_numpy(np.concatenate(tokens)), self.tables[numbers], starts, np.array(lengths))
-        with self.tier.on_loan():
+        packed = ForwardBatch(torch.from_numpy(np.concatenate(tokens)), self.tables[numbers], starts, np.array(lengths))
+        with self.tier.borrow():
             return self.tier.runner(self.pool).forward(packed)
 
     def own(self, numbers: list[int]) -> torch.Tensor:
@@ -102,37 +102,37 @@ def test_computed_under_autocast_and_kept_in_its_dtype() -> None:
 
 def test_batches_hold_every_sequence_once_and_little_padding() -> None:
     sequences = Sequences(tiny("bloom"), [40])
-    runner = GatheringRunner(sequences.model, sequences.pool)
+    runner = PaddedRunner(sequences.model, sequences.pool)
     rng = np.random.default_rng(3)
     starts = rng.integers(0, 900, 300)
     lengths = np.where(rng.random(300) < 0.8, 1, rng.integers(1, 400, 300))
     tokens = torch.zeros(int(lengths.sum()), dtype=torch.int64)
-    packed = Packed(tokens, np.zeros((300, 100), np.int64), starts, lengths)
+    packed = ForwardBatch(tokens, np.zeros((300, 100), np.int64), starts, lengths)
     batches = list(runner._batches(packed))
     assert sorted(np.concatenate(batches).tolist()) == list(range(300))
     assert len(batches) < 40
     for batch in batches:
-        ends = packed.ends[batch]
+        ends = packed.seq_lens[batch]
         assert ends.min() >= 0.6 * ends.max()
         assert lengths[batch].min() >= 0.6 * lengths[batch].max()
 
 
 def test_batches_stay_small_enough_to_gather(monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = Sequences(tiny("bloom"), [40])
-    token_bytes = sequences.pool.layout.bytes_per_token // len(sequences.pool.layout.sites)
+    token_bytes = sequences.pool.layout.bytes_per_token // len(sequences.pool.layout.layers)
     monkeypatch.setattr("rollout.models.runners.padded._BATCH_BYTES", 100 * token_bytes)
-    runner = GatheringRunner(sequences.model, sequences.pool)
+    runner = PaddedRunner(sequences.model, sequences.pool)
     ones = np.ones(10, np.int64)
-    packed = Packed(
+    packed = ForwardBatch(
         torch.ones(10, dtype=torch.int64), np.zeros((10, 20), np.int64), np.array([29] * 8 + [31, 200]), ones
     )
     assert sorted(len(batch) for batch in runner._batches(packed)) == [1, 3, 3, 3]
 
 
 def test_the_probe_tells_shapes_and_leaves_masks_to_the_model() -> None:
-    layout = GatheringTier(tiny("falcon", multi_query=True, new_decoder_architecture=False)).probe()
-    assert [(site.module, site.kv_heads, site.key_dim) for site in layout.sites] == [(None, 1, 16)] * 4
-    assert {site.span.kind for site in GatheringTier(tiny("gpt_neo")).probe().sites} == {"full"}
+    layout = PaddedStrategy(tiny("falcon", multi_query=True, new_decoder_architecture=False)).probe()
+    assert [(site.module, site.kv_heads, site.key_dim) for site in layout.layers] == [(None, 1, 16)] * 4
+    assert {site.mask_kind.kind for site in PaddedStrategy(tiny("gpt_neo")).probe().layers} == {"full"}
 
 
 class Altered:
@@ -168,14 +168,14 @@ def test_what_has_no_place_in_pages_is_refused(change: str, reason: str) -> None
     model = tiny("bloom")
     Altered(model, change)
     with pytest.raises(UnsupportedModel, match=reason):
-        GatheringTier(model).probe()
+        PaddedStrategy(model).probe()
 
 
 def test_a_model_that_stores_nothing_is_refused() -> None:
     model = tiny("bloom")
     Altered(model, "no cache", slice(None))
     with pytest.raises(UnsupportedModel, match="stores no keys and values"):
-        GatheringTier(model).probe()
+        PaddedStrategy(model).probe()
 
 
 @pytest.mark.parametrize(("change", "message"), [("stores more", "more often"), ("no cache", "stored 3 times, not 4")])
@@ -188,4 +188,4 @@ def test_a_model_that_changes_its_calls_is_found_out(change: str, message: str) 
 
 def test_recurrent_models_are_not_of_this_tier() -> None:
     with pytest.raises(UnsupportedModel, match="recurrent state"):
-        GatheringTier(tiny("mamba"))
+        PaddedStrategy(tiny("mamba"))

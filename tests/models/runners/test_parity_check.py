@@ -11,31 +11,31 @@ from transformers import PreTrainedModel
 
 from rollout.models.attention.interface import NAME
 from rollout.models.errors import UnsupportedModel
-from rollout.models.forward_batch import Packed
-from rollout.models.kv_cache.layout import KVLayout, Span
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.runners.base import Runner
-from rollout.models.runners.packed import InterfaceTier
+from rollout.models.runners.packed import PackedStrategy
 from rollout.models.runners.parity_check import check_pages
-from rollout.models.runners.recurrent import StateTier
-from rollout.models.runners.select import serve
+from rollout.models.runners.recurrent import RecurrentStrategy
+from rollout.models.runners.select import select_strategy
 from tests.support.tiny_models import INTERFACE, tiny
 
 
-class Mistaken(InterfaceTier):
+class Mistaken(PackedStrategy):
     """Whose probe finds another site 1 than there is."""
 
     changes: dict[str, Any] = {}
 
     def probe(self) -> KVLayout:
         layout = super().probe()
-        sites = list(layout.sites)
+        sites = list(layout.layers)
         sites[1] = replace(sites[1], **self.changes)
         return KVLayout(tuple(sites), layout.dtype, layout.page_size)
 
 
 def check(model: PreTrainedModel) -> None:
-    check_pages(InterfaceTier(model))
+    check_pages(PackedStrategy(model))
 
 
 def check_with(model: PreTrainedModel, **changes: Any) -> None:
@@ -51,27 +51,27 @@ def test_served_families_pass(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "bloom"])
 def test_rounding_in_half_precision_passes(family: str) -> None:
-    serve(tiny(family, torch.bfloat16))
+    select_strategy(tiny(family, torch.bfloat16))
 
 
 @pytest.mark.parametrize(
     ("family", "span"),
     [
-        ("llama", Span("window", 12)),
-        ("llama", Span("window", 20)),
-        ("llama", Span("chunk", 12)),
-        ("mistral", Span()),
-        ("mistral", Span("window", 11)),
-        ("mistral", Span("chunk", 12)),
-        ("llama4_text", Span()),
-        ("llama4_text", Span("window", 12)),
+        ("llama", MaskKind("window", 12)),
+        ("llama", MaskKind("window", 20)),
+        ("llama", MaskKind("chunk", 12)),
+        ("mistral", MaskKind()),
+        ("mistral", MaskKind("window", 11)),
+        ("mistral", MaskKind("chunk", 12)),
+        ("llama4_text", MaskKind()),
+        ("llama4_text", MaskKind("window", 12)),
     ],
 )
-def test_one_layer_that_sees_something_else_is_refused(family: str, span: Span) -> None:
+def test_one_layer_that_sees_something_else_is_refused(family: str, span: MaskKind) -> None:
     model = tiny(family)
-    check_with(model, span=InterfaceTier(model).probe().sites[1].span)
+    check_with(model, mask_kind=PackedStrategy(model).probe().layers[1].mask_kind)
     with pytest.raises(UnsupportedModel, match="other logits over pages than in its own forward"):
-        check_with(model, span=span)
+        check_with(model, mask_kind=span)
 
 
 def test_a_model_that_keeps_state_in_secret_is_refused() -> None:
@@ -102,14 +102,14 @@ def test_a_model_that_mixes_neighbours_outside_of_attention_is_refused() -> None
 
 
 def test_a_tier_that_gives_one_sequence_the_pages_of_another_is_refused() -> None:
-    class Swapped(InterfaceTier):
+    class Swapped(PackedStrategy):
         def runner(self, pool: PagePool) -> Any:
             own = super().runner(pool)
 
             class Changed(Runner):
-                def forward(self, packed: Packed) -> torch.Tensor:
-                    tables = packed.tables[:, ::-1].copy() if packed.starts.all() else packed.tables
-                    return own.forward(replace(packed, tables=tables))
+                def forward(self, packed: ForwardBatch) -> torch.Tensor:
+                    tables = packed.page_tables[:, ::-1].copy() if packed.prefix_lens.all() else packed.page_tables
+                    return own.forward(replace(packed, page_tables=tables))
 
             return Changed()
 
@@ -120,13 +120,13 @@ def test_a_tier_that_gives_one_sequence_the_pages_of_another_is_refused() -> Non
 @pytest.mark.parametrize("family", ["mamba", "falcon_h1", "lfm2", "qwen3_next"])
 @pytest.mark.parametrize("mistake", ["swapped", "not kept"])
 def test_a_tier_that_loses_or_mixes_states_is_refused(family: str, mistake: str) -> None:
-    class Careless(StateTier):
+    class Careless(RecurrentStrategy):
         def runner(self, pool: PagePool) -> Any:
             own = super().runner(pool)
 
             class Changed(Runner):
-                def forward(self, packed: Packed) -> torch.Tensor:
-                    decodes = packed.starts.all()
+                def forward(self, packed: ForwardBatch) -> torch.Tensor:
+                    decodes = packed.prefix_lens.all()
                     before = [tensor.clone() for tensor in pool.states.slab(0).tensors]
                     mixed = decodes and mistake == "swapped"
                     logits = own.forward(replace(packed, states=packed.states[::-1].copy()) if mixed else packed)
@@ -137,7 +137,7 @@ def test_a_tier_that_loses_or_mixes_states_is_refused(family: str, mistake: str)
 
             return Changed()
 
-    check_pages(StateTier(tiny(family)))
+    check_pages(RecurrentStrategy(tiny(family)))
     with pytest.raises(UnsupportedModel, match="other logits"):
         check_pages(Careless(tiny(family)))
 
@@ -166,7 +166,7 @@ def test_nothing_is_left_behind() -> None:
     state, before = torch.get_rng_state(), model.config._attn_implementation
     check(model)
     with pytest.raises(UnsupportedModel):
-        check_with(model, span=Span("window", 4))
+        check_with(model, mask_kind=MaskKind("window", 4))
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config._attn_implementation == before
     assert all(module.training for module in model.modules())
