@@ -24,7 +24,7 @@ _KINDS = (Kind(2, 6, 128, 128), Kind(2, 2, 64, 64, MaskKind("window", 300)))
 @pytest.fixture(params=list(LIBRARIES))
 def library(request: pytest.FixtureRequest) -> VarlenFunction:
     try:
-        select.require(request.param, DEVICE)
+        select.check_available(request.param, DEVICE)
     except UnsupportedAttention as error:
         pytest.skip(str(error))
     return prefill_libraries.installed(request.param)

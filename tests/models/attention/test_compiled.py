@@ -59,7 +59,7 @@ class World(PagedWorld):
 
     def step(self, kernel: Kernel, parts: Parts, threads: int = 1) -> CompiledForward:
         forward = self.forward(parts)
-        return CompiledForward(kernel, self.pool, forward.tables, forward.starts, forward.lengths, threads)
+        return CompiledForward(kernel, self.pool, forward.page_tables, forward.prefix_lens, forward.query_lens, threads)
 
     def run(self, kernel: Kernel, parts: Parts, threads: int = 1) -> list[torch.Tensor]:
         """One forward: for each site [T, heads, value_dim]."""
@@ -244,10 +244,10 @@ def test_non_finite_numbers_stay_with_the_tokens_that_see_them(kernel: Kernel, b
         else:
             position = torch.arange(50, 80)
             seen = torch.ones(30, dtype=torch.bool)
-            if kind.mask_kind.kind == "window":
-                seen = position - 50 < kind.mask_kind.size
-            if kind.mask_kind.kind == "chunk":
-                seen = position // kind.mask_kind.size == 50 // kind.mask_kind.size
+            if kind.span.kind == "window":
+                seen = position - 50 < kind.span.size
+            if kind.span.kind == "chunk":
+                seen = position // kind.span.size == 50 // kind.span.size
             clean[80 + position[seen]] = False
         assert torch.equal(outputs[index][clean], expected[index][clean]), kind
         if bad != bad or where == "values":

@@ -64,7 +64,7 @@ class World:
         rng = np.random.default_rng(seed)
         self.modules = [nn.Identity() for _ in KINDS]
         sites = tuple(
-            AttentionLayer(module, kind.kv_heads, kind.key_dim, kind.value_dim, kind.mask_kind)
+            AttentionLayer(module, kind.kv_heads, kind.key_dim, kind.value_dim, kind.span)
             for module, kind in zip(self.modules, KINDS, strict=True)
         )
         self.pool = PagePool(KVLayout(sites, dtype, PAGE_SIZE), SLAB_PAGES, CPU)
@@ -102,9 +102,9 @@ class World:
         group = HEADS // kind.kv_heads
         outputs = []
         for position in positions:
-            first = {"full": 0, "window": position - kind.mask_kind.size + 1, "chunk": position}[kind.mask_kind.kind]
-            if kind.mask_kind.kind == "chunk":
-                first -= position % kind.mask_kind.size
+            first = {"full": 0, "window": position - kind.span.size + 1, "chunk": position}[kind.span.kind]
+            if kind.span.kind == "chunk":
+                first -= position % kind.span.size
             seen = slice(max(0, first), position + 1)
             heads = []
             for head in range(HEADS):

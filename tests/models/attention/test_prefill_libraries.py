@@ -215,7 +215,7 @@ def nothing_known() -> Iterator[None]:
 def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(UnsupportedAttention, match=r"flash_attn_varlen_func cannot be loaded \(ModuleNotFoundError: "):
-        select.require("flash_attn", torch.device("cuda"))
+        select.check_available("flash_attn", torch.device("cuda"))
 
 
 @pytest.mark.usefixtures("nothing_known")
@@ -223,9 +223,9 @@ def test_a_library_is_found_under_its_own_name(monkeypatch: pytest.MonkeyPatch) 
     module: Any = ModuleType("flash_attn")
     module.flash_attn_varlen_func = fakes.flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    select.require("flash_attn", torch.device("cuda"))
+    select.check_available("flash_attn", torch.device("cuda"))
     assert prefill_libraries.installed("flash_attn").name == "flash_attn"
-    select.require("varlen", torch.device("cuda"))
+    select.check_available("varlen", torch.device("cuda"))
     assert prefill_libraries.installed("varlen").name == "varlen"
 
 
@@ -237,7 +237,7 @@ def test_attention_for_gpus_on_a_cpu(name: str) -> None:
 
 def test_attention_for_cpus_on_a_gpu() -> None:
     with pytest.raises(UnsupportedAttention, match=r"attention=compiled .* is for CPUs, and the model is on cuda"):
-        select.require("compiled", torch.device("cuda"))
+        select.check_available("compiled", torch.device("cuda"))
 
 
 def test_compiled_attention_asked_for_by_name_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def gpu_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A pool as of a GPU, for what looks at its layout and device alone."""
     forget_what_serves()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    monkeypatch.setattr(triton, "TritonSteps", lambda pool, library: SimpleNamespace(name="triton"))
+    monkeypatch.setattr(triton, "TritonBackend", lambda pool, library: SimpleNamespace(name="triton"))
     layout = KVLayout((AttentionLayer(None, 1, 16, 16, MaskKind()),), torch.bfloat16, 16)
     yield SimpleNamespace(layout=layout, device=torch.device("cuda", 0), parts=(None,))
     forget_what_serves()
