@@ -1,4 +1,4 @@
-"""Which families are served, by which tier, and that they give the model's own numbers.
+"""Which families are served, with which strategy, and whether they give the model's own numbers.
 
     python -m jobs.bench.families_table [--write] [--seconds 240] [FAMILY ...]
 
@@ -6,7 +6,7 @@ runs from the repository's root over every family that transformers can load as 
 that are named. Of each it makes a tiny random model and generates greedily with rows joining late and, where keys
 and values are all that a row holds, being preempted. In float32 the completions must equal those of ``generate`` and
 the log-probabilities a plain forward; in bfloat16 the mean distance is told. ``--write`` puts the table into
-``docs/models.md``.
+``docs/families.md``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.support import tiny_models
 from tests.support.parity import greedy, random_prompts, teacher_forced, tight_engine
 from tests.support.tiny_models import SERVED, VOCABULARY, random_model
 
-_PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+_PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 _MARKERS = ("<!-- written by jobs.bench.families_table -->", "<!-- end -->")
 _NEW_TOKENS = 24
 _PAGES = 9
@@ -152,7 +152,7 @@ class Result:
 
     family: str
     state: Literal["right", "wrong", "refused", "generate fails", "not built"]
-    tier: str = ""
+    strategy: str = ""
     equal: int = 0
     rows: int = 0
     gap: float = 0.0
@@ -203,19 +203,19 @@ def tried(family: str) -> Result:
     except Exception as error:  # noqa: BLE001 - whatever a family's own code says
         return Result(family, "not built", reason=_in_short(error))
     try:
-        tier = select_strategy(model)
+        strategy = select_strategy(model)
     except UnsupportedModel as refusal:
         return Result(family, "refused", reason=str(refusal))
     prompts = random_prompts(11, 7)
     try:
         expected = [greedy(model, prompt, _NEW_TOKENS) for prompt in prompts]
     except Exception as error:  # noqa: BLE001
-        return Result(family, "generate fails", tier.name, reason=_in_short(error))
+        return Result(family, "generate fails", strategy.name, reason=_in_short(error))
     try:
         records, gaps = _generated(model, prompts)
         equal = sum(record == own for record, own in zip(records, expected, strict=True))
     except Exception as error:  # noqa: BLE001
-        return Result(family, "wrong", tier.name, 0, len(prompts), reason=_in_short(error))
+        return Result(family, "wrong", strategy.name, 0, len(prompts), reason=_in_short(error))
     try:
         half = float(_generated(random_model(config, torch.bfloat16), prompts)[1].mean())
     except Exception:  # noqa: BLE001
@@ -223,12 +223,12 @@ def tried(family: str) -> Result:
     gap = float(gaps.max())
     if equal < len(prompts) and all(_is_greedy(model, *pair) for pair in zip(prompts, records, strict=True)):
         reason = "gives other tokens than plain forwards of the same module; the engine's tokens are the forwards'"
-        return Result(family, "generate fails", tier.name, equal, len(prompts), gap, half, reason)
-    tolerance = _STATE_TOLERANCE if tier.name == RecurrentStrategy.name else _TOLERANCE
+        return Result(family, "generate fails", strategy.name, equal, len(prompts), gap, half, reason)
+    tolerance = _STATE_TOLERANCE if strategy.name == RecurrentStrategy.name else _TOLERANCE
     if gap > tolerance:
         tolerance = _ROUNDINGS * _own_rounding(model, prompts, records)
     state: Literal["right", "wrong"] = "right" if equal == len(prompts) and gap <= tolerance else "wrong"
-    return Result(family, state, tier.name, equal, len(prompts), gap, half)
+    return Result(family, state, strategy.name, equal, len(prompts), gap, half)
 
 
 def _generated(model: PreTrainedModel, prompts: Sequence[list[int]]) -> tuple[list[list[int]], torch.Tensor]:
@@ -299,22 +299,22 @@ def in_a_process(family: str, seconds: float) -> Result:
 def table(results: Sequence[Result]) -> str:
     """The results in Markdown."""
     count = Counter(result.state for result in results)
-    tiers = Counter(result.tier for result in results if result.state == "right")
+    strategies = Counter(result.strategy for result in results if result.state == "right")
     lines = [
         f"Of {len(results)} families, {len(results) - count['not built']} could be built tiny. Right: "
         f"{count['right']} ("
-        + ", ".join(f"{number} {tier}" for tier, number in tiers.items())
+        + ", ".join(f"{number} {strategy}" for strategy, number in strategies.items())
         + f"). Wrong: {count['wrong']}. Refused: {count['refused']}. "
         f"Served where `generate` itself is at fault: {count['generate fails']}.",
         "",
-        "| family | tier | rows equal | max Δ logprob, float32 | mean, bfloat16 |",
+        "| family | strategy | rows equal | max Δ logprob, float32 | mean, bfloat16 |",
         "|---|---|---|---|---|",
     ]
     for result in results:
         if result.state in ("right", "wrong"):
             half = "–" if result.half_gap is None else f"{result.half_gap:.0e}"
             equal = f"{result.equal}/{result.rows}" + ("" if result.state == "right" else f" **wrong** {result.reason}")
-            lines.append(f"| {result.family} | {result.tier} | {equal} | {result.gap:.0e} | {half} |")
+            lines.append(f"| {result.family} | {result.strategy} | {equal} | {result.gap:.0e} | {half} |")
     for state, title in (
         ("refused", "Refused at start"),
         ("generate fails", "Served, but the family's own `generate` fails or contradicts the module's forward"),

@@ -17,7 +17,7 @@ from tests.support.tiny_models import REFUSED, SERVED
 
 def test_a_family_is_right() -> None:
     result = tried("arcee")
-    assert (result.state, result.tier, result.equal, result.rows) == ("right", "packed", 7, 7)
+    assert (result.state, result.strategy, result.equal, result.rows) == ("right", "packed", 7, 7)
     assert 0 < result.gap < 1e-5
     assert result.half_gap is not None
     assert result.half_gap > result.gap
@@ -68,12 +68,12 @@ RESULTS = [
 def test_the_table_counts_and_names_everyone() -> None:
     text = table(RESULTS)
     assert text.startswith(
-        "Of 5 families, 4 could be built tiny. Right: 2 (1 interface, 1 state). Wrong: 1. Refused: 1. "
+        "Of 5 families, 4 could be built tiny. Right: 2 (1 packed, 1 recurrent). Wrong: 1. Refused: 1. "
     )
     for line in (
-        "| a | interface | 7/7 | 2e-06 | 3e-03 |",
-        "| b | state | 7/7 | 2e-06 | – |",
-        "| c | interface | 3/7 **wrong** off | 2e-02 | – |",
+        "| a | packed | 7/7 | 2e-06 | 3e-03 |",
+        "| b | recurrent | 7/7 | 2e-06 | – |",
+        "| c | packed | 3/7 **wrong** off | 2e-02 | – |",
         "| d | this / that |",
         "| e | too large |",
     ):
@@ -81,7 +81,7 @@ def test_the_table_counts_and_names_everyone() -> None:
 
 
 def test_only_what_stands_between_the_markers_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = tmp_path / "models.md"
+    page = tmp_path / "families.md"
     monkeypatch.setattr(families_table, "_PAGE", page)
     page.write_text(
         f"before\n{families_table._MARKERS[0]}\nold\n{families_table._MARKERS[1]}\nafter\n", encoding="utf-8"
