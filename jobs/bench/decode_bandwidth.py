@@ -146,7 +146,7 @@ def measure(model: Any, rows: int, context: int, bandwidth: float, steps: int = 
     """Steps with nothing around them."""
     run = Decoding(model, rows, context, steps)
     durations = [after - before for before, after in pairwise(run.times)]
-    layout = select_strategy(model).probe()
+    layout = select_strategy(model).kv_layout()
     # Pages are counted whole; on average half of the last one of each row is empty.
     tokens = sum(run.tokens) / len(run.tokens) - rows * (layout.page_size - 1) / 2
     read = weight_bytes(model) + tokens * layout.bytes_per_token

@@ -233,7 +233,7 @@ def tried(family: str) -> Result:
 
 def _generated(model: PreTrainedModel, prompts: Sequence[list[int]]) -> tuple[list[list[int]], torch.Tensor]:
     """Completions, and how far each of their log-probabilities is from a plain forward."""
-    states = select_strategy(model).probe().states
+    states = select_strategy(model).kv_layout().states
     engine = Engine(model, None, policy="static", max_rows=4) if states else tight_engine(model, _PAGES, max_rows=4)
     batch = engine.generate(prompts, SamplingParams(max_new_tokens=_NEW_TOKENS, temperature=0))
     failed = [record.error for record in batch if record.error]

@@ -155,7 +155,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     model = cli.model(folder, given)
-    layout = select_strategy(model).probe()
+    layout = select_strategy(model).kv_layout()
     mean = fmean(len(request.ids) + request.n for request in work)
     max_kv_bytes = int(given.kv_rows * layout.pages_for(int(mean)) * layout.bytes_per_page)
     limit = max(request.n for request in work)

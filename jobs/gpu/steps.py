@@ -81,7 +81,7 @@ class Steps:
     def __init__(self, model: Any, context: int, steps: int, spies: Spies) -> None:
         self._model, self._context, self._steps, self._spies = model, context, steps, spies
         self._bandwidth = bench.copy_bandwidth(DEVICE)
-        self._layout = select_strategy(model).probe()
+        self._layout = select_strategy(model).kv_layout()
         weights = bench.weight_bytes(model)
         say(f"# copies at {self._bandwidth / 1e9:.0f} GB/s; weights {weights / 1e9:.2f} GB")
 

@@ -71,7 +71,7 @@ class RunStrategy(ABC):
         self.model, self.choice = model, choice
 
     @abstractmethod
-    def probe(self) -> KVLayout:
+    def kv_layout(self) -> KVLayout:
         """What the model stores. Dtypes depend on the caller's autocast, so each call of the engine asks anew.
 
         Raises:
@@ -95,4 +95,4 @@ class RunStrategy(ABC):
 
     def attention(self) -> str:
         """See `Runner.attention`."""
-        return self.runner(PagePool(self.probe(), 1, output_device(self.model))).attention
+        return self.runner(PagePool(self.kv_layout(), 1, output_device(self.model))).attention

@@ -41,8 +41,8 @@ class PackedStrategy(RunStrategy):
             )
         self._loan = BorrowedModule(model)
 
-    def probe(self) -> KVLayout:
-        """See `RunStrategy.probe`."""
+    def kv_layout(self) -> KVLayout:
+        """See `RunStrategy.kv_layout`."""
         with self.borrow():
             return replace(probe(self.model), boundary=Rotary(self.model).boundary)
 

@@ -47,8 +47,8 @@ class PaddedStrategy(RunStrategy):
         refuse_recurrent(model)
         self._loan = BorrowedModule(model)
 
-    def probe(self) -> KVLayout:
-        """See `RunStrategy.probe`."""
+    def kv_layout(self) -> KVLayout:
+        """See `RunStrategy.kv_layout`."""
         cache = _RecordingCache(_PROBE_TOKENS)
         positions = torch.arange(_PROBE_TOKENS, device=output_device(self.model))[None]
         with self.borrow():

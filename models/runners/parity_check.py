@@ -42,7 +42,7 @@ def check_pages(tier: RunStrategy) -> None:
     Raises:
         UnsupportedModel: they differ by more than rounding.
     """
-    model, layout = tier.model, tier.probe()
+    model, layout = tier.model, tier.kv_layout()
     vocabulary = vocabulary_size(model)
     trials: list[_Trial] = []
     laters = _LATER_WHOLE if tier.whole_contexts else _LATER

@@ -49,8 +49,8 @@ class RecurrentStrategy(RunStrategy):
             )
         self._loan = BorrowedModule(model)
 
-    def probe(self) -> KVLayout:
-        """See `RunStrategy.probe`."""
+    def kv_layout(self) -> KVLayout:
+        """See `RunStrategy.kv_layout`."""
         recorded = RecordedStates()
         positions = torch.arange(PROBE_TOKENS, device=output_device(self.model))[None]
         with self.borrow():

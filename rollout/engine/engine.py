@@ -108,7 +108,7 @@ class Engine:
         self._reserve_fraction = reserve_fraction
         if headroom is None:
             headroom = headroom_over(
-                self._strategy.probe().shares(self._device) or {self._device: 1.0}, reserve_fraction
+                self._strategy.kv_layout().shares(self._device) or {self._device: 1.0}, reserve_fraction
             )
         self._headroom = self._sync.headroom(headroom)
         self.context_limit = context_limit(base.config)
@@ -190,7 +190,7 @@ class Engine:
         """
         started = time.perf_counter()
         self.stats = None
-        layout = self._strategy.probe()
+        layout = self._strategy.kv_layout()
         # Before memory is read: the copies take their share.
         room = after_reserve(self._headroom, self._reserve_fraction) * _COPIES_SHARE
         linears = PackedLinears(self.model, int(room), layers_with_shared_inputs(self.model))

@@ -36,7 +36,7 @@ _BLOCKS = TileSizes(16, 16, 4)
 def logits_of(model: PreTrainedModel, steps_for: Callable[[PagePool], AttentionBackend]) -> torch.Tensor:
     """Of all forwards."""
     tier = PackedStrategy(model)
-    layout = tier.probe()
+    layout = tier.kv_layout()
     pool = PagePool(layout, 3, DEVICE)
     for _ in range(4):
         pool.grow()

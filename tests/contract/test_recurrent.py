@@ -117,7 +117,7 @@ def test_a_prompt_is_computed_once_for_the_samples_admitted_with_it() -> None:
 
 
 def _bytes(model: PreTrainedModel, rows: int, pages: int) -> int:
-    layout = select_strategy(model).probe()
+    layout = select_strategy(model).kv_layout()
     return rows * layout.bytes_per_row + pages * layout.bytes_per_page
 
 
@@ -212,7 +212,7 @@ def test_an_allocator_failure_costs_recomputation_alone(place: str, monkeypatch:
 
 def test_policies_see_what_a_row_takes() -> None:
     model = tiny("mamba")
-    state = select_strategy(model).probe().bytes_per_row
+    state = select_strategy(model).kv_layout().bytes_per_row
     seen: list[Observation] = []
 
     class Watching:

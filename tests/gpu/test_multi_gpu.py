@@ -24,7 +24,7 @@ def test_layers_that_are_spread(tmp_path: Path) -> None:
     expected = Engine(model, None).generate(prompts, params)
     held = load_model(ModelSource(str(tmp_path), dtype="float32", device_map="auto"), DEVICE)
     engine = Engine(held, None)
-    layout = engine._strategy.probe()
+    layout = engine._strategy.kv_layout()
     assert len({site.device for site in layout.layers}) == 2
     for each in (engine, Engine(held, None, policy="static", max_kv_bytes=12 * layout.bytes_per_page)):
         for ours, theirs in zip(each.generate(prompts, params), expected, strict=True):

@@ -81,7 +81,7 @@ class World:
     ) -> None:
         self.model = tiny("llama", num_hidden_layers=2) if model is None else model
         self.tier = PackedStrategy(self.model)
-        self.layout = self.tier.probe()
+        self.layout = self.tier.kv_layout()
         self.fake = FakeGraphs()
         self.loan = self.tier._loan
         self.pools = [PagePool(self.layout, slab_pages, DEVICE) for _ in range(2)]

@@ -220,7 +220,7 @@ def check(case: Case) -> None:
 
 def _run(case: Case, model: PreTrainedModel, prompts: list[list[int]]) -> list[Record]:
     """The records of the case, in the order of its prompts and samples."""
-    page = select_strategy(model).probe().bytes_per_page
+    page = select_strategy(model).kv_layout().bytes_per_page
     longest = max((min(CONTEXT, prompt.length + prompt.params.max_new_tokens) for prompt in case.prompts), default=1)
     # The pool is whole slabs, of a sixteenth of the cap each.
     pages = None if case.spare_pages is None else -(-longest // 16) * 17 // 16 + 3 + case.spare_pages

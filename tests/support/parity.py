@@ -26,7 +26,7 @@ def random_prompts(seed: int, count: int, longest: int = 48) -> list[list[int]]:
 
 def page_bytes(model: PreTrainedModel) -> int:
     """KV bytes of a page of ``model``."""
-    return select_strategy(model).probe().bytes_per_page
+    return select_strategy(model).kv_layout().bytes_per_page
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], tokens: int, use_cache: bool = True) -> list[int]:

@@ -86,7 +86,7 @@ def main(model: str) -> None:
     rank = int(os.environ["RANK"])
     held = load_model(ModelSource(model, dtype="float32", tensor_parallel=True), resolve_device())
     squeezed = Engine(held, None, latency_budget_ms=5.0, reserve_fraction=0.0, headroom=RandomHeadroom(rank))
-    layout = squeezed._strategy.probe()
+    layout = squeezed._strategy.kv_layout()
     tight = Engine(held, None, policy="static", max_kv_bytes=_PAGES * layout.bytes_per_page)
     batches = [squeezed.generate(PROMPTS, GREEDY, seed=7)]
     with patch("rollout.engine.engine.Loop", partial(Loop, overlap=True)):

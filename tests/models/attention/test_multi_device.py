@@ -53,14 +53,14 @@ def test_two_devices_give_the_records_of_one(
 ) -> None:
     monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, overlap=late))
     whole = Engine(tiny(family), None, max_kv_bytes=10_000_000)
-    expected, page_bytes = list(whole.generate(PROMPTS, SAMPLED)), whole._strategy.probe().bytes_per_page
+    expected, page_bytes = list(whole.generate(PROMPTS, SAMPLED)), whole._strategy.kv_layout().bytes_per_page
     model = tiny(family)
     with Devices():
         spread(model)
         assert output_device(model) == last
         # Small enough for rows to be preempted and slabs to come and go.
         engine = Engine(model, None, policy="static", max_kv_bytes=8 * page_bytes, headroom=FakeHeadroom(1_000_000))
-        assert {site.device for site in engine._strategy.probe().layers} == {NEAR, FAR}
+        assert {site.device for site in engine._strategy.kv_layout().layers} == {NEAR, FAR}
         batch = engine.generate(PROMPTS, SAMPLED)
     assert [record.completion_ids for record in batch] == [record.completion_ids for record in expected]
     for ours, theirs in zip(batch, expected, strict=True):

@@ -108,12 +108,12 @@ def test_layer_types_have_embeddings_of_their_own() -> None:
 def test_layouts_say_where_texts_change() -> None:
     model = long_model("phi3")
     for tier in (PackedStrategy, PaddedStrategy):
-        layout = tier(model).probe()
+        layout = tier(model).kv_layout()
         assert layout.boundary == 40
         assert layout.alike(40, 3)
         assert layout.alike(41, 90)
         assert not layout.alike(40, 41)
-    plain = PackedStrategy(tiny("llama")).probe()
+    plain = PackedStrategy(tiny("llama")).kv_layout()
     assert plain.boundary is None
     assert plain.alike(1, 10**9)
 
@@ -123,4 +123,4 @@ def test_several_lengths_are_refused() -> None:
     model.model.layers[0].rotary = copy.deepcopy(model.model.rotary_emb)
     model.model.layers[0].rotary.config.rope_parameters["original_max_position_embeddings"] = 50
     with pytest.raises(UnsupportedModel, match=r"several lengths: \[40, 50\]"):
-        PackedStrategy(model).probe()
+        PackedStrategy(model).kv_layout()

@@ -24,7 +24,7 @@ class Sequences:
     def __init__(self, model: PreTrainedModel, ends: list[int], slab_pages: int = 3) -> None:
         rng = np.random.default_rng(5)
         self.model, self.tier = model, PaddedStrategy(model)
-        self.pool = PagePool(self.tier.probe(), slab_pages, torch.device("cpu"))
+        self.pool = PagePool(self.tier.kv_layout(), slab_pages, torch.device("cpu"))
         counts = [-(-end // _SIZE) for end in ends]
         while self.pool.live_slabs * slab_pages < sum(counts) + 2:
             self.pool.grow()
@@ -91,7 +91,7 @@ def test_one_sequence_with_broken_numbers_does_not_break_others() -> None:
 def test_computed_under_autocast_and_kept_in_its_dtype() -> None:
     sequences = Sequences(tiny("codegen"), [30, 25])
     with torch.autocast("cpu", torch.bfloat16):
-        layout = sequences.tier.probe()
+        layout = sequences.tier.kv_layout()
         assert layout.dtype == torch.bfloat16
         sequences.pool = PagePool(layout, 20, torch.device("cpu"))
         sequences.pool.grow()
@@ -130,9 +130,9 @@ def test_batches_stay_small_enough_to_gather(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_probe_tells_shapes_and_leaves_masks_to_the_model() -> None:
-    layout = PaddedStrategy(tiny("falcon", multi_query=True, new_decoder_architecture=False)).probe()
+    layout = PaddedStrategy(tiny("falcon", multi_query=True, new_decoder_architecture=False)).kv_layout()
     assert [(site.module, site.kv_heads, site.key_dim) for site in layout.layers] == [(None, 1, 16)] * 4
-    assert {site.mask_kind.kind for site in PaddedStrategy(tiny("gpt_neo")).probe().layers} == {"full"}
+    assert {site.mask_kind.kind for site in PaddedStrategy(tiny("gpt_neo")).kv_layout().layers} == {"full"}
 
 
 class Altered:
@@ -168,14 +168,14 @@ def test_what_has_no_place_in_pages_is_refused(change: str, reason: str) -> None
     model = tiny("bloom")
     Altered(model, change)
     with pytest.raises(UnsupportedModel, match=reason):
-        PaddedStrategy(model).probe()
+        PaddedStrategy(model).kv_layout()
 
 
 def test_a_model_that_stores_nothing_is_refused() -> None:
     model = tiny("bloom")
     Altered(model, "no cache", slice(None))
     with pytest.raises(UnsupportedModel, match="stores no keys and values"):
-        PaddedStrategy(model).probe()
+        PaddedStrategy(model).kv_layout()
 
 
 @pytest.mark.parametrize(("change", "message"), [("stores more", "more often"), ("no cache", "stored 3 times, not 4")])

@@ -27,8 +27,8 @@ class Mistaken(PackedStrategy):
 
     changes: dict[str, Any] = {}
 
-    def probe(self) -> KVLayout:
-        layout = super().probe()
+    def kv_layout(self) -> KVLayout:
+        layout = super().kv_layout()
         sites = list(layout.layers)
         sites[1] = replace(sites[1], **self.changes)
         return KVLayout(tuple(sites), layout.dtype, layout.page_size)
@@ -69,7 +69,7 @@ def test_rounding_in_half_precision_passes(family: str) -> None:
 )
 def test_one_layer_that_sees_something_else_is_refused(family: str, span: MaskKind) -> None:
     model = tiny(family)
-    check_with(model, mask_kind=PackedStrategy(model).probe().layers[1].mask_kind)
+    check_with(model, mask_kind=PackedStrategy(model).kv_layout().layers[1].mask_kind)
     with pytest.raises(UnsupportedModel, match="other logits over pages than in its own forward"):
         check_with(model, mask_kind=span)
 
