@@ -36,7 +36,7 @@ class BorrowedModule:
         )
 
     @contextmanager
-    def __call__(self, implementation: str | None = None) -> Iterator[None]:
+    def borrow(self, implementation: str | None = None) -> Iterator[None]:
         """No gradients, eval mode, and this attention implementation; the module's own when None."""
         self.count += 1
         training = [module for module in self._model.modules() if module.training]

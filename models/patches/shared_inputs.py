@@ -37,7 +37,7 @@ def layers_with_shared_inputs(model: nn.Module) -> list[Siblings]:
             if isinstance(layer, nn.Linear):
                 stack.callback(layer.register_forward_pre_hook(saw).remove)
         # Also where the caller's is an inference mode, since its tensors do not tell changes in place.
-        with torch.inference_mode(False), BorrowedModule(model)():
+        with torch.inference_mode(False), BorrowedModule(model).borrow():
             ids = torch.arange(_TOKENS, device=output_device(model))[None]
             model(input_ids=ids, use_cache=False)
     groups: list[list[nn.Linear]] = []

@@ -81,7 +81,7 @@ class RunStrategy(ABC):
     def own_logits(self, ids: IntArray, ends: Sequence[int]) -> torch.Tensor:
         """What the model itself gives, with no tier: logits [ends, V] after so many of the tokens ids [n] each."""
         tokens = torch.from_numpy(ids[None]).to(output_device(self.model))
-        with BorrowedModule(self.model)():
+        with BorrowedModule(self.model).borrow():
             logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits[0]
         return logits[[end - 1 for end in ends]]
 

@@ -39,7 +39,7 @@ class PackedStrategy(RunStrategy):
                 f"{family_name(model)} computes attention on its own instead of through transformers' attention "
                 "interface."
             )
-        self._loan = BorrowedModule(model)
+        self._borrowed = BorrowedModule(model)
 
     def kv_layout(self) -> KVLayout:
         """See `RunStrategy.kv_layout`."""
@@ -48,7 +48,7 @@ class PackedStrategy(RunStrategy):
 
     def borrow(self) -> AbstractContextManager[None]:
         """See `RunStrategy.borrow`."""
-        return self._loan(interface.NAME)
+        return self._borrowed.borrow(interface.NAME)
 
     def runner(self, pool: PagePool) -> Runner:
         """See `RunStrategy.runner`."""
@@ -59,7 +59,7 @@ class PackedStrategy(RunStrategy):
             # Triton comes with torch's builds for GPUs, and with no other.
             from rollout.models.runners.cuda_graphs import capturing
 
-            return capturing(eager, self.model, steps, self._loan)
+            return capturing(eager, self.model, steps, self._borrowed)
         return eager
 
 

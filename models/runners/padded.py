@@ -45,7 +45,7 @@ class PaddedStrategy(RunStrategy):
     def __init__(self, model: nn.Module, choice: str = AUTO) -> None:
         super().__init__(model, choice)
         refuse_recurrent(model)
-        self._loan = BorrowedModule(model)
+        self._borrowed = BorrowedModule(model)
 
     def kv_layout(self) -> KVLayout:
         """See `RunStrategy.kv_layout`."""
@@ -57,7 +57,7 @@ class PaddedStrategy(RunStrategy):
 
     def borrow(self) -> AbstractContextManager[None]:
         """See `RunStrategy.borrow`; the attention implementation stays the module's own."""
-        return self._loan()
+        return self._borrowed.borrow()
 
     def runner(self, pool: PagePool) -> PaddedRunner:
         """See `RunStrategy.runner`."""

@@ -47,7 +47,7 @@ class RecurrentStrategy(RunStrategy):
             raise UnsupportedModel(
                 f"{family_name(model)} keeps no recurrent state, or not in a cache of transformers' own kind."
             )
-        self._loan = BorrowedModule(model)
+        self._borrowed = BorrowedModule(model)
 
     def kv_layout(self) -> KVLayout:
         """See `RunStrategy.kv_layout`."""
@@ -80,7 +80,7 @@ class RecurrentStrategy(RunStrategy):
         tokens = torch.from_numpy(ids[None]).to(output_device(self.model))
         positions = torch.arange(len(ids), device=tokens.device)[None]
         cache, start, own = None, 0, []
-        with BorrowedModule(self.model)():
+        with BorrowedModule(self.model).borrow():
             for end in ends:
                 arguments = self._arguments(positions[:, start:end], cache)
                 output = self.model(input_ids=tokens[:, start:end], **arguments)
@@ -90,7 +90,7 @@ class RecurrentStrategy(RunStrategy):
 
     def borrow(self) -> AbstractContextManager[None]:
         """See `RunStrategy.borrow`."""
-        return self._loan(interface.NAME)
+        return self._borrowed.borrow(interface.NAME)
 
     def runner(self, pool: PagePool) -> RecurrentRunner:
         """See `RunStrategy.runner`."""

@@ -83,7 +83,7 @@ class World:
         self.tier = PackedStrategy(self.model)
         self.layout = self.tier.kv_layout()
         self.fake = FakeGraphs()
-        self.loan = self.tier._loan
+        self.loan = self.tier._borrowed
         self.pools = [PagePool(self.layout, slab_pages, DEVICE) for _ in range(2)]
         steps = [TritonBackend(pool) for pool in self.pools]
         self.plain, eager = (PackedRunner(self.model, pool, s) for pool, s in zip(self.pools, steps, strict=True))

@@ -22,7 +22,7 @@ FULL, WINDOW, CHUNK = MaskKind(), MaskKind("window", 12), MaskKind("chunk", 12)
 
 
 def probed(model: nn.Module) -> KVLayout:
-    with BorrowedModule(model)(interface.NAME):
+    with BorrowedModule(model).borrow(interface.NAME):
         return probe(model)
 
 
@@ -240,5 +240,5 @@ def test_the_model_is_left_as_it_was_whatever_happens(wrong: str | None) -> None
 def test_attention_outside_of_a_step_says_so() -> None:
     """Another thread that uses the model while it generates must not get silent nonsense."""
     model = tiny("llama")
-    with BorrowedModule(model)(interface.NAME), pytest.raises(RuntimeError, match="outside of an engine's step"):
+    with BorrowedModule(model).borrow(interface.NAME), pytest.raises(RuntimeError, match="outside of an engine's step"):
         model(input_ids=torch.arange(4)[None])

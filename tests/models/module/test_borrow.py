@@ -66,7 +66,7 @@ def test_a_wrapped_model_is_switched_through_its_wrapper(wrap: type[nn.Module]) 
     model = wrap(inner)
     before = mixed(model)
     own = inner.config._attn_implementation
-    with BorrowedModule(model)(interface.NAME):
+    with BorrowedModule(model).borrow(interface.NAME):
         assert inner.config._attn_implementation == interface.NAME
         assert not any(flags(model))
     assert inner.config._attn_implementation == own
@@ -84,10 +84,10 @@ def test_training_flags_come_back_one_by_one(fails: bool) -> None:
     loan = BorrowedModule(model)
     for _ in range(2):
         if fails:
-            with pytest.raises(ZeroDivisionError), loan(interface.NAME):
+            with pytest.raises(ZeroDivisionError), loan.borrow(interface.NAME):
                 raise ZeroDivisionError
         else:
-            with loan(interface.NAME):
+            with loan.borrow(interface.NAME):
                 assert not any(flags(model))
         assert flags(model) == before
 
@@ -104,7 +104,7 @@ def test_every_configuration_gets_its_own_implementation_back(fails: bool) -> No
     before = [config._attn_implementation_internal for config in configs]
     assert len(set(before)) == 3
     try:
-        with BorrowedModule(model)(interface.NAME):
+        with BorrowedModule(model).borrow(interface.NAME):
             assert [config._attn_implementation for config in configs] == [interface.NAME] * 3
             if fails:
                 raise ZeroDivisionError
@@ -119,7 +119,7 @@ def test_the_implementation_of_the_moment_comes_back() -> None:
     loan = BorrowedModule(model)
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
-        with loan(interface.NAME):
+        with loan.borrow(interface.NAME):
             assert model.config._attn_implementation == interface.NAME
         assert model.config._attn_implementation == implementation
 
@@ -128,7 +128,7 @@ def test_the_model_s_own_attention_can_be_borrowed_too() -> None:
     model = tiny("llama")
     model.set_attn_implementation("eager")
     before = mixed(model)
-    with BorrowedModule(model)():
+    with BorrowedModule(model).borrow():
         assert model.config._attn_implementation == "eager"
         assert not any(flags(model))
     assert flags(model) == before
@@ -140,7 +140,7 @@ def test_the_model_s_own_attention_can_be_borrowed_too() -> None:
 def test_no_gradients_inside_and_gradients_again_after() -> None:
     model = tiny("llama")
     ids = torch.arange(5)[None]
-    with BorrowedModule(model)(interface.NAME):
+    with BorrowedModule(model).borrow(interface.NAME):
         assert not torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
         assert not model.get_input_embeddings()(ids).requires_grad
@@ -148,7 +148,7 @@ def test_no_gradients_inside_and_gradients_again_after() -> None:
     model(input_ids=ids).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     with torch.no_grad():
-        with BorrowedModule(model)(interface.NAME):
+        with BorrowedModule(model).borrow(interface.NAME):
             pass
         assert not torch.is_grad_enabled(), "a caller's own no_grad stays in force"
 
@@ -163,7 +163,7 @@ def test_random_state_parameters_and_settings_are_not_touched() -> None:
     wants = [parameter.requires_grad for parameter in model.parameters()]
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    with torch.autocast("cpu", torch.bfloat16), BorrowedModule(model)(interface.NAME):
+    with torch.autocast("cpu", torch.bfloat16), BorrowedModule(model).borrow(interface.NAME):
         assert torch.is_autocast_enabled("cpu"), "the caller's autocast stays in force"
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config.to_dict() == config
@@ -177,6 +177,6 @@ def test_the_same_numbers_before_and_after() -> None:
     model = tiny("gemma2")
     ids = torch.arange(20)[None]
     before = model(input_ids=ids).logits
-    with BorrowedModule(model)(interface.NAME):
+    with BorrowedModule(model).borrow(interface.NAME):
         pass
     assert torch.equal(model(input_ids=ids).logits, before)

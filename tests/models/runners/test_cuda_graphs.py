@@ -263,7 +263,7 @@ def test_an_engine_on_captured_steps_generates_what_it_does_without(monkeypatch:
 
     def replaying(self: PackedStrategy, pool: PagePool) -> Runner:
         graphs.append(FakeGraphs())
-        return CudaGraphRunner(eager(self, pool), self.model, TritonBackend(pool), self._loan, graphs[-1])
+        return CudaGraphRunner(eager(self, pool), self.model, TritonBackend(pool), self._borrowed, graphs[-1])
 
     prompts = [[5, 6, 7], [8] * 20, [9, 10], [11] * 9]
     params = SamplingParams(max_new_tokens=6, ignore_eos=True)
