@@ -67,12 +67,12 @@ class Spies:
 def without_graphs() -> Iterator[None]:
     """Run every step eagerly."""
     module: Any = cuda_graphs
-    kept = module.capturing
-    module.capturing = lambda eager, *_args, **_kwargs: eager
+    kept = module.with_cuda_graphs
+    module.with_cuda_graphs = lambda eager, *_args, **_kwargs: eager
     try:
         yield
     finally:
-        module.capturing = kept
+        module.with_cuda_graphs = kept
 
 
 class Steps:

@@ -25,7 +25,7 @@ class BorrowedModule:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._rotary = Rotary(model)
-        self.count = 0
+        self.times_borrowed = 0
         """How often the module was lent."""
         self._configs: list[Any] = list(
             {
@@ -38,7 +38,7 @@ class BorrowedModule:
     @contextmanager
     def borrow(self, implementation: str | None = None) -> Iterator[None]:
         """No gradients, eval mode, and this attention implementation; the module's own when None."""
-        self.count += 1
+        self.times_borrowed += 1
         training = [module for module in self._model.modules() if module.training]
         implementations = [config._attn_implementation_internal for config in self._configs]
         try:
@@ -47,7 +47,7 @@ class BorrowedModule:
             if implementation is not None:
                 for config in self._configs:
                     config._attn_implementation_internal = implementation
-            with torch.no_grad(), self._rotary.in_place():
+            with torch.no_grad(), self._rotary.applied():
                 yield
         finally:
             for config, own in zip(self._configs, implementations, strict=True):

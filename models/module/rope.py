@@ -29,7 +29,7 @@ _lengths: ContextVar[IntArray | None] = ContextVar("rollout_text_lengths", defau
 
 
 @contextmanager
-def texts_of(lengths: IntArray) -> Iterator[None]:
+def use_sequence_lengths(lengths: IntArray) -> Iterator[None]:
     """Tells rotary embeddings, inside this block, how long the text of each token is.
 
     Args:
@@ -50,7 +50,7 @@ class Rotary:
         self._dynamic = [module for module in model.modules() if "dynamic" in _kinds(module).values()]
 
     @property
-    def by_length(self) -> bool:
+    def depends_on_length(self) -> bool:
         """Whether there are any."""
         return bool(self._longrope or self._dynamic)
 
@@ -67,8 +67,8 @@ class Rotary:
         return next(iter(boundaries), None)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Inside this block the embeddings follow `texts_of`, if it tells; after it they are as they were."""
+    def applied(self) -> Iterator[None]:
+        """Make the embeddings follow `use_sequence_lengths` inside this block, and restore them after it."""
         with ExitStack() as stack:
             for module in (*self._longrope, *self._dynamic):
                 stack.enter_context(_kept(module))
@@ -126,7 +126,7 @@ def _forget_longer_texts(module: nn.Module) -> None:
 
 
 def _following(own: Callable[..., Any], boundaries: dict[str | None, int]) -> Callable[..., Any]:
-    """A rotary embedding's forward that follows `texts_of`.
+    """A rotary embedding's forward that follows `use_sequence_lengths`.
 
     As its own, it takes position ids [b, t] and returns cosines and sines [b, t, dim].
     """

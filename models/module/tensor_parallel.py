@@ -36,7 +36,7 @@ def tensor_parallel_group(model: nn.Module) -> ProcessGroup | None:
     return group
 
 
-def of_first(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+def broadcast_from_first(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     """A tensor as the first process of a group has it, of the same shape in all; it is overwritten by that."""
     torch.distributed.broadcast(tensor, group=group, group_src=0)
     return tensor

@@ -17,7 +17,7 @@ from torch import nn
 
 from rollout.models.device import cpu_multiplies
 from rollout.models.patches.patching import patched
-from rollout.models.patches.shared_inputs import Siblings, version
+from rollout.models.patches.shared_inputs import LinearGroup, version
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _told: WeakSet[nn.Module] = WeakSet()
 
 
 class PackedLinears:
-    """Copies of a module's linear weights, used in place of them while `in_place`.
+    """Copies of a module's linear weights, used in place of them while `applied`.
 
     oneDNN lays them out as its kernels read them: faster for few rows and for large vocabularies, and a row's result
     does not depend on how many rows there are. Half precision that the CPU does not multiply itself is computed in
@@ -49,7 +49,7 @@ class PackedLinears:
         groups: layers of the model that are given the same input.
     """
 
-    def __init__(self, model: nn.Module, room_bytes: int, groups: Sequence[Siblings] = ()) -> None:
+    def __init__(self, model: nn.Module, room_bytes: int, groups: Sequence[LinearGroup] = ()) -> None:
         self._products: list[tuple[nn.Linear, Product]] = []
         self._sync: list[_Together] = []
         self.bytes_held = 0
@@ -94,7 +94,7 @@ class PackedLinears:
                 patched,
             )
 
-    def _take(self, layers: Siblings, form: _Form, room_bytes: int) -> bool:
+    def _take(self, layers: LinearGroup, form: _Form, room_bytes: int) -> bool:
         """Counts the copies of some layers; False, and nothing is counted, where there is no room for them."""
         size = sum(layer.weight.numel() for layer in layers) * form.kept.itemsize
         fits = self.bytes_held + size <= room_bytes
@@ -102,7 +102,7 @@ class PackedLinears:
         return fits
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """The layers compute from their copies inside this block."""
         try:
             with patched(self._products):
@@ -146,7 +146,7 @@ class _Together:
         return forward
 
 
-def _mergeable(groups: Sequence[Siblings], layers: Sequence[nn.Linear]) -> list[Siblings]:
+def _mergeable(groups: Sequence[LinearGroup], layers: Sequence[nn.Linear]) -> list[LinearGroup]:
     """Groups without the layers that are not among ``layers``, or whose weights stand in other places too."""
     counts = Counter(layer.weight.data_ptr() for layer in layers)
     own = {id(layer) for layer in layers if counts[layer.weight.data_ptr()] == 1}
@@ -154,7 +154,7 @@ def _mergeable(groups: Sequence[Siblings], layers: Sequence[nn.Linear]) -> list[
     return [group for group in merged if len(group) > 1]
 
 
-def _joined_bias(group: Siblings) -> torch.Tensor | None:
+def _joined_bias(group: LinearGroup) -> torch.Tensor | None:
     """The biases of a group, one after another, zeros where a layer has none; None where none has."""
     if all(layer.bias is None for layer in group):
         return None

@@ -31,7 +31,7 @@ _on_loan: ContextVar[bool] = ContextVar("rollout_fused_parts", default=False)
 
 
 class FusedModules:
-    """Replacements of parts of a module, used while `in_place`.
+    """Replacements of parts of a module, used while `applied`.
 
     On a CPU they hold copies of the norms' weights, on a GPU the memory of those, so this is made anew after weights
     change, or on a GPU after they move.
@@ -71,7 +71,7 @@ class FusedModules:
                 self._forwards.append((module, shorter))
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """They are in place of the model's own inside this block, for this thread."""
         token = _on_loan.set(True)
         try:

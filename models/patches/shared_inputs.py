@@ -11,13 +11,13 @@ from torch import nn
 from rollout.models.module.borrow import BorrowedModule
 from rollout.models.module.inspect import output_device
 
-Siblings = tuple[nn.Linear, ...]
+LinearGroup = tuple[nn.Linear, ...]
 
 #: What is looked at is a forward of so many tokens; what flows does not matter.
 _TOKENS = 4
 
 
-def layers_with_shared_inputs(model: nn.Module) -> list[Siblings]:
+def layers_with_shared_inputs(model: nn.Module) -> list[LinearGroup]:
     """Groups of linear layers, each in the order of calls, as one forward of the model's own shows them.
 
     Those of a group have inputs and dtype in common and are called once a forward. On a GPU none are looked for.

@@ -78,7 +78,7 @@ class RunStrategy(ABC):
             UnsupportedModel: the model does what this tier does not know.
         """
 
-    def own_logits(self, ids: IntArray, ends: Sequence[int]) -> torch.Tensor:
+    def reference_logits(self, ids: IntArray, ends: Sequence[int]) -> torch.Tensor:
         """What the model itself gives, with no tier: logits [ends, V] after so many of the tokens ids [n] each."""
         tokens = torch.from_numpy(ids[None]).to(output_device(self.model))
         with BorrowedModule(self.model).borrow():

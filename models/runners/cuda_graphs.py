@@ -5,7 +5,7 @@ the rows of a step are padded to the next rung. Padding writes nowhere and reads
 varies from step to step is read from memory that stays in its place: token and position ids, the plan of the step, and
 the table of slabs, so the pool may grow and shrink between replays.
 
-Forwards with prompts in them run as ever; so do models whose forward a graph cannot hold, see `capturing`.
+Forwards with prompts in them run as ever; so do models whose forward a graph cannot hold, see `with_cuda_graphs`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def padded_batch_size(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def capturing(eager: Runner, model: nn.Module, steps: AttentionBackend, loan: BorrowedModule) -> Runner:
+def with_cuda_graphs(eager: Runner, model: nn.Module, steps: AttentionBackend, borrowed: BorrowedModule) -> Runner:
     """A runner that captures decode steps; ``eager`` itself where that cannot be, and the log says why, once a model.
 
     Not captured are models whose rotary embeddings depend on the text's length, dynamic scaling or longrope: they
@@ -69,11 +69,11 @@ def capturing(eager: Runner, model: nn.Module, steps: AttentionBackend, loan: Bo
         eager: serves all other forwards.
         model: what it runs.
         steps: of the pool, and the attention that ``eager`` uses: Triton's, on one device or on each of several.
-        loan: on which the model is while it runs.
+        borrowed: on which the model is while it runs.
     """
     if model not in _refused:
         devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
-        if Rotary(model).by_length:
+        if Rotary(model).depends_on_length:
             _refuse(model, "its rotary embeddings depend on the length of a text")
         elif len(devices) > 1 or isinstance(steps, MultiDeviceBackend):
             _refuse(model, "it lies on several devices")
@@ -82,7 +82,7 @@ def capturing(eager: Runner, model: nn.Module, steps: AttentionBackend, loan: Bo
     if model in _refused:
         return eager
     assert isinstance(steps, TritonBackend)
-    return CudaGraphRunner(eager, model, steps, loan, CudaGraphs(steps.slabs.pool.device))
+    return CudaGraphRunner(eager, model, steps, borrowed, CudaGraphs(steps.slabs.pool.device))
 
 
 def _refuse(model: nn.Module, reason: str) -> None:
@@ -103,20 +103,20 @@ class CudaGraphRunner(Runner):
     anew; modules that its owner replaces while a call of the engine runs are not noticed.
 
     Args:
-        eager, model, steps, loan: see `capturing`.
+        eager, model, steps, borrowed: see `with_cuda_graphs`.
         graphs: how steps are captured.
     """
 
     def __init__(
-        self, eager: Runner, model: nn.Module, steps: TritonBackend, loan: BorrowedModule, graphs: Graphs
+        self, eager: Runner, model: nn.Module, steps: TritonBackend, borrowed: BorrowedModule, graphs: Graphs
     ) -> None:
-        self._eager, self._model, self._steps, self._loan, self._graphs = eager, model, steps, loan, graphs
+        self._eager, self._model, self._steps, self._borrowed, self._graphs = eager, model, steps, borrowed, graphs
         self.attention = eager.attention
         self._pool = steps.slabs.pool
         self._captured: dict[int, _Captured] = {}
         self._logits: dict[int, torch.Tensor] = {}
         self._weights: _Weights | None = None
-        self._loans = loan.count
+        self._times_borrowed = borrowed.times_borrowed
         self._paused = 0
         self._count, self._seconds = 0, 0.0
 
@@ -169,8 +169,8 @@ class CudaGraphRunner(Runner):
 
     def _follow_weights(self) -> None:
         """What its owner did to the model can only be since it was last lent."""
-        if self._loan.count != self._loans:
-            self._loans = self._loan.count
+        if self._borrowed.times_borrowed != self._times_borrowed:
+            self._times_borrowed = self._borrowed.times_borrowed
             if self._weights is not None and self._weights.moved:
                 logger.info("The model's weights lie elsewhere now: decode steps are captured anew.")
                 self._drop()
@@ -200,7 +200,7 @@ class CudaGraphRunner(Runner):
             found: torch.Tensor = output.logits[0]
             return found
 
-        logits = self._memory_for(self._graphs.try_out(step))
+        logits = self._memory_for(self._graphs.warm_up(step))
         graph = self._graphs.capture(lambda: logits.copy_(step()))
         self._weights = self._weights or _Weights(self._model)
         self._count += 1

@@ -33,7 +33,7 @@ class Graphs(Protocol):
         """What that memory takes."""
         ...
 
-    def try_out(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def warm_up(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Runs ``step`` as it will be captured; returns its result, to be looked at for its shape and dtype alone.
 
         Raises:
@@ -68,8 +68,8 @@ class CudaGraphs:
         self._memory: Any = None
         self.bytes_kept = 0
 
-    def try_out(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """See `Graphs.try_out`."""
+    def warm_up(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """See `Graphs.warm_up`."""
         current, aside = torch.cuda.current_stream(self._device), _stream(self._device)
         aside.wait_stream(current)
         # Libraries take memory of their own for each stream, once: now, and not from the graphs' shared one.

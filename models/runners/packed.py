@@ -22,7 +22,7 @@ from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.module.borrow import BorrowedModule
 from rollout.models.module.inspect import family_name, output_device, unwrap_model
-from rollout.models.module.rope import Rotary, texts_of
+from rollout.models.module.rope import Rotary, use_sequence_lengths
 from rollout.models.runners.base import Runner, RunStrategy
 
 
@@ -57,9 +57,9 @@ class PackedStrategy(RunStrategy):
         # Decode steps, which Triton's kernels may serve beside a library.
         if pool.device.type == "cuda" and steps.name.endswith("triton"):
             # Triton comes with torch's builds for GPUs, and with no other.
-            from rollout.models.runners.cuda_graphs import capturing
+            from rollout.models.runners.cuda_graphs import with_cuda_graphs
 
-            return capturing(eager, self.model, steps, self._borrowed)
+            return with_cuda_graphs(eager, self.model, steps, self._borrowed)
         return eager
 
 
@@ -81,7 +81,7 @@ class PackedRunner(Runner):
     def forward(self, packed: ForwardBatch) -> torch.Tensor:
         """See `Runner.forward`."""
         last = packed.offsets + packed.query_lens - 1
-        texts = texts_of(np.repeat(packed.full_lens, packed.query_lens)[None])
+        texts = use_sequence_lengths(np.repeat(packed.full_lens, packed.query_lens)[None])
         with interface.use_attention(self._steps(self._pool, packed)), texts:
             output = self._model(
                 input_ids=packed.tokens[None],

@@ -25,7 +25,7 @@ from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool, Slots
 from rollout.models.module.borrow import BorrowedModule
 from rollout.models.module.inspect import family_name, output_device, refuse_recurrent, unwrap_model, vocabulary_size
-from rollout.models.module.rope import Rotary, texts_of
+from rollout.models.module.rope import Rotary, use_sequence_lengths
 from rollout.models.runners.base import Runner, RunStrategy
 
 _PAGE_SIZE = 16
@@ -87,7 +87,7 @@ class PaddedRunner(Runner):
             sources, mask, positions = (
                 uploaded(array, self._device) for array in (batch.sources, batch.mask, batch.positions)
             )
-            with texts_of(packed.full_lens[sequences, None]):
+            with use_sequence_lengths(packed.full_lens[sequences, None]):
                 outputs.append(self._run(packed.tokens[sources], mask, positions, cache))
         logits = outputs[0].new_empty(len(packed.query_lens), outputs[0].shape[-1])
         for sequences, output in zip(batches, outputs, strict=True):

@@ -36,7 +36,7 @@ class _Trial:
     ends: tuple[int, int, int]
 
 
-def check_pages(tier: RunStrategy) -> None:
+def check_parity(tier: RunStrategy) -> None:
     """Compares two sequences, each in three forwards, with what the model gives by itself.
 
     Raises:
@@ -51,7 +51,7 @@ def check_pages(tier: RunStrategy) -> None:
         pages = np.arange(first, first + layout.pages_for(length))
         ids = np.arange(3, 3 + length) * (7 + 4 * number) % vocabulary
         trials.append(_Trial(ids, pages, (length - later, length - 1, length)))
-    theirs = torch.stack([tier.own_logits(trial.ids, trial.ends).float() for trial in trials], 1)
+    theirs = torch.stack([tier.reference_logits(trial.ids, trial.ends).float() for trial in trials], 1)
     ours = _logits_over_pages(tier, trials, layout)
     distance = float(((ours - theirs).norm(dim=(0, 2)) / theirs.norm(dim=(0, 2))).max())
     tolerance = _TOLERANCE.get(layout.dtype, _HALF_TOLERANCE)

@@ -29,7 +29,7 @@ from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.kv_cache.state_pool import StateRows
 from rollout.models.module.borrow import BorrowedModule
 from rollout.models.module.inspect import family_name, output_device, unwrap_model
-from rollout.models.module.rope import Rotary, texts_of
+from rollout.models.module.rope import Rotary, use_sequence_lengths
 from rollout.models.runners.base import Runner, RunStrategy
 from rollout.models.runners.state_cache import PooledStates, RecordedStates
 
@@ -72,8 +72,8 @@ class RecurrentStrategy(RunStrategy):
         dtype = dtype or unwrap_model(self.model).dtype
         return KVLayout(sites, dtype, PAGE_SIZE, tuple(recorded.states), Rotary(self.model).boundary)
 
-    def own_logits(self, ids: IntArray, ends: Sequence[int]) -> torch.Tensor:
-        """See `RunStrategy.own_logits`: as ``generate`` would, with transformers' cache.
+    def reference_logits(self, ids: IntArray, ends: Sequence[int]) -> torch.Tensor:
+        """See `RunStrategy.reference_logits`: as ``generate`` would, with transformers' cache.
 
         Its chunked and its step form of a recurrence differ by more than rounding in some families.
         """
@@ -139,7 +139,7 @@ class RecurrentRunner(Runner):
         tokens = packed.tokens.view(len(packed.query_lens), -1)
         positions = uploaded(packed.positions.reshape(tokens.shape), self._pool.device)
         step = nullcontext() if self._steps is None else interface.use_attention(self._steps(self._pool, packed))
-        with step, texts_of(packed.full_lens[:, None]):
+        with step, use_sequence_lengths(packed.full_lens[:, None]):
             output = self._model(input_ids=tokens, **self._arguments(positions, cache))
         cache.finish()
         logits: torch.Tensor = output.logits[:, -1]

@@ -11,7 +11,7 @@ from rollout.models.module.inspect import family_name
 from rollout.models.runners.base import RunStrategy
 from rollout.models.runners.packed import PackedStrategy
 from rollout.models.runners.padded import PaddedStrategy
-from rollout.models.runners.parity_check import check_pages
+from rollout.models.runners.parity_check import check_parity
 from rollout.models.runners.recurrent import RecurrentStrategy
 
 #: In the order in which they are tried: the fastest first.
@@ -34,7 +34,7 @@ def select_strategy(model: nn.Module, choice: str = AUTO) -> RunStrategy:
             if choice != AUTO and not tier.chooses_attention:
                 said = " ".join(dict.fromkeys(reasons)).rstrip(".")
                 raise UnsupportedAttention(choice, f"the model attends with code of its own ({said})")
-            check_pages(served)
+            check_parity(served)
         except UnsupportedAttention:
             raise
         except UnsupportedModel as reason:
@@ -43,7 +43,7 @@ def select_strategy(model: nn.Module, choice: str = AUTO) -> RunStrategy:
             if is_out_of_memory(error):
                 raise
             cause = error
-            reasons.append(f"{family_name(model)} fails in the {tier.name} tier: {clause(error)}.")
+            reasons.append(f"{family_name(model)} fails in the {tier.name} strategy: {clause(error)}.")
         else:
             return served
     raise UnsupportedModel(" ".join(dict.fromkeys(reasons))) from cause

@@ -195,7 +195,7 @@ class Engine:
         room = after_reserve(self._headroom, self._reserve_fraction) * _COPIES_SHARE
         linears = PackedLinears(self.model, int(room), layers_with_shared_inputs(self.model))
         # Recurrent states carry differences of rounding on and on, so those models keep their own arithmetic.
-        fused = nullcontext if layout.states else FusedModules(self.model).in_place
+        fused = nullcontext if layout.states else FusedModules(self.model).applied
         queue = WaitingQueue(requests, self.context_limit, self._vocabulary, self._ordering)
         queue.fill(_FIRST_ROWS)
         memory = KVMemory(
@@ -222,7 +222,7 @@ class Engine:
         try:
             while True:
                 loop.refill()
-                with self._strategy.borrow(), linears.in_place(), fused():
+                with self._strategy.borrow(), linears.applied(), fused():
                     records = loop.advance()
                 if records is None:
                     return

@@ -13,7 +13,7 @@ from torch import distributed, nn
 from torch.distributed import ProcessGroup
 
 from rollout.headroom.headroom import Headroom
-from rollout.models.module.tensor_parallel import of_first, tensor_parallel_group
+from rollout.models.module.tensor_parallel import broadcast_from_first, tensor_parallel_group
 from rollout.models.sampling.sampler import Sampled
 
 
@@ -63,13 +63,13 @@ class TensorParallelSync(SingleProcess):
 
     def measured(self, value: float) -> float:
         """See `SingleProcess.measured`."""
-        return float(of_first(torch.tensor(value, dtype=torch.float64), _living(self._host)))
+        return float(broadcast_from_first(torch.tensor(value, dtype=torch.float64), _living(self._host)))
 
     def drawn(self, own: Sampled) -> Sampled:
         """See `SingleProcess.drawn`."""
         tensors = (own.tokens, own.logprobs, own.sampler_logprobs)
         group = _living(self._group)
-        return Sampled(*(of_first(x.contiguous(), group) for x in tensors))
+        return Sampled(*(broadcast_from_first(x.contiguous(), group) for x in tensors))
 
     def all(self, own: bool) -> bool:
         """See `SingleProcess.all`."""

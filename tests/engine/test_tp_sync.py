@@ -28,7 +28,7 @@ from rollout.job.ranks import Topology
 from rollout.models.errors import UnsupportedModel
 from rollout.models.loading.load import ModelSource, load_model
 from rollout.models.module.tensor_parallel import tensor_parallel_group
-from rollout.models.runners.cuda_graphs import capturing
+from rollout.models.runners.cuda_graphs import with_cuda_graphs
 from rollout.run_dir.metrics import read_metrics
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import read_run
@@ -128,7 +128,7 @@ def test_steps_are_not_captured(caplog: pytest.LogCaptureFixture) -> None:
     """One process could find that it has no memory for a graph while the other waits in the step."""
     eager, nothing = Mock(), cast(Any, None)
     with caplog.at_level(logging.WARNING):
-        assert capturing(eager, sliced(("tp",)), nothing, nothing) is eager
+        assert with_cuda_graphs(eager, sliced(("tp",)), nothing, nothing) is eager
     assert "several processes hold it together" in caplog.text
 
 

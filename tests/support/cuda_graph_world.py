@@ -49,7 +49,7 @@ class FakeGraphs:
     def bytes_kept(self) -> int:
         return 1000 * sum(not graph.gone for graph in self.graphs)
 
-    def try_out(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def warm_up(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
         self.tried += 1
         return step()
 
@@ -83,11 +83,11 @@ class World:
         self.tier = PackedStrategy(self.model)
         self.layout = self.tier.kv_layout()
         self.fake = FakeGraphs()
-        self.loan = self.tier._borrowed
+        self.borrowed = self.tier._borrowed
         self.pools = [PagePool(self.layout, slab_pages, DEVICE) for _ in range(2)]
         steps = [TritonBackend(pool) for pool in self.pools]
         self.plain, eager = (PackedRunner(self.model, pool, s) for pool, s in zip(self.pools, steps, strict=True))
-        self.runner = CudaGraphRunner(eager, self.model, steps[1], self.loan, graphs or self.fake)
+        self.runner = CudaGraphRunner(eager, self.model, steps[1], self.borrowed, graphs or self.fake)
         self.tokens = np.random.default_rng(3).integers(3, VOCABULARY, (texts, 200))
         self.tables: list[list[IntArray]] = [[np.zeros(0, np.int64)] * texts for _ in range(2)]
         self.lengths = [0] * texts

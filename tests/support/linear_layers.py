@@ -22,7 +22,7 @@ def layers(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 @torch.no_grad()
 def computed(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with PackedLinears(model, PLENTY).in_place():
+    with PackedLinears(model, PLENTY).applied():
         out: torch.Tensor = model(x)
     return out
 

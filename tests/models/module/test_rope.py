@@ -12,7 +12,7 @@ import transformers
 
 from rollout.models.errors import UnsupportedModel
 from rollout.models.module.borrow import BorrowedModule
-from rollout.models.module.rope import Rotary, texts_of
+from rollout.models.module.rope import Rotary, use_sequence_lengths
 from rollout.models.runners.packed import PackedStrategy
 from rollout.models.runners.padded import PaddedStrategy
 from tests.contract.test_long_sequences import long_model
@@ -32,18 +32,18 @@ def test_each_token_follows_its_own_text(family: str) -> None:
     short = embedding(model, _POSITIONS[:, :4])
     long = embedding(model, _POSITIONS[:, 4:])
     assert not torch.allclose(embedding(model, torch.tensor([[7]])), long[:, :, 1:2])
-    with BorrowedModule(model).borrow(), texts_of(_TEXTS):
+    with BorrowedModule(model).borrow(), use_sequence_lengths(_TEXTS):
         assert torch.equal(embedding(model, _POSITIONS), torch.cat([short, long], 2))
-    with BorrowedModule(model).borrow(), texts_of(_TEXTS[:, 4:]):
+    with BorrowedModule(model).borrow(), use_sequence_lengths(_TEXTS[:, 4:]):
         assert torch.equal(embedding(model, _POSITIONS[:, 4:]), long)
-    with BorrowedModule(model).borrow(), texts_of(_TEXTS[:, :4]):
+    with BorrowedModule(model).borrow(), use_sequence_lengths(_TEXTS[:, :4]):
         assert torch.equal(embedding(model, _POSITIONS[:, :4]), short)
 
 
 def test_texts_side_by_side() -> None:
     model = long_model("phi3")
     positions = torch.tensor([[3, 4], [3, 4]])
-    with BorrowedModule(model).borrow(), texts_of(np.array([[5], [60]])):
+    with BorrowedModule(model).borrow(), use_sequence_lengths(np.array([[5], [60]])):
         found = embedding(model, positions)
     assert torch.equal(found[:, 0], embedding(model, positions[:1])[:, 0])
     assert torch.equal(found[:, 1], embedding(model, torch.tensor([[3, 4, 59]]))[:, 0, :2])
@@ -62,7 +62,7 @@ def test_the_module_keeps_nothing() -> None:
     rotary = model.model.rotary_emb
     attributes, buffers = set(vars(rotary)), dict(rotary.named_buffers())
     contents = copy.deepcopy(buffers)
-    with BorrowedModule(model).borrow(), texts_of(_TEXTS):
+    with BorrowedModule(model).borrow(), use_sequence_lengths(_TEXTS):
         embedding(model, _POSITIONS)
         assert "forward" in vars(rotary)
     assert set(vars(rotary)) == attributes
@@ -79,7 +79,7 @@ def test_a_forward_that_somebody_else_put_there_is_used_and_left() -> None:
         return tuple(2 * tensor for tensor in own(*arguments))
 
     rotary.forward = doubled
-    with BorrowedModule(model).borrow(), texts_of(_TEXTS[:, 4:]):
+    with BorrowedModule(model).borrow(), use_sequence_lengths(_TEXTS[:, 4:]):
         found = embedding(model, _POSITIONS[:, 4:])
     assert rotary.forward is doubled
     assert torch.equal(found, embedding(model, _POSITIONS[:, 4:]))
@@ -101,7 +101,7 @@ def test_layer_types_have_embeddings_of_their_own() -> None:
 
     for layer_type in rope:
         short, long = of(layer_type, _POSITIONS[:, :4]), of(layer_type, _POSITIONS[:, 4:])
-        with BorrowedModule(model).borrow(), texts_of(_TEXTS):
+        with BorrowedModule(model).borrow(), use_sequence_lengths(_TEXTS):
             assert torch.equal(of(layer_type, _POSITIONS), torch.cat([short, long], 2))
 
 

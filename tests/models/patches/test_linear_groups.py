@@ -29,7 +29,7 @@ def test_a_group_computes_what_its_layers_do(
     own = each(model, x)
     held = as_group(model)
     assert held.bytes_held == PackedLinears(model, PLENTY).bytes_held
-    with held.in_place():
+    with held.applied():
         products.clear()
         together = each(model, x)
         assert products == [(3, 7, 64 + 32 + 7)]
@@ -44,9 +44,9 @@ def test_a_group_has_the_bits_of_its_layers_packed_one_by_one(dtype: torch.dtype
     """What does not fit as a group, or is called alone, computes the same."""
     model, x = one_input(dtype), torch.randn(300, 48).to(dtype)
     for rows in (0, 1, 2, 3, 16, 17, 64, 300):
-        with PackedLinears(model, PLENTY).in_place():
+        with PackedLinears(model, PLENTY).applied():
             single = each(model, x[:rows])
-        with as_group(model).in_place():
+        with as_group(model).applied():
             together = each(model, x[:rows])
         for ours, theirs in zip(together, single, strict=True):
             assert torch.equal(ours, theirs)
@@ -56,7 +56,7 @@ def test_a_group_has_the_bits_of_its_layers_packed_one_by_one(dtype: torch.dtype
 def test_a_row_of_a_group_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
     """Alone too, in whatever shape: a product of one row takes another way if it is let."""
     model, x = one_input(dtype, sizes=(192, 64, 64)), torch.randn(300, 48).to(dtype)
-    with as_group(model).in_place():
+    with as_group(model).applied():
         together = each(model, x)
         for rows in (1, 2, 3, 5, 8, 16, 31, 64, 129):
             for part in (slice(0, rows), slice(300 - rows, 300)):
@@ -80,7 +80,7 @@ def test_one_row_is_multiplied_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = one_input()
     monkeypatch.setattr(mkldnn, "_linear_pointwise", SimpleNamespace(default=multiply))
-    with as_group(model).in_place():
+    with as_group(model).applied():
         given.clear()  # of trials
         for shape in ((48,), (1, 48), (1, 1, 48), (2, 48), (1, 2, 48), (0, 48)):
             assert [out.shape for out in each(model, torch.ones(shape))] == [(*shape[:-1], n) for n in (64, 32, 7)]
@@ -98,7 +98,7 @@ def test_layers_of_a_group_called_alone_or_in_another_order(products: list[torch
         *((third, y), (third, y.clone()), (first, y)),
     ]
     own = [layer(given) for layer, given in calls]
-    with as_group(model).in_place():
+    with as_group(model).applied():
         products.clear()
         for (layer, given), wanted in zip(calls, own, strict=True):
             assert torch.allclose(layer(given), wanted, atol=1e-6)
@@ -108,7 +108,7 @@ def test_layers_of_a_group_called_alone_or_in_another_order(products: list[torch
 @torch.no_grad()
 def test_an_input_changed_in_place_between_the_calls() -> None:
     model, x = one_input(), torch.randn(5, 48)
-    with as_group(model).in_place():
+    with as_group(model).applied():
         before = model[0](x)
         x.mul_(2.0)
         after = model[1](x)
@@ -123,7 +123,7 @@ def test_an_input_changed_in_place_between_the_calls() -> None:
 def test_results_are_the_caller_s_to_change() -> None:
     model, x = one_input(), torch.randn(5, 48)
     first, second, third = each(model, x)
-    with as_group(model).in_place():
+    with as_group(model).applied():
         model[0](x).fill_(torch.nan)
         assert torch.allclose(model[1](x), second, atol=1e-6)
         assert torch.allclose(model[0](x), first, atol=1e-6)  # not what was made of the last one
@@ -134,7 +134,7 @@ def test_groups_in_inference_mode(products: list[torch.Size]) -> None:
     """Its tensors do not count changes."""
     model, x = one_input(), torch.randn(5, 48)
     own = each(model, x)
-    with torch.inference_mode(), as_group(model).in_place():
+    with torch.inference_mode(), as_group(model).applied():
         products.clear()
         for given in (x, x.clone()):
             for ours, theirs in zip(each(model, given), own, strict=True):
@@ -147,7 +147,7 @@ def test_groups_obey_autocast() -> None:
     model, x = one_input(), torch.randn(5, 48)
     with torch.autocast("cpu", torch.bfloat16):
         wanted = each(model, x)
-        with as_group(model).in_place():
+        with as_group(model).applied():
             got = each(model, x)
     for ours, theirs in zip(got, wanted, strict=True):
         assert ours.dtype == theirs.dtype == torch.bfloat16
@@ -158,16 +158,16 @@ def test_groups_obey_autocast() -> None:
 def test_nothing_of_a_step_is_held() -> None:
     model = one_input()
 
-    with as_group(model).in_place():
+    with as_group(model).applied():
         x = torch.randn(5, 48)
         inner = weakref.ref(x)
         each(model, x)
         del x
         assert inner() is None  # once all of the group were called
     held, x, y = as_group(model), torch.randn(5, 48), torch.randn(5, 48)
-    with held.in_place():
+    with held.applied():
         model[0](x)
-    with pytest.raises(AttributeError), held.in_place():
+    with pytest.raises(AttributeError), held.applied():
         model[2](model[1](y).no_such_name)
     outer = [weakref.ref(x), weakref.ref(y)]
     del x, y
@@ -178,7 +178,7 @@ def test_nothing_of_a_step_is_held() -> None:
 def test_nothing_of_a_group_stays_on_its_layers() -> None:
     model = one_input()
     before = [dict(vars(module)) for module in model.modules()]
-    with as_group(model).in_place():
+    with as_group(model).applied():
         assert all("forward" in vars(layer) for layer in model)
     assert [dict(vars(module)) for module in model.modules()] == before
 
@@ -187,14 +187,14 @@ def test_nothing_of_a_group_stays_on_its_layers() -> None:
 def test_changed_weights_of_a_group_are_seen_by_the_next_copies() -> None:
     model, x = one_input(), torch.randn(5, 48)
     held = as_group(model)
-    with held.in_place():
+    with held.applied():
         before = each(model, x)
     model[1].weight.mul_(2.0)
     model[2].bias.add_(1.0)
-    with held.in_place():
+    with held.applied():
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(each(model, x), before, strict=True))
     own = each(model, x)
-    with as_group(model).in_place():
+    with as_group(model).applied():
         assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(each(model, x), own, strict=True))
 
 
@@ -207,13 +207,13 @@ def test_room_too_small_for_a_group(caplog: pytest.LogCaptureFixture, products: 
     held = PackedLinears(model, room, [tuple(model)])
     assert held.bytes_held == room
     assert "1 linear layers are not packed" in caplog.text
-    with held.in_place():
+    with held.applied():
         products.clear()
         got = each(model, x)
     assert products == [(5, 64), (5, 8)]
     assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(got, own, strict=True))
     held = PackedLinears(model, 4 * 48 * (32 + 8), [(model[0],), tuple(model)[1:]])
-    with held.in_place():
+    with held.applied():
         products.clear()
         each(model, x)
     assert products == [(5, 40)]
@@ -229,13 +229,13 @@ def test_shared_weights_are_not_merged(products: list[torch.Size]) -> None:
     own = each(model, x)
     held = PackedLinears(whole, PLENTY, [tuple(model)])
     assert held.bytes_held == 4 * 4 * 48 * 32
-    with held.in_place():
+    with held.applied():
         products.clear()
         together = each(model, x)
     assert Counter(products) == Counter({(5, 96): 1, (5, 32): 1})
     assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(together, own, strict=True))
     model[0].weight = model[2].weight
-    with PackedLinears(whole, PLENTY, [tuple(model)[:3]]).in_place():
+    with PackedLinears(whole, PLENTY, [tuple(model)[:3]]).applied():
         products.clear()
         each(model, x)
     assert products == [(5, 32)] * 4
@@ -249,7 +249,7 @@ def test_layers_that_are_not_plain_leave_the_group(products: list[torch.Size]) -
     model, x = one_input(), torch.randn(5, 48)
     model[1].__class__ = Own
     own = each(model, x)
-    with as_group(model).in_place():
+    with as_group(model).applied():
         assert "forward" not in vars(model[1])
         products.clear()
         assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(each(model, x), own, strict=True))
@@ -264,6 +264,6 @@ def test_groups_without_packing_get_wide_copies(monkeypatch: pytest.MonkeyPatch)
     model, x = one_input(torch.bfloat16), torch.randn(5, 48).bfloat16()
     own, held = each(model, x), as_group(model)
     assert held.bytes_held == 4 * 48 * (64 + 32 + 7)
-    with held.in_place():
+    with held.applied():
         for ours, theirs in zip(each(model, x), own, strict=True):
             assert torch.allclose(ours.float(), theirs.float(), atol=1e-2)

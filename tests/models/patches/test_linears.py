@@ -89,9 +89,9 @@ def test_changed_weights_are_seen_by_the_next_copies() -> None:
 def test_nothing_stays_on_the_module() -> None:
     model = layers()
     before = [dict(vars(module)) for module in model.modules()]
-    with PackedLinears(model, PLENTY).in_place():
+    with PackedLinears(model, PLENTY).applied():
         assert "forward" in vars(model[0])
-    with pytest.raises(AttributeError), PackedLinears(model, PLENTY).in_place():
+    with pytest.raises(AttributeError), PackedLinears(model, PLENTY).applied():
         model(None)
     assert [dict(vars(module)) for module in model.modules()] == before
 
@@ -118,7 +118,7 @@ def test_what_does_not_fit_computes_as_ever(caplog: pytest.LogCaptureFixture) ->
     held = PackedLinears(model, first)
     assert held.bytes_held == first
     assert "1 linear layers are not packed" in caplog.text
-    with held.in_place():
+    with held.applied():
         assert "forward" in vars(model[0])
         assert "forward" not in vars(model[2])
         assert torch.allclose(model(x), computed(model, x), atol=1e-6)
@@ -136,7 +136,7 @@ def test_patched_layers_and_subclasses_are_left_alone(caplog: pytest.LogCaptureF
     said = "1 linear layers are not packed, since others have replaced their forward"
     assert caplog.text.count(said) == 1, "it is said once a model"
     assert held.bytes_held == 0
-    with held.in_place():
+    with held.applied():
         assert torch.equal(model[0](torch.zeros(8)), torch.ones(8))
     assert torch.equal(model[0](torch.zeros(8)), torch.ones(8))
 

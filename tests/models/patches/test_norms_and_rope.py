@@ -38,7 +38,7 @@ def test_what_is_replaced_computes_the_same(family: str, dtype: torch.dtype, ser
     functions = [names.get(ROTARY) for names in namespaces(model)]
     parts = FusedModules(model)
     served.clear()  # of trials
-    with parts.in_place():
+    with parts.applied():
         names_of_replaced = [type(module).__name__ for module in model.modules() if "forward" in vars(module)]
         norms = Counter(name for name in names_of_replaced if "Norm" in name)  # test_known_forwards.py has the others
         replaced = [names.get(ROTARY) for names in namespaces(model)] != functions
@@ -64,7 +64,7 @@ def test_norms_of_other_layouts_and_shapes(dtype: torch.dtype, served: Counter[s
     parts = FusedModules(norm)
     served.clear()
     for given in (x, x[0, 0, 0], x.transpose(1, 2), x[..., :0, :]):
-        with parts.in_place():
+        with parts.applied():
             fused = norm(given)
         assert fused.shape == given.shape
         assert torch.allclose(fused.float(), norm(given).float(), rtol=2**-7 if dtype == torch.bfloat16 else 1e-6)
@@ -74,7 +74,7 @@ def test_norms_of_other_layouts_and_shapes(dtype: torch.dtype, served: Counter[s
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rotary_functions_take_heads_of_any_layout(dtype: torch.dtype, served: Counter[str]) -> None:
     q, k, cos, sin = heads(dtype=dtype)
-    with FusedModules(tiny("llama")).in_place():
+    with FusedModules(tiny("llama")).applied():
         served.clear()
         fused = modeling_llama.apply_rotary_pos_emb
         for given in (
@@ -96,7 +96,7 @@ def test_calls_that_the_kernel_does_not_serve_are_the_family_s_own(served: Count
     across = (q.transpose(1, 2), k.transpose(1, 2))
     spread = torch.stack([q, q], -1)[..., 0]
     own = modeling_llama.apply_rotary_pos_emb
-    with FusedModules(tiny("llama")).in_place():
+    with FusedModules(tiny("llama")).applied():
         served.clear()
         fused = modeling_llama.apply_rotary_pos_emb
         assert fused is not own
@@ -127,7 +127,7 @@ def test_autocast_is_obeyed(served: Counter[str]) -> None:
         model = model_of(family)
         with torch.autocast("cpu", torch.bfloat16):
             own = logits_of(model)
-            with FusedModules(model).in_place():
+            with FusedModules(model).applied():
                 served.clear()
                 fused = logits_of(model)
         assert served["rms_norm"] > 0
@@ -138,7 +138,7 @@ def test_autocast_is_obeyed(served: Counter[str]) -> None:
 def test_inference_mode_is_served_too(served: Counter[str]) -> None:
     model = model_of("llama")
     own = logits_of(model)
-    with torch.inference_mode(), FusedModules(model).in_place():
+    with torch.inference_mode(), FusedModules(model).applied():
         served.clear()
         fused = logits_of(model)
     assert served == Counter(rms_norm=9, rotate=4)
@@ -155,7 +155,7 @@ def test_rows_of_another_dtype_or_width_are_the_norm_s_own_business(served: Coun
         norm.weight.copy_(torch.linspace(-1, 2, 40))
         x = torch.randn(30, 40, generator=torch.Generator().manual_seed(5)).to(given)
         own = norm(x)
-        with FusedModules(norm).in_place():
+        with FusedModules(norm).applied():
             assert "forward" in vars(norm)
             served.clear()
             fused = norm(x)
@@ -163,5 +163,5 @@ def test_rows_of_another_dtype_or_width_are_the_norm_s_own_business(served: Coun
         assert fused.dtype == own.dtype
         assert torch.equal(fused, own)
     norm = LlamaRMSNorm(40)
-    with FusedModules(norm).in_place(), pytest.raises(RuntimeError):
+    with FusedModules(norm).applied(), pytest.raises(RuntimeError):
         norm(torch.ones(2, 39))

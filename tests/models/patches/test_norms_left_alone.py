@@ -90,14 +90,14 @@ def quantized(size: int) -> nn.Module:
 )
 def test_other_norms_are_left_alone(make: Callable[[int], nn.Module]) -> None:
     model = nn.Sequential(LlamaRMSNorm(32), make(32))
-    with FusedModules(model).in_place():
+    with FusedModules(model).applied():
         assert "forward" in vars(model[0])
         assert "forward" not in vars(model[1])
 
 
 def test_torch_s_own_norm_is_replaced_where_its_epsilon_is_known() -> None:
     norm, x = nn.RMSNorm(32, eps=1e-3), torch.linspace(-0.1, 0.2, 96).view(3, 32)
-    with FusedModules(norm).in_place():
+    with FusedModules(norm).applied():
         assert "forward" in vars(norm)
         fused = norm(x)
     assert torch.allclose(fused, norm(x), rtol=1e-6)
@@ -111,7 +111,7 @@ def test_patched_norms_stay_patched() -> None:
         return hidden_states + 1
 
     model[0].forward = patch
-    with FusedModules(model).in_place():
+    with FusedModules(model).applied():
         assert "forward" in vars(model[1])
         assert torch.equal(model[0](x), x + 1)
     assert model[0].forward is patch
@@ -131,7 +131,7 @@ def test_hooks_stay_in_force_and_see_no_trial() -> None:
     seen.clear()
     parts = FusedModules(model)
     assert seen == []
-    with parts.in_place():
+    with parts.applied():
         assert "forward" in vars(model[0])
         assert torch.allclose(model(x), own)
     assert seen == [x.shape]
@@ -146,7 +146,7 @@ def test_a_rotary_function_that_somebody_else_put_there_is_not_replaced(monkeypa
         return own(q, k, cos, -sin, unsqueeze_dim)
 
     monkeypatch.setattr(modeling_llama, ROTARY, slower)
-    with FusedModules(tiny("llama")).in_place():
+    with FusedModules(tiny("llama")).applied():
         assert modeling_llama.apply_rotary_pos_emb is slower
     assert modeling_llama.apply_rotary_pos_emb is slower
 
@@ -154,7 +154,7 @@ def test_a_rotary_function_that_somebody_else_put_there_is_not_replaced(monkeypa
 def test_half_precision_that_the_kernel_has_not_is_left_alone(served: Counter[str]) -> None:
     model = tiny("llama", torch.float16)
     own = logits_of(model)
-    with FusedModules(model).in_place():
+    with FusedModules(model).applied():
         served.clear()
         assert torch.equal(logits_of(model), own)
     assert not served

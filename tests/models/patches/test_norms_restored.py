@@ -31,7 +31,7 @@ def test_without_a_compiler_nothing_is_replaced(
     try:
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
-                with FusedModules(model).in_place():
+                with FusedModules(model).applied():
                     assert traces(model) == before
     finally:
         pointwise.cache_clear()
@@ -45,11 +45,11 @@ def test_nothing_stays_on_modules_or_in_namespaces(family: str) -> None:
     parts = FusedModules(model)
     assert traces(model) == before
     for _ in range(2):
-        with parts.in_place():
+        with parts.applied():
             assert traces(model) != before
             logits_of(model)
         assert traces(model) == before
-    with pytest.raises(KeyError), parts.in_place():
+    with pytest.raises(KeyError), parts.applied():
         raise KeyError
     assert traces(model) == before
     assert torch.equal(torch.get_rng_state(), generator)
@@ -65,7 +65,7 @@ def test_nothing_stays_when_a_block_cannot_be_entered() -> None:
     model = tiny("llama")
     model.model.norm.__class__ = type("SealedRMSNorm", (Sealed,), {})
     before = traces(model)
-    with pytest.raises(AttributeError, match="sealed"), FusedModules(model).in_place():
+    with pytest.raises(AttributeError, match="sealed"), FusedModules(model).applied():
         pass
     assert traces(model) == before
 
@@ -74,12 +74,12 @@ def test_nothing_stays_when_a_block_cannot_be_entered() -> None:
 def test_changed_weights_are_seen_when_made_anew() -> None:
     model = model_of("llama")
     parts = FusedModules(model)
-    with parts.in_place():
+    with parts.applied():
         before = logits_of(model)
     model.model.norm.weight.neg_()
-    with parts.in_place():
+    with parts.applied():
         assert torch.equal(logits_of(model), before)  # copies
-    with FusedModules(model).in_place():
+    with FusedModules(model).applied():
         assert torch.allclose(logits_of(model), -before, atol=1e-6)
 
 
@@ -102,7 +102,7 @@ def test_other_threads_get_the_family_s_own_function(other_thread: Callable[...,
         return [*(x.detach() for x in rotated), q.grad]
 
     wanted = other_thread(grow)
-    with FusedModules(tiny("llama")).in_place():
+    with FusedModules(tiny("llama")).applied():
         served.clear()
         got = other_thread(grow)
         assert not served
@@ -117,9 +117,9 @@ def test_a_second_model_s_parts_made_inside_another_thread_s_block(
     """They put back the family's own function, not what stood in its place when they were made."""
     own = modeling_llama.apply_rotary_pos_emb
     first, second = FusedModules(tiny("llama")), tiny("llama")
-    with first.in_place():
+    with first.applied():
         parts = other_thread(FusedModules, second)
-    with parts.in_place():
+    with parts.applied():
         served.clear()
         logits_of(second)
         assert served == Counter(rms_norm=9, rotate=4)
@@ -131,7 +131,7 @@ def test_blocks_of_two_threads_that_overlap(other_thread: Callable[..., Any]) ->
     models = [tiny("llama"), tiny("llama")]
     wanted = logits_of(models[0])
     parts = [FusedModules(model) for model in models]
-    here, there = parts[0].in_place(), parts[1].in_place()
+    here, there = parts[0].applied(), parts[1].applied()
     here.__enter__()
     other_thread(there.__enter__)
     here.__exit__(None, None, None)

@@ -90,7 +90,7 @@ def test_a_model_with_parts_replaced_gives_its_own_numbers(
     with torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits.float()
         assert calls == {"norm": 0, "rotary": 0}
-        with parts.in_place():
+        with parts.applied():
             found = model(input_ids=ids, use_cache=False).logits.float()
     norms = sum("RMSNorm" in type(module).__name__ for module in model.modules())
     assert calls == {"norm": norms, "rotary": 2}

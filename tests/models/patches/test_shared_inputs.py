@@ -87,7 +87,7 @@ def test_a_group_with_a_router_of_another_class_keeps_it() -> None:
     (_, first, *_) = layers_with_shared_inputs(model)
     assert type(first[0]) is not nn.Linear
     own = logits_of(model)
-    with PackedLinears(model, 1 << 40, layers_with_shared_inputs(model)).in_place():
+    with PackedLinears(model, 1 << 40, layers_with_shared_inputs(model)).applied():
         assert torch.allclose(logits_of(model), own, atol=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_adapted_models_compute_the_same_from_groups(targets: Any, dtype: torch.
     model = adapted(tiny("llama", dtype), targets).eval()
     own, groups = logits_of(model), layers_with_shared_inputs(model)
     assert groups
-    with PackedLinears(model, 1 << 40, groups).in_place():
+    with PackedLinears(model, 1 << 40, groups).applied():
         packed = logits_of(model)
     assert float((packed - own).abs().max() / own.abs().max()) < (1e-5 if dtype == torch.float32 else 3e-2)
     model.disable_adapter_layers()

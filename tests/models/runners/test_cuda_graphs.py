@@ -15,7 +15,7 @@ from rollout.models.attention.triton import TileSizes, TritonBackend
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.runners import cuda_graphs
 from rollout.models.runners.base import Runner
-from rollout.models.runners.cuda_graphs import CudaGraphRunner, capturing, padded_batch_size
+from rollout.models.runners.cuda_graphs import CudaGraphRunner, padded_batch_size, with_cuda_graphs
 from rollout.models.runners.packed import PackedRunner, PackedStrategy
 from tests.contract.test_long_sequences import long_model
 from tests.support.cuda_graph_world import FakeGraphs, World, llama
@@ -137,7 +137,7 @@ def test_a_model_that_cannot_be_captured_goes_on_eagerly(caplog: pytest.LogCaptu
     ]
     assert (world.fake.tried, world.fake.released, world.runner.bytes_kept) == (1, 1, 0)
     steps = world.runner._steps
-    assert capturing(world.plain, world.model, steps, world.loan) is world.plain
+    assert with_cuda_graphs(world.plain, world.model, steps, world.borrowed) is world.plain
 
 
 def test_a_capture_for_which_there_is_no_memory_is_tried_again_later(
@@ -240,7 +240,7 @@ def test_rotary_embeddings_by_length_are_not_captured(family: str, caplog: pytes
     world = World(model)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert capturing(world.plain, model, world.runner._steps, world.loan) is world.plain
+            assert with_cuda_graphs(world.plain, model, world.runner._steps, world.borrowed) is world.plain
     assert caplog.text.count("are not captured") == 1
     assert "depend on the length of a text" in caplog.text
 
@@ -249,7 +249,7 @@ def test_a_model_on_several_devices_is_not_captured(caplog: pytest.LogCaptureFix
     world = World(llama(1))
     world.model.lm_head.to("meta")
     with caplog.at_level(logging.WARNING):
-        assert capturing(world.plain, world.model, world.runner._steps, world.loan) is world.plain
+        assert with_cuda_graphs(world.plain, world.model, world.runner._steps, world.borrowed) is world.plain
     assert "it lies on several devices" in caplog.text
 
 

@@ -115,7 +115,7 @@ def test_what_a_step_that_failed_has_launched_is_waited_for(driver: Driver, monk
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(torch.OutOfMemoryError):
-        CudaGraphs(torch.device("cuda", 0)).try_out(step)
+        CudaGraphs(torch.device("cuda", 0)).warm_up(step)
     assert driver.calls == ["aside waits for current", "step", "current waits for aside"]
 
 

@@ -16,7 +16,7 @@ from rollout.models.kv_cache.layout import KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.runners.base import Runner
 from rollout.models.runners.packed import PackedStrategy
-from rollout.models.runners.parity_check import check_pages
+from rollout.models.runners.parity_check import check_parity
 from rollout.models.runners.recurrent import RecurrentStrategy
 from rollout.models.runners.select import select_strategy
 from tests.support.tiny_models import INTERFACE, tiny
@@ -35,13 +35,13 @@ class Mistaken(PackedStrategy):
 
 
 def check(model: PreTrainedModel) -> None:
-    check_pages(PackedStrategy(model))
+    check_parity(PackedStrategy(model))
 
 
 def check_with(model: PreTrainedModel, **changes: Any) -> None:
     tier = Mistaken(model)
     tier.changes = changes
-    check_pages(tier)
+    check_parity(tier)
 
 
 @pytest.mark.parametrize("family", INTERFACE)
@@ -114,7 +114,7 @@ def test_a_tier_that_gives_one_sequence_the_pages_of_another_is_refused() -> Non
             return Changed()
 
     with pytest.raises(UnsupportedModel, match="other logits"):
-        check_pages(Swapped(tiny("llama")))
+        check_parity(Swapped(tiny("llama")))
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_h1", "lfm2", "qwen3_next"])
@@ -137,9 +137,9 @@ def test_a_tier_that_loses_or_mixes_states_is_refused(family: str, mistake: str)
 
             return Changed()
 
-    check_pages(RecurrentStrategy(tiny(family)))
+    check_parity(RecurrentStrategy(tiny(family)))
     with pytest.raises(UnsupportedModel, match="other logits"):
-        check_pages(Careless(tiny(family)))
+        check_parity(Careless(tiny(family)))
 
 
 def test_a_model_that_behaves_otherwise_on_loan_is_refused() -> None:

@@ -32,7 +32,9 @@ def test_a_model_that_fails_in_a_trial_is_refused_with_what_it_said() -> None:
         raise ZeroDivisionError("no such\nluck")
 
     model.transformer.h[1].register_forward_pre_hook(fail)
-    with pytest.raises(UnsupportedModel, match=r"'bloom'\) fails in the gathering tier: ZeroDivisionError: no such\. "):
+    with pytest.raises(
+        UnsupportedModel, match=r"'bloom'\) fails in the padded strategy: ZeroDivisionError: no such\. "
+    ):
         select_strategy(model)
 
 
