@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int64]
 
 
+def ceil_div(a: int, b: int) -> int:
+    """Return ``a / b`` rounded up."""
+    return -(-a // b)
+
+
 def upload(values: NDArray[Any], tensor: torch.Tensor) -> None:
     """Copies an array to the beginning of a tensor of the same dtype, in the order of the device's current stream.
 
