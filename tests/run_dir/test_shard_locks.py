@@ -118,9 +118,9 @@ def test_the_death_of_a_process_frees_its_claims(paths: RunPaths) -> None:
     code = """
 import sys, time
 from pathlib import Path
-from rollout.run_dir.shard_locks import FileClaims
+from rollout.run_dir.shard_locks import FileLocks
 from rollout.run_dir.paths import RunPaths
-claims = FileClaims(RunPaths(Path(sys.argv[1])), 1)
+claims = FileLocks(RunPaths(Path(sys.argv[1])), 1)
 print(claims.claim(), flush=True)
 time.sleep(60)
 """
