@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import rollout.run_dir.fingerprint as module
+from rollout.data.prompts import read_prompts
 from rollout.run_dir.fingerprint import (
     Fingerprint,
     describe,
@@ -167,3 +168,39 @@ def test_values_survive_json() -> None:
     fingerprint = Fingerprint({"x": (1, 2), "y": 0.1})
     again = Fingerprint(json.loads(json.dumps(fingerprint.values)))
     assert (again.values, again.digest) == (fingerprint.values, fingerprint.digest)
+
+
+def test_fingerprint_of_a_fixed_job_never_changes(tmp_path: Path) -> None:
+    """A version that computes another digest refuses to resume every run begun before it."""
+    model = fake_model(tmp_path / "model")
+    (model / "tokenizer.json").write_text('{"a": 1}')
+    (model / "model.safetensors").write_bytes(b"weights")
+    rows = [{"prompt": "one", "answer": "1"}, {"prompt": "two", "answer": "2"}, {"prompt": "one", "answer": None}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(
+        tmp_path,
+        f"data.path={tmp_path / 'rows.jsonl'}",
+        "data.as_chat=true",
+        "data.system_prompt=Be brief",
+        "sampling.n=2",
+        "sampling.stop=[x]",
+        "reward._target_=rollout.arithmetic.exact_match",
+        "seed=7",
+    )
+    prompts = read_prompts(config.data, with_columns=True)
+    assert prompts.row_ids == ["d9247e0b94c662d6-0", "8b8a8df4ba54703d-0", "d9247e0b94c662d6-1"]
+    assert prompts.content == "1a3c3fcc25008e314c040cf82b82406ef7ca4ef8cf47150532473a99081d0702"
+    fingerprint = fingerprint_of(config, prompts.content, model)
+    assert fingerprint.values["model.weights"] == "ea20527061cb224d352d32df61f713453d71e09e4387f70837669618a50e6669"
+    assert fingerprint.values["model.tokenizer"] == "facdb120c16a18592b9a7ee5cac5c60fbc5eb32b15b1d767762544b7e2452158"
+    assert fingerprint.digest == "67929992b79d75c4421772daa4c0aac57842c7e8cf841983ccc7a9e847097855"
+
+
+def test_fingerprint_of_the_default_job_never_changes(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    prompts = read_prompts(config.data)
+    assert prompts.content == "ad8cdd7c19c167e4a80e8867fc7e8345a38ee969a522c4c7a13a0d4f78f8f2d0"
+    (tmp_path / "model" / "tokenizer.json").write_text('{"a": 1}')
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    fingerprint = fingerprint_of(config, prompts.content, tmp_path / "model")
+    assert fingerprint.digest == "2654f5826608ec1f3adc335946bb26b9b72e965aff099717f9d404e7c44064f9"

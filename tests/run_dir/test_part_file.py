@@ -46,6 +46,25 @@ def test_records_survive_exactly() -> None:
     assert encode_record(record).count(b"\n") == 1
 
 
+def test_line_of_a_fixed_record_never_changes() -> None:
+    record = Record(
+        row_id="a",
+        sample=1,
+        prompt_ids=[1, 2],
+        completion_ids=[3],
+        text="é",
+        logprobs=[-0.5],
+        sampler_logprobs=[-0.25],
+        finish_reason="stop",
+        seed=7,
+    )
+    assert encode_record(record) == (
+        b'{"row_id":"a","sample":1,"prompt_ids":"AQAAAAIAAAA=","completion_ids":"AwAAAA==","text":"\\u00e9",'
+        b'"logprobs":"AAAAvw==","sampler_logprobs":"AACAvg==","finish_reason":"stop","error_class":"","error":"",'
+        b'"reward":null,"seed":7,"weight_version":0,"attempt":0}\n'
+    )
+
+
 def test_what_was_appended_is_there_again(tmp_path: Path) -> None:
     made = records(6)
     part = PartFile(tmp_path / "a")
