@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Engine", "Record", "SamplingParams"]
 
-_HOMES = {"Batch": "records", "Engine": "engine.engine", "Record": "records", "SamplingParams": "sampling_params"}
+_MODULES = {"Batch": "records", "Engine": "engine.engine", "Record": "records", "SamplingParams": "sampling_params"}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: a job refuses bad input before torch and transformers are imported."""
-    if name not in _HOMES:
+    """Import public names on first use, so that a job refuses bad input before importing torch and transformers."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'rollout' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"rollout.{_HOMES[name]}"), name)
+    return getattr(import_module(f"rollout.{_MODULES[name]}"), name)

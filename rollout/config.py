@@ -1,4 +1,4 @@
-"""The job's configuration: its shape and types; the default values live in ``conf/``, one folder a group."""
+"""The schema of a job's configuration, and its validation; default values live in ``conf/``, one folder per group."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from rollout.batcher.registry import make_policy
 from rollout.batcher.types import Bounds, Policy
-from rollout.errors import InputError
-from rollout.models.attention.names import ATTENTIONS
+from rollout.engine_arguments import argument_checks
+from rollout.errors import Check, InputError, check_all
 from rollout.sampling_params import SamplingParams
 
 CONFIG_MODULE = "rollout.conf"
@@ -23,13 +23,13 @@ VERSION_BASE = "1.3"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMATS = ("parquet", "jsonl")
 
-# These are values: nothing changes them after `validated`. They cannot be `frozen=True`, because Hydra
-# merges the groups and overrides into them and OmegaConf takes frozen dataclasses as read-only.
+# Nothing changes these dataclasses after `validate`. They are not `frozen=True` because OmegaConf treats frozen
+# dataclasses as read-only, and Hydra must merge groups and overrides into them.
 
 
 @dataclass
 class ModelConfig:
-    """Which model, as what, and where it runs."""
+    """The model, its dtype, its device and its attention backend."""
 
     path: str = MISSING
     dtype: str = MISSING
@@ -44,7 +44,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Which prompts, and how a row of the dataset becomes one."""
+    """The dataset, and how each input row becomes a prompt."""
 
     path: str = MISSING
     name: str | None = MISSING
@@ -73,18 +73,18 @@ class SamplingConfig:
     ignore_eos: bool = MISSING
 
     def params(self) -> SamplingParams:
-        """The same as the engine takes it.
+        """Return the sampling parameters for the engine.
 
         Raises:
             InputError: a value is out of range.
         """
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return SamplingParams(**values | {"stop": tuple(self.stop), "stop_token_ids": tuple(self.stop_token_ids)})
 
 
 @dataclass
 class BatcherConfig:
-    """What every policy has: its name and the bounds that hold whatever it decides."""
+    """The settings of every policy: its name, and the bounds that its decisions are clamped to."""
 
     name: str = MISSING
     latency_budget_ms: float | None = MISSING
@@ -92,16 +92,18 @@ class BatcherConfig:
     min_rows: int = MISSING
 
     def policy(self) -> Policy:
-        """A new policy as configured.
+        """Build the configured policy.
 
         Raises:
             InputError: a value is out of range.
         """
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f not in fields(BatcherConfig)}
+        bounds = Bounds(min_rows=self.min_rows, max_rows=self.max_rows, latency_budget_ms=self.latency_budget_ms)
+        common = {field.name for field in fields(BatcherConfig)}
+        parameters = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
         try:
-            return make_policy(self.name, Bounds(self.min_rows, self.max_rows, self.latency_budget_ms), **own)
+            return make_policy(self.name, bounds, **parameters)
         except ValueError as error:
-            # Its sentences begin with the name of the parameter.
+            # The message begins with the name of the parameter.
             raise InputError(f"batcher.{error}") from error
 
 
@@ -124,17 +126,10 @@ class SlaBatcherConfig(BatcherConfig):
     step_window: int = MISSING
 
 
+# `asdict` of it is stored in run.json: in this order of bases, the fields of `memory` come before those of `sla`.
 @dataclass
-class PaperBatcherConfig(BatcherConfig):
-    """Parameters of both, of which the smaller row target holds."""
-
-    epsilon_m: float = MISSING
-    form: str = MISSING
-    length_window: int = MISSING
-    alpha: int = MISSING
-    delta: int = MISSING
-    epsilon_d: float | None = MISSING
-    step_window: int = MISSING
+class PaperBatcherConfig(SlaBatcherConfig, MemoryBatcherConfig):
+    """Parameters of both algorithms; the smaller of their row targets is used."""
 
 
 @dataclass
@@ -154,7 +149,7 @@ class MemoryConfig:
 
 @dataclass
 class OutputConfig:
-    """Where the run is written, and in which pieces."""
+    """The run directory, the format of its shards, and their size in input rows."""
 
     dir: str = MISSING
     format: str = MISSING
@@ -163,14 +158,14 @@ class OutputConfig:
 
 @dataclass
 class RewardConfig:
-    """What scores completions: a Hydra ``_target_``, and the further arguments that it takes."""
+    """The function that scores completions: a Hydra ``_target_``, and its further arguments."""
 
     _target_: str | None = MISSING
 
 
 @dataclass
 class Config:
-    """All of a job. ``reward`` is None, or a dict with the key ``_target_``."""
+    """The whole configuration of a job. ``reward`` is None, or a dict with the key ``_target_``."""
 
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
@@ -183,7 +178,7 @@ class Config:
 
 
 def register() -> None:
-    """Tell Hydra the types of the configuration; the YAML files name them in their defaults lists."""
+    """Register the schemas with Hydra; the YAML files name them in their defaults lists."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for group, name, node in (
@@ -203,14 +198,14 @@ def register() -> None:
 
 
 def load_config(overrides: Sequence[str] = ()) -> Config:
-    """The configuration that ``python -m rollout OVERRIDES`` would run with, validated."""
+    """Return the validated configuration that ``python -m rollout OVERRIDES`` would run with."""
     register()
     with initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE, job_name="rollout"):
-        return validated(compose(CONFIG_NAME, list(overrides)))
+        return validate(compose(CONFIG_NAME, list(overrides)))
 
 
-def validated(composed: DictConfig) -> Config:
-    """The composed configuration as a :class:`Config` whose values are all in range.
+def validate(composed: DictConfig) -> Config:
+    """Convert the composed configuration into a `Config` whose values are all in range.
 
     Raises:
         InputError: a key is unknown, a required key has no value, or a value is out of range.
@@ -226,107 +221,97 @@ def validated(composed: DictConfig) -> Config:
     _refuse_unknown_keys(composed, config)
     config.sampling.params()
     config.batcher.policy()
-    for key, value, right, wanted in (*_model_checks(config), *_memory_checks(config), *_other_checks(config)):
-        if not right:
-            raise InputError(f"{key} is {value!r}, but must be {wanted}.")
+    check_all((*_model_checks(config.model), *_engine_checks(config), *_other_checks(config)))
     return config
 
 
-def nearest(key: str, keys: Sequence[str]) -> str:
-    """The key that someone who wrote ``key`` most likely meant: the same last part first, then the spelling."""
-    leaf = key.rsplit(".", 1)[-1]
-    return difflib.get_close_matches(key, [k for k in keys if k.rsplit(".", 1)[-1] == leaf] or keys, n=1, cutoff=0)[0]
+def unknown_key(key: str, known: Sequence[str]) -> InputError:
+    """Return the error for a key that does not exist, naming the nearest one that does."""
+    return InputError(f"There is no key {key}; the nearest is {nearest(key, known)}.")
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """Return the known key that ``key`` most likely means: the same last part first, then the closest spelling."""
+    last_part = key.rsplit(".", 1)[-1]
+    candidates = [k for k in known if k.rsplit(".", 1)[-1] == last_part] or known
+    return difflib.get_close_matches(key, candidates, n=1, cutoff=0)[0]
 
 
 def dotted_keys(config: Config) -> list[str]:
-    """All keys that an override can name."""
-    return [
-        f"{group.name}.{field.name}" if is_dataclass(value) else group.name
-        for group in fields(config)
-        for value in [getattr(config, group.name)]
-        for field in (fields(value) if is_dataclass(value) else [group])
-    ]
+    """Return all keys that an override can name."""
+    keys = []
+    for group in fields(config):
+        value = getattr(config, group.name)
+        if is_dataclass(value):
+            keys += [f"{group.name}.{field.name}" for field in fields(value)]
+        else:
+            keys.append(group.name)
+    return keys
 
 
 def _refuse_unknown_keys(composed: DictConfig, config: Config) -> None:
-    """``+group.key=value`` may add what no dataclass declares; Hydra lets it pass."""
+    """Refuse keys that ``+group.key=value`` added but no dataclass declares; Hydra accepts them."""
     known = dotted_keys(config)
     for group, node in composed.items():
         if group == "reward":
-            # It takes whatever arguments its function has.
+            # Its keys are the arguments of the user's function.
             continue
         present = [f"{group!s}.{key!s}" for key in node] if isinstance(node, DictConfig) else [str(group)]
         for key in present:
             if key not in known:
-                raise InputError(f"There is no key {key}; the nearest is {nearest(key, known)}.")
+                raise unknown_key(key, known)
 
 
 _EXAMPLES = {"output.dir": "runs/my_run", "data.path": "prompts.jsonl", "model.path": "org/model"}
 
-_WITH_TENSOR_PARALLEL = "where model.tensor_parallel is true"
+#: The configuration group of each of the engine's arguments.
+_ENGINE_GROUPS = {
+    "latency_budget_ms": "batcher",
+    "max_rows": "batcher",
+    "min_rows": "batcher",
+    "max_kv_bytes": "memory",
+    "reserve_fraction": "memory",
+    "attention": "model",
+}
 
-Check = tuple[str, object, bool, str]
-"""A key, its value, whether that is right, and what would be."""
+
+def _engine_checks(config: Config) -> list[Check]:
+    checks = argument_checks(
+        latency_budget_ms=config.batcher.latency_budget_ms,
+        max_rows=config.batcher.max_rows,
+        min_rows=config.batcher.min_rows,
+        max_kv_bytes=config.memory.max_kv_bytes,
+        reserve_fraction=config.memory.reserve_fraction,
+        attention=config.model.attention,
+        none="null",
+    )
+    return [check._replace(name=f"{_ENGINE_GROUPS[check.name]}.{check.name}") for check in checks]
 
 
-def _model_checks(config: Config) -> list[Check]:
-    model = config.model
-    device = model.device
+def _model_checks(model: ModelConfig) -> list[Check]:
+    device, device_map, adapter, sliced = model.device, model.device_map, model.adapter, model.tensor_parallel
+    with_slices = "where model.tensor_parallel is true"
     index = device.removeprefix("cuda").removeprefix(":")
+    is_device = device in ("auto", "cpu", "cuda") or (device.startswith("cuda:") and index.isdigit())
     return [
-        ("model.path", model.path, bool(model.path), "a folder, a hub id or a GGUF file"),
-        ("model.dtype", model.dtype, model.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
-        ("model.attention", model.attention, model.attention in ATTENTIONS, f"one of {', '.join(ATTENTIONS)}"),
-        (
-            "model.device",
-            device,
-            device in ("auto", "cpu", "cuda") or (device.startswith("cuda:") and index.isdigit()),
-            "auto, cpu, cuda or cuda:N",
-        ),
-        ("model.device_map", model.device_map, model.device_map in (None, "auto"), "auto, or null for one device"),
-        ("model.device", device, model.device_map is None or device == "auto", "auto where model.device_map is set"),
-        ("model.device", device, not model.tensor_parallel or device == "auto", f"auto {_WITH_TENSOR_PARALLEL}"),
-        (
-            "model.device_map",
-            model.device_map,
-            not (model.tensor_parallel and model.device_map),
-            f"null {_WITH_TENSOR_PARALLEL}",
-        ),
-        (
-            "model.adapter",
-            model.adapter,
-            not (model.tensor_parallel and model.adapter),
-            f"null {_WITH_TENSOR_PARALLEL}",
-        ),
-    ]
-
-
-def _memory_checks(config: Config) -> list[Check]:
-    budget, memory = config.batcher.latency_budget_ms, config.memory
-    return [
-        ("batcher.latency_budget_ms", budget, budget is None or budget > 0, "above 0, or null for no budget"),
-        (
-            "memory.max_kv_bytes",
-            memory.max_kv_bytes,
-            memory.max_kv_bytes is None or memory.max_kv_bytes > 0,
-            "above 0, or null for all headroom",
-        ),
-        (
-            "memory.reserve_fraction",
-            memory.reserve_fraction,
-            0 <= memory.reserve_fraction < 1,
-            "at least 0 and below 1",
-        ),
+        Check("model.path", model.path, bool(model.path), "a folder, a hub id or a GGUF file"),
+        Check("model.dtype", model.dtype, model.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+        Check("model.device", device, is_device, "auto, cpu, cuda or cuda:N"),
+        Check("model.device_map", device_map, device_map in (None, "auto"), "auto, or null for one device"),
+        Check("model.device", device, device_map is None or device == "auto", "auto where model.device_map is set"),
+        Check("model.device", device, not sliced or device == "auto", f"auto {with_slices}"),
+        Check("model.device_map", device_map, not (sliced and device_map), f"null {with_slices}"),
+        Check("model.adapter", adapter, not (sliced and adapter), f"null {with_slices}"),
     ]
 
 
 def _other_checks(config: Config) -> list[Check]:
     data, output = config.data, config.output
     return [
-        ("data.path", data.path, bool(data.path), "a file, a folder, a hub id or builtin:arithmetic"),
-        ("data.limit", data.limit, data.limit is None or data.limit >= 1, "at least 1, or null for all rows"),
-        ("output.dir", output.dir, bool(output.dir), "a folder"),
-        ("output.format", output.format, output.format in FORMATS, f"one of {', '.join(FORMATS)}"),
-        ("output.rows_per_shard", output.rows_per_shard, output.rows_per_shard >= 1, "at least 1"),
-        ("seed", config.seed, -(2**63) <= config.seed < 2**63, "a 64-bit integer"),
+        Check("data.path", data.path, bool(data.path), "a file, a folder, a hub id or builtin:arithmetic"),
+        Check("data.limit", data.limit, data.limit is None or data.limit >= 1, "at least 1, or null for no limit"),
+        Check("output.dir", output.dir, bool(output.dir), "a folder"),
+        Check("output.format", output.format, output.format in FORMATS, f"one of {', '.join(FORMATS)}"),
+        Check("output.rows_per_shard", output.rows_per_shard, output.rows_per_shard >= 1, "at least 1"),
+        Check("seed", config.seed, -(2**63) <= config.seed < 2**63, "a 64-bit integer"),
     ]

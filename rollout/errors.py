@@ -1,8 +1,10 @@
-"""Errors that a user can act on, and the exit status each ends the job with."""
+"""Errors that a user can act on, the exit status each ends the job with, and helpers for their messages."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class Exit(IntEnum):
@@ -17,3 +19,34 @@ class Exit(IntEnum):
 
 class InputError(ValueError):
     """Configuration or input that a job cannot start with; the message is one sentence saying what to do."""
+
+
+class Check(NamedTuple):
+    """One parameter, its value, whether the value is allowed, and which values are."""
+
+    name: str
+    value: object
+    allowed: bool
+    wanted: str
+
+
+def check_all(checks: Iterable[Check]) -> None:
+    """Refuse the first value that is not allowed.
+
+    Raises:
+        InputError: a value is not allowed; the message names the parameter and the allowed values.
+    """
+    for check in checks:
+        if not check.allowed:
+            raise InputError(f"{check.name} is {check.value!r}, but must be {check.wanted}.")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without its full stop; the class name if it has no message."""
+    lines = (line.strip().rstrip(".") for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
+def shorten(text: str, longest: int, keep: int | None = None) -> str:
+    """Return ``text``, or its first ``keep`` characters and ``...`` if it has more than ``longest``."""
+    return text if len(text) <= longest else text[: longest - 3 if keep is None else keep] + "..."

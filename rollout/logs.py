@@ -1,4 +1,4 @@
-"""Where log lines go."""
+"""The log handler of a job."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TextIO
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to whatever ``sys.stderr`` is at that moment.
+    """Write each log line to the current ``sys.stderr``.
 
-    A live progress line puts its own stream there while it runs, which prints log lines above the line;
-    a handler that kept the first stream would write into it.
+    While a live progress line runs, ``sys.stderr`` is a stream that prints above that line; a handler that kept the
+    original stream would write into the middle of it.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What is wrong with an override, in one sentence: Hydra's own messages are several, and name no near key."""
+"""Explain a bad override in one sentence; Hydra's own messages take several and suggest no key."""
 
 from __future__ import annotations
 
@@ -11,33 +11,38 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from rollout.config import CONFIG_MODULE, dotted_keys, load_config, nearest
-from rollout.errors import InputError
+from rollout.config import CONFIG_MODULE, dotted_keys, load_config, unknown_key
+from rollout.errors import InputError, first_line
 
 
 def explain(overrides: Sequence[str], error: HydraException | OmegaConfBaseException) -> str:
-    """One sentence that names the override at fault and what to write instead."""
+    """Return one sentence that names the override at fault and what to write instead."""
     if isinstance(error, OverrideParseException):
-        return f"The override {error.override} cannot be read ({_first_line(error)}); write KEY=VALUE."
+        return f"The override {error.override} cannot be read ({first_line(error)}); write KEY=VALUE."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         return _no_such_option(error.missing_cfg_file, error.options)
-    return _unknown_key(OverridesParser.create().parse_overrides(list(overrides))) or _of_hydra(error)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return _missing_plus(parsed) or _unknown_key(parsed) or _hydra_message(error)
+
+
+def _missing_plus(overrides: Sequence[Override]) -> str | None:
+    """Return a hint for a key that exists only once it is added with ``+``."""
+    for override in overrides:
+        if override.is_add():
+            continue
+        key = override.key_or_group
+        if key == "experiment":
+            return f"An experiment is added to the defaults: write +experiment={override.value()}."
+        if key.startswith("reward.") and key != "reward._target_":
+            return f"An argument of the reward is added to its configuration: write +{override.input_line}."
+    return None
 
 
 def _unknown_key(overrides: Sequence[Override]) -> str | None:
     groups = config_groups()
-    for override in overrides:
-        if override.key_or_group == "experiment" and not override.is_add():
-            return f"An experiment is added to the defaults: write +experiment={override.value()}."
-        if (
-            override.key_or_group.startswith("reward.")
-            and override.key_or_group != "reward._target_"
-            and not override.is_add()
-        ):
-            return f"An argument of the reward is added to its configuration: write +{override.input_line}."
-    chosen = [o.input_line or "" for o in overrides if o.key_or_group in groups]
+    chosen = [override.input_line or "" for override in overrides if override.key_or_group in groups]
     try:
-        # The keys depend on the groups chosen: batcher.alpha is one of batcher=sla alone.
+        # The keys depend on the chosen options: only batcher=sla and batcher=paper have batcher.alpha.
         config = load_config([*chosen, "output.dir=.", "data.path=."])
     except (HydraException, InputError):
         return None
@@ -46,31 +51,29 @@ def _unknown_key(overrides: Sequence[Override]) -> str | None:
         key = override.key_or_group
         if key in keys or key in groups or key.split(".")[0] in ("hydra", "reward", "experiment"):
             continue
-        return f"There is no key {key}; the nearest is {nearest(key, [*keys, *groups])}."
+        return str(unknown_key(key, [*keys, *groups]))
     return None
 
 
 def _no_such_option(file: str, options: Sequence[str]) -> str:
     group, _, name = file.rpartition("/")
-    # Schemas and shared pieces are files of the group too, but nothing that one chooses.
-    offered = sorted(o for o in options if not o.startswith(("_", "schema")))
+    # Schemas and files included by options are in the folder too, but cannot be chosen.
+    offered = sorted(option for option in options if not option.startswith(("_", "schema")))
     near = difflib.get_close_matches(name, offered, n=1, cutoff=0.3)
     hint = f"; did you mean {near[0]}" if near else ""
     return f"There is no {group}={name}{hint}; {group} is one of {', '.join(offered)}."
 
 
-def _of_hydra(error: BaseException) -> str:
-    """Hydra's own words, with those of the cause that names the key and the wrong value."""
-    said = [_first_line(error)] + ([_first_line(error.__cause__)] if error.__cause__ else [])
-    return ": ".join(said) + "."
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _hydra_message(error: BaseException) -> str:
+    """Return the first line of Hydra's message and of its cause, which names the key and the bad value."""
+    lines = [first_line(error)]
+    if error.__cause__:
+        lines.append(first_line(error.__cause__))
+    return ": ".join(lines) + "."
 
 
 def config_groups() -> list[str]:
-    """The groups that an override can choose an option of."""
+    """Return the groups that an override can choose an option of."""
     return sorted(folder.name for folder in resources.files(CONFIG_MODULE).iterdir() if _is_group(folder.name))
 
 

@@ -19,7 +19,7 @@ LEVELS = {
     "batcher": ["types", "estimators preemption admission_order", "policies", "registry", "simulation"],
     "rollout": [
         "errors logs arithmetic stats",
-        "records sampling_params headroom",
+        "records sampling_params headroom engine_arguments",
         "requests length_history config",
         "override_errors data engine run_dir",
         "job verify report simulate",

@@ -22,10 +22,11 @@ from rollout.engine.kv_memory import KVMemory
 from rollout.engine.loop import Loop
 from rollout.engine.tp_sync import sync_for
 from rollout.engine.waiting_queue import WaitingQueue
-from rollout.errors import InputError
+from rollout.engine_arguments import argument_checks
+from rollout.errors import InputError, check_all
 from rollout.headroom.headroom import Headroom, after_reserve, headroom_over
 from rollout.length_history import LengthHistory
-from rollout.models.attention.names import ATTENTIONS, AUTO
+from rollout.models.attention.names import AUTO
 from rollout.models.module.inspect import context_limit, output_device, unwrap_model, vocabulary_size
 from rollout.models.patches.linears import PackedLinears
 from rollout.models.patches.norms_and_rope import FusedModules
@@ -89,7 +90,16 @@ class Engine:
         attention: str = AUTO,
         headroom: Headroom | None = None,
     ) -> None:
-        _check_arguments(latency_budget_ms, max_rows, min_rows, max_kv_bytes, reserve_fraction, attention)
+        check_all(
+            argument_checks(
+                latency_budget_ms=latency_budget_ms,
+                max_rows=max_rows,
+                min_rows=min_rows,
+                max_kv_bytes=max_kv_bytes,
+                reserve_fraction=reserve_fraction,
+                attention=attention,
+            )
+        )
         self.model = model
         self.tokenizer = tokenizer
         self.weight_version = 0
@@ -255,27 +265,6 @@ class Engine:
         if self.tokenizer is None:
             raise InputError(f"The engine has no tokenizer for {kind}: give it one, or give lists of token ids.")
         return self.tokenizer
-
-
-def _check_arguments(
-    latency_budget_ms: float | None,
-    max_rows: int,
-    min_rows: int,
-    max_kv_bytes: int | None,
-    reserve_fraction: float,
-    attention: str,
-) -> None:
-    checks = (
-        ("latency_budget_ms", latency_budget_ms is None or latency_budget_ms > 0, latency_budget_ms, "above 0 or None"),
-        ("min_rows", min_rows >= 1, min_rows, "at least 1"),
-        ("max_rows", max_rows >= min_rows, max_rows, f"at least min_rows ({min_rows})"),
-        ("max_kv_bytes", max_kv_bytes is None or max_kv_bytes > 0, max_kv_bytes, "above 0 or None"),
-        ("reserve_fraction", 0 <= reserve_fraction < 1, reserve_fraction, "at least 0 and below 1"),
-        ("attention", attention in ATTENTIONS, attention, f"one of {', '.join(ATTENTIONS)}"),
-    )
-    for name, right, value, wanted in checks:
-        if not right:
-            raise InputError(f"{name} is {value!r}, but must be {wanted}.")
 
 
 def _eos_ids(generation_config: Any) -> list[int]:

@@ -1,0 +1,41 @@
+"""The allowed ranges of the engine's arguments, which a job's configuration must satisfy as well."""
+
+from __future__ import annotations
+
+from rollout.errors import Check
+from rollout.models.attention.names import ATTENTIONS
+
+
+def argument_checks(
+    *,
+    latency_budget_ms: float | None,
+    max_rows: int,
+    min_rows: int,
+    max_kv_bytes: int | None,
+    reserve_fraction: float,
+    attention: str,
+    none: str = "None",
+) -> list[Check]:
+    """Return one check for each argument, under the argument's name.
+
+    Args:
+        none: how the reader of the message writes None.
+    """
+    return [
+        Check(
+            "latency_budget_ms",
+            latency_budget_ms,
+            latency_budget_ms is None or latency_budget_ms > 0,
+            f"above 0, or {none} for no budget",
+        ),
+        Check("min_rows", min_rows, min_rows >= 1, "at least 1"),
+        Check("max_rows", max_rows, max_rows >= min_rows, f"at least min_rows ({min_rows})"),
+        Check(
+            "max_kv_bytes",
+            max_kv_bytes,
+            max_kv_bytes is None or max_kv_bytes > 0,
+            f"above 0, or {none} for all headroom",
+        ),
+        Check("reserve_fraction", reserve_fraction, 0 <= reserve_fraction < 1, "at least 0 and below 1"),
+        Check("attention", attention, attention in ATTENTIONS, f"one of {', '.join(ATTENTIONS)}"),
+    ]
