@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rollout.errors import Check
-from rollout.models.attention.names import ATTENTIONS
+from rollout.models.attention.names import ATTENTION_BACKENDS
 
 
 def argument_checks(
@@ -37,5 +37,5 @@ def argument_checks(
             f"above 0, or {none} for all headroom",
         ),
         Check("reserve_fraction", reserve_fraction, 0 <= reserve_fraction < 1, "at least 0 and below 1"),
-        Check("attention", attention, attention in ATTENTIONS, f"one of {', '.join(ATTENTIONS)}"),
+        Check("attention", attention, attention in ATTENTION_BACKENDS, f"one of {', '.join(ATTENTION_BACKENDS)}"),
     ]

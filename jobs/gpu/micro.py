@@ -109,7 +109,7 @@ def decode_seconds(rows: int, context: int, heads: tuple[int, int, int], sites: 
             tensor.normal_()
     tokens = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
     packed = ForwardBatch(tokens, tables, np.full(rows, context - 1), np.ones(rows, np.int64))
-    buffers = kernels.TritonBackend(pool).buffers(MetadataSizes(rows, 0, rows, tables.size))
+    buffers = kernels.TritonBackend(pool).make_metadata(MetadataSizes(rows, 0, rows, tables.size))
     buffers.fill(packed)
     query, key, value = (randoms(rows, count, dim) for count in (kv_heads * group, kv_heads, kv_heads))
 

@@ -21,7 +21,7 @@ from rollout.models.attention.base import PagedAttention
 from rollout.models.attention.compiled_library import DTYPES, CCall, CPlan, CSite, CSizes, CStep, CTask, Kernel
 from rollout.models.attention.interface import ScoreParams
 from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
-from rollout.models.csrc.build import KernelUnavailable, build, built
+from rollout.models.csrc.build import KernelUnavailable, build, try_build
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import AttentionLayer, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
@@ -138,7 +138,7 @@ class CompiledForward:
         call.key_token, call.key_head = token * size, head * size
         token, head, _ = value.stride()
         call.value_token, call.value_head = token * size, head * size
-        call.scaling = scores.scaling
+        call.scale = scores.scale
         call.softcap = scores.softcap or 0.0
         if scores.sinks is None:
             call.sinks = None
@@ -204,7 +204,7 @@ def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @cache
 def kernel() -> Kernel | None:
     """The kernel, built if this is its first use on this machine; None, with one warning, where there is none."""
-    return built(SOURCE, _checked)
+    return try_build(SOURCE, _checked)
 
 
 def load() -> Kernel:

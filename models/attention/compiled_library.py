@@ -34,7 +34,7 @@ class CStep(Structure):
 class CSite(Structure):
     """One attention site: what it stores and where."""
 
-    _fields_ = _fields(c_int64, "dtype kv_heads group key_dim value_dim span span_size") + _fields(
+    _fields_ = _fields(c_int64, "dtype kv_heads group key_dim value_dim mask_kind mask_size") + _fields(
         c_void_p, "keys values"
     )
 
@@ -70,7 +70,7 @@ class CCall(Structure):
         _fields(c_void_p, "step site plan query key value out")
         + _fields(c_int64, "query_token query_head key_token key_head value_token value_head")
         + _fields(c_void_p, "sinks")
-        + _fields(c_double, "scaling softcap")
+        + _fields(c_double, "scale softcap")
         + _fields(c_int64, "threads")
         + _fields(c_void_p, "parallel")
     )

@@ -231,9 +231,9 @@ def softmax_attention(
     """
     if scores.softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scores.scaling
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scores.scale
         )
-    logits = (query.float() @ key.float().transpose(-1, -2)) * scores.scaling
+    logits = (query.float() @ key.float().transpose(-1, -2)) * scores.scale
     if scores.softcap is not None:
         logits = scores.softcap * torch.tanh(logits / scores.softcap)
     if mask is None:

@@ -33,7 +33,7 @@ _WITHOUT_EFFECT = frozenset(
 class ScoreParams:
     """How scores become weights in one call: ``softmax([softcap(scaling * q.k), sinks])``."""
 
-    scaling: float
+    scale: float
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     """[heads]: one more logit a head, which takes weight and gives no value."""

@@ -63,20 +63,20 @@ def largest_error(
                 (_KV_HEADS, value_dim, 0.83),
             )
         )
-        scaling = key_dim**-0.5
+        scale = key_dim**-0.5
         outputs = [
-            step(index, query[part], key[part], value[part], ScoreParams(scaling))
+            step(index, query[part], key[part], value[part], ScoreParams(scale))
             for step, part in zip(steps, parts, strict=True)
         ]
-        difference = float((torch.cat(outputs).cpu().double() - _plain(query, key, value, scaling, span)).abs().max())
+        difference = float((torch.cat(outputs).cpu().double() - _plain(query, key, value, scale, span)).abs().max())
         error = max(error, difference if difference == difference else float("inf"))
     return error
 
 
-def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, span: MaskKind) -> torch.Tensor:
+def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, span: MaskKind) -> torch.Tensor:
     """Causal attention of the definition, in double precision and on the CPU."""
     query, key, value = (x.cpu().double() for x in (query, key, value))
-    logits = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(_GROUP, 1)) * scaling
+    logits = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(_GROUP, 1)) * scale
     positions = np.arange(len(query))
     hidden = torch.from_numpy((positions > positions[:, None]) | (positions < span.first_keys(positions)[:, None]))
     weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)

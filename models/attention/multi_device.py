@@ -25,7 +25,7 @@ class MultiDeviceBackend:
 
     def __call__(self, pool: PagePool, packed: ForwardBatch) -> MultiDeviceAttention:
         """See `rollout.models.attention.base.AttentionBackend`."""
-        steps = [steps(part, packed) for steps, part in zip(self._parts, pool.parts, strict=True)]
+        steps = [steps(part, packed) for steps, part in zip(self._parts, pool.device_pools, strict=True)]
         return MultiDeviceAttention(pool, packed, steps)
 
 
@@ -40,5 +40,5 @@ class MultiDeviceAttention(PagedAttention):
         self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
     ) -> torch.Tensor:
         """See `PagedAttention.compute`."""
-        part, place = self.pool.places[index]
+        part, place = self.pool.layer_locations[index]
         return self._steps[part].compute(place, q, k, v, scores)

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 AUTO = "auto"
 """The fastest that serves."""
-ATTENTIONS = (AUTO, "triton", "compiled", "gather", "varlen", "flash_attn")
+ATTENTION_BACKENDS = (AUTO, "triton", "compiled", "gather", "varlen", "flash_attn")
 """`rollout.models.attention.select.select_backend` says what each is."""

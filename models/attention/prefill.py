@@ -37,7 +37,7 @@ class VarlenFunction(Protocol):
     """Attention over packed sequences."""
 
     name: ClassVar[str]
-    """As in `rollout.models.attention.names.ATTENTIONS`."""
+    """As in `rollout.models.attention.names.ATTENTION_BACKENDS`."""
 
     def attend(
         self,

@@ -80,7 +80,7 @@ class Varlen:
             packing.cu_seqlens_k,
             packing.max_seqlen_q,
             _most_keys(packing, span),
-            scale=scores.scaling,
+            scale=scores.scale,
             window_size=(_left(span), 0),
             **options,
         )
@@ -118,7 +118,7 @@ class FlashAttn:
             cu_seqlens_k=packing.cu_seqlens_k,
             max_seqlen_q=packing.max_seqlen_q,
             max_seqlen_k=_most_keys(packing, span),
-            softmax_scale=scores.scaling,
+            softmax_scale=scores.scale,
             causal=True,
             window_size=(_left(span), 0),
             # Only where there is one: earlier versions do not know it.

@@ -54,8 +54,8 @@ def select_backend(choice: str, pool: PagePool) -> AttentionBackend:
     """
     if choice == AUTO:
         return fastest_backend(pool)
-    if len(pool.parts) > 1:
-        return MultiDeviceBackend([select_backend(choice, part) for part in pool.parts])
+    if len(pool.device_pools) > 1:
+        return MultiDeviceBackend([select_backend(choice, part) for part in pool.device_pools])
     layout, device = pool.layout, pool.device
     check_available(choice, device)
     if choice in LIBRARIES:
@@ -77,8 +77,8 @@ def select_backend(choice: str, pool: PagePool) -> AttentionBackend:
 
 def fastest_backend(pool: PagePool) -> AttentionBackend:
     """The fastest of the engine's own for the layout and device of ``pool``; of several devices, each has its own."""
-    if len(pool.parts) > 1:
-        return MultiDeviceBackend([fastest_backend(part) for part in pool.parts])
+    if len(pool.device_pools) > 1:
+        return MultiDeviceBackend([fastest_backend(part) for part in pool.device_pools])
     return _triton(pool) or _compiled(pool) or GatherAttention
 
 

@@ -1,8 +1,9 @@
-"""Paged attention by Triton kernels, which read pages in place: for GPUs.
+"""Paged attention by Triton kernels that read pages in place, for GPUs.
 
-`TritonBackend` serves any forward, with buffers of its own for each. For a captured step, make buffers of a fixed size
-with `TritonBackend.buffers`, fill them before each replay, and make the `TritonAttention` and run the model inside the
-capture: slabs may come and go, since all that changes is read from those buffers and the slab table.
+`TritonBackend` allocates fresh metadata for each forward. For a CUDA graph, make metadata of a fixed size with
+`TritonBackend.make_metadata`, fill it before each replay, and create the `TritonAttention` and run the model inside
+the capture. Slabs may be added or dropped between replays: kernels read all that changes from the metadata and the
+slab table.
 """
 
 from __future__ import annotations
@@ -226,11 +227,11 @@ class TritonAttention(PagedAttention):
             self._slabs.values_at[index],
             q.stride(0),
             q.stride(1),
-            float(scores.scaling),
+            float(scores.scale),
             float(scores.softcap or 0.0),
             site.mask_kind.size,
             SPLIT=maxima is not None,
-            SPAN=site.mask_kind.kind,
+            MASK=site.mask_kind.kind,
             SOFTCAP=scores.softcap is not None,
             SINKS=scores.sinks is not None,
             PAGE_SIZE=self.layout.page_size,
@@ -263,14 +264,14 @@ class TritonBackend:
         self._library = library
         self.name = TritonAttention.name if library is None else f"{library.name}+{TritonAttention.name}"
 
-    def buffers(self, room: MetadataSizes) -> TritonMetadata:
+    def make_metadata(self, room: MetadataSizes) -> TritonMetadata:
         """Buffers for forwards of up to a size, to be filled again and again."""
         return TritonMetadata(room, self.slabs)
 
     def __call__(self, pool: PagePool, packed: ForwardBatch) -> TritonAttention:
         """See `rollout.models.attention.base.AttentionBackend`."""
         assert pool is self.slabs.pool, "steps are made for one pool"
-        buffers = self.buffers(MetadataSizes.of(packed, pool.layout.page_size))
+        buffers = self.make_metadata(MetadataSizes.of(packed, pool.layout.page_size))
         buffers.fill(packed)
         prefills = None if self._library is None else PrefillAttention(pool, packed, self._library)
         return TritonAttention(pool, packed, buffers, prefills)

@@ -99,11 +99,11 @@ def attend(
     values_at,
     query_token,
     query_head,
-    scaling,
+    scale,
     softcap,
-    span_size,
+    mask_size,
     SPLIT: tl.constexpr,
-    SPAN: tl.constexpr,
+    MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -180,7 +180,7 @@ def attend(
             else:
                 v = tl.load(value_places, mask=inside[:, None] & (value_dims < VALUE_DIM)[None, :], other=0)
 
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             if SOFTCAP:
                 scores = softcap * _tanh(scores / softcap)
             scores = scores * _LOG2_E
@@ -188,10 +188,10 @@ def attend(
                 scores = tl.where(inside[None, :], scores, float("-inf"))
             else:
                 seen = inside[None, :] & (n[None, :] <= sees_to[:, None])
-                if SPAN == "window":
-                    seen = seen & (sees_to[:, None] - n[None, :] < span_size)
-                if SPAN == "chunk":
-                    seen = seen & (n[None, :] // span_size == sees_to[:, None] // span_size)
+                if MASK == "window":
+                    seen = seen & (sees_to[:, None] - n[None, :] < mask_size)
+                if MASK == "chunk":
+                    seen = seen & (n[None, :] // mask_size == sees_to[:, None] // mask_size)
                 scores = tl.where(seen, scores, float("-inf"))
             larger = tl.maximum(largest, tl.max(scores, 1))
             # Of a query that has seen nothing yet all scores are -inf, and so would be their differences NaN.

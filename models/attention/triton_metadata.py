@@ -37,9 +37,9 @@ Int32Array = NDArray[np.int32]
 class MetadataSizes:
     """The largest forward that buffers are for."""
 
-    singles: int
+    decodes: int
     """Sequences with one new token."""
-    segments: int
+    prefills: int
     """Sequences with more."""
     tokens: int
     """New tokens of all, padding included."""
@@ -55,8 +55,8 @@ class MetadataSizes:
     def holds(self, other: MetadataSizes) -> bool:
         """Whether buffers of this size can be filled with what needs ``other``."""
         return (
-            other.singles <= self.singles
-            and other.segments <= self.segments
+            other.decodes <= self.decodes
+            and other.prefills <= self.prefills
             and other.tokens <= self.tokens
             and other.entries <= self.entries
         )
@@ -88,13 +88,13 @@ class TritonMetadata:
         self.slabs = slabs
         layout, device = slabs.pool.layout, slabs.pool.device
         self._page_size, self._slab_pages = layout.page_size, slabs.pool.slab_pages
-        spans = list(dict.fromkeys(site.mask_kind for site in layout.layers)) if room.singles else []
-        items = room.singles + room.entries * self._page_size // SPLIT_TOKENS
+        spans = list(dict.fromkeys(site.mask_kind for site in layout.layers)) if room.decodes else []
+        items = room.decodes + room.entries * self._page_size // SPLIT_TOKENS
         # Pages come last: what is past them is not copied.
         sizes = [
             1 + len(spans),
             room.tokens,
-            *(room.singles * ROW_FIELDS, items * ITEM_FIELDS) * len(spans),
+            *(room.decodes * ROW_FIELDS, items * ITEM_FIELDS) * len(spans),
             room.entries,
         ]
         places = np.cumsum([0, *(-(-size // _ALIGNED) * _ALIGNED for size in sizes)])
@@ -157,7 +157,7 @@ class TritonMetadata:
 
         Not for captured steps: planned when first asked for.
         """
-        if not self.room.segments:
+        if not self.room.prefills:
             return None
         assert self._packed is not None, "buffers are filled before they are used"
         if (span, queries) not in self._tiles:

@@ -16,7 +16,7 @@ typedef struct {
 
 /* One attention site: what it stores and where. */
 typedef struct {
-    int64_t dtype, kv_heads, group, key_dim, value_dim, span, span_size;
+    int64_t dtype, kv_heads, group, key_dim, value_dim, mask_kind, mask_size;
     const int64_t *keys;   /* [slabs] addresses of [slab_pages, page_size, kv_heads, key_dim]; 0: dropped */
     const int64_t *values; /* [slabs] likewise with value_dim */
 } Site;
@@ -52,7 +52,7 @@ typedef struct {
     char *out;          /* [tokens, kv_heads * group, value_dim], contiguous */
     int64_t query_token, query_head, key_token, key_head, value_token, value_head;
     const float *sinks; /* [kv_heads * group], or NULL */
-    double scaling, softcap; /* softcap 0: none */
+    double scale, softcap; /* softcap 0: none */
     int64_t threads;
     /* GOMP_parallel of the OpenMP runtime that torch uses, or NULL: one thread. */
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
@@ -72,9 +72,9 @@ INLINE int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 /* The earliest position that a query at `position` sees. */
 INLINE int64_t first_key(const Site *site, int64_t position)
 {
-    if (site->span == WINDOW)
-        return larger_of(position - site->span_size + 1, 0);
-    if (site->span == CHUNKED)
-        return position / site->span_size * site->span_size;
+    if (site->mask_kind == WINDOW)
+        return larger_of(position - site->mask_size + 1, 0);
+    if (site->mask_kind == CHUNKED)
+        return position / site->mask_size * site->mask_size;
     return 0;
 }

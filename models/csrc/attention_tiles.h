@@ -182,7 +182,7 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
             if (seen[r].begin < seen[r].end)
                 any = (Range){smaller_of(any.begin, seen[r].begin), larger_of(any.end, seen[r].end)};
         if (any.begin < any.end)
-            score(key_dtype, (int)rows, key_row.vectors, (float)call->scaling, s->q + (base + row) * key_floats, keys,
+            score(key_dtype, (int)rows, key_row.vectors, (float)call->scale, s->q + (base + row) * key_floats, keys,
                   key_offset, any.begin / 4 * 4, (any.end + 3) / 4 * 4, next_keys, s->scores + row * BLOCK);
         next_keys = NULL; /* the first rows have fetched them for all */
     }

@@ -44,7 +44,7 @@ class KernelUnavailable(Exception):
     """Why a source has no kernel on this machine."""
 
 
-def built(source: Path, load: Callable[[ctypes.CDLL], Loaded]) -> Loaded | None:
+def try_build(source: Path, load: Callable[[ctypes.CDLL], Loaded]) -> Loaded | None:
     """Like `build`, but None, with a warning, where there is no kernel to be had."""
     try:
         return build(source, load)

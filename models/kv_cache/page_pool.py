@@ -21,7 +21,7 @@ class Slab:
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
-    parts: tuple[Slab, ...] = ()
+    device_slabs: tuple[Slab, ...] = ()
     """The same, device by device, where there are several."""
 
     @property
@@ -46,13 +46,13 @@ class PagePool(Pool[Slab]):
         self.layout = layout
         self.states = StatePool(layout.states, slab_states, device)
         places = list(layout.shares(device))
-        self._parts: tuple[PagePool, ...] = ()
-        self.places = tuple((0, index) for index in range(len(layout.layers)))
+        self._device_pools: tuple[PagePool, ...] = ()
+        self.layer_locations = tuple((0, index) for index in range(len(layout.layers)))
         """For each site, which of `parts` it is in, and its index there."""
         if any(place != device for place in places):
             on = [places.index(site.device or device) for site in layout.layers]
-            self.places = tuple((part, on[:index].count(part)) for index, part in enumerate(on))
-            self._parts = tuple(
+            self.layer_locations = tuple((part, on[:index].count(part)) for index, part in enumerate(on))
+            self._device_pools = tuple(
                 PagePool(
                     replace(
                         layout, layers=tuple(s for s, at in zip(layout.layers, on, strict=True) if at == n), states=()
@@ -64,36 +64,36 @@ class PagePool(Pool[Slab]):
             )
 
     @property
-    def parts(self) -> tuple[PagePool, ...]:
+    def device_pools(self) -> tuple[PagePool, ...]:
         """The pool as one that has all sites of a device, for each device; where there is one, the pool itself.
 
         Pages and slabs have the same numbers in all. Parts are for those who read and write pages; the whole is owner.
         """
-        return self._parts or (self,)
+        return self._device_pools or (self,)
 
     def grow(self, agree: Callable[[bool], bool] = bool) -> bool:
         """See `Pool.grow`."""
         grown = super().grow(agree)
-        self._tell_parts()
+        self._sync_device_pools()
         return grown
 
     def shrink(self, tables: Iterable[IntArray]) -> bool:
         """See `Pool.shrink`."""
         shrunk = super().shrink(tables)
-        self._tell_parts()
+        self._sync_device_pools()
         return shrunk
 
-    def _tell_parts(self) -> None:
-        for number, part in enumerate(self._parts):
-            part.slabs[:] = [None if slab is None else slab.parts[number] for slab in self.slabs]
+    def _sync_device_pools(self) -> None:
+        for number, part in enumerate(self._device_pools):
+            part.slabs[:] = [None if slab is None else slab.device_slabs[number] for slab in self.slabs]
 
     def _allocate_slab(self) -> Slab:
         """Zero-filled: a masked key weighs 0, and 0 times an uninitialised NaN is NaN."""
-        if self._parts:
-            slabs = tuple(part._allocate_slab() for part in self._parts)
+        if self._device_pools:
+            slabs = tuple(part._allocate_slab() for part in self._device_pools)
             return Slab(
-                tuple(slabs[part].keys[index] for part, index in self.places),
-                tuple(slabs[part].values[index] for part, index in self.places),
+                tuple(slabs[part].keys[index] for part, index in self.layer_locations),
+                tuple(slabs[part].values[index] for part, index in self.layer_locations),
                 slabs,
             )
         layout = self.layout

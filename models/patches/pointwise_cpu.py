@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rollout.models.csrc.build import KernelUnavailable, built, gomp_parallel
+from rollout.models.csrc.build import KernelUnavailable, gomp_parallel, try_build
 
 _SOURCE = Path(__file__).parents[1] / "csrc" / "pointwise.c"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -102,7 +102,7 @@ class Pointwise:
 @cache
 def pointwise() -> Pointwise | None:
     """The kernel, built if this is its first use on this machine; None, with one warning, where there is none."""
-    return built(_SOURCE, _checked)
+    return try_build(_SOURCE, _checked)
 
 
 def _checked(library: ctypes.CDLL) -> Pointwise:

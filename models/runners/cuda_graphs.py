@@ -189,7 +189,7 @@ class CudaGraphRunner(Runner):
     def _capture(self, size: int, entries: int, packed: ForwardBatch) -> _Captured:
         started = time.perf_counter()
         room = MetadataSizes(size, 0, size, _power(max(2 * entries, LEAST_PAGES * size)))
-        inputs = _Inputs(self._steps.buffers(room))
+        inputs = _Inputs(self._steps.make_metadata(room))
         inputs.fill(packed)
 
         def step() -> torch.Tensor:

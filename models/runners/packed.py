@@ -94,4 +94,4 @@ class PackedRunner(Runner):
 
     def _kept(self, last: IntArray) -> torch.Tensor | list[int]:
         """Indices among the last layer's tokens: a tensor would be taken to the first layer's device, a list is not."""
-        return uploaded(last, self._device) if len(self._pool.parts) == 1 else last.tolist()
+        return uploaded(last, self._device) if len(self._pool.device_pools) == 1 else last.tolist()

@@ -244,16 +244,16 @@ class _GatheringCache(_Cache):
 
     def __init__(self, pool: PagePool, batch: _Batch) -> None:
         super().__init__(batch.sources.shape[1], batch.mask.shape[1])
-        self._slots = [(Slots.of(part, batch.writes), Slots.of(part, batch.reads)) for part in pool.parts]
+        self._slots = [(Slots.of(part, batch.writes), Slots.of(part, batch.reads)) for part in pool.device_pools]
         # The queries that are no padding; all of them in most forwards, and then None.
         some = len(batch.new) < batch.sources.size
-        self._new = [uploaded(batch.new, part.device) if some else None for part in pool.parts]
-        self._places = pool.places
+        self._new = [uploaded(batch.new, part.device) if some else None for part in pool.device_pools]
+        self._layer_locations = pool.layer_locations
 
     def exchange(self, site: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if site >= len(self._places):
+        if site >= len(self._layer_locations):
             raise RuntimeError("The model stores more often than the probe saw.")
-        part, index = self._places[site]
+        part, index = self._layer_locations[site]
         writes, reads = self._slots[part]
         writes.write(index, *(self._rows(states, self._new[part]) for states in (keys, values)))
         stored = zip(reads.read(index), (keys, values), strict=True)
@@ -271,7 +271,7 @@ class _GatheringCache(_Cache):
         return rows if new is None else rows.index_select(0, new)
 
     def finish(self) -> None:
-        if len(self._updated) != len(self._places):
+        if len(self._updated) != len(self._layer_locations):
             raise RuntimeError(
-                f"The model stored {len(self._updated)} times, not {len(self._places)} as the probe saw."
+                f"The model stored {len(self._updated)} times, not {len(self._layer_locations)} as the probe saw."
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rollout.models.csrc.build import KernelUnavailable, built, gomp_parallel
+from rollout.models.csrc.build import KernelUnavailable, gomp_parallel, try_build
 
 _SOURCE = Path(__file__).parents[1] / "csrc" / "gumbel_max.c"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -73,7 +73,7 @@ class GumbelMax:
 @cache
 def gumbel_max() -> GumbelMax | None:
     """The kernel, built if this is its first use on this machine; None, with one warning, where there is none."""
-    return built(_SOURCE, _checked)
+    return try_build(_SOURCE, _checked)
 
 
 def _checked(library: ctypes.CDLL) -> GumbelMax:

@@ -36,7 +36,7 @@ def test_a_captured_step_serves_other_rows_and_slabs(dtype: torch.dtype) -> None
     world.compare(world.attend(steps(world.pool, world.forward(prefill)).compute, prefill), prefill)
 
     rows = 4
-    buffers = steps.buffers(MetadataSizes(singles=rows, segments=0, tokens=rows, entries=128))
+    buffers = steps.make_metadata(MetadataSizes(decodes=rows, prefills=0, tokens=rows, entries=128))
     shapes = ((12, 128), (2, 128), (2, 128))
     inputs = [torch.zeros(rows, *shape, dtype=dtype, device=DEVICE) for shape in shapes]
 

@@ -78,9 +78,9 @@ def attend(dtype: str, dims: tuple[int, int], group: int, split: bool, **changes
     cut = tile_sizes(itemsize, max(dims), group, split)
     types = dict.fromkeys(("query", "out", "sinks"), f"*{dtype}")
     types |= {"items": "*i32", "count": "*i32", "slab_addresses": "*i64", "first_tokens": "*i32"}
-    types |= dict.fromkeys(("keys_at", "values_at", "query_token", "query_head", "span_size"), "i32")
-    types |= {"scaling": "fp32", "softcap": "fp32"}
-    constants = {"SPLIT": split, "SPAN": "full", "SOFTCAP": False, "SINKS": False, "PAGE_SIZE": 16, "KV_HEADS": 4}
+    types |= dict.fromkeys(("keys_at", "values_at", "query_token", "query_head", "mask_size"), "i32")
+    types |= {"scale": "fp32", "softcap": "fp32"}
+    constants = {"SPLIT": split, "MASK": "full", "SOFTCAP": False, "SINKS": False, "PAGE_SIZE": 16, "KV_HEADS": 4}
     constants |= {"GROUP": group, "KEY_DIM": dims[0], "VALUE_DIM": dims[1]}
     constants |= {"BLOCK_KEY": max(16, power(dims[0])), "BLOCK_VALUE": max(16, power(dims[1]))}
     constants |= {"QUERIES": cut.queries, "KEYS": cut.keys, "STAGES": cut.stages}
@@ -91,7 +91,7 @@ def attend(dtype: str, dims: tuple[int, int], group: int, split: bool, **changes
         constants |= {"maxima": None, "sums": None}
     if not constants["SINKS"]:
         constants["sinks"] = types.pop("sinks") and None
-    return "attend", types, constants, ("span_size",), cut.warps
+    return "attend", types, constants, ("mask_size",), cut.warps
 
 
 def test_attention_of_every_cut(tmp_path: Path) -> None:
@@ -111,12 +111,12 @@ def test_attention_of_every_cut(tmp_path: Path) -> None:
 def test_everything_that_models_ask_for(tmp_path: Path) -> None:
     full = {"SOFTCAP": True, "SINKS": True}
     cases = [
-        attend("bf16", (128, 128), 7, False, SPAN="window", **full),
-        attend("fp16", (64, 64), 8, False, SPAN="chunk", **full),
+        attend("bf16", (128, 128), 7, False, MASK="window", **full),
+        attend("fp16", (64, 64), 8, False, MASK="chunk", **full),
         attend("bf16", (192, 128), 1, True, **full),
         attend("bf16", (192, 128), 1, False),
         attend("bf16", (80, 80), 1, True),
-        attend("fp32", (13, 24), 5, False, SPAN="window", **full),
+        attend("fp32", (13, 24), 5, False, MASK="window", **full),
         attend("bf16", (256, 256), 33, True),
     ]
     key = {"key": "*bf16", "value": "*bf16", "out": "*bf16", "slots": "*i32", "slabs": "*i64"}
@@ -153,7 +153,7 @@ def test_everything_that_models_ask_for(tmp_path: Path) -> None:
 
 def test_numbers_that_are_1(tmp_path: Path) -> None:
     """Triton makes a constant of an argument that is 1, which is another kernel, and of other types inside."""
-    narrow = attend("fp32", (1, 1), 2, True, SPAN="window", KV_HEADS=1)
+    narrow = attend("fp32", (1, 1), 2, True, MASK="window", KV_HEADS=1)
     key = {"key": "*fp32", "value": "*fp32", "out": "*fp32", "slots": "*i32", "slabs": "*i64"}
     key |= dict.fromkeys(("keys_at", "values_at", "slab_tokens", "key_token", "key_head"), "i32")
     key |= {"value_token": "i32", "value_head": "i32"}
@@ -174,7 +174,7 @@ def test_numbers_that_are_1(tmp_path: Path) -> None:
     block = {"BLOCK": gumbel_triton.BLOCK}
     vocabularies = (("blocks",), ("logits_row", "vocabulary", "blocks"))
     cases = [
-        with_ones(narrow, "query_head", "span_size"),
+        with_ones(narrow, "query_head", "mask_size"),
         with_ones(("write", key, sizes, (), 4), "key_token", "key_head", "value_token", "value_head"),
         with_ones(("search", scores, {"BLOCK": 1}, (), 4), "row_scores", "vocabulary"),
         with_ones(("norm", rows | {"plus": "fp32"}, {"LATE": False, "BLOCK": 1}, (), 4), "x_row", "width"),

@@ -148,7 +148,7 @@ class PagedWorld:
             s[index][sequence][: positions.stop].cpu().double().repeat_interleave(kind.group, 1)
             for s in (self.keys, self.values)
         )
-        logits = torch.einsum("qhd,khd->hqk", query, key) * scores.scaling
+        logits = torch.einsum("qhd,khd->hqk", query, key) * scores.scale
         if scores.softcap is not None:
             logits = scores.softcap * torch.tanh(logits / scores.softcap)
         q, k = torch.tensor(positions)[:, None], torch.arange(positions.stop)

@@ -171,7 +171,7 @@ def test_extreme_scores(kernel: Kernel) -> None:
         kind, scores = world.kinds[index], world.scores[index]
         logits = (
             torch.einsum("qhd,kd->hqk", world.queries[index][0].double(), world.keys[index][0][:, 0].double())
-            * scores.scaling
+            * scores.scale
         )
         logits = logits.masked_fill(torch.ones(200, 200, dtype=torch.bool).triu(1), -torch.inf)
         if kind.sinks:

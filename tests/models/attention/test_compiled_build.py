@@ -164,7 +164,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(
         shutil.copy(file, tmp_path)
     header = tmp_path / "attention_call.h"
     mutated = header.read_text().replace(
-        "return position / site->span_size * site->span_size;\n    return 0;", "return position;\n    return 1;"
+        "return position / site->mask_size * site->mask_size;\n    return 0;", "return position;\n    return 1;"
     )
     assert mutated != header.read_text()
     header.write_text(mutated)

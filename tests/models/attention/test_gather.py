@@ -33,7 +33,7 @@ class Kind:
     key_dim: int
     value_dim: int
     span: MaskKind
-    scaling: float
+    scale: float
     softcap: float | None = None
     sinks: bool = False
 
@@ -90,9 +90,9 @@ class World:
             for index in range(len(KINDS)):
                 stored[min(1, len(lengths) - 1)][index][:shared] = stored[0][index][:shared]
         self.scores = [
-            ScoreParams(kind.scaling, kind.softcap, torch.from_numpy(rng.standard_normal(HEADS)).to(dtype))
+            ScoreParams(kind.scale, kind.softcap, torch.from_numpy(rng.standard_normal(HEADS)).to(dtype))
             if kind.sinks
-            else ScoreParams(kind.scaling, kind.softcap)
+            else ScoreParams(kind.scale, kind.softcap)
             for kind in KINDS
         ]
 
@@ -111,7 +111,7 @@ class World:
                 query = self.queries[sequence][index][position, head].double()
                 key = self.keys[sequence][index][seen, head // group].double()
                 value = self.values[sequence][index][seen, head // group].double()
-                logits = key @ query * scores.scaling
+                logits = key @ query * scores.scale
                 if scores.softcap is not None:
                     logits = scores.softcap * torch.tanh(logits / scores.softcap)
                 weights = logits.exp()

@@ -92,8 +92,8 @@ def test_layers_that_accelerate_reads_from_the_disk(tmp_path: Path) -> None:
 def test_each_site_lies_on_its_device_and_pages_are_one_thing() -> None:
     with Devices():
         pool = PagePool(LAYOUT, 2, NEAR)
-        assert pool.places == ((0, 0), (1, 0), (1, 1))
-        assert [part.device for part in pool.parts] == [NEAR, FAR]
+        assert pool.layer_locations == ((0, 0), (1, 0), (1, 1))
+        assert [part.device for part in pool.device_pools] == [NEAR, FAR]
         pool.grow()
         pool.grow()
         slab = pool.slab(1)
@@ -109,9 +109,9 @@ def test_each_site_lies_on_its_device_and_pages_are_one_thing() -> None:
         pool.check_integrity([table])
         kept = pool.slab(1)
         assert [float(tensor[1].flatten()[0]) for tensor in kept.tensors] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-        for number, part in enumerate(pool.parts):
-            assert part.slabs == [None, kept.parts[number]], "a dropped slab must not live on in a part"
-        assert pool.parts[1].slab(1).keys[1] is kept.keys[2]
+        for number, part in enumerate(pool.device_pools):
+            assert part.slabs == [None, kept.device_slabs[number]], "a dropped slab must not live on in a part"
+        assert pool.device_pools[1].slab(1).keys[1] is kept.keys[2]
 
 
 def test_on_one_device_the_pool_is_its_only_part() -> None:
@@ -124,8 +124,8 @@ def test_on_one_device_the_pool_is_its_only_part() -> None:
         2,
         CPU,
     )
-    assert pool.parts == (pool,)
-    assert pool.places == ((0, 0), (0, 1))
+    assert pool.device_pools == (pool,)
+    assert pool.layer_locations == ((0, 0), (0, 1))
 
 
 def test_all_sites_on_another_device_than_the_logits() -> None:
@@ -133,7 +133,7 @@ def test_all_sites_on_another_device_than_the_logits() -> None:
         layout = KVLayout((AttentionLayer(None, 1, 1, 1, MaskKind(), FAR),), torch.float32, 4)
         pool = PagePool(layout, 2, NEAR)
         pool.grow()
-        assert [part.device for part in pool.parts] == [FAR]
+        assert [part.device for part in pool.device_pools] == [FAR]
         assert pool.slab(0).keys[0].device == FAR
 
 

@@ -21,7 +21,7 @@ from rollout.job.ranks import Topology
 from rollout.models.attention import prefill_libraries, select, triton
 from rollout.models.attention.base import PagedAttention
 from rollout.models.attention.gather import GatherAttention
-from rollout.models.attention.names import ATTENTIONS
+from rollout.models.attention.names import ATTENTION_BACKENDS
 from rollout.models.attention.prefill import PrefillAttention, VarlenFunction
 from rollout.models.attention.prefill_libraries import LIBRARIES, FlashAttn, Varlen
 from rollout.models.attention.triton import TileSizes, TritonBackend
@@ -273,4 +273,4 @@ def test_a_job_refuses_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch)
 def test_a_name_that_is_none() -> None:
     with pytest.raises(InputError, match="attention is 'flash', but must be one of auto, triton, "):
         Engine(tiny("llama"), None, attention="flash")
-    assert set(LIBRARIES) < set(ATTENTIONS)
+    assert set(LIBRARIES) < set(ATTENTION_BACKENDS)

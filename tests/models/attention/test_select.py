@@ -30,7 +30,7 @@ def gpu_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     monkeypatch.setattr(triton, "TritonBackend", lambda pool, library: SimpleNamespace(name="triton"))
     layout = KVLayout((AttentionLayer(None, 1, 16, 16, MaskKind()),), torch.bfloat16, 16)
-    yield SimpleNamespace(layout=layout, device=torch.device("cuda", 0), parts=(None,))
+    yield SimpleNamespace(layout=layout, device=torch.device("cuda", 0), device_pools=(None,))
     forget_what_serves()
 
 

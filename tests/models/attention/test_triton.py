@@ -138,7 +138,7 @@ def test_extreme_scores(device: torch.device) -> None:
         for index, out in enumerate(world.run([(0, positions)])):
             query, key, value = (s[index][0].cpu().double() for s in (world.queries, world.keys, world.values))
             scores, kind = world.scores[index], kinds[index]
-            logits = torch.einsum("qhd,kd->hqk", query[positions], key[:, 0]) * scores.scaling
+            logits = torch.einsum("qhd,kd->hqk", query[positions], key[:, 0]) * scores.scale
             if kind.softcap:
                 logits = kind.softcap * torch.tanh(logits / kind.softcap)
             logits = logits.masked_fill(torch.arange(40) > torch.tensor(positions)[:, None], -torch.inf)

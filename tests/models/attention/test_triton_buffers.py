@@ -40,8 +40,8 @@ def padded(world: World, buffers: TritonMetadata, parts: Parts) -> list[torch.Te
 def test_padding_reads_and_writes_nothing_and_changes_no_bit(dtype: torch.dtype, device: torch.device) -> None:
     lengths = [20, 5, 33]
     expected, world = (World(lengths, dtype, 14, device) for _ in range(2))
-    room = MetadataSizes(singles=6, segments=0, tokens=6, entries=40)
-    buffers = world.steps.buffers(room)
+    room = MetadataSizes(decodes=6, prefills=0, tokens=6, entries=40)
+    buffers = world.steps.make_metadata(room)
     before = addresses(buffers)
     prefill = [(sequence, range(length - 2)) for sequence, length in enumerate(lengths)]
     for one in (expected, world):
@@ -61,7 +61,7 @@ def test_padding_reads_and_writes_nothing_and_changes_no_bit(dtype: torch.dtype,
 
 def test_a_step_of_padding_alone(device: torch.device) -> None:
     world = World([5], torch.float32, 15, device)
-    buffers = world.steps.buffers(MetadataSizes(singles=2, segments=0, tokens=2, entries=4))
+    buffers = world.steps.make_metadata(MetadataSizes(decodes=2, prefills=0, tokens=2, entries=4))
     nothing = np.zeros(0, np.int64)
     forward = ForwardBatch(torch.zeros(0, dtype=torch.int64), np.zeros((0, 1), np.int64), nothing, nothing)
     buffers.fill(forward)
@@ -81,7 +81,7 @@ def test_a_step_of_padding_alone(device: torch.device) -> None:
 
 def test_a_mixed_step_with_padding(device: torch.device) -> None:
     expected, world = (World([20, 30], torch.float32, 16, device) for _ in range(2))
-    buffers = world.steps.buffers(MetadataSizes(singles=3, segments=2, tokens=30, entries=9))
+    buffers = world.steps.make_metadata(MetadataSizes(decodes=3, prefills=2, tokens=30, entries=9))
     for one in (expected, world):
         one.run([(0, range(19))])
     for parts in ([(0, range(19, 20)), (1, range(12))], [(1, range(12, 30))]):
@@ -98,7 +98,7 @@ def test_a_mixed_step_with_padding(device: torch.device) -> None:
 def test_what_does_not_fit_is_refused(room: MetadataSizes, device: torch.device) -> None:
     world = World([20, 20], torch.float32, 17, device)
     rows = [(0, range(19, 20)), (1, range(19, 20))]
-    buffers = world.steps.buffers(room)
+    buffers = world.steps.make_metadata(room)
     if room == MetadataSizes(3, 0, 9, 9):
         buffers.fill(world.forward(rows))
         rows = [(0, range(18, 20))]
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused(room: MetadataSizes, device: torch.device)
 def test_slabs_that_are_dropped_and_grown_again_are_followed_in_place(device: torch.device) -> None:
     """What lay in a slab that went is NaN from then on, as is what nobody has written in a new one."""
     world = World([40, 12], torch.float32, 18, device, slab_pages=2)
-    pool, buffers = world.pool, world.steps.buffers(MetadataSizes(singles=2, segments=0, tokens=2, entries=8))
+    pool, buffers = world.pool, world.steps.make_metadata(MetadataSizes(decodes=2, prefills=0, tokens=2, entries=8))
     before = addresses(buffers), world.steps.slabs.addresses.data_ptr()
     world.tables = [pool.allocate(len(table)) for table in world.tables]
     world.run([(0, range(36)), (1, range(10))])
@@ -143,7 +143,7 @@ def test_slabs_that_are_dropped_and_grown_again_are_followed_in_place(device: to
 def test_a_table_that_is_updated_in_place_is_seen_by_the_next_call(device: torch.device) -> None:
     """As when a captured step is replayed: the same launch, after a slab has moved."""
     world = World([20], torch.float32, 19, device, slab_pages=8)
-    buffers = world.steps.buffers(MetadataSizes(singles=1, segments=0, tokens=1, entries=2))
+    buffers = world.steps.make_metadata(MetadataSizes(decodes=1, prefills=0, tokens=1, entries=2))
     world.run([(0, range(19))])
     row = [(0, range(19, 20))]
     expected = padded(world, buffers, row)
