@@ -1,4 +1,4 @@
-"""What batching policies are worth, by simulation: the figures of docs/policies.md, one command each.
+"""What batching policies are worth, by simulation: the figures of docs/results, one command each.
 
 python -m jobs.bench.policies_simulated memory --machines A,B,C,S,E --seeds 3
 python -m jobs.bench.policies_simulated budget
