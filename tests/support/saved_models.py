@@ -1,10 +1,9 @@
-"""Tiny models in folders, as they are loaded."""
+"""Tiny models saved to folders, for tests of loading."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -13,6 +12,7 @@ CPU = torch.device("cpu")
 
 
 def tiny_config() -> LlamaConfig:
+    """Return the configuration of a Llama with two layers."""
     return LlamaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -25,9 +25,8 @@ def tiny_config() -> LlamaConfig:
     )
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
+def save_tiny(folder: Path) -> None:
+    """Save a bfloat16 model with seeded weights and a word tokenizer to ``folder``."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config())
     model.to(dtype=torch.bfloat16)
@@ -35,4 +34,3 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2, "three": 3}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
-    return folder
