@@ -79,7 +79,11 @@ class SamplingConfig:
             InputError: a value is out of range.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SamplingParams(**values | {"stop": tuple(self.stop), "stop_token_ids": tuple(self.stop_token_ids)})
+        try:
+            return SamplingParams(**values | {"stop": tuple(self.stop), "stop_token_ids": tuple(self.stop_token_ids)})
+        except InputError as error:
+            # Its sentences begin with the name of the parameter.
+            raise InputError(f"sampling.{error}") from error
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""How completions are sampled: one frozen value a prompt."""
+"""Sampling parameters of a prompt, as one frozen value."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rollout.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling parameters of one prompt; the names and defaults of ``sampling.*`` on the command line.
+    """Sampling parameters of one prompt; a job's sampling configuration has the same names and defaults.
 
     ``temperature=0`` is greedy; ``top_k=0``, ``top_p=1`` and ``min_p=0`` are off. Filters apply in the
     order temperature, top-k, top-p, min-p. A completion ends at an end-of-sequence id of the model
-    (unless ``ignore_eos``), at an id of ``stop_token_ids``, where a string of ``stop`` is complete in
-    its text, or after ``max_new_tokens``.
+    (unless ``ignore_eos``), at an id in ``stop_token_ids``, when its text contains a string of ``stop``,
+    or after ``max_new_tokens`` tokens.
 
     Raises:
         InputError: a value is out of range; the message names the parameter.
@@ -42,11 +42,11 @@ class SamplingParams:
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("stop", all(self.stop), "a list of non-empty strings"),
         )
-        for name, right, wanted in checks:
-            if not right:
-                raise InputError(f"sampling.{name} is {getattr(self, name)!r}, but must be {wanted}.")
+        for name, valid, wanted in checks:
+            if not valid:
+                raise InputError(f"{name} is {getattr(self, name)!r}, but must be {wanted}.")
 
 
 def _strings(value: object) -> tuple[str, ...]:
-    """One string, or several, as a tuple: ``stop="\\n"`` must not become its characters."""
+    """Return one string or several as a tuple, so that ``stop="\\n"`` is not split into characters."""
     return (value,) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ from rollout.sampling_params import SamplingParams
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(InputError, match=rf"^sampling\.{name} is .*, but must be .+\.$") as error:
+    with pytest.raises(InputError, match=rf"^{name} is .*, but must be .+\.$") as error:
         SamplingParams(**{name: value})
     shown = ("",) if value == "" else tuple(value) if isinstance(value, list) else value
     assert repr(shown) in str(error.value)
