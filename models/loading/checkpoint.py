@@ -1,4 +1,4 @@
-"""Where a model's files are, and whether they may and can be read: before anything heavy is loaded."""
+"""Find a model's files and check that they can be read safely, before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from rollout.models.errors import clause
 from rollout.models.loading.default_model import PREFIX, packaged_folder
 
 CONFIG = "config.json"
@@ -26,139 +28,137 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
-# Folders inside a repository hold the same weights for other programs.
-HUB_LEFT_OUT = ("*/*", "consolidated*")
+# Subfolders of a repository hold the same weights in other programs' formats.
+HUB_IGNORED = ("*/*", "consolidated*")
 
 
 def resolve_path(path: str, revision: str | None = None, *, weights: bool = True, code: bool = False) -> str:
-    """The folder or GGUF file on this machine that ``model.path`` means; what a fingerprint has to cover.
+    """Return the local folder or GGUF file of a model; a run's fingerprint covers its content.
 
-    A packaged model is converted the first time. A Hub id is downloaded into the Hub's own cache: with
-    ``weights=False`` all but the weights, with ``code=True`` the model's Python files too.
+    A packaged model is converted on first use. A Hub id is downloaded into the Hub's own cache.
+
+    Args:
+        weights: also download the weights of a Hub id.
+        code: also download its Python files.
 
     Raises:
-        ValueError: there is no such model; the message is one sentence naming the key.
+        ValueError: there is no such model; the message is one sentence that begins with the parameter.
     """
     if path.startswith(PREFIX):
-        _no_revision(path, revision)
+        _refuse_revision(path, revision)
         return str(packaged_folder(path.removeprefix(PREFIX)))
     local = Path(path).expanduser()
     if path and local.exists():
-        _no_revision(path, revision)
+        _refuse_revision(path, revision)
         return str(local)
     if path.endswith(".gguf") or not HUB_ID.fullmatch(path):
-        raise ValueError(f"model.path {path!r} does not exist: give a model folder, a GGUF file or a Hub id.")
+        raise ValueError(f"path {path!r} does not exist: give a model folder, a GGUF file or a Hub id.")
     patterns = (*HUB_FILES, *(("*.safetensors",) if weights else ()), *(("*.py",) if code else ()))
     return _download(path, revision, patterns)
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that is no checkpoint of one model in safetensors.
+    """Refuse a folder that is not a checkpoint of one model in safetensors.
 
     Raises:
-        ValueError: files are missing, or could only be read by unpickling; one sentence saying what to do.
+        ValueError: files are missing, or could only be read by unpickling; one sentence with the remedy.
     """
     has_config, has_adapter = (folder / CONFIG).is_file(), (folder / ADAPTER_CONFIG).is_file()
     if has_adapter and not has_config:
         raise ValueError(
-            f"model.path {str(folder)!r} is a PEFT adapter, not a model: "
-            "set model.path to the model it was trained on and model.adapter to this folder."
+            f"path {str(folder)!r} is a PEFT adapter, not a model: "
+            "set path to the model it was trained on and adapter to this folder."
         )
     if has_adapter:
-        # Whether transformers would apply it depends on what is installed, so the run would too.
+        # transformers would apply the adapter or not, depending on which packages are installed.
         raise ValueError(
-            f"model.path {str(folder)!r} holds both a model and a PEFT adapter: "
-            "move the adapter's files to a folder of their own and name that in model.adapter."
+            f"path {str(folder)!r} holds both a model and a PEFT adapter: "
+            "move the adapter's files to a folder of their own and set adapter to it."
         )
     if not has_config:
         raise ValueError(
-            f"model.path {str(folder)!r} has no {CONFIG}: give a folder that save_pretrained wrote, or a GGUF file."
+            f"path {str(folder)!r} has no {CONFIG}: give a folder that save_pretrained wrote, or a GGUF file."
         )
     _check_weights(folder)
 
 
 def check_adapter(folder: Path) -> None:
-    """Refuse a folder that is no PEFT adapter in safetensors.
+    """Refuse a folder that is not a PEFT adapter in safetensors.
 
     Raises:
-        ValueError: one sentence saying what is missing.
+        ValueError: a file is missing; one sentence that names it.
     """
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(
-                f"model.adapter {str(folder)!r} has no {name}: give a folder that PEFT's save_pretrained wrote."
-            )
+            raise ValueError(f"adapter {str(folder)!r} has no {name}: give a folder that PEFT's save_pretrained wrote.")
 
 
 def _check_weights(folder: Path) -> None:
+    """Refuse a model folder whose weights are missing, incomplete or pickled."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"model.path {str(folder)!r} has a {CONFIG} that is not valid JSON ({error}).") from error
-    # A configuration may name its weights file itself, and that may be a pickle.
+        raise ValueError(f"path {str(folder)!r} has a {CONFIG} that is not valid JSON ({error}).") from error
+    # A configuration may name its own weights file, which may be a pickle.
     named = config.get("transformers_weights") if isinstance(config, dict) else None
     candidates = (named,) if isinstance(named, str) else (WEIGHTS, WEIGHTS_INDEX)
     name = next((name for name in candidates if (folder / name).is_file()), None)
     if name is None:
-        _no_weights(folder)
+        _refuse_weights(folder)
     elif name.endswith(".index.json"):
         _check_index(folder, name)
     elif not name.endswith(".safetensors"):
-        _no_weights(folder)
+        _refuse_weights(folder)
 
 
 def _check_index(folder: Path, name: str) -> None:
+    """Refuse an index whose shards are missing or pickled."""
     try:
         shards = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"model.path {str(folder)!r} has a {name} that cannot be read: copy it again.") from error
+        raise ValueError(f"path {str(folder)!r} has a {name} that cannot be read: copy it again.") from error
     if not all(str(shard).endswith(".safetensors") for shard in shards):
-        _no_weights(folder)
+        _refuse_weights(folder)
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
-        raise ValueError(
-            f"model.path {str(folder)!r} lacks {', '.join(missing)}, which its {name} names: copy it again."
-        )
+        raise ValueError(f"path {str(folder)!r} lacks {', '.join(missing)}, which its {name} names: copy it again.")
 
 
-def _no_weights(folder: Path) -> None:
+def _refuse_weights(folder: Path) -> NoReturn:
+    """Raise the error of a folder without safetensors; it names the pickles that the folder has."""
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:
         raise ValueError(
-            f"model.path {str(folder)!r} has its weights as pickles only ({', '.join(pickles)}), which can run code "
-            "when they are read: load it once where you trust it, and write it with save_pretrained."
+            f"path {str(folder)!r} has its weights as pickles only ({', '.join(pickles)}), which can run code "
+            "when they are read: load the model once where you trust it, and write it with save_pretrained."
         )
-    raise ValueError(f"model.path {str(folder)!r} has no weights as safetensors: give a folder that has {WEIGHTS}.")
+    raise ValueError(f"path {str(folder)!r} has no weights as safetensors: give a folder that has {WEIGHTS}.")
 
 
-def _no_revision(path: str, revision: str | None) -> None:
+def _refuse_revision(path: str, revision: str | None) -> None:
+    """Refuse a revision of a model that is not on the Hub."""
     if revision is not None:
-        raise ValueError(f"model.revision is {revision!r}, but model.path {path!r} is no Hub id: leave it null.")
+        raise ValueError(f"revision is {revision!r}, but path {path!r} is no Hub id: leave revision unset.")
 
 
 def _download(path: str, revision: str | None, patterns: Sequence[str]) -> str:
+    """Download the matching files of a Hub id and return their folder in the Hub's cache."""
     try:
         return snapshot_download(
-            path, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(HUB_LEFT_OUT)
+            path, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(HUB_IGNORED)
         )
     except GatedRepoError as error:
         reason = "the Hub asks you to accept its terms: do so on its page, then run `hf auth login`"
-        raise ValueError(f"model.path {path!r} cannot be downloaded: {reason}.") from error
+        raise ValueError(f"path {path!r} cannot be downloaded: {reason}.") from error
     except RevisionNotFoundError as error:
-        raise ValueError(f"model.revision {revision!r} does not exist in the Hub's {path!r}.") from error
+        raise ValueError(f"revision {revision!r} does not exist in the Hub's {path!r}.") from error
     except RepositoryNotFoundError as error:
         reason = "neither a folder here nor a model that the Hub shows (for a private one, run `hf auth login`)"
-        raise ValueError(f"model.path {path!r} is {reason}.") from error
+        raise ValueError(f"path {path!r} is {reason}.") from error
     except LocalEntryNotFoundError as error:
         reason = "no folder or file here, not in the Hub's cache, and the Hub cannot be reached"
         raise ValueError(
-            f"model.path {path!r} is {reason}: check the path, or download it once with `hf download {path}`."
+            f"path {path!r} is {reason}: check the path, or download it once with `hf download {path}`."
         ) from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.path {path!r} cannot be downloaded from the Hub: {first_line(error)}.") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The gist of another library's message, for a sentence of ours."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('. ')}" if lines else type(error).__name__
+        raise ValueError(f"path {path!r} cannot be downloaded from the Hub: {clause(error)}.") from error

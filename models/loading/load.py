@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer from what ``model.*`` says; every failure is one sentence."""
+"""Load a model and its tokenizer. Each failure is one sentence that begins with the parameter at fault."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ from transformers import (
 )
 
 from rollout.models.device import cpu_multiplies
-from rollout.models.errors import UnsupportedModel
-from rollout.models.loading.checkpoint import check_adapter, check_folder, first_line, resolve_path
+from rollout.models.errors import UnsupportedModel, clause
+from rollout.models.loading.checkpoint import check_adapter, check_folder, resolve_path
 from rollout.models.loading.gguf import read_model, read_tokenizer, require_gguf
-from rollout.models.loading.multi_gpu import check_spread, sliced, spread
+from rollout.models.loading.multi_gpu import device_map_options, refuse_disk_offload, tensor_parallel_options
 
 __all__ = ["ModelSource", "load_model", "load_tokenizer", "resolve_device", "resolve_dtype", "resolve_path"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CAUSAL_NAMES = ("CausalLM", "LMHead")
-"""What the class names of causal language models have in common, including ones that transformers renamed."""
+"""Parts of the class names of causal language models, including classes that transformers renamed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Which model to load and how; the names and defaults of ``model.*`` on the command line.
+    """Which model to load and how; a job's model configuration has the same names and defaults.
 
-    ``path`` is a folder, a GGUF file, a Hub id or ``packaged:NAME``. An ``adapter`` is merged into the weights. With
-    "auto" as ``device_map``, accelerate spreads the layers over the CUDA devices of this process. With
-    ``tensor_parallel``, transformers gives each of the processes that were launched together a slice of every layer.
+    Args:
+        path: a folder, a GGUF file, a Hub id or ``packaged:NAME``.
+        device_map: with "auto", accelerate spreads the layers over the CUDA devices of this process.
+        tensor_parallel: transformers gives each process of the launch a slice of every layer.
+        adapter: a folder with a PEFT adapter, which is merged into the weights.
     """
 
     path: str
@@ -57,10 +59,10 @@ class ModelSource:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; of a Hub id, the weights are not downloaded for it.
+    """Load the tokenizer of a model; the weights of a Hub id are not downloaded.
 
     Raises:
-        ValueError: there is none, or it cannot be read; one sentence naming the key.
+        ValueError: there is none, or it cannot be read; one sentence that begins with the parameter.
     """
     path = Path(resolve_path(source.path, source.revision, weights=False, code=source.trust_remote_code))
     if path.is_file():
@@ -73,74 +75,77 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         )
     except Exception as error:
         raise ValueError(
-            f"model.path {source.path!r} has no tokenizer that can be loaded ({first_line(error)}): "
+            f"path {source.path!r} has no tokenizer that can be loaded ({clause(error)}): "
             "save the model's tokenizer beside it."
         ) from error
     return tokenizer
 
 
 def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
-    """The model on its device, ready for inference: eval mode, and its adapter, if any, merged into the weights.
+    """Load a model onto its device in eval mode and merge its adapter, if any.
 
     Raises:
-        UnsupportedModel: it is no causal language model, or of an architecture that is not known.
-        ValueError: it is missing or cannot be loaded; one sentence naming the key.
+        UnsupportedModel: it is no causal language model, or its architecture is unknown.
+        ValueError: it is missing or cannot be loaded; one sentence that begins with the parameter.
     """
     if source.adapter is not None:
         _require_peft(source.adapter)
     path = Path(resolve_path(source.path, source.revision, code=source.trust_remote_code))
     model = _from_gguf(source, path, device) if path.is_file() else _from_folder(source, path, device)
     if not (source.device_map or source.tensor_parallel):
-        model = _placed(model, device)
+        _move_to_device(model, device)
     if source.adapter is not None:
-        model = _merged(model, Path(source.adapter).expanduser(), device)
+        model = _merge_adapter(model, Path(source.adapter).expanduser(), device)
     model.eval()
     return model
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """The device of this process: with ``auto``, the CUDA device of its local rank, else the CPU.
+    """Return the device of this process: with ``auto``, the CUDA device of its local rank, else the CPU.
 
     Raises:
-        ValueError: the device does not exist here.
+        ValueError: the device does not exist on this machine.
     """
     if device == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     try:
         wanted = torch.device("cuda" if device == "auto" else device)
     except RuntimeError as error:
-        raise ValueError(f"model.device is {device!r}, but must be auto, cpu, cuda or cuda:N.") from error
+        raise ValueError(f"device is {device!r}, but must be auto, cpu, cuda or cuda:N.") from error
     if wanted.type != "cuda":
         return wanted
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(os.environ.get("LOCAL_RANK", "0")) if wanted.index is None else wanted.index
     if index >= count:
         raise ValueError(
-            f"model.device is {device!r}, which is cuda:{index} for this process, but {count} CUDA devices are "
-            "visible: start at most one process a device, or set model.device=cpu."
+            f"device is {device!r}, which is cuda:{index} for this process, but {count} CUDA devices are "
+            "visible: start at most one process per device, or set device=cpu."
         )
     return torch.device("cuda", index)
 
 
 def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype | None:
-    """The dtype to load weights in; None stands for the one that they are stored in.
+    """Return the dtype to load weights in; None means the stored dtype.
 
-    ``auto`` is the stored one on an accelerator. On a CPU it is that only where the CPU has matrix instructions for
-    it: elsewhere half precision runs several times slower than float32, which holds the same values exactly.
+    ``auto`` selects the stored dtype on an accelerator, and on a CPU that has matrix instructions for it. On other
+    CPUs it selects float32: half precision runs several times slower there, and float32 holds its values exactly.
+
+    Args:
+        stored: dtype of the weights in the checkpoint; None if unknown.
 
     Raises:
-        ValueError: the name is none of the four.
+        ValueError: the name is unknown.
     """
     if dtype != "auto":
         if dtype not in DTYPES:
-            raise ValueError(f"model.dtype is {dtype!r}, but must be one of auto, {', '.join(DTYPES)}.")
+            raise ValueError(f"dtype is {dtype!r}, but must be one of auto, {', '.join(DTYPES)}.")
         return DTYPES[dtype]
     if device.type != "cpu":
         return None
     if stored in (torch.bfloat16, torch.float16) and cpu_multiplies(stored):
         return stored
     if stored not in (None, torch.float32):
-        log.info("model.dtype=auto: float32, for this CPU has no matrix instructions for the checkpoint's %s.", stored)
+        logger.info("dtype=auto selects float32: this CPU has no matrix instructions for the checkpoint's %s.", stored)
     return torch.float32
 
 
@@ -151,9 +156,9 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
     dtype = resolve_dtype(source.dtype, device, _stored_dtype(config))
     placement: dict[str, Any] = {}
     if source.device_map is not None:
-        placement = spread(source.path, config, device, source.device_map)
+        placement = device_map_options(source.path, config, device=device, device_map=source.device_map)
     elif source.tensor_parallel:
-        placement = sliced(source.path, config)
+        placement = tensor_parallel_options(source.path, config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -165,17 +170,17 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
             **placement,
         )
     except Exception as error:
-        raise ValueError(f"model.path {source.path!r} cannot be loaded ({first_line(error)}).") from error
+        raise ValueError(f"path {source.path!r} cannot be loaded ({clause(error)}).") from error
     model: PreTrainedModel = loaded[0]
     if source.device_map is not None:
-        check_spread(source.path, model)
-    # transformers would fill them with random numbers and go on.
+        refuse_disk_offload(source.path, model)
+    # transformers fills missing weights with random numbers and continues.
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         raise ValueError(
-            f"model.path {source.path!r} lacks {len(missing)} weights of {type(model).__name__} ({shown}): "
-            "the checkpoint is incomplete, or of another kind of model."
+            f"path {source.path!r} lacks {len(missing)} weights of {type(model).__name__} ({shown}): "
+            "the checkpoint is incomplete, or belongs to another kind of model."
         )
     return model
 
@@ -183,23 +188,26 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
 def _from_gguf(source: ModelSource, path: Path, device: torch.device) -> PreTrainedModel:
     _check_gguf(path)
     if source.device_map or source.tensor_parallel:
-        key = "device_map=null" if source.device_map else "tensor_parallel=false"
+        remedy = "leave device_map unset" if source.device_map else "turn tensor_parallel off"
         raise ValueError(
-            f"model.path {source.path!r} is a GGUF file, which is unpacked on one device: set model.{key}, or give the "
+            f"path {source.path!r} is a GGUF file, which is unpacked on one device: {remedy}, or give the "
             "model's folder."
         )
-    # What a GGUF file stores is mostly no dtype that torch computes in.
+    # A GGUF file mostly stores quantized blocks, which are no torch dtype.
     dtype = resolve_dtype(source.dtype, device, None)
     try:
         return read_model(path, "auto" if dtype is None else dtype)
     except Exception as error:
-        message = f"model.path {source.path!r} cannot be loaded as GGUF ({first_line(error)})."
-        raise (UnsupportedModel if "not supported" in str(error) else ValueError)(message) from error
+        message = f"path {source.path!r} cannot be loaded as GGUF ({clause(error)})."
+        # transformers has no class of its own for an architecture that it cannot read from GGUF.
+        if "not supported" in str(error):
+            raise UnsupportedModel(message) from error
+        raise ValueError(message) from error
 
 
 def _check_gguf(path: Path) -> None:
     if path.suffix != ".gguf":
-        raise ValueError(f"model.path {str(path)!r} is a file, but no GGUF file: give the model's folder.")
+        raise ValueError(f"path {str(path)!r} is a file, but no GGUF file: give the model's folder.")
     require_gguf(path)
 
 
@@ -210,30 +218,30 @@ def _config(source: ModelSource, folder: Path) -> PreTrainedConfig:
     except Exception as error:
         if "auto_map" in declared and not source.trust_remote_code:
             raise UnsupportedModel(
-                f"model.path {source.path!r} brings Python code of its own: read it, and if you trust it "
-                "set model.trust_remote_code=true."
+                f"path {source.path!r} needs its own Python code: read it, and if you trust it "
+                "set trust_remote_code=true."
             ) from error
         raise UnsupportedModel(
-            f"model.path {source.path!r} has the model_type {declared.get('model_type')!r}, which the installed "
-            f"transformers cannot configure ({first_line(error)})."
+            f"path {source.path!r} has the model_type {declared.get('model_type')!r}, which the installed "
+            f"transformers cannot configure ({clause(error)})."
         ) from error
     return config
 
 
 def _check_causal(config: PreTrainedConfig, source: ModelSource) -> None:
-    """Refuse what is no causal language model by its own word, although some class might load its weights."""
+    """Refuse a model that does not declare itself a causal language model, even if a class could load its weights."""
     if source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(
-            f"model.path {source.path!r} is of model_type {config.model_type!r}, which is no causal language model."
+            f"path {source.path!r} is of model_type {config.model_type!r}, which is no causal language model."
         )
     known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     names = {cls.__name__ for cls in (known if isinstance(known, tuple | list) else (known,)) if cls is not None}
     declared = config.architectures or []
     if declared and not any(name in names or any(part in name for part in CAUSAL_NAMES) for name in declared):
         raise UnsupportedModel(
-            f"model.path {source.path!r} was saved as {', '.join(declared)}, which is no causal language model."
+            f"path {source.path!r} was saved as {', '.join(declared)}, which is no causal language model."
         )
 
 
@@ -242,48 +250,47 @@ def _stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
     return getattr(torch, stored) if isinstance(stored, str) else stored
 
 
-def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+def _move_to_device(model: PreTrainedModel, device: torch.device) -> None:
     try:
-        cast(nn.Module, model).to(device)  # transformers' wrapper of it is not typed as a method
+        cast(nn.Module, model).to(device)  # transformers' wrapper of Module.to is not typed as a method
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"model.path needs more memory for its weights than {device} has free: "
-            "take a device with more, a smaller model, or model.dtype=bfloat16."
+            f"path needs more memory for its weights than {device} has free: "
+            "use a device with more memory, a smaller model, or dtype=bfloat16."
         ) from error
-    return model
 
 
 def _require_peft(adapter: str) -> None:
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"model.adapter {adapter!r} is no folder here: give one that PEFT's save_pretrained wrote.")
+        raise ValueError(f"adapter {adapter!r} is no folder here: give one that PEFT's save_pretrained wrote.")
     check_adapter(folder)
     if util.find_spec("peft") is None:
-        raise ValueError("model.adapter needs the package peft: `pip install 'rollout[peft]'`.")
+        raise ValueError("adapter needs the package peft: `pip install 'rollout[peft]'`.")
 
 
-def _merged(model: PreTrainedModel, adapter: Path, device: torch.device) -> PreTrainedModel:
-    """The model with an adapter's update added to its weights: no slower than without, and a plain module."""
-    from peft import PeftConfig, PeftModel  # an extra, and slow to import
+def _merge_adapter(model: PreTrainedModel, adapter: Path, device: torch.device) -> PreTrainedModel:
+    """Add an adapter's update to the weights and return the plain module, as fast as without the adapter."""
+    from peft import PeftConfig, PeftModel  # an optional dependency, slow to import
 
     try:
         config = PeftConfig.from_pretrained(str(adapter))
     except Exception as error:
-        raise ValueError(f"model.adapter {str(adapter)!r} cannot be read ({first_line(error)}).") from error
+        raise ValueError(f"adapter {str(adapter)!r} cannot be read ({clause(error)}).") from error
     if config.is_prompt_learning:
         raise UnsupportedModel(
-            f"model.adapter {str(adapter)!r} is of type {config.peft_type.value}, "
+            f"adapter {str(adapter)!r} is of type {config.peft_type.value}, "
             "which learns prompts instead of weights and so cannot be merged."
         )
     try:
         with warnings.catch_warnings():
-            # PEFT warns of weights that it did not find, and goes on without them.
+            # PEFT only warns about adapter weights that it did not find.
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             wrapped = PeftModel.from_pretrained(model, str(adapter), config=config, torch_device=str(device))
         merged: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)
     except Exception as error:
         raise ValueError(
-            f"model.adapter {str(adapter)!r} does not fit model.path ({first_line(error)}): "
-            "set model.path to the model it was trained on."
+            f"adapter {str(adapter)!r} does not fit the model at path ({clause(error)}): "
+            "set path to the model it was trained on."
         ) from error
     return merged

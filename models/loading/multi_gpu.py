@@ -1,4 +1,4 @@
-"""Where a model's weights go: to one device, over several of this process, or in slices to several processes."""
+"""Arguments of ``from_pretrained`` for a model on several GPUs: one process's GPUs, or several processes."""
 
 from __future__ import annotations
 
@@ -11,91 +11,97 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from rollout.models.errors import UnsupportedModel
 
-#: Whose results hold keys; where a plan gives each process some of them, these are whole heads or nothing.
+#: Linear layers that compute keys. A tensor parallel plan that splits them must give each process whole heads.
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 
 
-def spread(path: str, config: PreTrainedConfig, device: torch.device, device_map: str) -> dict[str, Any]:
-    """What ``from_pretrained`` must be told for accelerate to spread the layers over the CUDA devices of this process.
+def device_map_options(path: str, config: PreTrainedConfig, *, device: torch.device, device_map: str) -> dict[str, Any]:
+    """Return the arguments that make accelerate spread the layers over this process's CUDA devices.
 
     Args:
-        path: how messages name the model.
-        device: of this process, were it for a model on one.
+        path: names the model in messages.
+        device: the device of this process for a model on one device.
 
     Raises:
         UnsupportedModel: models of this family must lie on one device.
-        ValueError: there are no CUDA devices, or fewer than processes.
+        ValueError: there is no CUDA device, or fewer devices than processes.
     """
     if device.type != "cuda":
         raise ValueError(
-            f"model.device_map is {device_map!r}, but there is no CUDA device here to spread a model over: "
-            "set model.device_map=null."
+            f"device_map is {device_map!r}, but there is no CUDA device here to spread a model over: "
+            "leave device_map unset."
         )
-    memory = _own_memory()
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if len(memory) > 1 and getattr(known, "_is_stateful", False):
+    free_bytes = _free_bytes_per_device()
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if len(free_bytes) > 1 and getattr(model_class, "_is_stateful", False):
         raise UnsupportedModel(
-            f"model.path {path!r} is of model_type {config.model_type!r}, which keeps recurrent states and must lie on "
-            "one device: set model.device_map=null."
+            f"path {path!r} is of model_type {config.model_type!r}, which keeps recurrent states and must lie on "
+            "one device: leave device_map unset."
         )
-    return {"device_map": device_map, "max_memory": memory}
+    return {"device_map": device_map, "max_memory": free_bytes}
 
 
-def check_spread(path: str, model: PreTrainedModel) -> None:
-    """Refuse what found no room on CUDA devices: each forward would read it from the disk.
+def refuse_disk_offload(path: str, model: PreTrainedModel) -> None:
+    """Refuse a model with weights that accelerate left on the disk: each forward would read them again.
 
     Raises:
-        ValueError: accelerate had no other place for some weights.
+        ValueError: the CUDA devices had no room for some weights.
     """
     if "disk" in getattr(model, "hf_device_map", {}).values():
+        devices = ", ".join(map(str, _free_bytes_per_device()))
         raise ValueError(
-            f"model.path {path!r} needs more memory for its weights than is free on the CUDA devices of a process "
-            f"({', '.join(map(str, _own_memory()))}): take more devices, a smaller model, or model.dtype=bfloat16."
+            f"path {path!r} needs more memory for its weights than is free on the CUDA devices of a process "
+            f"({devices}): use more devices, a smaller model, or dtype=bfloat16."
         )
 
 
-def sliced(path: str, config: PreTrainedConfig) -> dict[str, Any]:
-    """What ``from_pretrained`` must be told to give each process of this launch a slice of every layer.
+def tensor_parallel_options(path: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the arguments that give each process of this launch a slice of every layer.
 
     Args:
-        path: how messages name the model.
+        path: names the model in messages.
 
     Raises:
-        UnsupportedModel: transformers has no plan for this family, or its heads do not come out even.
-        ValueError: there is but one process.
+        UnsupportedModel: transformers has no plan for this family, or its heads cannot be shared evenly.
+        ValueError: the launch has one process only.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
         raise ValueError(
-            "model.tensor_parallel is true, but this launch has one process: start several, for example with "
-            "torchrun --nproc_per_node 2, or set model.tensor_parallel=false."
+            "tensor_parallel is true, but this launch has one process: start several, for example with "
+            "torchrun --nproc_per_node 2, or turn tensor_parallel off."
         )
-    text = config.get_text_config(decoder=True)
-    plan = text.base_model_tp_plan
+    decoder = config.get_text_config(decoder=True)
+    plan = decoder.base_model_tp_plan
     if not plan:
         raise UnsupportedModel(
-            f"model.path {path!r} is of model_type {config.model_type!r}, for which transformers has no plan of tensor "
-            "parallelism: set model.tensor_parallel=false."
+            f"path {path!r} is of model_type {config.model_type!r}, for which transformers has no tensor parallel "
+            "plan: turn tensor_parallel off."
         )
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    by_heads = any(rule.rsplit(".", 1)[-1] in _KEY_PROJECTIONS and way == "colwise" for rule, way in plan.items())
-    if by_heads and heads % processes:
+    heads = getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
+    splits_heads = any(
+        module.rsplit(".", 1)[-1] in _KEY_PROJECTIONS and style == "colwise" for module, style in plan.items()
+    )
+    if splits_heads and heads % processes:
         raise UnsupportedModel(
-            f"model.path {path!r} has {heads} key-value heads, which {processes} processes cannot share evenly: start "
-            "as many processes as divide them, or set model.tensor_parallel=false."
+            f"path {path!r} has {heads} key-value heads, which {processes} processes cannot share evenly: start "
+            "as many processes as divide them, or turn tensor_parallel off."
         )
     return {"distributed_config": DistributedConfig(tp_plan="auto")}
 
 
-def _own_memory() -> dict[int, int]:
-    """The CUDA devices of this process and what each has free: the ranks of a machine share its devices evenly.
+def _free_bytes_per_device() -> dict[int, int]:
+    """Return the free bytes of each CUDA device of this process; the ranks of a machine share its devices evenly.
 
     Raises:
         ValueError: there are fewer devices than ranks.
     """
     count = torch.cuda.device_count()
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if ranks > count:
-        raise ValueError(f"{ranks} processes share {count} CUDA devices: start at most one process a device.")
+        raise ValueError(
+            f"device_map shares {count} CUDA devices among {ranks} processes: start at most one process per device."
+        )
     own = range(count * rank // ranks, count * (rank + 1) // ranks)
     return {index: torch.cuda.mem_get_info(index)[0] for index in own}

@@ -6,12 +6,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
 
-from rollout.config import Config
+from rollout.config import Config, ModelConfig
 from rollout.data.prompts import Prompt, Prompts, read_prompts
 from rollout.errors import Exit, InputError
 from rollout.job.cpu_threads import threads
@@ -67,13 +67,14 @@ def load_engine(config: Config, prompts: Prompts, place: Topology) -> Loaded:
 
     from rollout.engine.engine import Engine
     from rollout.models.attention.select import check_available
+    from rollout.models.errors import UnsupportedModel
     from rollout.models.loading.load import ModelSource, load_model, load_tokenizer, resolve_device
 
     transformers.utils.logging.disable_progress_bar()
     named = asdict(config.model)
     attention = named.pop("attention")
     source = ModelSource(**named)
-    try:
+    with _naming_model_keys():
         device = resolve_device(source.device)
         check_available(attention, device)
         if device.type == "cpu" and (count := threads(place.local_world_size, os.environ)) is not None:
@@ -85,19 +86,18 @@ def load_engine(config: Config, prompts: Prompts, place: Topology) -> Loaded:
                 "model that has one, or a data.prompt_column of text and data.as_chat=false."
             )
         model = load_model(source, device)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    engine = Engine(
-        model,
-        tokenizer,
-        policy=config.batcher.policy(),
-        latency_budget_ms=config.batcher.latency_budget_ms,
-        max_rows=config.batcher.max_rows,
-        min_rows=config.batcher.min_rows,
-        max_kv_bytes=config.memory.max_kv_bytes,
-        reserve_fraction=config.memory.reserve_fraction,
-        attention=attention,
-    )
+    with _naming_model_keys(UnsupportedModel):
+        engine = Engine(
+            model,
+            tokenizer,
+            policy=config.batcher.policy(),
+            latency_budget_ms=config.batcher.latency_budget_ms,
+            max_rows=config.batcher.max_rows,
+            min_rows=config.batcher.min_rows,
+            max_kv_bytes=config.memory.max_kv_bytes,
+            reserve_fraction=config.memory.reserve_fraction,
+            attention=attention,
+        )
     return Loaded(engine, str(model.dtype).removeprefix("torch."), engine.attention)
 
 
@@ -201,10 +201,23 @@ def _model_path(config: Config) -> Path:
     from rollout.models.loading.checkpoint import resolve_path
 
     model = config.model
-    try:
+    with _naming_model_keys():
         return Path(resolve_path(model.path, model.revision, code=model.trust_remote_code))
-    except ValueError as error:
-        raise InputError(str(error)) from error
+
+
+@contextmanager
+def _naming_model_keys(kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Turn errors of rollout.models into input errors that name the configuration key of the parameter at fault."""
+    try:
+        yield
+    except InputError:
+        raise
+    except kind as error:
+        message = str(error)
+        # Messages about a parameter begin with its name: "path 'x' does not exist", "attention=triton was requested".
+        parameter = message.replace("=", " ").partition(" ")[0]
+        named = parameter in {field.name for field in fields(ModelConfig)}
+        raise InputError(f"model.{message}" if named else message) from error
 
 
 def _of_run(config: Config, run: RunDir | None) -> Config:

@@ -64,7 +64,7 @@ def test_the_processes_of_a_job_are_one_worker(tmp_path: Path, saved_tiny: Path)
 @pytest.mark.parametrize(
     ("family", "processes", "reason"),
     [
-        ("falcon", 2, r"no plan of tensor parallelism: set model\.tensor_parallel=false"),
+        ("falcon", 2, r"no tensor parallel plan: turn tensor_parallel off"),
         ("llama", 3, r"has 2 key-value heads, which 3 processes cannot share evenly"),
         ("llama", 1, r"this launch has one process: start several"),
     ],

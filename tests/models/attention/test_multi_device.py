@@ -201,7 +201,7 @@ def test_ranks_share_the_devices(saved: Path, two_gpus: dict[str, Any], monkeypa
         load_model(ModelSource(str(saved), device_map="auto"), AUTO)
         assert two_gpus["max_memory"] == {rank: 100 + rank}
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="3 processes share 2 CUDA devices"):
+    with pytest.raises(ValueError, match="2 CUDA devices among 3 processes: start at most one process per device"):
         load_model(ModelSource(str(saved), device_map="auto"), AUTO)
 
 
@@ -212,17 +212,17 @@ def test_a_model_that_does_not_fit_is_refused(saved: Path, two_gpus: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("key", "set_to"),
-    [({"device_map": "auto"}, "device_map=null"), ({"tensor_parallel": True}, "tensor_parallel=false")],
+    ("key", "remedy"),
+    [({"device_map": "auto"}, "leave device_map unset"), ({"tensor_parallel": True}, "turn tensor_parallel off")],
 )
-def test_gguf_is_refused(key: dict[str, Any], set_to: str, tmp_path: Path) -> None:
+def test_gguf_is_refused(key: dict[str, Any], remedy: str, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=rf"unpacked on one device: set model\.{set_to}"):
+    with pytest.raises(ValueError, match=rf"unpacked on one device: {remedy}"):
         load_model(ModelSource(str(tmp_path / "model.gguf"), **key), AUTO)
 
 
 def test_on_a_cpu_there_is_nothing_to_spread(saved: Path) -> None:
-    with pytest.raises(ValueError, match=r"no CUDA device here to spread a model over: set model\.device_map=null"):
+    with pytest.raises(ValueError, match=r"no CUDA device here to spread a model over: leave device_map unset"):
         load_model(ModelSource(str(saved), device_map="auto"), CPU)
 
 
@@ -239,9 +239,9 @@ def test_an_adapter_is_merged_where_its_layers_lie(tmp_path: Path) -> None:
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     peft.get_peft_model(tiny("llama"), settings).save_pretrained(tmp_path)
     ids = torch.arange(9)[None]
-    expected = load._merged(tiny("llama"), tmp_path, CPU)(ids).logits
+    expected = load._merge_adapter(tiny("llama"), tmp_path, CPU)(ids).logits
     with Devices():
-        merged = load._merged(spread(tiny("llama")), tmp_path, CPU)
+        merged = load._merge_adapter(spread(tiny("llama")), tmp_path, CPU)
         assert {weight.device for weight in merged.parameters()} == {NEAR, FAR}
         logits = merged(ids.to(FAR)).logits.cpu()
     assert torch.equal(logits, expected)
