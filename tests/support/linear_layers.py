@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import pytest
 import torch
 from torch import nn
 
-from rollout.models.patches import linears
 from rollout.models.patches.linears import PackedLinears
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,23 +40,3 @@ def as_group(model: nn.ModuleList) -> PackedLinears:
 @torch.no_grad()
 def each(model: nn.ModuleList, x: torch.Tensor) -> list[torch.Tensor]:
     return [layer(x) for layer in model]
-
-
-@pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes of all results of packed products."""
-    shapes: list[torch.Size] = []
-    own = linears._packed
-
-    def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-        multiply = own(weight, bias)
-
-        def counted(x: torch.Tensor) -> torch.Tensor:
-            out = multiply(x)
-            shapes.append(out.shape)
-            return out
-
-        return counted
-
-    monkeypatch.setattr(linears, "_packed", packed)
-    return shapes

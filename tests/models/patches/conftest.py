@@ -1,4 +1,4 @@
-"""What tests of norms and rotary functions share."""
+"""What tests of norms, rotary functions and linear layers share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from rollout.models.csrc import build
 from rollout.models.csrc.build import KernelUnavailable
+from rollout.models.patches import linears
 from rollout.models.patches.pointwise_cpu import Pointwise, pointwise
 
 
@@ -37,3 +39,23 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     for name in ("rms_norm", "rotate"):
         monkeypatch.setattr(Pointwise, name, counting(name, getattr(Pointwise, name)))
     return calls
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of all results of packed products."""
+    shapes: list[torch.Size] = []
+    own = linears._packed
+
+    def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        multiply = own(weight, bias)
+
+        def counted(x: torch.Tensor) -> torch.Tensor:
+            out = multiply(x)
+            shapes.append(out.shape)
+            return out
+
+        return counted
+
+    monkeypatch.setattr(linears, "_packed", packed)
+    return shapes
