@@ -130,5 +130,5 @@ if [ "$what" != A ]; then
     tail -n 12 "$out/take_memory.log" | cut -c1-200
   fi
 fi
-(cd "$out" && tar czf logs.tgz --exclude logs.tgz . && find . -maxdepth 1 -type f ! -name logs.tgz -delete)
+tar czf "$site/logs.tgz" -C "$out" --exclude logs.tgz . && find "$out" -maxdepth 1 -type f -delete && mv "$site/logs.tgz" "$out/"
 note ended
