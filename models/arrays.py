@@ -16,6 +16,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def next_power_of_2(size: int) -> int:
+    """Return the smallest power of two that is at least ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
 def upload(values: NDArray[Any], tensor: torch.Tensor) -> None:
     """Copies an array to the beginning of a tensor of the same dtype, in the order of the device's current stream.
 

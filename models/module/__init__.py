@@ -1,1 +1,1 @@
-"""The caller's live module: what it is, and how it is borrowed and given back."""
+"""The caller's live module: inspecting it, borrowing it and restoring it."""

@@ -1,4 +1,4 @@
-"""A live module on loan: switched to the engine's attention, in eval mode, and given back as it was."""
+"""Borrow a live module: switch it to the engine for a while and restore it exactly."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from rollout.models.module.rope import Rotary
 class BorrowedModule:
     """Switches a module to the engine and back, as often as needed.
 
-    What is switched: the attention implementation of every configuration in the module, and the training
-    flag of every submodule. Both are restored one by one, since a trainer may have set them one by one. Rotary
-    embeddings that depend on length follow each text's own, and keep nothing of it.
-    Nothing else is touched: gradients are off inside by ``no_grad`` (not ``inference_mode``, whose tensors
-    would stay in rotary buffers), no global random generator is read, and ambient autocast stays in force.
+    It switches the attention implementation of every configuration in the module and the training flag of every
+    submodule, and restores each one by itself, since a trainer may have set them individually. Rotary embeddings that
+    depend on length follow the length of each sequence and are restored too.
+
+    Nothing else changes: gradients are off by ``no_grad`` (not ``inference_mode``, whose tensors would stay in rotary
+    buffers), no global random generator is read, and the caller's autocast stays in force.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._rotary = Rotary(model)
         self.times_borrowed = 0
-        """How often the module was lent."""
+        """How often the module was borrowed."""
+        configs = (getattr(module, "config", None) for module in model.modules())
         self._configs: list[Any] = list(
-            {
-                id(module.config): module.config
-                for module in model.modules()
-                if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
-            }.values()
+            {id(config): config for config in configs if hasattr(config, "_attn_implementation_internal")}.values()
         )
 
     @contextmanager
     def borrow(self, implementation: str | None = None) -> Iterator[None]:
-        """No gradients, eval mode, and this attention implementation; the module's own when None."""
+        """Run the block without gradients, in eval mode, and with an attention implementation.
+
+        Args:
+            implementation: name in transformers' attention interface; None keeps the module's own.
+        """
         self.times_borrowed += 1
         training = [module for module in self._model.modules() if module.training]
         implementations = [config._attn_implementation_internal for config in self._configs]

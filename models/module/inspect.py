@@ -1,7 +1,8 @@
-"""What a live module is: the transformers model inside, its device, its names and limits."""
+"""Inspect a live module: the transformers model inside it, its device, parameters and limits."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,29 +14,29 @@ from rollout.models.errors import UnsupportedModel
 
 
 def unwrap_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside of PEFT, DDP or torch.compile wrappers.
+    """Return the transformers model inside PEFT, DDP or torch.compile wrappers.
 
     Raises:
-        UnsupportedModel: there is none.
+        UnsupportedModel: there is no transformers model inside.
     """
-    seen: Any = model
-    while not isinstance(seen, PreTrainedModel):
-        if hasattr(seen, "get_base_model"):  # PEFT
-            seen = seen.get_base_model()
-        elif isinstance(getattr(seen, "module", None), nn.Module):  # DDP
-            seen = seen.module
-        elif isinstance(getattr(seen, "_orig_mod", None), nn.Module):  # torch.compile
-            seen = seen._orig_mod
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module):  # DDP
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):  # torch.compile
+            inner = inner._orig_mod
         else:
             raise UnsupportedModel(f"{type(model).__name__} is not a transformers model.")
-    return seen
+    return inner
 
 
 def output_device(model: nn.Module) -> torch.device:
-    """The device on which token ids are given, and logits come out.
+    """Return the device to pass token ids on and to receive logits on.
 
-    Of a model whose layers accelerate has placed on several devices, it is that of the last one: accelerate takes ids
-    to the first by itself, and brings logits back to where the ids were, which is then where they are computed.
+    For a model that accelerate has spread over several devices, this is the device of the last layer: accelerate moves
+    the ids to the first layer and the logits back to the device of the ids, which saves copying the logits.
     """
     base = unwrap_model(model)
     device = getattr(getattr(base.get_output_embeddings(), "_hf_hook", None), "execution_device", None)
@@ -43,32 +44,37 @@ def output_device(model: nn.Module) -> torch.device:
 
 
 def family_name(model: nn.Module) -> str:
-    """How messages name a model: its class and model type."""
+    """Return the name of a model in messages: its class and model type."""
     base = unwrap_model(model)
     return f"{type(base).__name__} (model type {base.config.model_type!r})"
 
 
 def refuse_recurrent(model: nn.Module) -> None:
-    """For tiers that store keys and values alone.
+    """Reject recurrent models, for strategies that store only keys and values.
 
     Raises:
-        UnsupportedModel: transformers marks the model as one that keeps other state.
+        UnsupportedModel: transformers marks the model as stateful.
     """
     if getattr(unwrap_model(model), "_is_stateful", False):
         raise UnsupportedModel(f"{family_name(model)} keeps recurrent state besides keys and values.")
 
 
+def forward_parameters(model: nn.Module) -> frozenset[str]:
+    """Return the parameter names of the transformers model's forward."""
+    return frozenset(inspect.signature(unwrap_model(model).forward).parameters)
+
+
 def vocabulary_size(model: nn.Module) -> int:
-    """Token ids that the model can embed: those below this."""
+    """Return the number of token ids that the model can embed."""
     embeddings: Any = unwrap_model(model).get_input_embeddings()
     return int(embeddings.weight.shape[0])
 
 
 def context_limit(config: Any) -> int | None:
-    """Most tokens of a sequence, from a transformers configuration; None when it states none.
+    """Return the maximum tokens of a sequence from a transformers configuration, None if it states no limit.
 
-    With dynamic rotary scaling, what a token stores depends on how long the batch was when it came, once that is
-    beyond the original length, so rows end there: their results must not depend on company.
+    With dynamic rotary scaling the limit is the original length. Beyond it, stored keys would depend on the longest
+    sequence in the batch, and results must not depend on batch composition.
     """
     text = config.get_text_config(decoder=True)
     limits = [getattr(text, "max_position_embeddings", None)]
@@ -76,12 +82,11 @@ def context_limit(config: Any) -> int | None:
         if rope.get("rope_type") == "dynamic":
             original = rope.get("original_max_position_embeddings")
             limits.append(original or getattr(text, "original_max_position_embeddings", None))
-    stated = [int(limit) for limit in limits if limit]
-    return min(stated) if stated else None
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:
-    """Rotary parameters; some configurations nest them by layer type."""
+    """Yield all rotary parameters; some configurations nest them by layer type."""
     if isinstance(parameters, Mapping):
         yield parameters
         yield from (value for value in parameters.values() if isinstance(value, Mapping))

@@ -1,13 +1,13 @@
-"""Rotary embeddings that depend on a text's length: each token of a forward follows its own text.
+"""Rotary embeddings that depend on sequence length: each token follows the length of its own sequence.
 
-With longrope, transformers takes other frequencies for a whole forward once its largest position passes the length that
-the model was first trained on. Here texts of all lengths share a forward, and a token's embedding must not depend on
-its company: while a module is on loan, its rotary embeddings are computed for either side of that length where both
-occur, by giving them positions of that side alone.
+With longrope, transformers switches a whole forward to other frequencies once its largest position passes the length
+that the model was first trained on. Here sequences of all lengths share a forward, and a token's embedding must not
+depend on batch composition. While a module is borrowed, its rotary embeddings are computed once for each side of that
+length, each time from positions of that side only.
 
-With dynamic scaling the frequencies depend on the length itself, and stay behind in the module. Texts end before
-they would change (`rollout.models.module.context_limit`), and what an owner's longer text has left is taken out for
-the loan.
+With dynamic scaling the frequencies depend on the length itself and stay in the module. Sequences end before they would
+change (`rollout.models.module.inspect.context_limit`), and frequencies left by a longer sequence of the caller are
+reset while the module is borrowed.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from rollout.models.errors import UnsupportedModel
 
 _ORIGINAL = "original_max_position_embeddings"
 
-_lengths: ContextVar[IntArray | None] = ContextVar("rollout_text_lengths", default=None)
+_lengths: ContextVar[IntArray | None] = ContextVar("rollout_sequence_lengths", default=None)
 
 
 @contextmanager
 def use_sequence_lengths(lengths: IntArray) -> Iterator[None]:
-    """Tells rotary embeddings, inside this block, how long the text of each token is.
+    """Set the sequence length of each token for rotary embeddings inside this block.
 
     Args:
-        lengths: known tokens of each text, in a shape that broadcasts to that of the position ids, [b, t].
+        lengths: known tokens of each sequence, in a shape that broadcasts to that of the position ids, [b, t].
     """
     token = _lengths.set(lengths)
     try:
@@ -51,15 +51,15 @@ class Rotary:
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether there are any."""
+        """True if any rotary embedding of the model depends on length."""
         return bool(self._longrope or self._dynamic)
 
     @property
     def boundary(self) -> int | None:
-        """Texts longer than this are computed otherwise, from their first token on; None where length does not matter.
+        """Sequence length above which longrope switches frequencies for all tokens; None without longrope.
 
         Raises:
-            UnsupportedModel: there are several such lengths.
+            UnsupportedModel: the model has several such lengths.
         """
         boundaries = {limit for module in self._longrope for limit in _boundaries(module).values()}
         if len(boundaries) > 1:
@@ -71,22 +71,24 @@ class Rotary:
         """Make the embeddings follow `use_sequence_lengths` inside this block, and restore them after it."""
         with ExitStack() as stack:
             for module in (*self._longrope, *self._dynamic):
-                stack.enter_context(_kept(module))
+                stack.enter_context(_restored(module))
             for module in self._dynamic:
-                _forget_longer_texts(module)
+                _reset_dynamic(module)
             for module in self._longrope:
-                module.forward = _following(module.forward, _boundaries(module))
+                module.forward = _length_aware(module.forward, _boundaries(module))
             yield
 
 
 def _kinds(module: nn.Module) -> dict[str | None, str]:
-    """The kind of rotary embedding by layer type; by None where there is one for all."""
+    """Return the kind of rotary embedding by layer type, under None if all layers share one."""
     kind = getattr(module, "rope_type", None)
-    return dict(kind) if isinstance(kind, dict) else {None: kind} if isinstance(kind, str) else {}
+    if isinstance(kind, dict):
+        return dict(kind)
+    return {None: kind} if isinstance(kind, str) else {}
 
 
 def _boundaries(module: nn.Module) -> dict[str | None, int]:
-    """The length beyond which longrope takes other frequencies, by layer type."""
+    """Return the length above which longrope switches frequencies, by layer type."""
     parameters: Any = module.config.rope_parameters  # type: ignore[union-attr]
     return {
         layer_type: int((parameters if layer_type is None else parameters[layer_type])[_ORIGINAL])
@@ -96,8 +98,8 @@ def _boundaries(module: nn.Module) -> dict[str | None, int]:
 
 
 @contextmanager
-def _kept(module: nn.Module) -> Iterator[None]:
-    """Whatever a module keeps inside this block, attributes and contents of buffers, is undone after it."""
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Restore a module's attributes and the contents of its buffers after the block."""
     attributes = dict(vars(module))
     buffers = dict(module._buffers)
     contents = {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None}
@@ -116,8 +118,8 @@ def _kept(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(content)
 
 
-def _forget_longer_texts(module: nn.Module) -> None:
-    """Dynamic frequencies go back to the original ones when a text within the original length comes."""
+def _reset_dynamic(module: nn.Module) -> None:
+    """Reset dynamic frequencies to the original ones, by a forward within the original length."""
     for layer_type, kind in _kinds(module).items():
         if kind == "dynamic":
             device = next(module.buffers()).device
@@ -125,29 +127,29 @@ def _forget_longer_texts(module: nn.Module) -> None:
             module(position.float(), position, **({} if layer_type is None else {"layer_type": layer_type}))
 
 
-def _following(own: Callable[..., Any], boundaries: dict[str | None, int]) -> Callable[..., Any]:
-    """A rotary embedding's forward that follows `use_sequence_lengths`.
+def _length_aware(own: Callable[..., Any], boundaries: dict[str | None, int]) -> Callable[..., Any]:
+    """Return a forward of a longrope embedding that follows `use_sequence_lengths`.
 
-    As its own, it takes position ids [b, t] and returns cosines and sines [b, t, dim].
+    Like the module's own forward, it takes position ids [b, t] and returns cosines and sines [b, t, dim].
     """
 
     def forward(x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
-        def of(positions: torch.Tensor) -> Any:
+        def embed(positions: torch.Tensor) -> Any:
             return own(x, positions) if layer_type is None else own(x, positions, layer_type)
 
         lengths, boundary = _lengths.get(), boundaries.get(layer_type)
         if lengths is None or boundary is None:
-            return of(position_ids)
+            return embed(position_ids)
         long = lengths > boundary
         if not long.any():
-            return of(position_ids)
-        # One position more, beyond the boundary, decides for all.
+            return embed(position_ids)
+        # One extra position past the boundary makes the module use the long frequencies for all positions.
         last = position_ids.new_full((position_ids.shape[0], 1), boundary)
-        cos, sin = (tensor[:, :-1] for tensor in of(torch.cat([position_ids, last], 1)))
+        cos, sin = (tensor[:, :-1] for tensor in embed(torch.cat([position_ids, last], 1)))
         if long.all():
             return cos, sin
         mask = uploaded(long, position_ids.device).expand(position_ids.shape)
-        short_cos, short_sin = of(position_ids.masked_fill(mask, 0))
+        short_cos, short_sin = embed(position_ids.masked_fill(mask, 0))
         return torch.where(mask[..., None], cos, short_cos), torch.where(mask[..., None], sin, short_sin)
 
     return forward

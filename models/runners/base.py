@@ -1,4 +1,4 @@
-"""A tier: one way to run a family's modules over pages."""
+"""Interface of run strategies and runners: how the modules of a family run over a paged KV cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import nn
 
-from rollout.models.arrays import IntArray
+from rollout.models.arrays import IntArray, uploaded
 from rollout.models.attention.names import AUTO
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import KVLayout
@@ -20,66 +20,67 @@ from rollout.models.module.inspect import output_device
 
 
 class Runner(Protocol):
-    """Forwards of a model over the pages of a pool; the model must be on loan."""
+    """Runs forwards of a borrowed model over the pages of one pool."""
 
     attention: str
-    """What attends, by the name that the log and a run's folder have for it."""
+    """Name of the attention backend, as logged and recorded in the run directory."""
 
     @property
     def bytes_kept(self) -> int:
-        """Memory of the device that it keeps to itself although torch's allocator does not count it as allocated."""
+        """Device memory that the runner holds outside what torch's allocator counts as allocated."""
         return 0
 
-    def forward(self, packed: ForwardBatch) -> torch.Tensor:
-        """Computes the new tokens of all sequences, and writes their keys and values.
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Run the new tokens of all sequences and write their keys and values.
 
-        Returns logits [S, V] of each sequence's last token, which may be overwritten by the next call.
+        Returns logits [S, V] of each sequence's last token, which the next call may overwrite.
         """
         ...
 
     def shed(self) -> bool:
-        """Gives back, as memory is short, what it can make again, and goes without for a while, more slowly.
+        """Free memory that can be rebuilt and run without it, more slowly, for a while.
 
-        Returns whether there was any.
+        Returns False if there was nothing to free.
         """
         return False
 
     def close(self) -> None:
-        """Gives all memory back that it has taken besides the pool's; a further forward takes it anew."""
+        """Free all memory outside the pool; a later forward allocates it again."""
         return
 
 
 class RunStrategy(ABC):
-    """Serves one model.
+    """One way to run a model over pages; makes its runners.
 
     Args:
         model: a transformers causal LM, wrapped or not.
-        choice: of attention, a name of `rollout.models.attention.names`.
+        choice: attention backend, a name from `rollout.models.attention.names`.
 
     Raises:
-        UnsupportedModel: the model is not of this tier.
+        UnsupportedModel: this strategy cannot run the model.
     """
 
     name: ClassVar[str]
-    whole_contexts: ClassVar[bool] = False
-    """Whether a sequence's first forward must have its whole context, and each further one a single token."""
+    prefills_whole_context: ClassVar[bool] = False
+    """True if a sequence's first forward must hold its whole context and each later one a single token."""
 
     chooses_attention: ClassVar[bool] = True
-    """Whether it is the engine that attends, and not the model's own code."""
+    """True if attention runs in an attention backend, False if it runs in the model's own code."""
 
     def __init__(self, model: nn.Module, choice: str = AUTO) -> None:
-        self.model, self.choice = model, choice
+        self.model = model
+        self.choice = choice
 
     @abstractmethod
     def kv_layout(self) -> KVLayout:
-        """What the model stores. Dtypes depend on the caller's autocast, so each call of the engine asks anew.
+        """Probe what the model stores. Dtypes depend on the caller's autocast, so the engine probes on every call.
 
         Raises:
-            UnsupportedModel: the model does what this tier does not know.
+            UnsupportedModel: the model stores something that this strategy does not support.
         """
 
     def reference_logits(self, ids: IntArray, ends: Sequence[int]) -> torch.Tensor:
-        """What the model itself gives, with no tier: logits [ends, V] after so many of the tokens ids [n] each."""
+        """Return the logits [ends, V] of plain forwards of the model over the first ``end`` of the tokens ids [n]."""
         tokens = torch.from_numpy(ids[None]).to(output_device(self.model))
         with BorrowedModule(self.model).borrow():
             logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits[0]
@@ -87,12 +88,20 @@ class RunStrategy(ABC):
 
     @abstractmethod
     def borrow(self) -> AbstractContextManager[None]:
-        """The model is the engine's inside this block, and its owner's, as it was, after it."""
+        """Switch the model to this strategy inside the block and restore it after the block."""
 
     @abstractmethod
     def runner(self, pool: PagePool) -> Runner:
-        """Runs the model on ``pool``."""
+        """Return a runner of the model on ``pool``."""
 
     def attention(self) -> str:
-        """See `Runner.attention`."""
+        """Return the name of the attention backend; see `Runner.attention`."""
         return self.runner(PagePool(self.kv_layout(), 1, output_device(self.model))).attention
+
+
+def merge_logits(outputs: Sequence[torch.Tensor], groups: Sequence[IntArray]) -> torch.Tensor:
+    """Merge logits [b, V] of groups of sequences into [S, V]; ``groups`` holds the indices of each group."""
+    logits = outputs[0].new_empty(sum(len(group) for group in groups), outputs[0].shape[-1])
+    for output, group in zip(outputs, groups, strict=True):
+        logits[uploaded(group, logits.device)] = output
+    return logits

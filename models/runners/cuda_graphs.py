@@ -1,11 +1,11 @@
-"""Decode steps as CUDA graphs: a step of some hundreds of launches is captured once, and from then on is one launch.
+"""Replay decode steps from CUDA graphs: one graph launch instead of hundreds of kernel launches.
 
-A graph is of a fixed number of rows, so there is one for each rung of a ladder, captured when it is first needed, and
-the rows of a step are padded to the next rung. Padding writes nowhere and reads nothing (`TritonMetadata`). All that
-varies from step to step is read from memory that stays in its place: token and position ids, the plan of the step, and
-the table of slabs, so the pool may grow and shrink between replays.
+A graph has a fixed batch size, so there is one graph per padded batch size, captured at first use; a step's rows are
+padded to the next size. Padding rows read and write nothing (`TritonMetadata`). All that changes from step to step is
+read from memory at fixed addresses: token and position ids, the attention metadata and the slab table. So the pool may
+grow and shrink between replays.
 
-Forwards with prompts in them run as ever; so do models whose forward a graph cannot hold, see `with_cuda_graphs`.
+Forwards that prefill run eagerly, and so do models that a graph cannot capture; see `with_cuda_graphs`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from rollout.models.arrays import upload
+from rollout.models.arrays import ceil_div, next_power_of_2, upload
 from rollout.models.attention import interface
 from rollout.models.attention.base import AttentionBackend
 from rollout.models.attention.multi_device import MultiDeviceBackend
 from rollout.models.attention.triton import TritonAttention, TritonBackend
 from rollout.models.attention.triton_metadata import MetadataSizes, TritonMetadata
 from rollout.models.device import is_out_of_memory
+from rollout.models.errors import clause
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.module.borrow import BorrowedModule
 from rollout.models.module.inspect import family_name
@@ -37,206 +38,234 @@ from rollout.models.runners.graph_capture import CudaGraphs, Graph, Graphs
 
 logger = logging.getLogger(__name__)
 
-LEAST_PAGES = 64
-"""Pages a row that a graph has room for at first, if not more. Room for a page takes 20 bytes, and partial results."""
-_PAUSE = 256
-"""Steps without graphs after memory was short."""
+MIN_PAGES_PER_ROW = 64
+"""Pages per row that a new graph has room for at least; room for a page takes 20 bytes, and partial results."""
+_PAUSED_STEPS = 256
+"""Steps that run eagerly after memory was short."""
 
-#: Models that go on without graphs, and why.
+#: Models that run without graphs, and the reason.
 _refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def padded_batch_size(rows: int) -> int:
-    """Rows of the graph that serves so many: powers of two up to 8, multiples of 8 up to 64, then four a doubling.
+    """Round rows up to a graph's batch size: powers of two to 8, multiples of 8 to 64, then four sizes per doubling.
 
-    Each is captured anew in every call, and while a batch runs empty each may serve no more than a few steps. Padding
-    costs less: it attends to nothing, and of more than 64 rows it is less than a fifth.
+    Every call of the engine captures its graphs again, and while a batch drains, each size may serve only a few steps.
+    So there are few sizes. Padding is cheaper: it attends to nothing and is under a fifth of more than 64 rows.
     """
-    power = _power(rows)
+    power = next_power_of_2(rows)
     step = power if power <= 8 else max(8, power // 8)
-    return -(-rows // step) * step
+    return ceil_div(rows, step) * step
 
 
-def with_cuda_graphs(eager: Runner, model: nn.Module, steps: AttentionBackend, borrowed: BorrowedModule) -> Runner:
-    """A runner that captures decode steps; ``eager`` itself where that cannot be, and the log says why, once a model.
+def with_cuda_graphs(eager: Runner, model: nn.Module, backend: AttentionBackend, borrowed: BorrowedModule) -> Runner:
+    """Return a runner that captures decode steps, or ``eager`` for a model that graphs do not support.
 
-    Not captured are models whose rotary embeddings depend on the text's length, dynamic scaling or longrope: they
-    look positions or lengths up on the host to choose among frequencies, and a graph would replay one choice for ever.
-    Nor models on several devices: a graph is of one. Nor those that several processes hold together: each could find on
-    its own that a step cannot be captured, while the others wait in it.
+    Three kinds of models are unsupported, with one warning each:
+
+    - Rotary embeddings that depend on the sequence length (dynamic scaling, longrope): they choose frequencies on the
+      host, and a graph would replay one choice for every step.
+    - Several devices: a graph runs on one.
+    - Tensor parallelism: a rank could fail to capture a step while the other ranks are blocked in its collectives.
 
     Args:
-        eager: serves all other forwards.
-        model: what it runs.
-        steps: of the pool, and the attention that ``eager`` uses: Triton's, on one device or on each of several.
-        borrowed: on which the model is while it runs.
+        eager: runs all other forwards.
+        model: the model of ``eager``.
+        backend: the attention backend of ``eager``: Triton, on one device or on each of several.
+        borrowed: the borrowed ``model``.
     """
     if model not in _refused:
         devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
         if Rotary(model).depends_on_length:
-            _refuse(model, "its rotary embeddings depend on the length of a text")
-        elif len(devices) > 1 or isinstance(steps, MultiDeviceBackend):
+            _refuse(model, "its rotary embeddings depend on the length of a sequence")
+        elif len(devices) > 1 or isinstance(backend, MultiDeviceBackend):
             _refuse(model, "it lies on several devices")
         elif tensor_parallel_group(model) is not None:
-            _refuse(model, "several processes hold it together")
+            _refuse(model, "it is tensor-parallel")
     if model in _refused:
         return eager
-    assert isinstance(steps, TritonBackend)
-    return CudaGraphRunner(eager, model, steps, borrowed, CudaGraphs(steps.slabs.pool.device))
+    assert isinstance(backend, TritonBackend)
+    return CudaGraphRunner(
+        eager=eager,
+        model=model,
+        backend=backend,
+        borrowed=borrowed,
+        graphs=CudaGraphs(backend.slabs.pool.device),
+    )
 
 
 def _refuse(model: nn.Module, reason: str) -> None:
+    """Run a model without graphs from now on, with one warning."""
     _refused[model] = reason
-    logger.warning("Decode steps of %s are not captured in CUDA graphs: %s.", family_name(model), reason.rstrip("."))
+    logger.warning(
+        "Decode steps of %s are not captured in CUDA graphs and run slower: %s.",
+        family_name(model),
+        reason.rstrip("."),
+    )
 
 
 class CudaGraphRunner(Runner):
-    """Replays a graph for a forward in which all rows decode; all others, and all under autocast, are ``eager``'s.
+    """Replays a graph for forwards in which all sequences decode; all others, and all under autocast, run eagerly.
 
-    Under autocast torch keeps cast weights in memory that goes when autocast ends, which a graph would go on reading.
+    Autocast caches cast weights in memory that it frees when it ends, and a graph would keep reading that memory.
 
-    A graph has room for so many pages of all rows together: twice those that they hold when it is captured, or
-    `LEAST_PAGES` each, rounded up to a power of two. Rows that outgrow it are captured anew, so at most once each time
-    that what they hold has doubled: four times between 512 and 8,192 tokens a row.
+    A graph has room for a total number of pages: twice the pages of its rows at capture or `MIN_PAGES_PER_ROW` each,
+    rounded up to a power of two. Rows that outgrow it are captured again, so at most once per doubling of their
+    pages: four times between 512 and 8,192 tokens per row.
 
-    Weights may change in place between forwards. Those that lie elsewhere after the model was its owner's are captured
-    anew; modules that its owner replaces while a call of the engine runs are not noticed.
+    Weights may change in place between forwards. If their memory has moved since the model was last borrowed, steps are
+    captured again. Submodules that the caller replaces during a call of the engine are not noticed.
 
     Args:
-        eager, model, steps, borrowed: see `with_cuda_graphs`.
-        graphs: how steps are captured.
+        eager, model, backend, borrowed: see `with_cuda_graphs`.
+        graphs: captures steps.
     """
 
     def __init__(
-        self, eager: Runner, model: nn.Module, steps: TritonBackend, borrowed: BorrowedModule, graphs: Graphs
+        self, eager: Runner, model: nn.Module, backend: TritonBackend, borrowed: BorrowedModule, graphs: Graphs
     ) -> None:
-        self._eager, self._model, self._steps, self._borrowed, self._graphs = eager, model, steps, borrowed, graphs
+        self._eager = eager
+        self._model = model
+        self._backend = backend
+        self._borrowed = borrowed
+        self._graphs = graphs
         self.attention = eager.attention
-        self._pool = steps.slabs.pool
-        self._captured: dict[int, _Captured] = {}
+        self._pool = backend.slabs.pool
+        self._captured: dict[int, _CapturedStep] = {}
         self._logits: dict[int, torch.Tensor] = {}
-        self._weights: _Weights | None = None
+        self._weights: _WeightAddresses | None = None
         self._times_borrowed = borrowed.times_borrowed
         self._paused = 0
-        self._count, self._seconds = 0, 0.0
+        self._captures = 0
+        self._capture_seconds = 0.0
 
     @property
     def bytes_kept(self) -> int:
         """See `Runner.bytes_kept`."""
         return self._graphs.bytes_kept
 
-    def forward(self, packed: ForwardBatch) -> torch.Tensor:
-        """See `Runner.forward`. Where a graph serves, the next call overwrites the logits that this one returns."""
-        if not self._serves(packed):
-            return self._eager.forward(packed)
-        self._follow_weights()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """See `Runner.forward`; the next call overwrites the logits of a replayed step."""
+        if not self._can_replay(batch):
+            return self._eager.forward(batch)
+        self._drop_if_weights_moved()
         try:
-            captured = self._filled(packed)
+            captured = self._captured_step(batch)
         except RuntimeError as error:
-            # Eagerly everything that a failed attempt may have written is written again.
-            self._give_up(_cause(error))
-            return self._eager.forward(packed)
+            # The eager forward writes everything again that the failed attempt may have written.
+            self._handle_failure(_root_cause(error))
+            return self._eager.forward(batch)
         captured.graph.replay()
-        return captured.logits[: len(packed.query_lens)]
+        return captured.logits[: len(batch.query_lens)]
 
     def shed(self) -> bool:
         """See `Runner.shed`."""
         if not self._captured:
             return False
-        self._drop()
-        self._paused = _PAUSE
-        logger.info("Memory is short: %d decode steps go on without CUDA graphs, which are given back.", _PAUSE)
+        self._drop_all()
+        self._paused = _PAUSED_STEPS
+        logger.info(
+            "Memory is short: the CUDA graphs are freed and the next %d decode steps run eagerly.", _PAUSED_STEPS
+        )
         return True
 
     def close(self) -> None:
         """See `Runner.close`."""
-        if self._count:
+        if self._captures:
             logger.info(
                 "%d decode step(s) were captured in CUDA graphs, in %.1f s; they shared %.1f MB.",
-                self._count,
-                self._seconds,
+                self._captures,
+                self._capture_seconds,
                 self._graphs.bytes_kept / 1e6,
             )
-        self._drop()
+        self._drop_all()
 
-    def _serves(self, packed: ForwardBatch) -> bool:
-        if self._model in _refused or not len(packed.query_lens) or (packed.query_lens != 1).any():
+    def _can_replay(self, batch: ForwardBatch) -> bool:
+        if self._model in _refused or not len(batch.query_lens) or (batch.query_lens != 1).any():
             return False
         if torch.is_autocast_enabled(self._pool.device.type):
             return False
         self._paused = max(0, self._paused - 1)
         return not self._paused
 
-    def _follow_weights(self) -> None:
-        """What its owner did to the model can only be since it was last lent."""
-        if self._borrowed.times_borrowed != self._times_borrowed:
-            self._times_borrowed = self._borrowed.times_borrowed
-            if self._weights is not None and self._weights.moved:
-                logger.info("The model's weights lie elsewhere now: decode steps are captured anew.")
-                self._drop()
+    def _drop_if_weights_moved(self) -> None:
+        """Drop all graphs if weights have moved; they can only move between two times that the model is borrowed."""
+        if self._borrowed.times_borrowed == self._times_borrowed:
+            return
+        self._times_borrowed = self._borrowed.times_borrowed
+        if self._weights is not None and self._weights.moved:
+            logger.info("The model's weights moved in memory: decode steps are captured again.")
+            self._drop_all()
 
-    def _filled(self, packed: ForwardBatch) -> _Captured:
-        """The step that serves a forward, with that forward in its memory."""
-        size, needs = padded_batch_size(len(packed.query_lens)), MetadataSizes.of(packed, self._pool.layout.page_size)
+    def _captured_step(self, batch: ForwardBatch) -> _CapturedStep:
+        """Return the captured step for a batch, with its inputs filled; capture the step if needed."""
+        size = padded_batch_size(len(batch.query_lens))
+        needed = MetadataSizes.of(batch, self._pool.layout.page_size)
         captured = self._captured.get(size)
-        if captured is not None and captured.inputs.buffers.room.holds(needs):
-            captured.inputs.fill(packed)
+        if captured is not None and captured.inputs.metadata.room.holds(needed):
+            captured.inputs.fill(batch)
             return captured
-        self._forget(size)
-        captured = self._captured[size] = self._capture(size, needs.entries, packed)
+        self._drop(size)
+        captured = self._captured[size] = self._capture(size, needed.entries, batch)
         return captured
 
-    def _capture(self, size: int, entries: int, packed: ForwardBatch) -> _Captured:
-        started = time.perf_counter()
-        room = MetadataSizes(size, 0, size, _power(max(2 * entries, LEAST_PAGES * size)))
-        inputs = _Inputs(self._steps.make_metadata(room))
-        inputs.fill(packed)
+    def _capture(self, size: int, entries: int, batch: ForwardBatch) -> _CapturedStep:
+        """Capture a step of ``size`` rows, with room for at least twice ``entries`` pages."""
+        start = time.perf_counter()
+        pages = next_power_of_2(max(2 * entries, MIN_PAGES_PER_ROW * size))
+        inputs = _StepInputs(self._backend.make_metadata(MetadataSizes(decodes=size, prefills=0, tokens=size, entries=pages)))
+        inputs.fill(batch)
 
         def step() -> torch.Tensor:
-            with interface.use_attention(TritonAttention(self._pool, packed, inputs.buffers)):
+            with interface.use_attention(TritonAttention(self._pool, batch, inputs.metadata)):
                 output = self._model(
                     input_ids=inputs.tokens, position_ids=inputs.positions, use_cache=False, logits_to_keep=0
                 )
-            found: torch.Tensor = output.logits[0]
-            return found
+            step_logits: torch.Tensor = output.logits[0]
+            return step_logits
 
-        logits = self._memory_for(self._graphs.warm_up(step))
+        logits = self._logits_buffer(self._graphs.warm_up(step))
         graph = self._graphs.capture(lambda: logits.copy_(step()))
-        self._weights = self._weights or _Weights(self._model)
-        self._count += 1
-        self._seconds += time.perf_counter() - started
-        logger.debug("A decode step of %d rows was captured, with room for %d pages.", size, room.entries)
-        return _Captured(inputs, graph, logits)
+        self._weights = self._weights or _WeightAddresses(self._model)
+        self._captures += 1
+        self._capture_seconds += time.perf_counter() - start
+        logger.debug("A decode step of %d rows was captured, with room for %d pages.", size, pages)
+        return _CapturedStep(inputs, graph, logits)
 
-    def _memory_for(self, logits: torch.Tensor) -> torch.Tensor:
-        """[rows, V] like ``logits``: one memory for all rungs up to a power of two, since one is in use at a time.
+    def _logits_buffer(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return memory [rows, V] for logits, shared by all batch sizes up to the same power of two.
 
-        Logits of each rung's own would add up to gigabytes for large vocabularies.
+        Only one graph's logits are in use at a time, and buffers of their own would add up to gigabytes for large
+        vocabularies.
         """
-        most = _power(len(logits))
-        if most not in self._logits:
-            self._logits[most] = torch.empty(most, logits.shape[1], dtype=logits.dtype, device=self._pool.device)
-        return self._logits[most][: len(logits)]
+        rows = next_power_of_2(len(logits))
+        if rows not in self._logits:
+            self._logits[rows] = torch.empty(rows, logits.shape[1], dtype=logits.dtype, device=self._pool.device)
+        return self._logits[rows][: len(logits)]
 
-    def _give_up(self, error: BaseException) -> None:
-        """On graphs: for a while if memory is short, else for good."""
-        self._drop()
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    def _handle_failure(self, error: BaseException) -> None:
+        """Pause graphs if memory is short; otherwise run the model without graphs from now on."""
+        self._drop_all()
+        reason = clause(error)
         if is_out_of_memory(error):
-            self._paused = _PAUSE
-            logger.warning("Memory is short: %d decode steps go on without CUDA graphs (%s).", _PAUSE, reason)
+            self._paused = _PAUSED_STEPS
+            logger.warning(
+                "Memory is short: the next %d decode steps run without CUDA graphs (%s).", _PAUSED_STEPS, reason
+            )
         else:
             _refuse(self._model, reason)
 
-    def _forget(self, size: int) -> None:
+    def _drop(self, size: int) -> None:
+        """Destroy the graph of one batch size, if there is one."""
         captured = self._captured.pop(size, None)
         if captured is not None:
             captured.graph.reset()
             if not self._captured:
-                # torch takes memory that graphs shared for no new graph once the last of them is gone.
+                # Once no graph is left, torch lets no new graph join their memory pool.
                 self._graphs.release()
 
-    def _drop(self) -> None:
+    def _drop_all(self) -> None:
+        """Destroy all graphs and free their memory."""
         for captured in self._captured.values():
             captured.graph.reset()
         self._captured.clear()
@@ -245,38 +274,41 @@ class CudaGraphRunner(Runner):
         self._graphs.release()
 
 
-class _Inputs:
-    """What a captured step reads, at addresses that stay."""
+class _StepInputs:
+    """Inputs of a captured step, at fixed addresses."""
 
-    def __init__(self, buffers: TritonMetadata) -> None:
-        self.buffers = buffers
-        self._host = np.zeros((1, buffers.room.tokens), np.int64)
-        self.tokens, self.positions = torch.zeros(
-            (2, 1, buffers.room.tokens), dtype=torch.int64, device=buffers.slabs.pool.device
-        )
-        """[1, rows] each; 0 for padding."""
+    def __init__(self, metadata: TritonMetadata) -> None:
+        self.metadata = metadata
+        shape = (1, metadata.room.tokens)
+        device = metadata.slabs.pool.device
+        self._host_positions = np.zeros(shape, np.int64)
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        """[1, rows] token ids; 0 for padding."""
+        self.positions = torch.zeros(shape, dtype=torch.int64, device=device)
+        """[1, rows] position ids; 0 for padding."""
 
-    def fill(self, packed: ForwardBatch) -> None:
-        """Takes a forward in which all rows decode."""
-        self.buffers.fill(packed)
-        rows = len(packed.tokens)
-        self._host[0, :rows], self._host[0, rows:] = packed.prefix_lens, 0
-        upload(self._host, self.positions)
-        # Tokens are on the device; the host may not know them yet.
-        self.tokens[0, :rows] = packed.tokens
+    def fill(self, batch: ForwardBatch) -> None:
+        """Copy in a batch in which all sequences decode."""
+        self.metadata.fill(batch)
+        rows = len(batch.tokens)
+        self._host_positions[0, :rows] = batch.prefix_lens
+        self._host_positions[0, rows:] = 0
+        upload(self._host_positions, self.positions)
+        # A copy on the device: the host may not know the token ids yet.
+        self.tokens[0, :rows] = batch.tokens
         self.tokens[0, rows:] = 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Captured:
-    inputs: _Inputs
+class _CapturedStep:
+    inputs: _StepInputs
     graph: Graph
     logits: torch.Tensor
     """[rows, V], written by a replay."""
 
 
-class _Weights:
-    """Where a model's parameters and buffers lie."""
+class _WeightAddresses:
+    """Addresses of a model's parameters and buffers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._holders: list[tuple[dict[str, Any], str]] = [
@@ -285,28 +317,23 @@ class _Weights:
             for holder in (module._parameters, module._buffers)
             for name in holder
         ]
-        self._places = self._now()
+        self._addresses = self._current()
 
     @property
     def moved(self) -> bool:
-        return self._now() != self._places
+        return self._current() != self._addresses
 
-    def _now(self) -> list[int]:
+    def _current(self) -> list[int]:
         tensors = (holder.get(name) for holder, name in self._holders)
         return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _power(size: int) -> int:
-    """The power of two that is not below ``size``."""
-    return 1 << (size - 1).bit_length()
+def _root_cause(error: BaseException) -> BaseException:
+    """Return the first error of a chain, out-of-memory errors before all others.
 
-
-def _cause(error: BaseException) -> BaseException:
-    """What went wrong first, want of memory before all else: ending a capture that has failed raises once more."""
+    Ending a failed capture raises a second error.
+    """
     chain = [error]
-    while (before := chain[-1].__context__) is not None:
-        chain.append(before)
+    while (context := chain[-1].__context__) is not None:
+        chain.append(context)
     return next(filter(is_out_of_memory, chain), chain[-1])
-
-
-# -- on a GPU --------------------------------------------------------------------------------------------

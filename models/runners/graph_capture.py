@@ -1,4 +1,4 @@
-"""Capture of steps in CUDA graphs: what a driver may do to a capture, and the memory that captures share."""
+"""Capture decode steps in CUDA graphs, recover from captures that the driver aborts, and share their memory."""
 
 from __future__ import annotations
 
@@ -11,53 +11,53 @@ from typing import Any, Protocol
 
 import torch
 
-#: Graphs whose captures the driver has broken off, see `CudaGraphs`.
-_broken_off: list[torch.cuda.CUDAGraph] = []
+#: Graphs whose captures the driver aborted, kept alive for the rest of the process; see `CudaGraphs._discard`.
+_aborted: list[torch.cuda.CUDAGraph] = []
 
 
 class Graph(Protocol):
     """One captured step."""
 
     def replay(self) -> None:
-        """Launches it in the order of the device's current stream."""
+        """Launch the step on the device's current stream."""
 
     def reset(self) -> None:
-        """Lets go of it, after the last replay has come to its end."""
+        """Destroy the graph after its last replay has finished."""
 
 
 class Graphs(Protocol):
-    """Captures steps. All share one memory for what is alive only within a step."""
+    """Captures steps in graphs that share one memory pool for intermediate tensors."""
 
     @property
     def bytes_kept(self) -> int:
-        """What that memory takes."""
+        """Size of the shared memory pool."""
         ...
 
     def warm_up(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Runs ``step`` as it will be captured; returns its result, to be looked at for its shape and dtype alone.
+        """Run ``step`` as it will be captured; return its result, of which only shape and dtype are meaningful.
 
         Raises:
-            RuntimeError: it fails, or it waits for the device, which nothing in a graph can do.
+            RuntimeError: the step failed, or it synchronizes with the device, which a graph cannot do.
         """
         ...
 
     def capture(self, step: Callable[[], object]) -> Graph:
-        """The launches of ``step``, which are not carried out now.
+        """Capture the launches of ``step`` without running them.
 
         Raises:
-            RuntimeError: they cannot be captured.
+            RuntimeError: the launches cannot be captured.
         """
         ...
 
     def release(self) -> None:
-        """Gives all memory back; all graphs have been reset. The next ones share another."""
+        """Free the shared memory pool, after all graphs were reset; later captures create a new pool."""
 
 
 class CudaGraphs:
-    """See `Graphs`.
+    """Implements `Graphs` on a GPU.
 
-    A capture that the driver breaks off costs what is done about it in `_end`, and its graph for good. So a step is
-    tried out first, with torch's own watch for calls that wait for the device, which is what breaks captures off.
+    A capture that the driver aborts leaks its graph and needs the repair in `_discard`. Calls that synchronize are
+    what aborts captures, so the warm-up runs under torch's synchronization debug mode to find them first.
 
     Args:
         device: of the pool and the model.
@@ -70,66 +70,67 @@ class CudaGraphs:
 
     def warm_up(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
         """See `Graphs.warm_up`."""
-        current, aside = torch.cuda.current_stream(self._device), _stream(self._device)
-        aside.wait_stream(current)
-        # Libraries take memory of their own for each stream, once: now, and not from the graphs' shared one.
+        current, capture_stream = torch.cuda.current_stream(self._device), _stream(self._device)
+        capture_stream.wait_stream(current)
+        # Libraries allocate a workspace at their first call on a stream: do that here, outside the shared pool.
         try:
-            with torch.cuda.stream(aside):
-                step()  # kernels are compiled and loaded, which may wait
-                with _seeing_waits() as waits:
+            with torch.cuda.stream(capture_stream):
+                step()  # compiles and loads kernels, which may synchronize
+                with _recording_syncs() as syncs:
                     result = step()
         finally:
-            # Also what a step that failed has launched reads buffers that will be let go of.
-            current.wait_stream(aside)
-        if waits:
-            raise RuntimeError(f"its forward waits for the device ({waits[0]})")
+            # Launches of a failed step too read buffers that are freed soon.
+            current.wait_stream(capture_stream)
+        if syncs:
+            raise RuntimeError(f"its forward waits for the device ({syncs[0]})")
         return result
 
     def capture(self, step: Callable[[], object]) -> _CudaGraph:
         """See `Graphs.capture`."""
         graph = torch.cuda.CUDAGraph()
-        # torch leaves the stream of a capture that fails as the current one.
+        # After a failed capture torch leaves the capture stream current; this restores the caller's.
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
             if self._memory is None:
                 self._memory = torch.cuda.graph_pool_handle()
-            # As entering a capture does, so that what is there before and after can be compared.
+            # torch empties the cache when a capture begins; do so first, so that the two readings compare.
             torch.cuda.empty_cache()
-            before = torch.cuda.memory_reserved(self._device)
+            reserved = torch.cuda.memory_reserved(self._device)
             try:
-                # Other threads, a trainer's, may go on using the device.
+                # thread_local: other threads, such as a trainer's, may keep using the device.
                 with torch.cuda.graph(
                     graph, pool=self._memory, stream=_stream(self._device), capture_error_mode="thread_local"
                 ):
                     step()
             except BaseException:
-                self._end(graph)
+                self._discard(graph)
                 raise
-        self.bytes_kept += torch.cuda.memory_reserved(self._device) - before
+        self.bytes_kept += torch.cuda.memory_reserved(self._device) - reserved
         return _CudaGraph(graph, self._device)
 
-    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Lets go of a graph whose capture failed, on the current device.
+    def _discard(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Discard a graph whose capture failed, on the current device.
 
-        Of a capture that the driver has broken off, torch's allocator is not told that it is over (torch 2.11 to 2.13,
-        ``CUDAGraph::capture_end``): for the rest of the process it would neither give back what it caches nor reuse
-        what other streams have used.
+        torch does not tell its allocator that an aborted capture has ended (torch 2.11 to 2.13,
+        ``CUDAGraph::capture_end``). For the rest of the process the allocator would neither free cached memory nor
+        reuse memory that other streams have used, so this ends the capture in the allocator by hand.
         """
         try:
             graph.pool()
-        except RuntimeError:  # it has one only when its capture was ended
+        except RuntimeError:  # only a graph whose capture ended has a pool
             device = torch.cuda.current_device()
             torch._C._cuda_endAllocateToPool(device, self._memory)
             torch._C._cuda_releasePool(device, self._memory)
-            # What the allocator of pinned memory cannot be told, and asks at every turn, is the graph itself.
-            _broken_off.append(graph)
+            # The allocator of pinned memory keeps querying the graph and cannot be told to stop.
+            _aborted.append(graph)
         else:
             graph.reset()
 
     def release(self) -> None:
         """See `Graphs.release`."""
         if self._memory is not None:
-            self._memory, self.bytes_kept = None, 0
-            # Blocks of a pool that no graph uses serve nobody until they are given back.
+            self._memory = None
+            self.bytes_kept = 0
+            # The allocator reuses blocks of a pool without graphs only after its cache was emptied.
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
 
@@ -151,20 +152,20 @@ class _CudaGraph:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The only one for captures: libraries keep memory for each stream that they have been called on."""
+    """Return the device's only capture stream; libraries keep a workspace for every stream that they ran on."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
-def _seeing_waits() -> Iterator[list[str]]:
-    """Collects the places of calls that wait for the device. Warnings and not errors, which would hit other threads."""
-    places: list[str] = []
+def _recording_syncs() -> Iterator[list[str]]:
+    """Collect the source lines of calls that synchronize, as warnings: errors would also hit other threads."""
+    syncs: list[str] = []
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield places
+            yield syncs
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    places += [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
+    syncs += [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]

@@ -1,4 +1,4 @@
-"""The first tier: attention goes through transformers' interface, and all new tokens are packed into one row."""
+"""Packed strategy: the new tokens of all sequences form one row; attention runs in an attention backend."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rollout.models.runners.base import Runner, RunStrategy
 
 
 class PackedStrategy(RunStrategy):
-    """Families whose modules call attention through transformers' ``AttentionInterface``."""
+    """Runs families whose modules call attention through transformers' ``AttentionInterface``."""
 
     name: ClassVar[str] = "packed"
 
@@ -52,46 +52,50 @@ class PackedStrategy(RunStrategy):
 
     def runner(self, pool: PagePool) -> Runner:
         """See `RunStrategy.runner`."""
-        steps = select_backend(self.choice, pool)
-        eager = PackedRunner(self.model, pool, steps)
-        # Decode steps, which Triton's kernels may serve beside a library.
-        if pool.device.type == "cuda" and steps.name.endswith("triton"):
-            # Triton comes with torch's builds for GPUs, and with no other.
+        backend = select_backend(self.choice, pool)
+        eager = PackedRunner(self.model, pool, backend)
+        # Triton's kernels serve decode steps, also where a library prefills.
+        if pool.device.type == "cuda" and backend.name.endswith("triton"):
+            # Only torch's GPU builds ship Triton.
             from rollout.models.runners.cuda_graphs import with_cuda_graphs
 
-            return with_cuda_graphs(eager, self.model, steps, self._borrowed)
+            return with_cuda_graphs(eager=eager, model=self.model, backend=backend, borrowed=self._borrowed)
         return eager
 
 
 class PackedRunner(Runner):
-    """Runs a module, through whatever wraps it, with all new tokens in one row ``[1, T]``.
+    """Runs a module, wrapped or not, with all new tokens in one row ``[1, T]``.
 
     Args:
-        model: on loan while `forward` runs.
-        pool: where keys and values lie.
-        steps: how they are written and read.
+        model: borrowed while `forward` runs.
+        pool: holds keys and values.
+        backend: writes keys and values, and attends to them.
     """
 
-    def __init__(self, model: nn.Module, pool: PagePool, steps: AttentionBackend) -> None:
+    def __init__(self, model: nn.Module, pool: PagePool, backend: AttentionBackend) -> None:
         self._model = model
-        self._pool, self._steps = pool, steps
-        self.attention = steps.name
+        self._pool = pool
+        self._backend = backend
+        self.attention = backend.name
         self._device = output_device(model)
 
-    def forward(self, packed: ForwardBatch) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """See `Runner.forward`."""
-        last = packed.offsets + packed.query_lens - 1
-        texts = use_sequence_lengths(np.repeat(packed.full_lens, packed.query_lens)[None])
-        with interface.use_attention(self._steps(self._pool, packed)), texts:
+        last = batch.offsets + batch.query_lens - 1
+        lengths = use_sequence_lengths(np.repeat(batch.full_lens, batch.query_lens)[None])
+        with interface.use_attention(self._backend(self._pool, batch)), lengths:
             output = self._model(
-                input_ids=packed.tokens[None],
-                position_ids=uploaded(packed.positions[None], self._device),
+                input_ids=batch.tokens[None],
+                position_ids=uploaded(batch.positions[None], self._device),
                 use_cache=False,
-                logits_to_keep=self._kept(last) if len(last) < len(packed.tokens) else 0,
+                logits_to_keep=self._logits_to_keep(last) if len(last) < len(batch.tokens) else 0,
             )
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _kept(self, last: IntArray) -> torch.Tensor | list[int]:
-        """Indices among the last layer's tokens: a tensor would be taken to the first layer's device, a list is not."""
+    def _logits_to_keep(self, last: IntArray) -> torch.Tensor | list[int]:
+        """Return the token indices to compute logits for: a list if the model spans several devices.
+
+        accelerate would move a tensor to the device of the first layer, while logits are on that of the last.
+        """
         return uploaded(last, self._device) if len(self._pool.device_pools) == 1 else last.tolist()

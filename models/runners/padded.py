@@ -1,13 +1,12 @@
-"""The universal tier: the model's own attention runs, over keys and values that a cache gathers from pages.
+"""Padded strategy: the model's own attention code runs over keys and values gathered from pages.
 
-For families that compute attention on their own. The sequences of a forward are left-padded to one length, as in a
-batch of ``generate``; the model builds its own masks and biases from the padding mask, and its attention
-layers store and read through the cache.
+For families that do not call transformers' attention interface. The sequences of a forward are left-padded to one
+length, as ``generate`` pads a batch. The model builds its masks and biases from the padding mask, and its attention
+layers store and read keys and values through the cache.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -24,20 +23,26 @@ from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool, Slots
 from rollout.models.module.borrow import BorrowedModule
-from rollout.models.module.inspect import family_name, output_device, refuse_recurrent, unwrap_model, vocabulary_size
+from rollout.models.module.inspect import (
+    family_name,
+    forward_parameters,
+    output_device,
+    refuse_recurrent,
+    vocabulary_size,
+)
 from rollout.models.module.rope import Rotary, use_sequence_lengths
-from rollout.models.runners.base import Runner, RunStrategy
+from rollout.models.runners.base import Runner, RunStrategy, merge_logits
 
 _PAGE_SIZE = 16
 _PROBE_TOKENS = 5
-#: A sequence joins a batch only while it is at least this share of its longest, in new tokens and in all.
+#: A sequence joins a batch only if its query and its whole length are at least this share of the batch's longest.
 _BATCH_FILL = 0.6
-#: What the gathered keys and values of one site and batch may take; each further batch reads the weights again.
+#: Limit on the gathered keys and values of one layer and batch; every further batch reads the weights again.
 _BATCH_BYTES = 256 << 20
 
 
 class PaddedStrategy(RunStrategy):
-    """Families that store keys and values through the cache they are given, and mask by padding."""
+    """Runs families that store keys and values through the cache argument and mask by padding."""
 
     name: ClassVar[str] = "padded"
     chooses_attention: ClassVar[bool] = False
@@ -51,12 +56,13 @@ class PaddedStrategy(RunStrategy):
         """See `RunStrategy.kv_layout`."""
         cache = _RecordingCache(_PROBE_TOKENS)
         positions = torch.arange(_PROBE_TOKENS, device=output_device(self.model))[None]
+        ids = positions % vocabulary_size(self.model)
         with self.borrow():
-            _Forward(self.model)(positions % vocabulary_size(self.model), torch.ones_like(positions), positions, cache)
+            _Forward(self.model)(ids=ids, mask=torch.ones_like(positions), positions=positions, cache=cache)
         return replace(cache.layout(family_name(self.model)), boundary=Rotary(self.model).boundary)
 
     def borrow(self) -> AbstractContextManager[None]:
-        """See `RunStrategy.borrow`; the attention implementation stays the module's own."""
+        """See `RunStrategy.borrow`; the model keeps its attention implementation."""
         return self._borrowed.borrow()
 
     def runner(self, pool: PagePool) -> PaddedRunner:
@@ -65,7 +71,7 @@ class PaddedStrategy(RunStrategy):
 
 
 class PaddedRunner(Runner):
-    """Runs a module, through whatever wraps it, with sequences of similar length side by side ``[b, t]``."""
+    """Runs a module, wrapped or not, with sequences of similar length side by side ``[b, t]``."""
 
     attention = "own"
 
@@ -73,92 +79,92 @@ class PaddedRunner(Runner):
         self._run = _Forward(model)
         self._pool = pool
         self._device = output_device(model)
-        self._token_bytes = pool.layout.dtype.itemsize * max(
-            site.kv_heads * (site.key_dim + site.value_dim) for site in pool.layout.layers
-        )
+        self._token_bytes = pool.layout.dtype.itemsize * max(layer.elements for layer in pool.layout.layers)
 
-    def forward(self, packed: ForwardBatch) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """See `Runner.forward`."""
         outputs = []
-        batches = list(self._batches(packed))
-        for sequences in batches:
-            batch = _Batch.of(packed, sequences, self._pool.layout.page_size)
-            cache = _GatheringCache(self._pool, batch)
-            sources, mask, positions = (
-                uploaded(array, self._device) for array in (batch.sources, batch.mask, batch.positions)
-            )
-            with use_sequence_lengths(packed.full_lens[sequences, None]):
-                outputs.append(self._run(packed.tokens[sources], mask, positions, cache))
-        logits = outputs[0].new_empty(len(packed.query_lens), outputs[0].shape[-1])
-        for sequences, output in zip(batches, outputs, strict=True):
-            logits[uploaded(sequences, self._device)] = output
-        return logits
+        groups = list(self._batches(batch))
+        for sequences in groups:
+            padded = _PaddedBatch.of(batch, sequences, self._pool.layout.page_size)
+            sources = uploaded(padded.sources, self._device)
+            with use_sequence_lengths(batch.full_lens[sequences, None]):
+                logits = self._run(
+                    ids=batch.tokens[sources],
+                    mask=uploaded(padded.mask, self._device),
+                    positions=uploaded(padded.positions, self._device),
+                    cache=_GatheringCache(self._pool, padded),
+                )
+            outputs.append(logits)
+        return merge_logits(outputs, groups)
 
-    def _batches(self, packed: ForwardBatch) -> Iterator[IntArray]:
-        """Sequences to be computed together, all sequences in the end."""
-        order = np.lexsort((-packed.seq_lens, -packed.query_lens))
+    def _batches(self, batch: ForwardBatch) -> Iterator[IntArray]:
+        """Group the sequences into padded batches; yield the indices of each group."""
+        order = np.lexsort((-batch.seq_lens, -batch.query_lens))
         while len(order):
-            lengths, ends = packed.query_lens[order], packed.seq_lens[order]
-            longest = np.maximum.accumulate(ends)
+            queries, keys = batch.query_lens[order], batch.seq_lens[order]
+            longest = np.maximum.accumulate(keys)
             fits = np.arange(1, len(order) + 1) * longest * self._token_bytes <= _BATCH_BYTES
-            alike = (lengths >= _BATCH_FILL * lengths[0]) & (np.minimum.accumulate(ends) >= _BATCH_FILL * longest)
-            count = max(1, int(np.argmin(np.append(fits & alike, False))))
+            similar = (queries >= _BATCH_FILL * queries[0]) & (np.minimum.accumulate(keys) >= _BATCH_FILL * longest)
+            count = max(1, int(np.argmin(np.append(fits & similar, False))))
             yield order[:count]
             order = order[count:]
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """Sequences left-padded to the longest: b of them, t queries and n keys each."""
+class _PaddedBatch:
+    """Sequences left-padded to the longest: b of them, with t queries and n keys each."""
 
     sources: IntArray
-    """[b, t] which of the forward's new tokens stand there; what stands in the padding does not matter."""
+    """[b, t] index into the forward's new tokens; arbitrary in the padding."""
     positions: IntArray
-    """[b, t], 0 in the padding."""
+    """[b, t] position of each query; 0 in the padding."""
     mask: IntArray
-    """[b, n], 1 where there is a token and 0 in the padding."""
+    """[b, n] 1 for a token, 0 for padding."""
     new: IntArray
-    """[new tokens] which of the b * t queries are no padding."""
+    """[new tokens] indices of the b * t queries that are not padding."""
     writes: IntArray
-    """[new tokens] slots where their keys and values go."""
+    """[new tokens] slots to write keys and values to."""
     reads: IntArray
-    """[b * n] slots to gather. In the padding, the sequence's first: its values are finite where the others are."""
+    """[b * n] slots to gather. Padding reads the sequence's first slot, whose values are as finite as the others."""
 
     @classmethod
-    def of(cls, packed: ForwardBatch, sequences: IntArray, page_size: int) -> _Batch:
-        tables, lengths, ends = packed.page_tables[sequences], packed.query_lens[sequences], packed.seq_lens[sequences]
-        most_queries, most_keys = int(lengths.max()), int(ends.max())
-        keys = np.arange(most_keys) - (most_keys - ends)[:, None]
+    def of(cls, batch: ForwardBatch, sequences: IntArray, page_size: int) -> _PaddedBatch:
+        """Pad some sequences of a forward."""
+        tables = batch.page_tables[sequences]
+        query_lens, seq_lens = batch.query_lens[sequences], batch.seq_lens[sequences]
+        max_queries, max_keys = int(query_lens.max()), int(seq_lens.max())
+        keys = np.arange(max_keys) - (max_keys - seq_lens)[:, None]
         held = np.maximum(keys, 0)
         slots = tables[np.arange(len(sequences))[:, None], held // page_size] * page_size + held % page_size
-        columns = np.arange(most_queries) - (most_queries - lengths)[:, None]
-        real = columns >= 0
+        columns = np.arange(max_queries) - (max_queries - query_lens)[:, None]
+        is_token = columns >= 0
         return cls(
-            sources=packed.offsets[sequences, None] + np.maximum(columns, 0),
-            positions=np.maximum(keys[:, -most_queries:], 0),
+            sources=batch.offsets[sequences, None] + np.maximum(columns, 0),
+            positions=np.maximum(keys[:, -max_queries:], 0),
             mask=(keys >= 0).astype(np.int64),
-            new=np.flatnonzero(real),
-            writes=slots[:, -most_queries:][real],
+            new=np.flatnonzero(is_token),
+            writes=slots[:, -max_queries:][is_token],
             reads=slots.ravel(),
         )
 
 
 class _Forward:
-    """Calls a model with the arguments that its family takes."""
+    """Calls a model with the arguments that its forward accepts."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._named = set(inspect.signature(unwrap_model(model).forward).parameters)
+        self._accepted = forward_parameters(model)
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: _Cache) -> torch.Tensor:
-        """Logits [b, V] of the last of the new tokens ids [b, t] at positions [b, t], under mask [b, n]."""
-        arguments = {"position_ids": positions, "logits_to_keep": 1}
+        """Return logits [b, V] of the last new token; ids and positions are [b, t], mask is [b, n]."""
+        optional = {"position_ids": positions, "logits_to_keep": 1}
         output = self._model(
             input_ids=ids,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
-            **{name: value for name, value in arguments.items() if name in self._named},
+            **{name: value for name, value in optional.items() if name in self._accepted},
         )
         cache.finish()
         logits: torch.Tensor = output.logits[:, -1]
@@ -166,112 +172,129 @@ class _Forward:
 
 
 class _Cache:
-    """What attention layers ask of a transformers cache; not one itself, lest it be taken for one of known kind.
+    """The parts of transformers' cache interface that attention layers call.
+
+    Not a subclass of transformers' cache, so that no model mistakes it for a known kind.
 
     Args:
-        queries, keys: new tokens of each sequence in this forward, and all its tokens, padding included.
+        queries: new tokens of each sequence in this forward, padding included.
+        keys: all tokens of each sequence, padding included.
     """
 
     is_compileable = False
 
     def __init__(self, queries: int, keys: int) -> None:
-        self._queries, self._keys = queries, keys
+        self._queries = queries
+        self._keys = keys
         self._updated: list[int] = []
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens stored by a layer, padding included: it counts those of this forward as soon as it has them."""
+        """Return the tokens stored by a layer, padding included; counts this forward's once they are stored."""
         return self._keys if layer_idx in self._updated else self._keys - self._queries
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Where the new tokens begin among the keys."""
+        """Return the index of the first new token among the keys."""
         return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
-        """Columns of the mask, and which key is the first."""
+        """Return the number of mask columns and the index of the first key."""
         return self._keys, 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores [b, kv_heads, t, dim]; returns all, [b, kv_heads, n, dim], contiguous as families expect it."""
+        """Store [b, kv_heads, t, dim]; return all keys and values [b, kv_heads, n, dim], contiguous."""
         self._updated.append(layer_idx)
         return self.exchange(len(self._updated) - 1, key_states, value_states)
 
-    def exchange(self, site: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores and returns what `update` says, for the call number ``site``."""
+    def exchange(self, call: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Implement `update` for the attention layer with this number in call order."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """The forward is over."""
+        """Check the calls after the forward."""
 
 
 class _RecordingCache(_Cache):
-    """Learns what is stored, from a forward of one sequence that has nothing stored."""
+    """Records what a model stores in one forward of one new sequence."""
 
     def __init__(self, tokens: int) -> None:
-        super().__init__(tokens, tokens)
-        self._sites: list[AttentionLayer] = []
+        super().__init__(queries=tokens, keys=tokens)
+        self._layers: list[AttentionLayer] = []
         self._dtypes: set[torch.dtype] = set()
-        self._odd: list[str] = []
+        self._unknown_shapes: list[str] = []
 
-    def exchange(self, site: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
-        for stored in (keys, values):
-            if stored.ndim != 4 or stored.shape[0] != 1 or stored.shape[1:3] != (keys.shape[1], self._queries):
-                self._odd.append(str(tuple(stored.shape)))
-        self._sites.append(
-            AttentionLayer(None, keys.shape[1], keys.shape[-1], values.shape[-1], MaskKind(), values.device)
+    def exchange(self, call: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
+        for states in (keys, values):
+            if states.ndim != 4 or states.shape[0] != 1 or states.shape[1:3] != (keys.shape[1], self._queries):
+                self._unknown_shapes.append(str(tuple(states.shape)))
+        self._layers.append(
+            AttentionLayer(
+                module=None,
+                kv_heads=keys.shape[1],
+                key_dim=keys.shape[-1],
+                value_dim=values.shape[-1],
+                mask_kind=MaskKind(),
+                device=values.device,
+            )
         )
         self._dtypes.add(values.dtype)
         return keys.contiguous(), values.contiguous()
 
     def layout(self, family: str) -> KVLayout:
-        """What was learnt.
+        """Return the recorded layout.
 
         Raises:
-            UnsupportedModel: nothing was stored, or in shapes that have no place in pages.
+            UnsupportedModel: the model stored nothing, or shapes or dtypes that pages cannot hold.
         """
-        if not self._sites:
+        if not self._layers:
             raise UnsupportedModel(f"{family} stores no keys and values in the cache that it is given.")
-        if self._odd:
-            raise UnsupportedModel(f"{family} stores keys and values of unknown shape: {self._odd[0]}.")
+        if self._unknown_shapes:
+            raise UnsupportedModel(f"{family} stores keys and values of unknown shape: {self._unknown_shapes[0]}.")
         if len(self._dtypes) != 1:
             raise UnsupportedModel(f"{family} has values of several dtypes: {sorted(map(str, self._dtypes))}.")
-        return KVLayout(tuple(self._sites), next(iter(self._dtypes)), _PAGE_SIZE)
+        return KVLayout(layers=tuple(self._layers), dtype=next(iter(self._dtypes)), page_size=_PAGE_SIZE)
 
 
 class _GatheringCache(_Cache):
-    """Stores to pages, and gathers from them."""
+    """Writes new keys and values to pages and gathers all of them from pages."""
 
-    def __init__(self, pool: PagePool, batch: _Batch) -> None:
-        super().__init__(batch.sources.shape[1], batch.mask.shape[1])
+    def __init__(self, pool: PagePool, batch: _PaddedBatch) -> None:
+        super().__init__(queries=batch.sources.shape[1], keys=batch.mask.shape[1])
         self._slots = [(Slots.of(part, batch.writes), Slots.of(part, batch.reads)) for part in pool.device_pools]
-        # The queries that are no padding; all of them in most forwards, and then None.
-        some = len(batch.new) < batch.sources.size
-        self._new = [uploaded(batch.new, part.device) if some else None for part in pool.device_pools]
+        # None if no query is padding, as in most forwards.
+        has_padding = len(batch.new) < batch.sources.size
+        self._new = [uploaded(batch.new, part.device) if has_padding else None for part in pool.device_pools]
         self._layer_locations = pool.layer_locations
 
-    def exchange(self, site: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if site >= len(self._layer_locations):
-            raise RuntimeError("The model stores more often than the probe saw.")
-        part, index = self._layer_locations[site]
+    def exchange(self, call: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if call >= len(self._layer_locations):
+            raise RuntimeError(
+                f"The model stored keys and values more often than the {len(self._layer_locations)} times that the probe saw."
+            )
+        part, index = self._layer_locations[call]
         writes, reads = self._slots[part]
-        writes.write(index, *(self._rows(states, self._new[part]) for states in (keys, values)))
-        stored = zip(reads.read(index), (keys, values), strict=True)
-        # The model goes on in its own dtypes: under autocast keys may be wider than what is kept.
-        gathered = [
-            rows.view(len(new), self._keys, *rows.shape[1:]).transpose(1, 2).to(new.dtype).contiguous()
-            for rows, new in stored
-        ]
-        return gathered[0], gathered[1]
+        writes.write(index, self._new_tokens(keys, part), self._new_tokens(values, part))
+        stored_keys, stored_values = reads.read(index)
+        return self._side_by_side(stored_keys, keys), self._side_by_side(stored_values, values)
 
-    @staticmethod
-    def _rows(states: torch.Tensor, new: torch.Tensor | None) -> torch.Tensor:
-        """[b, kv_heads, t, dim] to [new tokens, kv_heads, dim]."""
-        rows = states.transpose(1, 2).flatten(0, 1)
-        return rows if new is None else rows.index_select(0, new)
+    def _new_tokens(self, states: torch.Tensor, part: int) -> torch.Tensor:
+        """Reorder [b, kv_heads, t, dim] to [new tokens, kv_heads, dim]."""
+        tokens = states.transpose(1, 2).flatten(0, 1)
+        new = self._new[part]
+        return tokens if new is None else tokens.index_select(0, new)
+
+    def _side_by_side(self, stored: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Reorder [b * n, kv_heads, dim] to [b, kv_heads, n, dim] in the dtype of ``states``.
+
+        Under autocast the model's keys may be wider than the stored ones.
+        """
+        sequences = stored.view(len(states), self._keys, *stored.shape[1:])
+        return sequences.transpose(1, 2).to(states.dtype).contiguous()
 
     def finish(self) -> None:
         if len(self._updated) != len(self._layer_locations):
             raise RuntimeError(
-                f"The model stored {len(self._updated)} times, not {len(self._layer_locations)} as the probe saw."
+                f"The model stored keys and values {len(self._updated)} times, not {len(self._layer_locations)} times as the "
+                "probe saw."
             )

@@ -1,4 +1,4 @@
-"""A check at start that pages give the model's own numbers: what the probe cannot see must not pass silently."""
+"""Check at start-up that a strategy reproduces the model's own logits, to catch what the probe cannot see."""
 
 from __future__ import annotations
 
@@ -15,45 +15,42 @@ from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.module.inspect import family_name, output_device, vocabulary_size
 from rollout.models.runners.base import RunStrategy
 
-#: Tokens of the sequences, which are computed side by side, and of each those that are computed after the
-#: first prefill: first all but the last of these, then the last by itself.
+#: Tokens of each of the two sequences of the check, which run side by side.
 _LENGTHS = (24, 17)
-_LATER = (6, 4)
-#: The same where contexts are computed whole: two decodes.
-_LATER_WHOLE = (2, 2)
-#: Largest distance of logits, relative to their size. A model whose state is not in pages is off by its whole
-#: size; a mixture of experts in half precision can route a token differently.
+#: Tokens of each sequence that run after its first prefill: all but the last as a second prefill, then the last alone.
+_LATER_TOKENS = (6, 4)
+#: The same for strategies that prefill whole contexts: two decodes.
+_LATER_TOKENS_WHOLE_CONTEXT = (2, 2)
+#: Largest distance of the logits, relative to their norm. A model with state outside the pages is off by its whole
+#: norm; a mixture of experts in half precision can route a token differently.
 _TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}
 _HALF_TOLERANCE = 0.3
 
 
 @dataclass(frozen=True, slots=True)
-class _Trial:
-    """One sequence: its tokens, its pages, and where its three forwards end."""
+class _Sequence:
+    """One sequence of the check."""
 
     ids: IntArray
+    """[tokens] token ids."""
     pages: IntArray
+    """[pages] page ids."""
     ends: tuple[int, int, int]
+    """Tokens computed after each of the three forwards."""
 
 
-def check_parity(tier: RunStrategy) -> None:
-    """Compares two sequences, each in three forwards, with what the model gives by itself.
+def check_parity(strategy: RunStrategy) -> None:
+    """Compare two sequences, each in three forwards, with the model's own logits.
 
     Raises:
         UnsupportedModel: they differ by more than rounding.
     """
-    model, layout = tier.model, tier.kv_layout()
-    vocabulary = vocabulary_size(model)
-    trials: list[_Trial] = []
-    laters = _LATER_WHOLE if tier.whole_contexts else _LATER
-    for number, (length, later) in enumerate(zip(_LENGTHS, laters, strict=True)):
-        first = sum(len(trial.pages) for trial in trials)
-        pages = np.arange(first, first + layout.pages_for(length))
-        ids = np.arange(3, 3 + length) * (7 + 4 * number) % vocabulary
-        trials.append(_Trial(ids, pages, (length - later, length - 1, length)))
-    theirs = torch.stack([tier.reference_logits(trial.ids, trial.ends).float() for trial in trials], 1)
-    ours = _logits_over_pages(tier, trials, layout)
-    distance = float(((ours - theirs).norm(dim=(0, 2)) / theirs.norm(dim=(0, 2))).max())
+    model = strategy.model
+    layout = strategy.kv_layout()
+    sequences = _sequences(layout, vocabulary_size(model), strategy.prefills_whole_context)
+    expected = torch.stack([strategy.reference_logits(s.ids, s.ends).float() for s in sequences], 1)
+    found = _paged_logits(strategy, sequences, layout)
+    distance = float(((found - expected).norm(dim=(0, 2)) / expected.norm(dim=(0, 2))).max())
     tolerance = _TOLERANCE.get(layout.dtype, _HALF_TOLERANCE)
     if not distance <= tolerance:
         raise UnsupportedModel(
@@ -62,29 +59,49 @@ def check_parity(tier: RunStrategy) -> None:
         )
 
 
-def _logits_over_pages(tier: RunStrategy, trials: list[_Trial], layout: KVLayout) -> torch.Tensor:
-    """[forwards, sequences, V] of the last token of each forward."""
-    pages = sum(len(trial.pages) for trial in trials)
-    pool = PagePool(layout, pages, output_device(tier.model), len(trials))
+def _sequences(layout: KVLayout, vocabulary: int, prefills_whole_context: bool) -> list[_Sequence]:
+    """Build the sequences of the check, with consecutive pages."""
+    sequences = []
+    first_page = 0
+    later_tokens = _LATER_TOKENS_WHOLE_CONTEXT if prefills_whole_context else _LATER_TOKENS
+    for number, (length, later) in enumerate(zip(_LENGTHS, later_tokens, strict=True)):
+        pages = np.arange(first_page, first_page + layout.pages_for(length))
+        ids = np.arange(3, 3 + length) * (7 + 4 * number) % vocabulary
+        sequences.append(_Sequence(ids=ids, pages=pages, ends=(length - later, length - 1, length)))
+        first_page += len(pages)
+    return sequences
+
+
+def _paged_logits(strategy: RunStrategy, sequences: list[_Sequence], layout: KVLayout) -> torch.Tensor:
+    """Return logits [forwards, sequences, V] of the last token of each forward."""
+    pages = sum(len(sequence.pages) for sequence in sequences)
+    pool = PagePool(layout, pages, output_device(strategy.model), len(sequences))
     states = np.zeros(0, np.int64)
     if pages:
         pool.grow()
     if layout.states:
         pool.states.grow()
-        # Not in the order of the sequences, which would be right even if nobody looked at it.
-        states = pool.states.allocate(len(trials))[::-1].copy()
-    runner, logits = tier.runner(pool), []
-    tables = np.zeros((len(trials), max(len(trial.pages) for trial in trials)), np.int64)
-    for table, trial in zip(tables, trials, strict=True):
-        table[: len(trial.pages)] = trial.pages
-    starts = np.zeros(len(trials), np.int64)
+        # In reverse, so that a runner that ignores the state indices fails the check.
+        states = pool.states.allocate(len(sequences))[::-1].copy()
+    tables = np.zeros((len(sequences), max(len(sequence.pages) for sequence in sequences)), np.int64)
+    for table, sequence in zip(tables, sequences, strict=True):
+        table[: len(sequence.pages)] = sequence.pages
+    runner = strategy.runner(pool)
+    logits = []
+    starts = np.zeros(len(sequences), np.int64)
     try:
-        with tier.borrow():
-            for ends in np.array([trial.ends for trial in trials]).T:
-                ids = np.concatenate([t.ids[start:end] for t, start, end in zip(trials, starts, ends, strict=True)])
-                packed = ForwardBatch(uploaded(ids, pool.device), tables, starts, ends - starts, states=states)
-                # The next forward may overwrite them.
-                logits.append(runner.forward(packed).float().clone())
+        with strategy.borrow():
+            for ends in np.array([sequence.ends for sequence in sequences]).T:
+                ids = [s.ids[start:end] for s, start, end in zip(sequences, starts, ends, strict=True)]
+                batch = ForwardBatch(
+                    tokens=uploaded(np.concatenate(ids), pool.device),
+                    page_tables=tables,
+                    prefix_lens=starts,
+                    query_lens=ends - starts,
+                    states=states,
+                )
+                # The next forward may overwrite the logits.
+                logits.append(runner.forward(batch).float().clone())
                 starts = ends
     finally:
         runner.close()

@@ -1,12 +1,12 @@
-"""The tier for recurrent and hybrid families: states come and go through a cache, attention through pages.
+"""Recurrent strategy: recurrent states pass through a cache, and attention layers use an attention backend.
 
-Sequences of a forward do not stand in one row, where a recurrence would run on from one into the next, but side
-by side, ``[b, t]`` without padding: all that decode together, and contexts with those of the same length.
+For recurrent and hybrid families. Sequences are not packed into one row, where a recurrence would carry state from one
+sequence into the next. They run side by side, ``[b, t]`` without padding: all decoding sequences in one batch, and
+prefills of equal length in one batch each.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from rollout.models.arrays import IntArray, uploaded
+from rollout.models.arrays import IntArray, ceil_div, uploaded
 from rollout.models.attention import interface
 from rollout.models.attention.base import AttentionBackend
 from rollout.models.attention.names import AUTO
@@ -28,17 +28,17 @@ from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.kv_cache.state_pool import StateRows
 from rollout.models.module.borrow import BorrowedModule
-from rollout.models.module.inspect import family_name, output_device, unwrap_model
+from rollout.models.module.inspect import family_name, forward_parameters, output_device, unwrap_model
 from rollout.models.module.rope import Rotary, use_sequence_lengths
-from rollout.models.runners.base import Runner, RunStrategy
+from rollout.models.runners.base import Runner, RunStrategy, merge_logits
 from rollout.models.runners.state_cache import PooledStates, RecordedStates
 
 
 class RecurrentStrategy(RunStrategy):
-    """Families that keep recurrent states in transformers' cache, besides keys and values or instead of them."""
+    """Runs families that keep recurrent states in transformers' cache, with or without keys and values."""
 
     name: ClassVar[str] = "recurrent"
-    whole_contexts: ClassVar[bool] = True
+    prefills_whole_context: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, choice: str = AUTO) -> None:
         super().__init__(model, choice)
@@ -54,39 +54,48 @@ class RecurrentStrategy(RunStrategy):
         recorded = RecordedStates()
         positions = torch.arange(PROBE_TOKENS, device=output_device(self.model))[None]
         with self.borrow():
-            sites, dtype = attention_layers(self.model, **self._arguments(positions, recorded))
+            layers, dtype = attention_layers(self.model, **self._arguments(positions, recorded))
         if not recorded.states:
             raise UnsupportedModel(
                 f"{family_name(self.model)} stored no recurrent state in the cache that it was given."
             )
-        devices = recorded.devices | {site.device for site in sites}
+        devices = recorded.devices | {layer.device for layer in layers}
         if len(devices) > 1:
             raise UnsupportedModel(
                 f"{family_name(self.model)} keeps recurrent states, but lies on several devices: place it on one."
             )
-        if recorded.updates != len(sites):
+        if recorded.updates != len(layers):
             raise UnsupportedModel(
-                f"{family_name(self.model)} attends {len(sites)} times through transformers' attention interface, but "
+                f"{family_name(self.model)} attends {len(layers)} times through transformers' attention interface, but "
                 f"stores keys and values {recorded.updates} times."
             )
-        dtype = dtype or unwrap_model(self.model).dtype
-        return KVLayout(sites, dtype, PAGE_SIZE, tuple(recorded.states), Rotary(self.model).boundary)
+        return KVLayout(
+            layers=layers,
+            dtype=dtype or unwrap_model(self.model).dtype,
+            page_size=PAGE_SIZE,
+            states=tuple(recorded.states),
+            boundary=Rotary(self.model).boundary,
+        )
 
     def reference_logits(self, ids: IntArray, ends: Sequence[int]) -> torch.Tensor:
-        """See `RunStrategy.reference_logits`: as ``generate`` would, with transformers' cache.
+        """Return the logits [ends, V] that ``generate`` would compute with transformers' cache.
 
-        Its chunked and its step form of a recurrence differ by more than rounding in some families.
+        Plain forwards will not do: in some families the chunked and the single-step form of the recurrence differ by
+        more than rounding.
         """
         tokens = torch.from_numpy(ids[None]).to(output_device(self.model))
         positions = torch.arange(len(ids), device=tokens.device)[None]
-        cache, start, own = None, 0, []
+        cache = None
+        start = 0
+        logits = []
         with BorrowedModule(self.model).borrow():
             for end in ends:
                 arguments = self._arguments(positions[:, start:end], cache)
                 output = self.model(input_ids=tokens[:, start:end], **arguments)
-                own.append(output.logits[0, -1])
-                cache, start = output[self._arguments.cache], end
-        return torch.stack(own)
+                logits.append(output.logits[0, -1])
+                cache = output[self._arguments.cache]
+                start = end
+        return torch.stack(logits)
 
     def borrow(self) -> AbstractContextManager[None]:
         """See `RunStrategy.borrow`."""
@@ -102,44 +111,45 @@ class RecurrentStrategy(RunStrategy):
 
 
 class RecurrentRunner(Runner):
-    """Runs a module, through whatever wraps it, with sequences of equal length side by side ``[b, t]``.
+    """Runs a module, wrapped or not, with sequences of equal length side by side ``[b, t]``.
 
-    When a forward fails, the states of its sequences are lost: some layers may have gone on, others not.
+    After a failed forward the states of its sequences are lost: some layers may have updated theirs, others not.
 
     Args:
-        model: on loan while `forward` runs.
-        pool: where keys and values lie, and states.
-        steps: how keys and values are written and read; None where there are none.
+        model: borrowed while `forward` runs.
+        pool: holds states, keys and values.
+        backend: writes keys and values, and attends to them; None for models without attention layers.
     """
 
-    def __init__(self, model: nn.Module, pool: PagePool, steps: AttentionBackend | None) -> None:
+    def __init__(self, model: nn.Module, pool: PagePool, backend: AttentionBackend | None) -> None:
         self._model = model
         self._arguments = _Arguments(model)
-        self._pool, self._steps = pool, steps
-        self.attention = "none" if steps is None else steps.name
+        self._pool = pool
+        self._backend = backend
+        self.attention = "none" if backend is None else backend.name
 
-    def forward(self, packed: ForwardBatch) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """See `Runner.forward`.
 
         Raises:
-            RuntimeError: a sequence that has a state goes on by several tokens.
+            RuntimeError: a sequence that already has a state has more than one new token.
         """
-        groups = list(_groups(packed))
-        outputs = [self._run(_part(packed, sequences)) for sequences in groups]
-        if len(groups) == 1:
-            return outputs[0]
-        logits = outputs[0].new_empty(len(packed.query_lens), outputs[0].shape[-1])
-        for sequences, output in zip(groups, outputs, strict=True):
-            logits[uploaded(sequences, logits.device)] = output
-        return logits
+        groups = list(_groups(batch))
+        outputs = [self._run(_select(batch, sequences)) for sequences in groups]
+        # A single group holds all sequences in order.
+        return outputs[0] if len(groups) == 1 else merge_logits(outputs, groups)
 
-    def _run(self, packed: ForwardBatch) -> torch.Tensor:
-        """Logits [b, V] of the last tokens of sequences that are equally long and all new, or none of them."""
-        cache = PooledStates(StateRows.of(self._pool.states, packed.states), fresh=not packed.prefix_lens[0])
-        tokens = packed.tokens.view(len(packed.query_lens), -1)
-        positions = uploaded(packed.positions.reshape(tokens.shape), self._pool.device)
-        step = nullcontext() if self._steps is None else interface.use_attention(self._steps(self._pool, packed))
-        with step, use_sequence_lengths(packed.full_lens[:, None]):
+    def _run(self, batch: ForwardBatch) -> torch.Tensor:
+        """Return logits [b, V] of sequences that either all prefill at equal length or all decode."""
+        fresh = not batch.prefix_lens[0]
+        cache = PooledStates(StateRows.of(self._pool.states, batch.states), fresh=fresh)
+        tokens = batch.tokens.view(len(batch.query_lens), -1)
+        positions = uploaded(batch.positions.reshape(tokens.shape), self._pool.device)
+        if self._backend is None:
+            attention: AbstractContextManager[None] = nullcontext()
+        else:
+            attention = interface.use_attention(self._backend(self._pool, batch))
+        with attention, use_sequence_lengths(batch.full_lens[:, None]):
             output = self._model(input_ids=tokens, **self._arguments(positions, cache))
         cache.finish()
         logits: torch.Tensor = output.logits[:, -1]
@@ -147,50 +157,50 @@ class RecurrentRunner(Runner):
 
 
 class _Arguments:
-    """What a family's forward takes besides token ids, under the names it has for it."""
+    """Builds the keyword arguments of a family's forward, under the names that the family uses."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._named = set(inspect.signature(unwrap_model(model).forward).parameters)
-        self.cache = next((name for name in ("past_key_values", "cache_params") if name in self._named), None)
+        self._accepted = forward_parameters(model)
+        self.cache = next((name for name in ("past_key_values", "cache_params") if name in self._accepted), None)
 
     def __call__(self, positions: torch.Tensor, cache: object) -> dict[str, Any]:
-        """For new tokens at ``positions`` [b, t]; the model makes a cache of its own when that is None."""
+        """Return the arguments for new tokens at ``positions`` [b, t]; without a cache the model creates its own."""
         arguments = {"position_ids": positions, "logits_to_keep": 1, "use_cache": True, self.cache: cache}
-        return {name: value for name, value in arguments.items() if name in self._named}
+        return {name: value for name, value in arguments.items() if name in self._accepted}
 
 
 def _has_state_layers(model: nn.Module) -> bool:
-    """Whether transformers' own cache for this model has layers for recurrent states."""
+    """Return whether transformers' own cache for this model has layers for recurrent states."""
     try:
         layers = DynamicCache(config=unwrap_model(model).config).layers
-    except (KeyError, AttributeError, TypeError):  # layers of kinds that only the model's own cache knows
+    except (KeyError, AttributeError, TypeError):  # layer kinds that only the model's own cache class supports
         return False
     return any(hasattr(layer, "update_conv_state") for layer in layers)
 
 
 def _keeps_states_itself(model: nn.Module) -> bool:
-    """Whether modules keep states as attributes of their own, which would be left behind on a live module."""
+    """Return whether modules keep states in their own attributes, which would leak into the caller's module."""
     return any(hasattr(module, "_setup_cache") for module in model.modules())
 
 
-def _groups(packed: ForwardBatch) -> Iterator[IntArray]:
-    """Sequences that can stand side by side, all of them in the end."""
-    keys = np.where(packed.prefix_lens > 0, 0, packed.query_lens)
-    if (packed.query_lens[keys == 0] > 1).any():
-        raise RuntimeError("A sequence with a recurrent state goes on by one token at a time.")
+def _groups(batch: ForwardBatch) -> Iterator[IntArray]:
+    """Yield the indices of sequences that can run side by side: all decodes, then prefills by length."""
+    keys = np.where(batch.prefix_lens > 0, 0, batch.query_lens)
+    if (batch.query_lens[keys == 0] > 1).any():
+        raise RuntimeError("A sequence with a recurrent state must decode one token at a time.")
     for key in np.unique(keys):
         yield np.flatnonzero(keys == key)
 
 
-def _part(packed: ForwardBatch, sequences: IntArray) -> ForwardBatch:
-    """Some sequences, equally long, of a forward."""
-    length = packed.query_lens[sequences[0]]
-    of = packed.offsets[sequences][:, None] + np.arange(length)
-    pages = -(-int(packed.seq_lens[sequences].max()) // PAGE_SIZE)
+def _select(batch: ForwardBatch, sequences: IntArray) -> ForwardBatch:
+    """Return the forward batch of some sequences of equal query length."""
+    length = batch.query_lens[sequences[0]]
+    tokens = batch.offsets[sequences][:, None] + np.arange(length)
+    pages = ceil_div(int(batch.seq_lens[sequences].max()), PAGE_SIZE)
     return ForwardBatch(
-        packed.tokens[uploaded(of.ravel(), packed.tokens.device)],
-        packed.page_tables[sequences, :pages],
-        packed.prefix_lens[sequences],
-        packed.query_lens[sequences],
-        states=packed.states[sequences],
+        tokens=batch.tokens[uploaded(tokens.ravel(), batch.tokens.device)],
+        page_tables=batch.page_tables[sequences, :pages],
+        prefix_lens=batch.prefix_lens[sequences],
+        query_lens=batch.query_lens[sequences],
+        states=batch.states[sequences],
     )

@@ -1,4 +1,4 @@
-"""Which tier serves a model."""
+"""Select the run strategy of a model."""
 
 from __future__ import annotations
 
@@ -14,36 +14,41 @@ from rollout.models.runners.padded import PaddedStrategy
 from rollout.models.runners.parity_check import check_parity
 from rollout.models.runners.recurrent import RecurrentStrategy
 
-#: In the order in which they are tried: the fastest first.
+#: In the order of trial, fastest first.
 STRATEGIES: tuple[type[RunStrategy], ...] = (PackedStrategy, PaddedStrategy, RecurrentStrategy)
 
 
 def select_strategy(model: nn.Module, choice: str = AUTO) -> RunStrategy:
-    """The first tier whose numbers are the model's own, with the attention that was chosen.
+    """Return the first strategy that supports ``choice`` of attention and reproduces the model's own logits.
 
     Raises:
-        UnsupportedAttention: that attention cannot serve it.
-        UnsupportedModel: there is none; says each tier's reason.
-        torch.OutOfMemoryError, MemoryError: there is no room for the trial.
+        UnsupportedAttention: the chosen attention cannot run this model.
+        UnsupportedModel: no strategy can run this model; the message gives the reason of each.
+        torch.OutOfMemoryError, MemoryError: the parity check ran out of memory.
     """
     reasons: list[str] = []
     cause: Exception | None = None
-    for tier in STRATEGIES:
+    for strategy_type in STRATEGIES:
         try:
-            served = tier(model, choice)
-            if choice != AUTO and not tier.chooses_attention:
-                said = " ".join(dict.fromkeys(reasons)).rstrip(".")
-                raise UnsupportedAttention(choice, f"the model attends with code of its own ({said})")
-            check_parity(served)
+            strategy = strategy_type(model, choice)
+            if choice != AUTO and not strategy_type.chooses_attention:
+                why_not = _joined(reasons).rstrip(".")
+                raise UnsupportedAttention(choice, f"the model attends with code of its own ({why_not})")
+            check_parity(strategy)
         except UnsupportedAttention:
             raise
-        except UnsupportedModel as reason:
-            reasons.append(str(reason))
+        except UnsupportedModel as error:
+            reasons.append(str(error))
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             cause = error
-            reasons.append(f"{family_name(model)} fails in the {tier.name} strategy: {clause(error)}.")
+            reasons.append(f"{family_name(model)} fails in the {strategy_type.name} strategy: {clause(error)}.")
         else:
-            return served
-    raise UnsupportedModel(" ".join(dict.fromkeys(reasons))) from cause
+            return strategy
+    raise UnsupportedModel(_joined(reasons)) from cause
+
+
+def _joined(reasons: list[str]) -> str:
+    """Join sentences into one text, without repeats."""
+    return " ".join(dict.fromkeys(reasons))

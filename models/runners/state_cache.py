@@ -1,4 +1,4 @@
-"""What recurrent layers ask of a transformers cache, answered from a pool of states."""
+"""A cache for recurrent layers, in transformers' cache interface, backed by a pool of states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Kind = Literal["conv", "recurrent"]
 
 @dataclass(frozen=True, slots=True)
 class _States:
-    """One kind of a layer's states, by number."""
+    """The states of one kind in a layer, indexed by number."""
 
     cache: StateCache
     kind: Kind
@@ -28,7 +28,7 @@ class _States:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """A layer of the cache, as transformers 5.17 reaches into it."""
+    """One layer of the cache, with the attributes that transformers 5.17 reads."""
 
     cache: StateCache
     index: int
@@ -48,7 +48,7 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """All of them: a model asks only for those that it has."""
+    """All layers, by index; a model reads only those that it has."""
 
     cache: StateCache
 
@@ -57,13 +57,13 @@ class _Layers:
 
 
 class StateCache:
-    """Holds states; keys and values pass through to the attention function, which stores them itself.
+    """Holds recurrent states; keys and values pass through to the attention function, which stores them itself.
 
-    Not a subclass of transformers' cache, lest it be taken for one of known kind. Parameters have the names
-    by which layers pass them.
+    Not a subclass of transformers' cache, so that no model mistakes it for a known kind. Layers pass arguments by
+    keyword, so parameters keep transformers' names.
 
     Args:
-        fresh: the sequences are new, and have no states yet.
+        fresh: the sequences are new and have no states yet.
     """
 
     is_compileable = False
@@ -75,23 +75,23 @@ class StateCache:
 
     @property
     def layers(self) -> _Layers:
-        """What transformers before `get_conv_state` and `get_recurrent_state` asks instead of them."""
+        """The states by layer, for transformers versions without `get_conv_state` and `get_recurrent_state`."""
         return _Layers(self)
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:  # noqa: ARG002
-        """Whether there are states to go on from."""
+        """Return whether the sequences already have states."""
         return not self._fresh
 
     def is_recording_past(self, layer_idx: int) -> bool:  # noqa: ARG002
-        """Whether states of earlier tokens are kept too: never."""
+        """Return False: states of earlier tokens are never kept."""
         return False
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """[b, channels, kernel]: the last inputs of a convolution. A layer may go on in place."""
+        """Return the last inputs of a convolution [b, channels, kernel]; a layer may update them in place."""
         return None if self._fresh else self.load("conv", layer_idx, state_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """[b, ...]: what a recurrence has summed up. A layer may go on in place."""
+        """Return the state of a recurrence [b, ...]; a layer may update it in place."""
         return None if self._fresh else self.load("recurrent", layer_idx, state_idx)
 
     def update_conv_state(
@@ -102,30 +102,30 @@ class StateCache:
         conv_kernel_size: int | None = None,
         **_kwargs: Any,
     ) -> torch.Tensor:
-        """New inputs [b, channels, t] of a convolution; returns them after those before, zeros at a beginning."""
+        """Store new inputs [b, channels, t] of a convolution; return them behind the earlier inputs or zeros."""
         if self._fresh:
             kernel = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
             inputs = F.pad(conv_states, (max(0, kernel - conv_states.shape[-1]), 0))
         else:
-            before = self.load("conv", layer_idx, state_idx)
-            kernel = before.shape[-1]
-            inputs = torch.cat([before, conv_states], -1)
+            earlier = self.load("conv", layer_idx, state_idx)
+            kernel = earlier.shape[-1]
+            inputs = torch.cat([earlier, conv_states], -1)
         self.store("conv", layer_idx, state_idx, inputs[..., -kernel:])
         return inputs
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_kwargs: Any
     ) -> torch.Tensor:
-        """A new state [b, ...] of a recurrence."""
+        """Store and return the new state [b, ...] of a recurrence."""
         self.store("recurrent", layer_idx, state_idx, recurrent_states)
         return recurrent_states
 
     def load(self, kind: Kind, layer: int, number: int) -> torch.Tensor:
-        """A state of all sequences, to be changed in place or not."""
+        """Return a state of all sequences, which the caller may change in place."""
         raise NotImplementedError
 
     def store(self, kind: Kind, layer: int, number: int, values: torch.Tensor) -> None:
-        """A new state of all sequences."""
+        """Store a new state of all sequences."""
         raise NotImplementedError
 
     # -- attention layers and masks --------------------------------------------------------------------
@@ -138,35 +138,37 @@ class StateCache:
         *_args: Any,
         **_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new keys and values alone: the attention function knows the others."""
+        """Return only the new keys and values; the attention function reads the others from pages."""
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """Tokens before: rows differ in theirs, and positions are passed."""
+        """Return 0: prefix lengths differ by sequence, and positions are passed explicitly."""
         return 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """Where the new tokens begin, for the masks of a probe, which begins at 0."""
+        """Return 0: only the probe builds masks, and its tokens start at position 0."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
-        """Columns of such a mask, and which key is the first."""
+        """Return the number of mask columns and the index of the first key."""
         return query_length, 0
 
 
 class RecordedStates(StateCache):
-    """Learns what a model keeps, from a forward of one new sequence."""
+    """Records which states a model keeps in one forward of one new sequence."""
 
     def __init__(self) -> None:
         super().__init__(fresh=True)
         self.states: list[StateTensor] = []
         self.devices: set[torch.device] = set()
         self.updates = 0
-        """Times that keys and values were stored."""
+        """How often layers stored keys and values."""
 
     def store(self, kind: Kind, layer: int, number: int, values: torch.Tensor) -> None:
         self.devices.add(values.device)
-        self.states.append(StateTensor(layer, kind, number, tuple(values.shape[1:]), values.dtype))
+        self.states.append(
+            StateTensor(layer=layer, kind=kind, number=number, shape=tuple(values.shape[1:]), dtype=values.dtype)
+        )
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -176,15 +178,15 @@ class RecordedStates(StateCache):
 
 
 class PooledStates(StateCache):
-    """States of rows of a pool.
+    """Reads and writes the states of some rows in a pool.
 
-    What a layer loaded is written back when the next one begins: it may have changed it in place.
+    A layer may change loaded states in place, so they are written back when the next layer loads its own.
     """
 
     def __init__(self, rows: StateRows, fresh: bool) -> None:
         super().__init__(fresh)
         self._rows = rows
-        self._index = {(s.kind, s.layer, s.number): index for index, s in enumerate(rows.pool.layout)}
+        self._index = {(state.kind, state.layer, state.number): index for index, state in enumerate(rows.pool.layout)}
         self._layer = -1
         self._loaded: dict[int, torch.Tensor] = {}
 
@@ -203,7 +205,7 @@ class PooledStates(StateCache):
         self._loaded.pop(index, None)
 
     def finish(self) -> None:
-        """Writes back what the last layer loaded."""
+        """Write back the states that the last layer loaded."""
         for index, values in self._loaded.items():
             self._rows.write(index, values)
         self._loaded.clear()

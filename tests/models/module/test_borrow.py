@@ -1,4 +1,4 @@
-"""A module on loan: switched while it is used, and given back as it was."""
+"""A borrowed module is switched while it is used and restored exactly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.tiny_models import tiny
 
 
 class Parallel(nn.Module):
-    """Holds a model as DDP does."""
+    """Wraps a model as DDP does."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def flags(model: nn.Module) -> list[bool]:
 
 
 def mixed(model: nn.Module) -> list[bool]:
-    """Sets every module's training flag on its own, so that no two neighbours agree."""
+    """Set the training flag of every third module, so that flags differ; return all flags."""
     for number, module in enumerate(model.modules()):
         module.training = number % 3 == 0
     return flags(model)
@@ -43,7 +43,7 @@ def mixed(model: nn.Module) -> list[bool]:
 # -- wrappers --------------------------------------------------------------------------------------------
 
 
-def test_the_model_is_found_in_whatever_wraps_it() -> None:
+def test_unwrap_model_finds_the_model_in_every_wrapper() -> None:
     model = tiny("llama")
     assert unwrap_model(model) is model
     assert unwrap_model(Parallel(model)) is model
@@ -55,13 +55,13 @@ def test_the_model_is_found_in_whatever_wraps_it() -> None:
 
 
 @pytest.mark.parametrize("module", [nn.Linear(2, 2), Parallel(nn.Linear(2, 2))])
-def test_what_holds_no_transformers_model_is_refused(module: nn.Module) -> None:
+def test_unwrap_model_refuses_other_modules(module: nn.Module) -> None:
     with pytest.raises(UnsupportedModel, match="is not a transformers model"):
         unwrap_model(module)
 
 
 @pytest.mark.parametrize("wrap", [with_adapter, Parallel])
-def test_a_wrapped_model_is_switched_through_its_wrapper(wrap: type[nn.Module]) -> None:
+def test_wrapped_model_is_switched_through_its_wrapper(wrap: type[nn.Module]) -> None:
     inner = tiny("llama")
     model = wrap(inner)
     before = mixed(model)
@@ -73,28 +73,28 @@ def test_a_wrapped_model_is_switched_through_its_wrapper(wrap: type[nn.Module]) 
     assert flags(model) == before
 
 
-# -- what is switched ------------------------------------------------------------------------------------
+# -- switched state ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_training_flags_come_back_one_by_one(fails: bool) -> None:
+def test_training_flags_are_restored_one_by_one(fails: bool) -> None:
     model = tiny("llama")
     before = mixed(model)
     assert len(set(before)) == 2
-    loan = BorrowedModule(model)
+    borrowed = BorrowedModule(model)
     for _ in range(2):
         if fails:
-            with pytest.raises(ZeroDivisionError), loan.borrow(interface.NAME):
+            with pytest.raises(ZeroDivisionError), borrowed.borrow(interface.NAME):
                 raise ZeroDivisionError
         else:
-            with loan.borrow(interface.NAME):
+            with borrowed.borrow(interface.NAME):
                 assert not any(flags(model))
         assert flags(model) == before
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_every_configuration_gets_its_own_implementation_back(fails: bool) -> None:
-    """As in composite models, whose parts have configurations of their own."""
+def test_attention_implementation_of_every_configuration_is_restored(fails: bool) -> None:
+    """Parts of composite models have their own configurations."""
     model = tiny("llama")
     parts = [layer.self_attn for layer in model.model.layers[:2]]
     for part, implementation in zip(parts, ("eager", "flex_attention"), strict=True):
@@ -113,18 +113,18 @@ def test_every_configuration_gets_its_own_implementation_back(fails: bool) -> No
     assert [config._attn_implementation_internal for config in configs] == before
 
 
-def test_the_implementation_of_the_moment_comes_back() -> None:
-    """A trainer may change it between two uses of one loan."""
+def test_attention_implementation_at_the_time_of_borrowing_is_restored() -> None:
+    """A trainer may change it between two times that the module is borrowed."""
     model = tiny("llama")
-    loan = BorrowedModule(model)
+    borrowed = BorrowedModule(model)
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
-        with loan.borrow(interface.NAME):
+        with borrowed.borrow(interface.NAME):
             assert model.config._attn_implementation == interface.NAME
         assert model.config._attn_implementation == implementation
 
 
-def test_the_model_s_own_attention_can_be_borrowed_too() -> None:
+def test_borrowing_can_keep_the_attention_implementation() -> None:
     model = tiny("llama")
     model.set_attn_implementation("eager")
     before = mixed(model)
@@ -134,10 +134,10 @@ def test_the_model_s_own_attention_can_be_borrowed_too() -> None:
     assert flags(model) == before
 
 
-# -- what is not -----------------------------------------------------------------------------------------
+# -- unchanged state -----------------------------------------------------------------------------------------
 
 
-def test_no_gradients_inside_and_gradients_again_after() -> None:
+def test_gradients_are_off_while_borrowed_and_on_again_after() -> None:
     model = tiny("llama")
     ids = torch.arange(5)[None]
     with BorrowedModule(model).borrow(interface.NAME):
@@ -153,7 +153,7 @@ def test_no_gradients_inside_and_gradients_again_after() -> None:
         assert not torch.is_grad_enabled(), "a caller's own no_grad stays in force"
 
 
-def test_random_state_parameters_and_settings_are_not_touched() -> None:
+def test_random_state_parameters_and_settings_do_not_change() -> None:
     model = tiny("llama")
     model.gradient_checkpointing_enable()
     model.train()
@@ -173,7 +173,7 @@ def test_random_state_parameters_and_settings_are_not_touched() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_the_same_numbers_before_and_after() -> None:
+def test_logits_are_the_same_before_and_after_borrowing() -> None:
     model = tiny("gemma2")
     ids = torch.arange(20)[None]
     before = model(input_ids=ids).logits

@@ -1,4 +1,4 @@
-"""Rotary embeddings on loan: each token's follows its own text, and the module keeps nothing of it."""
+"""Rotary embeddings of a borrowed module follow the length of each sequence, and the module is restored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.contract.test_long_sequences import long_model
 from tests.support.tiny_models import tiny
 
 _POSITIONS = torch.tensor([[0, 1, 30, 39, 0, 7, 50, 90]])
-_TEXTS = np.array([[40, 40, 40, 40, 41, 95, 95, 95]])
+_LENGTHS = np.array([[40, 40, 40, 40, 41, 95, 95, 95]])
 
 
 def embedding(model: Any, positions: torch.Tensor) -> torch.Tensor:
@@ -27,20 +27,20 @@ def embedding(model: Any, positions: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["phi3", "phimoe"])
-def test_each_token_follows_its_own_text(family: str) -> None:
+def test_each_token_follows_the_length_of_its_sequence(family: str) -> None:
     model = long_model(family)
     short = embedding(model, _POSITIONS[:, :4])
     long = embedding(model, _POSITIONS[:, 4:])
     assert not torch.allclose(embedding(model, torch.tensor([[7]])), long[:, :, 1:2])
-    with BorrowedModule(model).borrow(), use_sequence_lengths(_TEXTS):
+    with BorrowedModule(model).borrow(), use_sequence_lengths(_LENGTHS):
         assert torch.equal(embedding(model, _POSITIONS), torch.cat([short, long], 2))
-    with BorrowedModule(model).borrow(), use_sequence_lengths(_TEXTS[:, 4:]):
+    with BorrowedModule(model).borrow(), use_sequence_lengths(_LENGTHS[:, 4:]):
         assert torch.equal(embedding(model, _POSITIONS[:, 4:]), long)
-    with BorrowedModule(model).borrow(), use_sequence_lengths(_TEXTS[:, :4]):
+    with BorrowedModule(model).borrow(), use_sequence_lengths(_LENGTHS[:, :4]):
         assert torch.equal(embedding(model, _POSITIONS[:, :4]), short)
 
 
-def test_texts_side_by_side() -> None:
+def test_sequences_side_by_side_follow_their_own_lengths() -> None:
     model = long_model("phi3")
     positions = torch.tensor([[3, 4], [3, 4]])
     with BorrowedModule(model).borrow(), use_sequence_lengths(np.array([[5], [60]])):
@@ -49,7 +49,7 @@ def test_texts_side_by_side() -> None:
     assert torch.equal(found[:, 1], embedding(model, torch.tensor([[3, 4, 59]]))[:, 0, :2])
 
 
-def test_without_a_word_about_texts_the_forward_is_the_models_own() -> None:
+def test_forward_without_sequence_lengths_is_the_models_own() -> None:
     model = long_model("phi3")
     own = [embedding(model, positions) for positions in (_POSITIONS[:, :4], _POSITIONS)]
     with BorrowedModule(model).borrow():
@@ -57,12 +57,12 @@ def test_without_a_word_about_texts_the_forward_is_the_models_own() -> None:
             assert torch.equal(embedding(model, positions), expected)
 
 
-def test_the_module_keeps_nothing() -> None:
+def test_module_is_restored_after_borrowing() -> None:
     model = long_model("phi3")
     rotary = model.model.rotary_emb
     attributes, buffers = set(vars(rotary)), dict(rotary.named_buffers())
     contents = copy.deepcopy(buffers)
-    with BorrowedModule(model).borrow(), use_sequence_lengths(_TEXTS):
+    with BorrowedModule(model).borrow(), use_sequence_lengths(_LENGTHS):
         embedding(model, _POSITIONS)
         assert "forward" in vars(rotary)
     assert set(vars(rotary)) == attributes
@@ -70,7 +70,7 @@ def test_the_module_keeps_nothing() -> None:
     assert all(torch.equal(buffers[name], content) for name, content in contents.items())
 
 
-def test_a_forward_that_somebody_else_put_there_is_used_and_left() -> None:
+def test_forward_patched_by_the_caller_is_used_and_kept() -> None:
     model = long_model("phi3")
     rotary = model.model.rotary_emb
     own = rotary.forward
@@ -79,15 +79,15 @@ def test_a_forward_that_somebody_else_put_there_is_used_and_left() -> None:
         return tuple(2 * tensor for tensor in own(*arguments))
 
     rotary.forward = doubled
-    with BorrowedModule(model).borrow(), use_sequence_lengths(_TEXTS[:, 4:]):
+    with BorrowedModule(model).borrow(), use_sequence_lengths(_LENGTHS[:, 4:]):
         found = embedding(model, _POSITIONS[:, 4:])
     assert rotary.forward is doubled
     assert torch.equal(found, embedding(model, _POSITIONS[:, 4:]))
 
 
-# Its own forward fails at the second long text there.
+# transformers' own forward fails at the second long sequence in that version.
 @pytest.mark.xfail(transformers.__version__ == "5.17.0", raises=UnboundLocalError, reason="transformers 5.17.0")
-def test_layer_types_have_embeddings_of_their_own() -> None:
+def test_layer_types_switch_on_their_own() -> None:
     rope = {
         "full_attention": long_model("phi3").config.rope_parameters,
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -96,19 +96,19 @@ def test_layer_types_have_embeddings_of_their_own() -> None:
     assert Rotary(model).boundary == 40
     rotary = model.model.rotary_emb
 
-    def of(layer_type: str, positions: torch.Tensor) -> torch.Tensor:
+    def embed(layer_type: str, positions: torch.Tensor) -> torch.Tensor:
         return torch.stack(rotary(torch.zeros(1), positions, layer_type))
 
     for layer_type in rope:
-        short, long = of(layer_type, _POSITIONS[:, :4]), of(layer_type, _POSITIONS[:, 4:])
-        with BorrowedModule(model).borrow(), use_sequence_lengths(_TEXTS):
-            assert torch.equal(of(layer_type, _POSITIONS), torch.cat([short, long], 2))
+        short, long = embed(layer_type, _POSITIONS[:, :4]), embed(layer_type, _POSITIONS[:, 4:])
+        with BorrowedModule(model).borrow(), use_sequence_lengths(_LENGTHS):
+            assert torch.equal(embed(layer_type, _POSITIONS), torch.cat([short, long], 2))
 
 
-def test_layouts_say_where_texts_change() -> None:
+def test_layouts_hold_the_longrope_boundary() -> None:
     model = long_model("phi3")
-    for tier in (PackedStrategy, PaddedStrategy):
-        layout = tier(model).kv_layout()
+    for strategy in (PackedStrategy, PaddedStrategy):
+        layout = strategy(model).kv_layout()
         assert layout.boundary == 40
         assert layout.alike(40, 3)
         assert layout.alike(41, 90)
@@ -118,7 +118,7 @@ def test_layouts_say_where_texts_change() -> None:
     assert plain.alike(1, 10**9)
 
 
-def test_several_lengths_are_refused() -> None:
+def test_several_longrope_boundaries_are_refused() -> None:
     model = long_model("phi3")
     model.model.layers[0].rotary = copy.deepcopy(model.model.rotary_emb)
     model.model.layers[0].rotary.config.rope_parameters["original_max_position_embeddings"] = 50

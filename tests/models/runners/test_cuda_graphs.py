@@ -1,4 +1,4 @@
-"""Captured decode steps without a GPU: a graph that calls the step again on replay, on kernels in the interpreter."""
+"""CUDA graphs without a GPU: a fake graph calls the step again on replay, with kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def small_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cuda_graphs._refused.clear()
 
 
-def test_the_ladder() -> None:
-    rungs = [padded_batch_size(rows) for rows in range(1, 1025)]
+def test_padded_batch_sizes_cover_all_rows_with_little_padding() -> None:
+    sizes = [padded_batch_size(rows) for rows in range(1, 1025)]
     halves = [range(size // 2 + size // 8, size + 1, size // 8) for size in (128, 256, 512, 1024)]
-    assert sorted(set(rungs)) == [1, 2, 4, *range(8, 65, 8), *chain(*halves)]
-    assert all(size >= rows for rows, size in enumerate(rungs, 1))
-    assert all(size - rows < size / 5 for rows, size in enumerate(rungs, 1) if rows > 64)
-    assert all(padded_batch_size(size) == size for size in rungs)
+    assert sorted(set(sizes)) == [1, 2, 4, *range(8, 65, 8), *chain(*halves)]
+    assert all(size >= rows for rows, size in enumerate(sizes, 1))
+    assert all(size - rows < size / 5 for rows, size in enumerate(sizes, 1) if rows > 64)
+    assert all(padded_batch_size(size) == size for size in sizes)
 
 
-def test_rows_are_padded_to_the_next_rung_and_bits_are_those_of_the_eager_runner() -> None:
+def test_rows_are_padded_to_the_next_batch_size_and_bits_match_the_eager_runner() -> None:
     world = World(texts=5)
     world.same([(text, (3, 5, 1, 17, 33)[text]) for text in range(5)])
     for texts in ((0,), (1, 2), (0, 3, 4), (2,), (4, 0, 1), (0, 1, 2, 3, 4)):
@@ -69,7 +69,7 @@ def test_padding_writes_nothing() -> None:
         assert set(changed) <= set(slots)
 
 
-def test_forwards_with_prompts_in_them_are_eager() -> None:
+def test_forwards_that_prefill_run_eagerly() -> None:
     world = World()
     world.same([(0, 4), (1, 9)])
     world.same([(0, 1), (2, 2)])
@@ -78,16 +78,16 @@ def test_forwards_with_prompts_in_them_are_eager() -> None:
     assert world.fake.tried == 1
 
 
-def test_logits_of_all_sizes_up_to_a_power_of_two_share_memory() -> None:
+def test_logits_up_to_the_same_power_of_two_share_memory() -> None:
     runner = World(llama(1)).runner
-    memory = {rows: runner._memory_for(torch.zeros(rows, 5)) for rows in (24, 32, 40, 16)}
+    memory = {rows: runner._logits_buffer(torch.zeros(rows, 5)) for rows in (24, 32, 40, 16)}
     assert all(logits.shape == (rows, 5) for rows, logits in memory.items())
     assert memory[24].data_ptr() == memory[32].data_ptr()
     assert len({logits.data_ptr() for logits in memory.values()}) == 3
 
 
-def test_the_pool_grows_and_shrinks_between_replays() -> None:
-    """What a slab that went held is NaN from then on."""
+def test_replays_are_right_while_the_pool_grows_and_shrinks() -> None:
+    """Freed slabs are filled with NaN."""
     world = World(slab_pages=2, texts=3)
     world.same([(0, 18), (1, 3), (2, 14)])
     pool, tables = world.pools[1], world.tables[1]
@@ -96,35 +96,35 @@ def test_the_pool_grows_and_shrinks_between_replays() -> None:
         for _ in range(2):
             pool.grow()
         world.decode(0, 1, 2)
-        # The first slab is left to the rows that stay.
+        # Keeps one slab for the live rows.
         tables.append(pool.allocate(1))
         before = [slab for slab in pool.slabs if slab is not None]
         while pool.shrink(tables):
             pass
-        gone = [slab for slab in before if not any(slab is held for held in pool.slabs)]
-        assert gone
-        for slab in gone:
+        freed = [slab for slab in before if not any(slab is held for held in pool.slabs)]
+        assert freed
+        for slab in freed:
             for tensor in slab.tensors:
                 tensor.fill_(torch.nan)
-        kept += gone  # so that their memory is not taken for the next ones
+        kept += freed  # so that new slabs do not reuse their memory
         world.decode(0, 1, 2)
     assert len(world.fake.graphs) == 1
 
 
-def test_pages_that_outgrow_the_room_are_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "LEAST_PAGES", 2)
+def test_step_is_captured_again_when_pages_outgrow_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MIN_PAGES_PER_ROW", 2)
     world = World(llama(1), texts=2)
     rooms = []
     for _ in range(5):
         world.same([(0, 15), (1, 15)])
         world.decode(0, 1)
-        rooms.append(world.runner._captured[2].inputs.buffers.room.entries)
+        rooms.append(world.runner._captured[2].inputs.metadata.room.entries)
     assert rooms == [4, 4, 16, 16, 16]
     assert [graph.gone for graph in world.fake.graphs] == [True, False]
-    assert world.fake.released == 1, "of memory that no graph is left to share, torch lets no new one have any"
+    assert world.fake.released == 1, "torch lets no new graph join a memory pool that no graph is left in"
 
 
-def test_a_model_that_cannot_be_captured_goes_on_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+def test_model_whose_capture_fails_runs_eagerly_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     world = World()
     world.fake.failure = RuntimeError("operation not permitted when stream is capturing\nmore")
     world.same([(0, 4), (1, 9)])
@@ -132,25 +132,24 @@ def test_a_model_that_cannot_be_captured_goes_on_eagerly(caplog: pytest.LogCaptu
         for _ in range(3):
             world.decode(0, 1)
     assert [record.getMessage() for record in caplog.records] == [
-        "Decode steps of LlamaForCausalLM (model type 'llama') are not captured in CUDA graphs: "
+        "Decode steps of LlamaForCausalLM (model type 'llama') are not captured in CUDA graphs and run slower: "
         "RuntimeError: operation not permitted when stream is capturing."
     ]
     assert (world.fake.tried, world.fake.released, world.runner.bytes_kept) == (1, 1, 0)
-    steps = world.runner._steps
-    assert with_cuda_graphs(world.plain, world.model, steps, world.borrowed) is world.plain
+    assert with_cuda_graphs(world.plain, world.model, world.runner._backend, world.borrowed) is world.plain
 
 
-def test_a_capture_for_which_there_is_no_memory_is_tried_again_later(
+def test_capture_out_of_memory_is_retried_after_a_pause(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cuda_graphs, "_PAUSE", 3)
+    monkeypatch.setattr(cuda_graphs, "_PAUSED_STEPS", 3)
     world = World()
     world.same([(0, 4), (1, 9)])
     world.decode(0)
     world.fake.failure = torch.OutOfMemoryError("CUDA out of memory.")
     with caplog.at_level(logging.WARNING):
         world.decode(0, 1)
-    assert "Memory is short: 3 decode steps go on without CUDA graphs" in caplog.text
+    assert "Memory is short: the next 3 decode steps run without CUDA graphs" in caplog.text
     assert world.runner.bytes_kept == 0
     for _ in range(2):
         world.decode(0, 1)
@@ -159,7 +158,7 @@ def test_a_capture_for_which_there_is_no_memory_is_tried_again_later(
     assert world.sizes == [2]
 
 
-def test_want_of_memory_is_seen_behind_what_follows_from_it() -> None:
+def test_out_of_memory_is_found_behind_a_later_error() -> None:
     world = World(llama(1))
     try:
         try:
@@ -174,17 +173,17 @@ def test_want_of_memory_is_seen_behind_what_follows_from_it() -> None:
     assert world.model not in cuda_graphs._refused
 
 
-def test_graphs_are_given_back_when_memory_is_short_and_captured_again_later(
+def test_shed_frees_graphs_and_they_are_captured_again_after_a_pause(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cuda_graphs, "_PAUSE", 3)
+    monkeypatch.setattr(cuda_graphs, "_PAUSED_STEPS", 3)
     world = World()
     assert not world.runner.shed()
     world.same([(0, 4), (1, 9)])
     world.decode(0, 1)
     with caplog.at_level(logging.INFO):
         assert world.runner.shed()
-    assert "Memory is short: 3 decode steps go on without CUDA graphs, which are given back." in caplog.text
+    assert "Memory is short: the CUDA graphs are freed and the next 3 decode steps run eagerly." in caplog.text
     assert (world.runner.bytes_kept, world.fake.released) == (0, 1)
     assert not world.runner._logits
     assert not world.runner.shed()
@@ -195,7 +194,7 @@ def test_graphs_are_given_back_when_memory_is_short_and_captured_again_later(
     assert world.sizes == [2]
 
 
-def test_closing_gives_everything_back_and_says_what_it_cost(caplog: pytest.LogCaptureFixture) -> None:
+def test_close_frees_all_memory_and_logs_the_captures(caplog: pytest.LogCaptureFixture) -> None:
     world = World()
     world.same([(0, 4), (1, 9)])
     world.decode(0)
@@ -211,7 +210,7 @@ def test_closing_gives_everything_back_and_says_what_it_cost(caplog: pytest.LogC
     assert world.sizes == [2]
 
 
-def test_weights_that_its_owner_has_moved_are_followed() -> None:
+def test_step_is_captured_again_after_weights_move() -> None:
     world = World()
     world.same([(0, 4)])
     world.decode(0)
@@ -225,7 +224,7 @@ def test_weights_that_its_owner_has_moved_are_followed() -> None:
     assert [graph.gone for graph in world.fake.graphs] == [True, False]
 
 
-def test_nothing_is_captured_under_autocast() -> None:
+def test_forwards_under_autocast_run_eagerly() -> None:
     world = World(llama(1))
     world.same([(0, 4)])
     with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -234,27 +233,29 @@ def test_nothing_is_captured_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("family", ["phi3", "dynamic"])
-def test_rotary_embeddings_by_length_are_not_captured(family: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_models_with_length_dependent_rotary_embeddings_run_eagerly(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
     scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
     model = long_model("phi3") if family == "phi3" else tiny("llama", rope_parameters=scaling)
     world = World(model)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert with_cuda_graphs(world.plain, model, world.runner._steps, world.borrowed) is world.plain
+            assert with_cuda_graphs(world.plain, model, world.runner._backend, world.borrowed) is world.plain
     assert caplog.text.count("are not captured") == 1
-    assert "depend on the length of a text" in caplog.text
+    assert "depend on the length of a sequence" in caplog.text
 
 
-def test_a_model_on_several_devices_is_not_captured(caplog: pytest.LogCaptureFixture) -> None:
+def test_model_on_several_devices_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
     world = World(llama(1))
     world.model.lm_head.to("meta")
     with caplog.at_level(logging.WARNING):
-        assert with_cuda_graphs(world.plain, world.model, world.runner._steps, world.borrowed) is world.plain
+        assert with_cuda_graphs(world.plain, world.model, world.runner._backend, world.borrowed) is world.plain
     assert "it lies on several devices" in caplog.text
 
 
-def test_an_engine_on_captured_steps_generates_what_it_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With rows that come and go, and with a pool that must be small; graphs are gone when the call ends."""
+def test_engine_generates_the_same_tokens_with_and_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows join and finish in a small pool; all graphs are freed when the call ends."""
     model = llama()
     graphs: list[FakeGraphs] = []
 
@@ -263,7 +264,13 @@ def test_an_engine_on_captured_steps_generates_what_it_does_without(monkeypatch:
 
     def replaying(self: PackedStrategy, pool: PagePool) -> Runner:
         graphs.append(FakeGraphs())
-        return CudaGraphRunner(eager(self, pool), self.model, TritonBackend(pool), self._borrowed, graphs[-1])
+        return CudaGraphRunner(
+            eager=eager(self, pool),
+            model=self.model,
+            backend=TritonBackend(pool),
+            borrowed=self._borrowed,
+            graphs=graphs[-1],
+        )
 
     prompts = [[5, 6, 7], [8] * 20, [9, 10], [11] * 9]
     params = SamplingParams(max_new_tokens=6, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""Captures without a GPU: what becomes of one that a driver breaks off."""
+"""Graph capture without a GPU: captures that the driver aborts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from rollout.models.runners.graph_capture import CudaGraphs
 
 @dataclass
 class Driver:
-    """What `CudaGraphs` calls of torch, and in which order."""
+    """Records the calls of `CudaGraphs` to torch, in order."""
 
     calls: list[str] = field(default_factory=list)
     handles: int = 0
-    breaks_off: bool = False
-    """Captures cannot be ended."""
+    aborts: bool = False
+    """Ending a capture fails."""
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    said = Driver()
+    fake = Driver()
 
     class CUDAGraph:
         def __init__(self) -> None:
@@ -37,24 +37,24 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
             return 0, 1
 
         def reset(self) -> None:
-            said.calls.append("reset")
+            fake.calls.append("reset")
 
     @contextmanager
     def capture(graph: CUDAGraph, pool: tuple[int, int], **_: object) -> Iterator[None]:
-        said.calls.append(f"begin {pool[1]}")
+        fake.calls.append(f"begin {pool[1]}")
         try:
             yield
         finally:
-            if said.breaks_off:
+            if fake.aborts:
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
             graph.ended = True
 
     def handle() -> tuple[int, int]:
-        said.handles += 1
-        return 0, said.handles
+        fake.handles += 1
+        return 0, fake.handles
 
     def called(name: str) -> Callable[..., None]:
-        return lambda *about: said.calls.append(f"{name} {about[-1][1]}")
+        return lambda *arguments: fake.calls.append(f"{name} {arguments[-1][1]}")
 
     for name, stand_in in (
         ("CUDAGraph", CUDAGraph),
@@ -72,33 +72,33 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", called("end"), raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", called("release"), raising=False)
     monkeypatch.setattr(graph_capture, "_stream", lambda _: None)
-    monkeypatch.setattr(graph_capture, "_broken_off", [])
-    return said
+    monkeypatch.setattr(graph_capture, "_aborted", [])
+    return fake
 
 
 def fails() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-def test_a_capture_that_the_driver_breaks_off_is_over_for_torch_s_allocator(driver: Driver) -> None:
+def test_aborted_capture_is_ended_in_the_allocator_of_torch(driver: Driver) -> None:
     graphs = CudaGraphs(torch.device("cuda", 0))
-    driver.breaks_off = True
+    driver.aborts = True
     with pytest.raises(RuntimeError, match="previous error") as caught:
         graphs.capture(fails)
-    assert isinstance(cuda_graphs._cause(caught.value), torch.OutOfMemoryError)
+    assert isinstance(cuda_graphs._root_cause(caught.value), torch.OutOfMemoryError)
     assert driver.calls == ["begin 1", "end 1", "release 1"]
-    assert len(graph_capture._broken_off) == 1
+    assert len(graph_capture._aborted) == 1
 
 
-def test_a_capture_that_fails_and_can_be_ended_leaves_no_graph(driver: Driver) -> None:
+def test_failed_capture_that_can_be_ended_resets_its_graph(driver: Driver) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         CudaGraphs(torch.device("cuda", 0)).capture(fails)
     assert driver.calls == ["begin 1", "reset"]
-    assert not graph_capture._broken_off
+    assert not graph_capture._aborted
 
 
-def test_what_a_step_that_failed_has_launched_is_waited_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its buffers are let go of then, and their memory is taken for others in the order of the current stream."""
+def test_current_stream_waits_for_launches_of_a_failed_step(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step's buffers are freed next, and the current stream may reuse their memory."""
 
     class Stream:
         def __init__(self, name: str) -> None:
@@ -108,7 +108,7 @@ def test_what_a_step_that_failed_has_launched_is_waited_for(driver: Driver, monk
             driver.calls.append(f"{self.name} waits for {other.name}")
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("current"))
-    monkeypatch.setattr(graph_capture, "_stream", lambda _: Stream("aside"))
+    monkeypatch.setattr(graph_capture, "_stream", lambda _: Stream("capture"))
 
     def step() -> torch.Tensor:
         driver.calls.append("step")
@@ -116,10 +116,10 @@ def test_what_a_step_that_failed_has_launched_is_waited_for(driver: Driver, monk
 
     with pytest.raises(torch.OutOfMemoryError):
         CudaGraphs(torch.device("cuda", 0)).warm_up(step)
-    assert driver.calls == ["aside waits for current", "step", "current waits for aside"]
+    assert driver.calls == ["capture waits for current", "step", "current waits for capture"]
 
 
-def test_memory_is_shared_until_it_is_released(driver: Driver) -> None:
+def test_captures_share_memory_until_release(driver: Driver) -> None:
     graphs = CudaGraphs(torch.device("cuda", 0))
     for _ in range(2):
         graphs.capture(lambda: None)

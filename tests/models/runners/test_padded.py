@@ -1,4 +1,4 @@
-"""The gathering tier: the model's own attention over keys and values from pages."""
+"""The padded strategy: the model's own attention over keys and values gathered from pages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from rollout.models.arrays import ceil_div
 from rollout.models.errors import UnsupportedModel
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.page_pool import PagePool
@@ -19,40 +20,40 @@ _SIZE = 16
 
 
 class Sequences:
-    """Random sequences with pages in random places of a pool of several slabs, computed step by step."""
+    """Random sequences with pages scattered over a pool of several slabs, computed step by step."""
 
     def __init__(self, model: PreTrainedModel, ends: list[int], slab_pages: int = 3) -> None:
         rng = np.random.default_rng(5)
-        self.model, self.tier = model, PaddedStrategy(model)
-        self.pool = PagePool(self.tier.kv_layout(), slab_pages, torch.device("cpu"))
-        counts = [-(-end // _SIZE) for end in ends]
+        self.model, self.strategy = model, PaddedStrategy(model)
+        self.pool = PagePool(self.strategy.kv_layout(), slab_pages, torch.device("cpu"))
+        counts = [ceil_div(end, _SIZE) for end in ends]
         while self.pool.live_slabs * slab_pages < sum(counts) + 2:
             self.pool.grow()
         pages = rng.permutation(self.pool.live_slabs * slab_pages)
-        self.tables = np.full((len(ends), max(counts)), pages[-1])  # past a sequence's end: not to be read
+        self.tables = np.full((len(ends), max(counts)), pages[-1])  # entries past a sequence's end must not be read
         for table, count, first in zip(self.tables, counts, np.cumsum(counts) - counts, strict=True):
             table[:count] = pages[first : first + count]
         self.tokens = [rng.integers(3, VOCABULARY, end) for end in ends]
         self.done = np.zeros(len(ends), np.int64)
 
     def fill(self, value: float) -> None:
-        """Everything that is in the pool."""
+        """Fill all memory of the pool."""
         for slab in self.pool.slabs:
             assert slab is not None
             for memory in (*slab.keys, *slab.values):
                 memory.fill_(value)
 
     def advance(self, numbers: list[int], lengths: list[int]) -> torch.Tensor:
-        """Computes the next ``lengths`` tokens of sequences ``numbers``."""
+        """Compute the next ``lengths`` tokens of sequences ``numbers``."""
         starts = self.done[numbers]
         self.done[numbers] += lengths
         tokens = [self.tokens[i][start : self.done[i]] for i, start in zip(numbers, starts, strict=True)]
-        packed = ForwardBatch(torch.from_numpy(np.concatenate(tokens)), self.tables[numbers], starts, np.array(lengths))
-        with self.tier.borrow():
-            return self.tier.runner(self.pool).forward(packed)
+        batch = ForwardBatch(torch.from_numpy(np.concatenate(tokens)), self.tables[numbers], starts, np.array(lengths))
+        with self.strategy.borrow():
+            return self.strategy.runner(self.pool).forward(batch)
 
     def own(self, numbers: list[int]) -> torch.Tensor:
-        """What plain forwards give for the last computed token of each."""
+        """Return the logits of plain forwards at the last computed token of each sequence."""
         with torch.no_grad():
             return torch.cat(
                 [
@@ -63,8 +64,8 @@ class Sequences:
 
 
 @pytest.mark.parametrize("family", GATHERING)
-def test_prefills_chunks_and_decodes_together(family: str) -> None:
-    """Lengths that are batched with padding and lengths that are not, in slots that held NaN before."""
+def test_mixed_prefills_chunks_and_decodes_match_plain_forwards(family: str) -> None:
+    """Some lengths are batched with padding, others are not, and all slots hold NaN at first."""
     sequences = Sequences(tiny(family), [60, 41, 40, 33, 9, 2])
     sequences.fill(torch.nan)
     for numbers, lengths in (
@@ -78,7 +79,7 @@ def test_prefills_chunks_and_decodes_together(family: str) -> None:
     assert sequences.done.tolist() == [60, 41, 40, 33, 9, 2]
 
 
-def test_one_sequence_with_broken_numbers_does_not_break_others() -> None:
+def test_nan_in_one_sequence_does_not_spread_to_others() -> None:
     sequences = Sequences(tiny("bloom"), [40, 38, 30])
     sequences.advance([0, 1, 2], [39, 37, 29])
     slab, page = divmod(int(sequences.tables[1, 0]), sequences.pool.slab_pages)
@@ -88,10 +89,10 @@ def test_one_sequence_with_broken_numbers_does_not_break_others() -> None:
     torch.testing.assert_close(found[[0, 2]], sequences.own([0, 2]), atol=2e-5, rtol=1e-5)
 
 
-def test_computed_under_autocast_and_kept_in_its_dtype() -> None:
+def test_keys_are_stored_in_the_dtype_of_autocast() -> None:
     sequences = Sequences(tiny("codegen"), [30, 25])
     with torch.autocast("cpu", torch.bfloat16):
-        layout = sequences.tier.kv_layout()
+        layout = sequences.strategy.kv_layout()
         assert layout.dtype == torch.bfloat16
         sequences.pool = PagePool(layout, 20, torch.device("cpu"))
         sequences.pool.grow()
@@ -100,43 +101,43 @@ def test_computed_under_autocast_and_kept_in_its_dtype() -> None:
     assert float((found - own).float().norm() / own.float().norm()) < 0.1
 
 
-def test_batches_hold_every_sequence_once_and_little_padding() -> None:
+def test_batches_hold_every_sequence_once_with_little_padding() -> None:
     sequences = Sequences(tiny("bloom"), [40])
     runner = PaddedRunner(sequences.model, sequences.pool)
     rng = np.random.default_rng(3)
     starts = rng.integers(0, 900, 300)
     lengths = np.where(rng.random(300) < 0.8, 1, rng.integers(1, 400, 300))
     tokens = torch.zeros(int(lengths.sum()), dtype=torch.int64)
-    packed = ForwardBatch(tokens, np.zeros((300, 100), np.int64), starts, lengths)
-    batches = list(runner._batches(packed))
+    batch = ForwardBatch(tokens, np.zeros((300, 100), np.int64), starts, lengths)
+    batches = list(runner._batches(batch))
     assert sorted(np.concatenate(batches).tolist()) == list(range(300))
     assert len(batches) < 40
-    for batch in batches:
-        ends = packed.seq_lens[batch]
+    for group in batches:
+        ends = batch.seq_lens[group]
         assert ends.min() >= 0.6 * ends.max()
-        assert lengths[batch].min() >= 0.6 * lengths[batch].max()
+        assert lengths[group].min() >= 0.6 * lengths[group].max()
 
 
-def test_batches_stay_small_enough_to_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_keep_to_the_limit_on_gathered_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = Sequences(tiny("bloom"), [40])
     token_bytes = sequences.pool.layout.bytes_per_token // len(sequences.pool.layout.layers)
     monkeypatch.setattr("rollout.models.runners.padded._BATCH_BYTES", 100 * token_bytes)
     runner = PaddedRunner(sequences.model, sequences.pool)
     ones = np.ones(10, np.int64)
-    packed = ForwardBatch(
+    batch = ForwardBatch(
         torch.ones(10, dtype=torch.int64), np.zeros((10, 20), np.int64), np.array([29] * 8 + [31, 200]), ones
     )
-    assert sorted(len(batch) for batch in runner._batches(packed)) == [1, 3, 3, 3]
+    assert sorted(len(group) for group in runner._batches(batch)) == [1, 3, 3, 3]
 
 
-def test_the_probe_tells_shapes_and_leaves_masks_to_the_model() -> None:
+def test_layout_has_shapes_and_leaves_masks_to_the_model() -> None:
     layout = PaddedStrategy(tiny("falcon", multi_query=True, new_decoder_architecture=False)).kv_layout()
-    assert [(site.module, site.kv_heads, site.key_dim) for site in layout.layers] == [(None, 1, 16)] * 4
-    assert {site.mask_kind.kind for site in PaddedStrategy(tiny("gpt_neo")).kv_layout().layers} == {"full"}
+    assert [(layer.module, layer.kv_heads, layer.key_dim) for layer in layout.layers] == [(None, 1, 16)] * 4
+    assert {layer.mask_kind.kind for layer in PaddedStrategy(tiny("gpt_neo")).kv_layout().layers} == {"full"}
 
 
 class Altered:
-    """Hooks that change what a layer of a bloom does with its cache."""
+    """Hooks that change how a bloom layer uses its cache."""
 
     def __init__(self, model: PreTrainedModel, change: str, layers: slice = slice(1, 2)) -> None:
         self.change = change
@@ -164,28 +165,30 @@ class Altered:
         ("values of another dtype", "values of several dtypes"),
     ],
 )
-def test_what_has_no_place_in_pages_is_refused(change: str, reason: str) -> None:
+def test_states_that_pages_cannot_hold_are_refused(change: str, reason: str) -> None:
     model = tiny("bloom")
     Altered(model, change)
     with pytest.raises(UnsupportedModel, match=reason):
         PaddedStrategy(model).kv_layout()
 
 
-def test_a_model_that_stores_nothing_is_refused() -> None:
+def test_model_that_stores_nothing_is_refused() -> None:
     model = tiny("bloom")
     Altered(model, "no cache", slice(None))
     with pytest.raises(UnsupportedModel, match="stores no keys and values"):
         PaddedStrategy(model).kv_layout()
 
 
-@pytest.mark.parametrize(("change", "message"), [("stores more", "more often"), ("no cache", "stored 3 times, not 4")])
-def test_a_model_that_changes_its_calls_is_found_out(change: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"), [("stores more", "more often than the 4 times"), ("no cache", "3 times, not 4")]
+)
+def test_forward_with_other_calls_than_the_probe_raises(change: str, message: str) -> None:
     sequences = Sequences(tiny("bloom"), [20])
     Altered(sequences.model, change)
     with pytest.raises(RuntimeError, match=message):
         sequences.advance([0], [9])
 
 
-def test_recurrent_models_are_not_of_this_tier() -> None:
+def test_recurrent_models_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match="recurrent state"):
         PaddedStrategy(tiny("mamba"))

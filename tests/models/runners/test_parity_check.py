@@ -1,4 +1,4 @@
-"""The check at start: a model whose pages do not give its own numbers does not pass."""
+"""The parity check refuses a model whose logits over pages differ from its own."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from tests.support.tiny_models import INTERFACE, tiny
 
 
 class Mistaken(PackedStrategy):
-    """Whose probe finds another site 1 than there is."""
+    """A strategy whose layout has a wrong layer 1."""
 
     changes: dict[str, Any] = {}
 
     def kv_layout(self) -> KVLayout:
         layout = super().kv_layout()
-        sites = list(layout.layers)
-        sites[1] = replace(sites[1], **self.changes)
-        return KVLayout(tuple(sites), layout.dtype, layout.page_size)
+        layers = list(layout.layers)
+        layers[1] = replace(layers[1], **self.changes)
+        return KVLayout(layers=tuple(layers), dtype=layout.dtype, page_size=layout.page_size)
 
 
 def check(model: PreTrainedModel) -> None:
@@ -39,13 +39,13 @@ def check(model: PreTrainedModel) -> None:
 
 
 def check_with(model: PreTrainedModel, **changes: Any) -> None:
-    tier = Mistaken(model)
-    tier.changes = changes
-    check_parity(tier)
+    strategy = Mistaken(model)
+    strategy.changes = changes
+    check_parity(strategy)
 
 
 @pytest.mark.parametrize("family", INTERFACE)
-def test_served_families_pass(family: str) -> None:
+def test_supported_families_pass(family: str) -> None:
     check(tiny(family))
 
 
@@ -55,7 +55,7 @@ def test_rounding_in_half_precision_passes(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "span"),
+    ("family", "mask_kind"),
     [
         ("llama", MaskKind("window", 12)),
         ("llama", MaskKind("window", 20)),
@@ -67,30 +67,30 @@ def test_rounding_in_half_precision_passes(family: str) -> None:
         ("llama4_text", MaskKind("window", 12)),
     ],
 )
-def test_one_layer_that_sees_something_else_is_refused(family: str, span: MaskKind) -> None:
+def test_one_layer_with_a_wrong_mask_kind_is_refused(family: str, mask_kind: MaskKind) -> None:
     model = tiny(family)
     check_with(model, mask_kind=PackedStrategy(model).kv_layout().layers[1].mask_kind)
     with pytest.raises(UnsupportedModel, match="other logits over pages than in its own forward"):
-        check_with(model, mask_kind=span)
+        check_with(model, mask_kind=mask_kind)
 
 
-def test_a_model_that_keeps_state_in_secret_is_refused() -> None:
-    """It mixes in what it computed last: a cache of its own, as a convolution or a recurrence has."""
+def test_model_with_hidden_state_is_refused() -> None:
+    """The model mixes in its last output, as a convolution or recurrence with a cache of its own does."""
     model = tiny("llama")
     last: list[torch.Tensor] = []
 
     def remember(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
-        before = last.pop() if last else torch.zeros_like(output[:, -1:])
+        previous = last.pop() if last else torch.zeros_like(output[:, -1:])
         last.append(output[:, -1:].clone())
-        return output + torch.cat([before, output[:, :-1]], 1)
+        return output + torch.cat([previous, output[:, :-1]], 1)
 
     model.model.layers[1].mlp.register_forward_hook(remember)
     with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM.*'llama'.*relative distance"):
         check(model)
 
 
-def test_a_model_that_mixes_neighbours_outside_of_attention_is_refused() -> None:
-    """The state of a causal convolution is not in pages; packed prefills and decodes do not have it."""
+def test_model_that_mixes_neighbouring_tokens_outside_attention_is_refused() -> None:
+    """The state of a causal convolution is not in pages, so packed prefills and decodes lose it."""
     model = tiny("llama")
 
     def shift(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
@@ -101,15 +101,15 @@ def test_a_model_that_mixes_neighbours_outside_of_attention_is_refused() -> None
         check(model)
 
 
-def test_a_tier_that_gives_one_sequence_the_pages_of_another_is_refused() -> None:
+def test_strategy_that_swaps_the_pages_of_sequences_is_refused() -> None:
     class Swapped(PackedStrategy):
         def runner(self, pool: PagePool) -> Any:
             own = super().runner(pool)
 
             class Changed(Runner):
-                def forward(self, packed: ForwardBatch) -> torch.Tensor:
-                    tables = packed.page_tables[:, ::-1].copy() if packed.prefix_lens.all() else packed.page_tables
-                    return own.forward(replace(packed, page_tables=tables))
+                def forward(self, batch: ForwardBatch) -> torch.Tensor:
+                    tables = batch.page_tables[:, ::-1].copy() if batch.prefix_lens.all() else batch.page_tables
+                    return own.forward(replace(batch, page_tables=tables))
 
             return Changed()
 
@@ -118,20 +118,20 @@ def test_a_tier_that_gives_one_sequence_the_pages_of_another_is_refused() -> Non
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_h1", "lfm2", "qwen3_next"])
-@pytest.mark.parametrize("mistake", ["swapped", "not kept"])
-def test_a_tier_that_loses_or_mixes_states_is_refused(family: str, mistake: str) -> None:
+@pytest.mark.parametrize("mistake", ["swapped", "lost"])
+def test_strategy_that_loses_or_swaps_states_is_refused(family: str, mistake: str) -> None:
     class Careless(RecurrentStrategy):
         def runner(self, pool: PagePool) -> Any:
             own = super().runner(pool)
 
             class Changed(Runner):
-                def forward(self, packed: ForwardBatch) -> torch.Tensor:
-                    decodes = packed.prefix_lens.all()
-                    before = [tensor.clone() for tensor in pool.states.slab(0).tensors]
+                def forward(self, batch: ForwardBatch) -> torch.Tensor:
+                    decodes = batch.prefix_lens.all()
+                    old_states = [tensor.clone() for tensor in pool.states.slab(0).tensors]
                     mixed = decodes and mistake == "swapped"
-                    logits = own.forward(replace(packed, states=packed.states[::-1].copy()) if mixed else packed)
-                    if decodes and mistake == "not kept":
-                        for tensor, old in zip(pool.states.slab(0).tensors, before, strict=True):
+                    logits = own.forward(replace(batch, states=batch.states[::-1].copy()) if mixed else batch)
+                    if decodes and mistake == "lost":
+                        for tensor, old in zip(pool.states.slab(0).tensors, old_states, strict=True):
                             tensor.copy_(old)
                     return logits
 
@@ -142,7 +142,7 @@ def test_a_tier_that_loses_or_mixes_states_is_refused(family: str, mistake: str)
         check_parity(Careless(tiny(family)))
 
 
-def test_a_model_that_behaves_otherwise_on_loan_is_refused() -> None:
+def test_model_that_computes_differently_when_borrowed_is_refused() -> None:
     model = tiny("llama")
 
     def scale(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
@@ -153,7 +153,7 @@ def test_a_model_that_behaves_otherwise_on_loan_is_refused() -> None:
         check(model)
 
 
-def test_a_model_whose_numbers_are_not_finite_is_refused() -> None:
+def test_model_with_non_finite_logits_is_refused() -> None:
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight[5, 5] = torch.nan
@@ -161,13 +161,13 @@ def test_a_model_whose_numbers_are_not_finite_is_refused() -> None:
         check(model)
 
 
-def test_nothing_is_left_behind() -> None:
+def test_check_leaves_the_model_unchanged() -> None:
     model = tiny("llama").train()
-    state, before = torch.get_rng_state(), model.config._attn_implementation
+    state, implementation = torch.get_rng_state(), model.config._attn_implementation
     check(model)
     with pytest.raises(UnsupportedModel):
         check_with(model, mask_kind=MaskKind("window", 4))
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.config._attn_implementation == before
+    assert model.config._attn_implementation == implementation
     assert all(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())

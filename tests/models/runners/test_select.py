@@ -1,4 +1,4 @@
-"""Which tier a model gets, and what is said when there is none."""
+"""Selection of the run strategy, and the message when no strategy can run a model."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rollout.models.runners.select import select_strategy
 from tests.support.tiny_models import tiny
 
 
-def test_a_family_of_the_interface_is_served_through_it() -> None:
+def test_family_that_uses_the_attention_interface_is_packed() -> None:
     assert isinstance(select_strategy(tiny("llama")), PackedStrategy)
 
 
-def test_a_family_with_attention_of_its_own_is_served_by_gathering() -> None:
+def test_family_with_its_own_attention_is_padded() -> None:
     assert isinstance(select_strategy(tiny("bloom")), PaddedStrategy)
 
 
-def test_a_recurrent_family_is_served_with_its_states() -> None:
+def test_recurrent_family_gets_the_recurrent_strategy() -> None:
     assert isinstance(select_strategy(tiny("falcon_h1")), RecurrentStrategy)
 
 
-def test_a_model_that_fails_in_a_trial_is_refused_with_what_it_said() -> None:
+def test_model_that_fails_the_parity_check_is_refused_with_its_error() -> None:
     model = tiny("bloom")
 
     def fail(*_: object) -> None:
@@ -38,7 +38,7 @@ def test_a_model_that_fails_in_a_trial_is_refused_with_what_it_said() -> None:
         select_strategy(model)
 
 
-def test_want_of_memory_is_no_refusal() -> None:
+def test_out_of_memory_in_the_parity_check_is_raised() -> None:
     model = tiny("llama")
 
     def fail(*_: object) -> None:
@@ -49,6 +49,6 @@ def test_want_of_memory_is_no_refusal() -> None:
         select_strategy(model)
 
 
-def test_a_model_that_no_tier_serves_is_refused_with_the_reason() -> None:
+def test_model_without_a_strategy_is_refused_with_the_reason() -> None:
     with pytest.raises(UnsupportedModel, match=r"'recurrent_gemma'.*recurrent state"):
         select_strategy(tiny("recurrent_gemma"))
