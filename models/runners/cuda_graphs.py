@@ -213,7 +213,9 @@ class CudaGraphRunner(Runner):
         """Capture a step of ``size`` rows, with room for at least twice ``entries`` pages."""
         start = time.perf_counter()
         pages = next_power_of_2(max(2 * entries, MIN_PAGES_PER_ROW * size))
-        inputs = _StepInputs(self._backend.make_metadata(MetadataSizes(decodes=size, prefills=0, tokens=size, entries=pages)))
+        inputs = _StepInputs(
+            self._backend.make_metadata(MetadataSizes(decodes=size, prefills=0, tokens=size, entries=pages))
+        )
         inputs.fill(batch)
 
         def step() -> torch.Tensor:

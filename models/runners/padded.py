@@ -270,7 +270,8 @@ class _GatheringCache(_Cache):
     def exchange(self, call: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if call >= len(self._layer_locations):
             raise RuntimeError(
-                f"The model stored keys and values more often than the {len(self._layer_locations)} times that the probe saw."
+                f"The model stored keys and values more often than the {len(self._layer_locations)} times that the "
+                "probe saw."
             )
         part, index = self._layer_locations[call]
         writes, reads = self._slots[part]
@@ -295,6 +296,6 @@ class _GatheringCache(_Cache):
     def finish(self) -> None:
         if len(self._updated) != len(self._layer_locations):
             raise RuntimeError(
-                f"The model stored keys and values {len(self._updated)} times, not {len(self._layer_locations)} times as the "
-                "probe saw."
+                f"The model stored keys and values {len(self._updated)} times, not {len(self._layer_locations)} times "
+                "as the probe saw."
             )
