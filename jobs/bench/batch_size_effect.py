@@ -1,11 +1,11 @@
-"""How many samples come out otherwise when other rows share their batch: ours, and transformers' ``generate_batch``.
+"""Count the samples that depend on batch composition: this engine, and transformers' ``generate_batch``.
 
     python -m jobs.bench.batch_size_effect random:qwen2.5-1.5b --caps 8,64,256 --requests 256 --tokens 128
 
-Every engine generates the same requests once for each cap, and each further cap is compared with the first, sample by
-sample. Both are greedy, since ``generate_batch`` has one stream of random numbers for all rows, and draws would differ
-whatever the numbers; ours is also run at temperature 1, where its draws are keyed by row. Two texts that have parted
-stay apart, so the share grows with their length.
+Every engine generates the same requests once per row cap, and each further cap is compared with the first, sample by
+sample. Both run greedily, since ``generate_batch`` draws all rows from one stream of random numbers; this engine also
+runs at temperature 1, where its noise is keyed by row. Two completions that have diverged stay different, so the share
+grows with their length.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Completions = list[list[int]]
 
 
 def ours(model: Any, requests: Sequence[Request], caps: Sequence[int]) -> tables.Lines:
-    """Rows under `HEADER`. As many rows live as the cap says, if memory allows."""
+    """Return rows under `HEADER`; as many rows are live as the cap allows, if memory suffices."""
     prompts = [list(request.ids) for request in requests]
 
     def run(rows: int, temperature: float) -> Completions:
@@ -41,7 +41,7 @@ def ours(model: Any, requests: Sequence[Request], caps: Sequence[int]) -> tables
 
 
 def continuous(model: Any, requests: Sequence[Request], caps: Sequence[int]) -> tables.Lines:
-    """Rows under `HEADER`. Its memory is enough for as many rows as the cap says."""
+    """Return rows under `HEADER`; memory suffices for as many rows as the cap allows."""
     blocks = max(-(-(len(request.ids) + request.n) // PAGE_TOKENS) for request in requests)
 
     def run(rows: int) -> Completions:
@@ -51,7 +51,7 @@ def continuous(model: Any, requests: Sequence[Request], caps: Sequence[int]) -> 
 
 
 def parted(first: Completions, other: Completions) -> list[int]:
-    """Of each sample that differs, how many tokens are the same before."""
+    """Return the length of the common beginning of each sample that differs."""
     return [
         next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
         for one, two in zip(first, other, strict=True)
@@ -60,7 +60,7 @@ def parted(first: Completions, other: Completions) -> list[int]:
 
 
 def lines(name: str, draws: str, caps: Sequence[int], run: Callable[[int], Completions]) -> tables.Lines:
-    """Rows under `HEADER`, for each cap but the first."""
+    """Return rows under `HEADER` for each cap but the first."""
     first, rows = run(caps[0]), list[tuple[str, ...]]()
     for cap in caps[1:]:
         places = parted(first, run(cap))
@@ -71,7 +71,7 @@ def lines(name: str, draws: str, caps: Sequence[int], run: Callable[[int], Compl
 
 
 def main() -> int:
-    """Prints a line for each engine and cap."""
+    """Print a line per engine and cap."""
     parser = cli.options("Compares what engines generate in batches of different sizes.")
     parser.add_argument("--caps", default="8,64,256", help="most rows that live, with commas between")
     parser.add_argument("--requests", type=int, default=256, help="of generated prompts, all different")

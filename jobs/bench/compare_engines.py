@@ -1,4 +1,4 @@
-"""Compares engines on workloads: each runs in a process of its own, turn by turn, and medians count.
+"""Compare engines on workloads: each runs in a process of its own, in turns, and medians are reported.
 
     python -m jobs.bench.compare_engines MODEL --workload w1,w2 --engines ours,openvino,static:32 --repeats 3
 
@@ -32,14 +32,14 @@ from jobs.bench.lib.tables import Lines
 
 
 def revision() -> str | None:
-    """The commit of this checkout; None where there is none."""
+    """Return the commit of this checkout, or None outside a repository."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Compares engines on workloads.")
     parser.add_argument("model", help="model folder, Hub id, packaged:NAME, or random:NAME")
     named = ", ".join(workload.NAMED)
@@ -74,13 +74,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, _, python in pairs:
         if name not in peer_envs.PEERS or not Path(python).is_file():
             parser.error(f"--peer {name}={python}: give NAME=PYTHON, NAME of {', '.join(peer_envs.PEERS)}")
-    # Not resolved: an environment's Python is a link, and is known by where that lies.
+    # Keep the link unresolved: a virtual environment's Python is known by the link's place.
     given.peer = {name: Path(python).absolute() for name, _, python in pairs}
     return given
 
 
 def seats(specs: list[Spec], model: str, given_peers: dict[str, Path]) -> tuple[dict[str, Seat], dict[str, str]]:
-    """Where each kind of engine runs, and why those that cannot are skipped."""
+    """Return where each kind of engine runs, and why others are skipped."""
     found: dict[str, Seat] = {}
     skipped: dict[str, str] = {}
     for name in dict.fromkeys(asked.name for asked in specs):
@@ -99,7 +99,7 @@ def seats(specs: list[Spec], model: str, given_peers: dict[str, Path]) -> tuple[
 
 
 def inputs(given: argparse.Namespace) -> tuple[str, dict[str, list[workload.Request]]]:
-    """The model's folder, and the requests of each workload by its name: that of its file, without the ending.
+    """Return the model's folder, and the requests of each workload by name: a file's name without its ending.
 
     Raises:
         ValueError: there is no such model, or a file is no workload.
@@ -114,15 +114,15 @@ def inputs(given: argparse.Namespace) -> tuple[str, dict[str, list[workload.Requ
 
 
 def versions(bench: Bench) -> dict[str, Any]:
-    """What each engine ran in, by its kind, as its own process said."""
-    said = {run["engine"]: run for run in bench.details if "versions" in run}
+    """Return the versions that each engine's own process reported, by kind of engine."""
+    reports = {run["engine"]: run for run in bench.details if "versions" in run}
     return {
-        engine_spec.parse(engine).name: {"python": run["python"], **run["versions"]} for engine, run in said.items()
+        engine_spec.parse(engine).name: {"python": run["python"], **run["versions"]} for engine, run in reports.items()
     }
 
 
 def figures(bench: Bench, specs: list[Spec]) -> dict[str, Any]:
-    """What was measured so far."""
+    """Return what has been measured so far."""
     ours = next((str(asked) for asked in specs if asked.name == engine_spec.OURS), None)
     return {
         "versions": versions(bench),
@@ -133,16 +133,16 @@ def figures(bench: Bench, specs: list[Spec]) -> dict[str, Any]:
 
 
 def tables(found: dict[str, Any], form: Callable[[Lines], str]) -> str:
-    """The two tables of some figures: as text, or as Markdown."""
+    """Return both tables, as text or as Markdown."""
     results = [table.cells(table.Row(**row)) for row in found["table"]]
     starts = [table.setup_cells(table.Setup(**setup)) for setup in found["setups"]]
     return form([table.RESULTS, *results]) + "\n\n" + form([table.SETUPS, *starts])
 
 
 def main() -> int:
-    """Exit status 1 when a run failed, 2 when there is nothing to run."""
+    """Run the comparison; exit status 1 when a run failed, 2 when there is nothing to run."""
     given = parse()
-    # Ending this ends the engine that runs, which is in a session of its own.
+    # The engine runs in a process session of its own, so ending this process must end it.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         model, requests = inputs(given)
@@ -170,7 +170,7 @@ def main() -> int:
             workload.write(entries, files[name])
             print(f"workload {name}: {workload.describe(entries)}", flush=True)
         bench = Bench(places, files, given.dtype, given.device, scratch)
-        # Written after every turn: a comparison takes hours, and may be ended at any time.
+        # Written after every turn: a comparison takes hours and may be stopped at any time.
         for _ in bench.compare(specs, given.repeats):
             found = figures(bench, specs)
             if given.json:

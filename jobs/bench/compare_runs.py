@@ -1,4 +1,4 @@
-"""How many samples are the same in several runs of one job, and how far their log-probabilities are apart.
+"""Compare several runs of one job: how many samples are equal, and how far log-probabilities differ.
 
     python -m jobs.bench.compare_runs runs/cap1 runs/cap8 runs/cap64
 
@@ -17,7 +17,7 @@ from datasets import disable_progress_bars, load_dataset
 
 
 def samples(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """The records of a run by row and sample."""
+    """Return the records of a run by row and sample."""
     kind = json.loads((run / "run.json").read_text(encoding="utf-8"))["output_format"]
     name = {"parquet": "parquet", "jsonl": "json"}[kind]
     files = str(run / "shards" / f"*.{kind}")
@@ -25,7 +25,7 @@ def samples(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def main() -> None:
-    """Compares the runs that the command line names."""
+    """Compare the runs named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     disable_progress_bars()

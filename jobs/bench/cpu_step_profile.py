@@ -1,12 +1,12 @@
-"""Where a step goes: in linear layers, attention, the sampler or elsewhere; and how near it is to what the CPU can do.
+"""Split the time of a step into linear layers, attention, sampler and the rest, and compare it with a bound.
 
     python -m jobs.bench.cpu_step_profile MODEL --rows 8,48,128 --context 250
     python -m jobs.bench.cpu_step_profile MODEL --workload w1
 
-The engine runs as ever, with timers around the calls of those three; "other" is the rest of the step: other modules,
-pages, policy, Python. The bound is what the step cannot do without: its matrix products, at the rate of the best
-product that torch has here for each shape and number of rows, and reading all keys and values once, at the bandwidth
-of a sum over a large tensor. CPU only.
+The engine runs unchanged, with timers around the calls of those three; "other" is the rest of the step: other modules,
+pages, policy, Python. The bound is the least work of a step: its matrix products, at the best rate that torch reaches
+here for each shape and number of rows, plus one read of all keys and values, at the bandwidth of a sum over a large
+tensor. CPU only.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of the engine, or several together."""
+    """One step of the engine, or the sum of several."""
 
     seconds: float
     parts: dict[str, float]
     products: Counter[tuple[Shape, int]]
     """Calls of linear layers of a shape with a number of rows."""
     token_bytes: int
-    """What attention keeps of one token."""
+    """KV bytes of one token."""
     calls: int
-    """That were timed."""
+    """Number of timed calls."""
     report: StepReport | None = None
 
     @property
@@ -67,7 +67,7 @@ class Step:
 
 
 def together(steps: Sequence[Step], seconds: float) -> Step:
-    """The sum of steps, which took so long in all."""
+    """Add up steps that took ``seconds`` in all."""
     parts, products = Counter[str](), Counter[tuple[Shape, int]]()
     for step in steps:
         parts.update(step.parts)
@@ -81,7 +81,7 @@ class Timers:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.weights: dict[Shape, list[torch.Tensor]] = defaultdict(list)
-        """Of products whose weights were copied, which may be those of several layers."""
+        """Weights of packed products; one may combine several layers."""
         self._clear()
 
     def _clear(self) -> None:
@@ -90,13 +90,13 @@ class Timers:
         self._token_bytes = self._calls = 0
 
     def on_step(self, report: StepReport) -> None:
-        """For `Engine.run`."""
+        """Record one step; the callback of `Engine.run`."""
         step = Step(report.step_ms / 1e3, self._parts, self._products, self._token_bytes, self._calls, report)
         self.steps.append(step)
         self._clear()
 
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, with its time added to a part."""
+        """Wrap ``call`` so that its time is added to a part."""
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
@@ -109,7 +109,7 @@ class Timers:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """They run inside this block."""
+        """Install the timers inside this block."""
         loop: Any = rollout.engine.loop
         form: Any = linears._Form
         originals = nn.Linear.forward, form.product, PagedAttention.attend_tokens, loop.sample
@@ -153,7 +153,7 @@ class Timers:
 
 
 def overhead() -> float:
-    """Seconds that one timed call takes longer."""
+    """Return the overhead of one timer, in seconds."""
     calls, timed = 20_000, Timers().timed(PARTS[0], lambda: None)
     started = time.perf_counter()
     for _ in range(calls):
@@ -162,7 +162,7 @@ def overhead() -> float:
 
 
 def decode_steps(model: Any, rows: int, context: int, timers: Timers) -> list[Step]:
-    """Steps that decode so many rows of about so many tokens, and do nothing else."""
+    """Return steps that only decode ``rows`` rows of about ``context`` tokens each."""
     new, vocabulary = WARM_UP + STEPS + 1, model.get_input_embeddings().weight.shape[0]
     draws = torch.Generator().manual_seed(0)
     prompts = torch.randint(vocabulary, (rows, max(1, context - new // 2)), generator=draws).tolist()
@@ -176,7 +176,7 @@ def decode_steps(model: Any, rows: int, context: int, timers: Timers) -> list[St
 
 
 def whole_run(model: Any, requests: Sequence[workload.Request], timers: Timers) -> tuple[Step, int]:
-    """All steps of a workload, as one, and how many there were; the time between them is part of it."""
+    """Return the sum of all steps of a workload and their number; the time between steps is included."""
     asked = [
         Request(str(i), request.ids, SamplingParams(max_new_tokens=request.n, ignore_eos=True))
         for i, request in enumerate(requests)
@@ -190,12 +190,12 @@ def whole_run(model: Any, requests: Sequence[workload.Request], timers: Timers) 
 
 
 def tokens_read(requests: Sequence[workload.Request]) -> int:
-    """Keys that decoding a workload reads: each token, those before it and itself; the first comes with the prompt."""
+    """Count the keys that decoding reads: each token reads its whole sequence; the first comes with the prompt."""
     return sum((request.n - 1) * len(request.ids) + request.n * (request.n - 1) // 2 for request in requests)
 
 
 class Bound:
-    """What the CPU does at best, measured on a run's own weights, which do not fit into its caches either.
+    """The best that the CPU can do, measured on the run's own weights, which exceed its caches as well.
 
     Args:
         model: whose layers multiply.
@@ -212,7 +212,7 @@ class Bound:
         self.bandwidth = _bandwidth()
 
     def products(self, wanted: Counter[tuple[Shape, int]]) -> float:
-        """Seconds of all these products."""
+        """Return the seconds of all these products."""
         by_shape: dict[Shape, Counter[int]] = defaultdict(Counter)
         for (shape, rows), calls in wanted.items():
             by_shape[shape][rows] += calls
@@ -225,7 +225,7 @@ class Bound:
         return total
 
     def _measure(self, shape: Shape, points: Sequence[int]) -> list[float]:
-        """Seconds of one product of a shape, for each number of rows: the best of `_FORMS`."""
+        """Return the seconds of one product of a shape per number of rows: the best of `_FORMS`."""
         best = [float("inf")] * len(points)
         for form in _FORMS:
             try:
@@ -243,7 +243,7 @@ def _plain(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _packed(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Laid out by oneDNN, with operators of torch that are private."""
+    """Use a weight packed by oneDNN, through private operators of torch."""
     mkldnn: Any = torch.ops.mkldnn
     laid_out = mkldnn._reorder_linear_weight(weight.contiguous(), 128)
     return lambda x: mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
@@ -253,7 +253,7 @@ _FORMS = (_plain, _packed)
 
 
 def _fastest_dtype(weight: torch.Tensor) -> torch.dtype:
-    """What products of a few dozen rows are fastest in: bfloat16 weights may be computed in float32."""
+    """Return the dtype in which products of a few dozen rows are fastest: float32 may beat bfloat16."""
 
     def seconds(dtype: torch.dtype) -> float:
         return _best_of(2, [_plain(weight.to(dtype))], torch.randn(32, weight.shape[1], dtype=dtype))
@@ -262,12 +262,12 @@ def _fastest_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def _bandwidth() -> float:
-    """Bytes a second that can be read."""
+    """Measure the read bandwidth in bytes per second."""
     return BANDWIDTH_BYTES / _best_of(5, [torch.sum], torch.ones(BANDWIDTH_BYTES // 4))
 
 
 def _best_of(times: int, calls: Sequence[Callable[[torch.Tensor], Any]], x: torch.Tensor) -> float:
-    """Seconds of all ``calls``, one after the other."""
+    """Return the seconds of all ``calls``, one after the other: the best of some rounds."""
     best = float("inf")
     with torch.no_grad():
         for _ in range(times):
@@ -279,12 +279,12 @@ def _best_of(times: int, calls: Sequence[Callable[[torch.Tensor], Any]], x: torc
 
 
 def _powers(most: int) -> list[int]:
-    """Powers of two up to the first that is not below ``most``."""
+    """Return the powers of two up to the first that is at least ``most``."""
     return [1 << i for i in range((most - 1).bit_length() + 1)]
 
 
 def _between(points: Sequence[int], values: Sequence[float], at: int) -> float:
-    """Linear between the points; ``at`` lies among them."""
+    """Interpolate linearly at ``at``, which lies between the first and last point."""
     right = bisect_left(points, at)
     if points[right] == at:
         return values[right]
@@ -304,7 +304,7 @@ HEADER = (
 
 
 def line(name: str, step: Step, count: int, products: float, reads: float) -> tuple[str, ...]:
-    """A row under `HEADER`: of ``count`` steps together, the mean."""
+    """Return a row under `HEADER`: the mean over ``count`` steps."""
     other = step.seconds - sum(step.parts.values())
     shares = [100 * seconds / step.seconds for seconds in (*(step.parts[part] for part in PARTS), other)]
     figures = (step.seconds, products, reads)
@@ -314,7 +314,7 @@ def line(name: str, step: Step, count: int, products: float, reads: float) -> tu
 
 
 def main() -> int:
-    """Prints a line for each number of rows, or one for a workload."""
+    """Print a line per number of rows, or one for a workload."""
     parser = argparse.ArgumentParser(description="Shows where the engine's steps go, on a CPU.")
     parser.add_argument("model", help="model folder, Hub id, or packaged:NAME")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))

@@ -1,11 +1,10 @@
-"""How near decode steps come to the bandwidth of a device, and how long the device waits between kernels.
+"""Compare decode steps with the bandwidth of a device, and measure how long it waits between kernels.
 
     python -m jobs.bench.decode_bandwidth random:qwen2.5-1.5b --rows 64,256 --context 1024
 
-The engine runs as ever, on rows that decode and do nothing else. The bound of a step is what it cannot do without:
-reading every weight once, and the keys and values of all rows, at the bandwidth of copying one large tensor to
-another. A first run is timed; on a GPU a second one, profiled, says how long kernels ran in a step and which they
-were: what is left of the step is the gap.
+The engine runs unchanged on rows that only decode. The bound of a step is one read of every weight and of the keys and
+values of all rows, at the bandwidth of copying one large tensor to another. The first run is timed; on a GPU a second,
+profiled run gives the time in kernels per step and their names. The rest of the step is the gap.
 """
 
 from __future__ import annotations
@@ -40,30 +39,30 @@ TOP = 8
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Steps that decode so many rows of so many tokens."""
+    """Steps that decode ``rows`` rows of ``context`` tokens."""
 
     rows: int
     context: float
-    """Mean tokens of a row that a step reads."""
+    """Mean tokens per row that a step reads."""
     seconds: float
-    """Of a step: the median."""
+    """Median seconds per step."""
     slowest: float
     first_seconds: float
-    """From the call to the end of its first step, with all that is compiled or captured for it."""
+    """Seconds from the call to the end of its first step, compilation and capture included."""
     bound: float
-    """Seconds of a step at the bandwidth of a copy."""
+    """Seconds per step at the bandwidth of a copy."""
     bytes: float
-    """That a step reads."""
+    """Bytes that a step reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What the device did in some steps."""
+    """Activity of the device over some steps."""
 
     busy: float
-    """Seconds of a step in which any kernel ran."""
+    """Seconds per step in which any kernel ran."""
     kernels: tuple[tuple[str, float], ...]
-    """Seconds of a step, by kernel, the longest first."""
+    """Seconds per step and kernel, the longest first."""
 
 
 class Decoding:
@@ -82,9 +81,9 @@ class Decoding:
         self._rows, self._steps, self._around = rows, steps, around
         self._alone = 0
         self.times: list[float] = []
-        """When each measured step ended, and the one before them."""
+        """End of each measured step, and of the one before them."""
         self.tokens: list[int] = []
-        """That the pages of all rows have room for, in each measured step."""
+        """Tokens that the pages of all rows have room for, in each measured step."""
         new = WARM_UP + steps + 4
         vocabulary = model.get_input_embeddings().weight.shape[0]
         draws = torch.Generator().manual_seed(0)
@@ -110,12 +109,12 @@ class Decoding:
             self._around(self._alone - WARM_UP)
             if self._alone > WARM_UP:
                 self.tokens.append(report.kv_tokens)
-            # Read anew: what happens around a step is not part of it.
+            # Restart the clock: work around a step is not part of it.
             self.times.append(now if self._alone > WARM_UP else time.perf_counter())
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """What a step reads of a model: all its parameters, but of an input embedding only some rows, unless it is tied."""
+    """Return the bytes of a model that a step reads: all parameters, but an untied input embedding only in part."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
     skipped = None if output is not None and output.weight is embedding.weight else embedding.weight
@@ -123,7 +122,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that are read and written when one large tensor is copied to another."""
+    """Measure bytes per second read and written while one large tensor is copied to another."""
     size = COPY_BYTES[device.type]
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -143,7 +142,7 @@ def _finish(device: torch.device) -> None:
 
 
 def measure(model: Any, rows: int, context: int, bandwidth: float, steps: int = STEPS) -> Measured:
-    """Steps with nothing around them."""
+    """Time steps without a profiler."""
     run = Decoding(model, rows, context, steps)
     durations = [after - before for before, after in pairwise(run.times)]
     layout = select_strategy(model).kv_layout()
@@ -162,7 +161,7 @@ def measure(model: Any, rows: int, context: int, bandwidth: float, steps: int = 
 
 
 def profile(model: Any, rows: int, context: int) -> Profile:
-    """What kernels run in a step, on a GPU."""
+    """Profile the kernels of a step on a GPU."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -184,7 +183,7 @@ def profile(model: Any, rows: int, context: int) -> Profile:
 
 
 def busy(spans: Sequence[tuple[str, float, float]], steps: int) -> Profile:
-    """Of (kernel, start, end) over so many steps: kernels may overlap, and time that several take counts once."""
+    """Sum (kernel, start, end) over ``steps`` steps; overlapping time counts once."""
     total, reached = 0.0, float("-inf")
     by_name = Counter[str]()
     for name, start, end in sorted(spans, key=lambda span: span[1]):
@@ -209,7 +208,7 @@ HEADER = (
 
 
 def line(measured: Measured, found: Profile | None) -> tuple[str, ...]:
-    """A row under `HEADER`."""
+    """Return a row under `HEADER`."""
     gap = None if found is None else max(0.0, 1 - found.busy / measured.seconds)
     return (
         str(measured.rows),
@@ -226,7 +225,7 @@ def line(measured: Measured, found: Profile | None) -> tuple[str, ...]:
 
 
 def main() -> int:
-    """Prints a line for each number of rows, and on a GPU the kernels that a step spends its time in."""
+    """Print a line per number of rows, and on a GPU the costliest kernels of a step."""
     parser = cli.options("Compares decode steps with the bandwidth of the device.")
     parser.add_argument("--rows", default="64,256", help="numbers of rows, with commas between")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row")

@@ -1,11 +1,11 @@
-"""Which families are served, with which strategy, and whether they give the model's own numbers.
+"""Tabulate which model families are served, by which strategy, and whether they give the model's own numbers.
 
     python -m jobs.bench.families_table [--write] [--seconds 240] [FAMILY ...]
 
 runs from the repository's root over every family that transformers can load as a causal language model, or over those
-that are named. Of each it makes a tiny random model and generates greedily with rows joining late and, where keys
-and values are all that a row holds, being preempted. In float32 the completions must equal those of ``generate`` and
-the log-probabilities a plain forward; in bfloat16 the mean distance is told. ``--write`` puts the table into
+named on the command line. For each it makes a tiny random model and generates greedily with rows that join late and,
+unless the family keeps recurrent states, are preempted. In float32 completions must equal ``generate`` and
+log-probabilities a plain forward; in bfloat16 the mean distance is reported. ``--write`` puts the table into
 ``docs/families.md``.
 """
 
@@ -122,7 +122,7 @@ _SENSES: dict[str, Any] = {
 }
 _OWN = object()
 """The family's own value of a field."""
-#: What single families need besides.
+#: Extra configuration of single families.
 _FIXES: dict[str, dict[str, Any]] = {
     # Latent attention: heads are rotated over what is called head_dim, and keys are not shared.
     **{
@@ -148,7 +148,7 @@ _FIXES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one family."""
+    """The outcome of one family."""
 
     family: str
     state: Literal["right", "wrong", "refused", "generate fails", "not built"]
@@ -172,7 +172,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
 
 
 def _known(default: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``fields`` that a configuration has, with its family's own, and so for its parts."""
+    """Return the ``fields`` that a configuration has, with its family's own, recursively for its parts."""
     parts = {}
     for name in default.sub_configs:
         part = getattr(default, name, None)
@@ -184,7 +184,7 @@ def _known(default: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has(default: PreTrainedConfig, name: str) -> bool:
-    """Whether a configuration has one value ``name``; some have one for each layer, and say so in an error."""
+    """Return whether a configuration has one value ``name``; some have one per layer and raise."""
     try:
         return hasattr(default, name)
     except Exception:  # noqa: BLE001
@@ -192,7 +192,7 @@ def _has(default: PreTrainedConfig, name: str) -> bool:
 
 
 def tried(family: str) -> Result:
-    """Makes a tiny model of ``family`` and compares what the engine generates with what the model does."""
+    """Make a tiny model of ``family`` and compare the engine's output with the model's."""
     try:
         config = tiny_config(family)
         with torch.device("meta"):
@@ -232,7 +232,7 @@ def tried(family: str) -> Result:
 
 
 def _generated(model: PreTrainedModel, prompts: Sequence[list[int]]) -> tuple[list[list[int]], torch.Tensor]:
-    """Completions, and how far each of their log-probabilities is from a plain forward."""
+    """Return completions, and the distance of each log-probability from a plain forward."""
     states = select_strategy(model).kv_layout().states
     engine = Engine(model, None, policy="static", max_rows=4) if states else tight_engine(model, _PAGES, max_rows=4)
     batch = engine.generate(prompts, SamplingParams(max_new_tokens=_NEW_TOKENS, temperature=0))
@@ -245,7 +245,7 @@ def _generated(model: PreTrainedModel, prompts: Sequence[list[int]]) -> tuple[li
 
 
 def _own_rounding(model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> float:
-    """How far log-probabilities of the module's own float32 forward are from those of the same module in float64."""
+    """Return the distance of the module's float32 log-probabilities from those in float64."""
     exact, most = copy.deepcopy(model).double(), 0.0
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = torch.tensor([prompt + completion])
@@ -260,14 +260,14 @@ def _own_rounding(model: PreTrainedModel, prompts: Sequence[list[int]], completi
 
 
 def _is_greedy(model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int]) -> bool:
-    """Whether a plain forward of the whole text finds each token of the completion the most probable."""
+    """Return whether a plain forward finds each token of the completion the most probable."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0]
     return bool(logits[len(prompt) - 1 : -1].argmax(-1).tolist() == list(completion))
 
 
 def _in_short(error: Exception) -> str:
-    """The last line of a message that is mostly about where it comes from, or its first."""
+    """Return the last line of a traceback-like message, else its first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if lines and "validat" in lines[0] else lines[0] if lines else ""
     return f"{type(error).__name__}: {text}"[:160]
@@ -279,7 +279,7 @@ def _child(family: str, answer: Connection) -> None:
 
 
 def in_a_process(family: str, seconds: float) -> Result:
-    """`tried` in a process of its own, which may take ``seconds`` and no end of memory."""
+    """Run `tried` in a process of its own, with a limit of ``seconds``."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_child, args=(family, theirs))
     process.start()
@@ -297,7 +297,7 @@ def in_a_process(family: str, seconds: float) -> Result:
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results in Markdown."""
+    """Return the results in Markdown."""
     count = Counter(result.state for result in results)
     strategies = Counter(result.strategy for result in results if result.state == "right")
     lines = [
@@ -328,7 +328,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def write(text: str) -> None:
-    """Puts ``text`` between the markers of the page."""
+    """Put ``text`` between the markers of the page."""
     page = _PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(_MARKERS[0])
     _, _, after = rest.partition(_MARKERS[1])
@@ -336,7 +336,7 @@ def write(text: str) -> None:
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """Tries families, prints a line for each, and the table."""
+    """Try families; print a line per family, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     parser.add_argument("--write", action="store_true")

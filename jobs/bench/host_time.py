@@ -1,12 +1,12 @@
-"""How much of a step is spent outside of the model: in the policy, pages, tokens, records and Python.
+"""Measure the share of a step spent outside the model: policy, pages, tokens, records and Python.
 
     python -m jobs.bench.host_time packaged:SmolLM2-135M-Instruct
     python -m jobs.bench.host_time random:tiny --settings 64,256,1024,64x2000
 
-A setting is ``ROWS[xCONTEXT]``. It is run twice: "decode" has rows that decode and do nothing else; in "flow" rows end
-and others join all the time. The engine runs as ever, with timers around the calls of `POINTS`. Figures are medians
-over steps. A step is counted from the end of the step before, so that what happens between steps is part of it. CPU
-only: a GPU would still compute when a call returns.
+A setting is ``ROWS[xCONTEXT]``. Each runs twice: in "decode" all rows only decode; in "flow" rows finish and new ones
+join all the time. The engine runs unchanged, with timers around the calls of `POINTS`. Figures are medians over steps.
+A step is measured from the end of the step before, so the time between steps is included. CPU only: a GPU would still
+be computing when a call returns.
 """
 
 from __future__ import annotations
@@ -42,47 +42,47 @@ POINTS: tuple[tuple[str, Any, str], ...] = (
     ("records", _LOOP.Loop, "_settle"),
     ("queue", _LOOP.Loop, "refill"),
 )
-"""A part, and a call that belongs to it; the runner's ``forward`` comes besides. What a call spends in another of these
-calls counts for that one alone."""
+"""A part and a call that belongs to it; the runner's ``forward`` is added. Time in a nested call counts for that call
+alone."""
 MODEL = ("forward", "sampling")
 PARTS = (*MODEL, "policy", "pages", "packing", "records", "other", "queue", "between")
-"""``other`` is what is left of the step itself, ``between`` what is left of the time between it and the step before."""
+"""``other`` is the rest of the step itself, ``between`` the rest of the time since the step before."""
 STEPS = 48
-"""That are measured."""
+"""Measured steps."""
 WARM_UP = 8
-"""Steps before them: first calls allocate and compile."""
+"""Steps before them, in which first calls allocate and compile."""
 MEAN_TOKENS = 64
-"""Output tokens of a row in a flow: in each step one of so many rows ends."""
+"""Mean output tokens per row in a flow: one in this many rows finishes per step."""
 SHORT = 100
-"""Tokens of a row, where a setting does not say."""
+"""Tokens per row where a setting gives none."""
 
 Kind = Literal["decode", "flow"]
 KINDS: tuple[Kind, ...] = ("decode", "flow")
 
 
 class Enough(Exception):
-    """All steps were measured."""
+    """Raised when all steps are measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Rows that live, and tokens of each."""
+    """Live rows, and tokens per row."""
 
     rows: int
     context: int = SHORT
 
     @classmethod
     def of(cls, text: str) -> Setting:
-        """Reads ``ROWS[xCONTEXT]``.
+        """Parse ``ROWS[xCONTEXT]``.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the text has another form.
         """
         rows, _, context = text.partition("x")
         return cls(int(rows), int(context or SHORT))
 
     def requests(self, kind: Kind, vocabulary: int) -> Iterator[Request]:
-        """More of them than are needed."""
+        """Yield more requests than are needed."""
         rng = random.Random(0)
         endless = kind == "flow"
         prompt = max(1, self.context - (MEAN_TOKENS // 2 if endless else WARM_UP + STEPS // 2))
@@ -95,10 +95,10 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step."""
+    """One measured step."""
 
     seconds: float
-    """From the end of the step before."""
+    """Time since the end of the step before."""
     parts: dict[str, float]
 
 
@@ -114,7 +114,7 @@ class Timers:
         self._setting, self._kind = setting, kind
         self._counted = 0
         self._inner = 0.0
-        """Seconds of timed calls inside the one that runs."""
+        """Seconds of timed calls nested in the current one."""
         self._clear()
 
     def _clear(self) -> None:
@@ -146,7 +146,7 @@ class Timers:
         return report.new_tokens >= 0.8 * self._setting.rows
 
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, with its own time added to a part."""
+        """Wrap ``call`` so that its own time is added to a part."""
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             around, self._inner = self._inner, 0.0
@@ -162,7 +162,7 @@ class Timers:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """They run inside this block."""
+        """Install the timers inside this block."""
 
         def loop(runner: Any, *args: Any, **kwargs: Any) -> Any:
             runner.forward = self.timed("forward", runner.forward)
@@ -181,10 +181,10 @@ class Timers:
 
 
 def measure(model: Any, setting: Setting, kind: Kind, policy: str) -> list[Step]:
-    """The steps of one run.
+    """Return the steps of one run.
 
     Raises:
-        ValueError: so many rows did not live together for long enough.
+        ValueError: the requested rows were not live together for long enough.
     """
     timers = Timers(setting, kind)
     engine = Engine(model, None, policy=policy, max_rows=setting.rows)
@@ -202,7 +202,7 @@ HEADER = ("rows", "context", "kind", "step ms", *(f"{part} ms" for part in PARTS
 
 
 def line(setting: Setting, kind: Kind, steps: Sequence[Step]) -> tuple[str, ...]:
-    """A row under `HEADER`: medians, and the share of a step that is neither forward nor sampling."""
+    """Return a row under `HEADER`: medians, and the share of a step outside forward and sampling."""
     parts = [median(step.parts[part] for step in steps) for part in PARTS]
     outside = median(1 - sum(step.parts[part] for part in MODEL) / step.seconds for step in steps)
     whole = median(step.seconds for step in steps)
@@ -211,7 +211,7 @@ def line(setting: Setting, kind: Kind, steps: Sequence[Step]) -> tuple[str, ...]
 
 
 def main() -> int:
-    """Prints a line for each setting and kind."""
+    """Print a line per setting and kind."""
     parser = cli.options("Shows what a step spends outside of the model, on a CPU.", device="cpu")
     parser.add_argument("--settings", default="64,256,1024,64x2000", help="ROWS[xCONTEXT], with commas between")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of decode and flow")

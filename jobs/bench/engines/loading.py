@@ -1,4 +1,4 @@
-"""The model as transformers loads it, for the engines that run transformers' modules."""
+"""Load a model with transformers, for the engines that run its modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobs.bench.engines.harness import Task
 
 
 def load(task: Task) -> PreTrainedModel:
-    """Alike for all: with the model's own default attention. A folder without weights gets random ones."""
+    """Load the model with its default attention; draw random weights if the folder has none."""
     dtype: torch.dtype = getattr(torch, task.dtype)
     model: PreTrainedModel
     if task.random_weights:

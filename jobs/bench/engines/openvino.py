@@ -13,11 +13,11 @@ from jobs.bench.engines.harness import Generate, Task, main
 CACHE_GB = 4
 BATCHED_TOKENS = 4096
 PRECISION = {"bfloat16": "bf16", "float32": "f32"}
-"""What it computes in: a hint, which it follows with or without instructions for it. Weights are 16 bit either way."""
+"""Precision hint, followed with or without instructions for it; weights are 16 bit either way."""
 
 
 def prepare(task: Task) -> Generate:
-    """The cap is its ``max_num_seqs``."""
+    """Load the pipeline; the cap is its ``max_num_seqs``."""
     if task.device != "cpu":
         raise SystemExit("this runs OpenVINO on a CPU only")
     scheduler: Any = genai.SchedulerConfig()

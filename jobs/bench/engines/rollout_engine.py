@@ -1,4 +1,4 @@
-"""This project's engine: every request in one call, log-probabilities recorded as always."""
+"""This project's engine: all requests in one call, log-probabilities recorded as usual."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from rollout import Engine, SamplingParams
 
 
 def prepare(task: Task) -> Generate:
-    """The cap is the most rows that may live; without one the policy alone decides."""
+    """Load the engine; the cap is ``max_rows``, and without one the policy alone decides."""
     model = load(task)
-    # Ids in and ids out, as for the others: no tokenizer.
+    # Token ids in and out, as for the other engines, so no tokenizer.
     engine = Engine(model, None) if task.cap is None else Engine(model, None, max_rows=task.cap)
     prompts = [list(request.ids) for request in task.requests]
     params = [SamplingParams(temperature=1.0, max_new_tokens=request.n, ignore_eos=True) for request in task.requests]

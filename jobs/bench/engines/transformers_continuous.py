@@ -1,4 +1,4 @@
-"""transformers' continuous batching: rows join and leave, each with a length of its own."""
+"""transformers' continuous batching, with a length per request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE_TOKENS = 256
 
 
 def prepare(task: Task) -> Generate:
-    """It sizes its batch from free memory; a cap is not taken."""
+    """Load the model; the engine sizes its batch from free memory and takes no cap."""
     if task.cap is not None:
         raise SystemExit("continuous batching takes no cap")
     model: Any = load(task)  # generation is mixed into it by its class
@@ -32,7 +32,7 @@ def prepare(task: Task) -> Generate:
 
 
 class Continuous:
-    """``generate_batch`` with a length for each request.
+    """Run ``generate_batch`` with a length per request.
 
     It gives all requests one length, so this does what it does through its manager; as there, taking and freeing the
     memory is part of a call.
@@ -49,9 +49,9 @@ class Continuous:
         self, model: Any, device: torch.device, rows: int | None = None, blocks: int | None = None, **sampling: Any
     ) -> None:
         self._model = model
-        # No id ends a row: a length does.
+        # Rows end by length, not by a token.
         self._config = GenerationConfig(eos_token_id=-1, pad_token_id=0, **sampling)
-        # Its fastest on a GPU; on a CPU there is neither.
+        # The fastest setting on a GPU; a CPU has neither.
         cuda = device.type == "cuda"
         self._batching = ContinuousBatchingConfig(
             num_blocks=blocks,
@@ -61,8 +61,8 @@ class Continuous:
         )
 
     def __call__(self, requests: Sequence[Request]) -> list[list[int]]:
-        """The completion of each request."""
-        # What `generate_batch` itself tells the manager, to size its memory by.
+        """Return the completion of each request."""
+        # What `generate_batch` itself passes to the manager to size its memory.
         hints = WorkloadHints(
             max_prompt_length=max(len(request.ids) for request in requests),
             max_generated_length=max(request.n for request in requests),
@@ -70,7 +70,7 @@ class Continuous:
         )
         wanted = {f"request-{index}": index for index in range(len(requests))}
         done: list[list[int]] = [[] for _ in requests]
-        # Its worker thread fails inside inference_mode, without a word.
+        # Its worker thread fails silently inside inference_mode.
         running = self._model.continuous_batching_context_manager(
             generation_config=self._config,
             continuous_batching_config=self._batching,

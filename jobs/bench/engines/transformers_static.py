@@ -1,4 +1,4 @@
-"""transformers' ``generate`` on padded batches: each runs until the longest of its rows is done."""
+"""transformers' ``generate`` on padded batches: each runs until its longest row is done."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DEFAULT_ROWS = 32
 
 
 def prepare(task: Task) -> Generate:
-    """The cap is the rows of a batch. Batches are cut in the order of the file: lengths are not known beforehand."""
+    """Load the model; the cap is the batch size. Batches follow the file: lengths are unknown beforehand."""
     model: Any = load(task)  # generation is mixed into it by its class
     end, rows = model.generation_config.eos_token_id, task.cap or DEFAULT_ROWS
     pad = end[0] if isinstance(end, list) else end or 0
-    # The model's own settings would fill in what is left out below.
+    # The model's own settings would replace what is left out below.
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
 
     def generate() -> int:

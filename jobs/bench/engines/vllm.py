@@ -1,4 +1,4 @@
-"""vLLM's offline call, log-probabilities of the drawn tokens included."""
+"""vLLM's offline call, with log-probabilities of the sampled tokens."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ CACHE_GB = "4"
 
 
 def prepare(task: Task) -> Generate:
-    """The cap is its ``max_num_seqs``."""
+    """Load vLLM; the cap is its ``max_num_seqs``."""
     if task.device == "cpu":
-        # Its own default leaves a core idle.
+        # vLLM's default leaves a core idle.
         cores = sorted(os.sched_getaffinity(0))
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
         os.environ.setdefault("OMP_NUM_THREADS", str(len(cores)))
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CACHE_GB)
-    # After the environment is set: it is read while this is imported.
+    # vLLM reads the environment while it is imported.
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found, unused-ignore]
 
     longest = max(len(request.ids) + request.n for request in task.requests)
@@ -29,7 +29,7 @@ def prepare(task: Task) -> Generate:
         max_model_len=max(CONTEXT, longest),
         max_num_seqs=task.cap or 128,
         enable_prefix_caching=task.grouped,
-        # A folder without weights has no tokenizer either.
+        # A folder without weights has no tokenizer.
         skip_tokenizer_init=task.random_weights,
         load_format="dummy" if task.random_weights else "auto",
     )

@@ -11,7 +11,7 @@ from jobs.bench.lib import random_models
 
 
 def options(description: str, device: str = "cuda") -> argparse.ArgumentParser:
-    """A parser of what such scripts have in common; on ``device`` if none is given."""
+    """Return a parser with the arguments that such scripts share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", help="model folder, Hub id, packaged:NAME, or random:NAME")
     parser.add_argument("--device", default=device)
@@ -20,7 +20,7 @@ def options(description: str, device: str = "cuda") -> argparse.ArgumentParser:
 
 
 def folder(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
-    """Of the model that was given; ends the process, with status 2, where there is none."""
+    """Return the model's folder; exit with status 2 if there is none."""
     try:
         return random_models.resolve(given.model)
     except ValueError as error:
@@ -28,5 +28,5 @@ def folder(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
 
 
 def model(folder: str, given: argparse.Namespace) -> Any:
-    """The model on its device."""
+    """Load the model onto its device."""
     return load(Task(folder, given.dtype, given.device, None, []))

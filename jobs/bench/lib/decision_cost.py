@@ -1,4 +1,4 @@
-"""What a decision of each policy costs, by live rows."""
+"""Time one decision of each policy by number of live rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rollout.batcher.types import Bounds, FinishedRow, Observation, StepSample, 
 
 
 def cost(given: argparse.Namespace) -> None:
-    """Microseconds that a decision takes, by live rows."""
+    """Return the microseconds per decision by number of live rows."""
     lines = [["policy", "100 rows", "300 rows", "1000 rows", "1000 rows and room for more"]]
     cases = ((100, 0), (300, 0), (1000, 0), (1000, 100_000))
     for name in POLICIES:

@@ -1,4 +1,4 @@
-"""Engines on the command line, and how the best setting of one is found.
+"""Parse engines named on the command line, and list the settings to try for each.
 
 ``NAME[:CAP][@DTYPE]``: the cap is the most rows in a batch. What is left out of a peer that has settings to choose is
 tried out in the first turn: caps and precisions for those below; after that, only the best is run again.
@@ -19,16 +19,16 @@ class Engine:
     """A kind of engine."""
 
     module: str
-    """Of ``jobs.bench.engines``."""
+    """Module in ``jobs.bench.engines``."""
     peer: bool = False
-    """Whether it has an environment of its own."""
+    """Whether the engine runs in an environment of its own."""
     caps: tuple[int, ...] = ()
-    """To try when no cap is given; none where the engine chooses better by itself."""
+    """Row caps to try when none is given; empty where the engine chooses by itself."""
     dtypes: tuple[str, ...] = ()
-    """To try when no dtype is given; none where that of ``--dtype`` is used."""
+    """Dtypes to try when none is given; empty where ``--dtype`` is used."""
 
 
-# float32 is tried first: where the CPU has no bf16 instructions, the other one can take an hour, and is cut short.
+# Try float32 first: on a CPU without bf16 instructions the other one can take an hour and is stopped early.
 ENGINES = {
     OURS: Engine("rollout_engine"),
     "openvino": Engine("openvino", peer=True, caps=(128, 64, 256), dtypes=("float32", "bfloat16")),
@@ -40,7 +40,7 @@ ENGINES = {
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One engine with what is settled of it; prints as it is written on the command line."""
+    """One engine with the settings given for it; prints as on the command line."""
 
     name: str
     cap: int | None = None
@@ -55,7 +55,7 @@ class Spec:
 
 
 def parse(text: str) -> Spec:
-    """Reads ``NAME[:CAP][@DTYPE]``.
+    """Parse ``NAME[:CAP][@DTYPE]``.
 
     Raises:
         ValueError: it is none.
@@ -69,7 +69,7 @@ def parse(text: str) -> Spec:
 
 
 def settle(spec: Spec, dtype: str, seconds: Callable[[Spec, float | None], float | None]) -> Spec:
-    """What is run again and again for ``spec``: the fastest of the settings that it leaves open.
+    """Return the setting that is repeated for ``spec``: the fastest of those that it leaves open.
 
     One setting is varied at a time, the dtype first: all pairs would take twice as long, and the two hardly depend on
     each other.

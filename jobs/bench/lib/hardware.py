@@ -1,4 +1,4 @@
-"""What the figures were taken on, and what else the machine did meanwhile: the largest error of all."""
+"""Describe the machine and measure the noise of other work on it, the largest source of error."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import psutil
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-"""Those, as Linux names them, that decide which products are fast."""
+"""CPU flags, as Linux names them, that decide which products are fast."""
 
 QUIET = 0.05
-"""Share of the CPU time that other processes may use, or the hypervisor take, before a run is flagged as noisy."""
+"""Share of CPU time used by other processes or the hypervisor beyond which a run is flagged as noisy."""
 
 
 def hardware() -> dict[str, Any]:
-    """The machine, for the record."""
+    """Describe the machine."""
     model, flags = platform.processor() or platform.machine(), set[str]()
     info = Path("/proc/cpuinfo")
     for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else []:
@@ -40,14 +40,14 @@ def hardware() -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """What disturbed one run."""
+    """The noise during one run."""
 
     load_average: float
-    """Over the minute before the start. It still counts the run before this one, so it flags nothing by itself."""
+    """Load over the minute before the start; it includes the run before, so it flags nothing by itself."""
     stolen: float
-    """Share of the machine's CPU time that the hypervisor gave to others."""
+    """Share of CPU time that the hypervisor gave to other machines."""
     others: float
-    """Share of it that other processes used, now or in the second before the start, whichever is more."""
+    """Share of CPU time that other processes used, during the run or in the second before it; the larger one."""
 
     @property
     def noisy(self) -> bool:
@@ -55,7 +55,7 @@ class Noise:
 
 
 class Watch:
-    """Measures the noise between its making and `noise`; it first looks on for ``pause`` seconds.
+    """Measure the noise from construction to `noise`, after watching for ``pause`` seconds.
 
     The CPU time of child processes that ended in between counts as the run's own.
     """
@@ -69,7 +69,7 @@ class Watch:
         self._before = _share(self._start[1] - busy, self._start[0] - total)
 
     def noise(self) -> Noise:
-        """What disturbed the run that ends now."""
+        """Return the noise of the run that ends now."""
         total, busy, stolen = (now - then for now, then in zip(_cpu_seconds(), self._start, strict=True))
         during = _share(busy - (_children_seconds() - self._children), total)
         return Noise(self._load, _share(stolen, total), max(self._before, during))
@@ -80,11 +80,11 @@ def _share(part: float, total: float) -> float:
 
 
 def _cpu_seconds() -> tuple[float, float, float]:
-    """CPU time of the whole machine: in all, used by any process, and stolen."""
+    """Return the CPU time of the whole machine: total, used and stolen."""
     times = psutil.cpu_times()
     stolen = getattr(times, "steal", 0.0)
     idle = times.idle + getattr(times, "iowait", 0.0)
-    # Guests are counted in `user` and `nice` too.
+    # `user` and `nice` already include guests.
     total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
     return total, total - idle - stolen, stolen
 

@@ -1,4 +1,4 @@
-"""A policy that is not told where rows will end, and what it could have known of them nevertheless."""
+"""Hide from a policy where rows end, and measure how well it forecasts memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rollout.batcher.estimators.survival import Survival
 from rollout.batcher.types import Decision, Observation, Policy, StepSample
 
 AHEAD = (16, 64, 256)
-"""Steps from now."""
+"""Horizons of the forecasts, in steps."""
 _DECISIONS_PER_LOOK = 64
 _KNOWN_AFTER = 16
-"""Ended rows from which on forecasts are held to what they say."""
+"""Finished rows after which forecasts are judged."""
 
 
 @dataclass(slots=True)
 class Unaware:
-    """Hides from a policy where rows will end, and keeps the steps that it was told of.
+    """Wrap a policy: hide where rows end, and keep the steps it observed.
 
     From time to time the tokens that the live rows will hold are foretold as `predictive` does it, and compared with
     what they will hold.
@@ -29,15 +29,15 @@ class Unaware:
 
     policy: Policy
     max_new: int
-    """The limit that all rows are said to have."""
+    """The limit that the policy sees for every row."""
     steps: list[StepSample] = field(default_factory=list)
     errors: list[tuple[float, ...]] = field(default_factory=list)
-    """For each of `AHEAD`, foretold minus true tokens, as a share of memory."""
+    """For each of `AHEAD`: forecast minus true tokens, as a share of memory."""
     _hazard: Survival = field(default_factory=Survival)
     _decisions: int = 0
 
     def decide(self, observation: Observation) -> Decision:
-        """Of the policy."""
+        """Return the decision of the wrapped policy."""
         self.steps += observation.steps
         hidden = self._hidden(observation)
         self._hazard.learn(hidden.finished)
@@ -68,7 +68,7 @@ class Unaware:
 
 
 def quantiles(errors: Iterable[tuple[float, ...]]) -> list[str]:
-    """For each of `AHEAD`, "median, p95" of the size of the error."""
+    """Return "median, p95" of the absolute error for each of `AHEAD`."""
     sizes = np.abs(np.array(list(errors)).reshape(-1, len(AHEAD)))
     if not len(sizes):
         return ["" for _ in AHEAD]

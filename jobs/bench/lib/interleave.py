@@ -1,4 +1,4 @@
-"""Runs engines turn by turn, each in a process of its own, and keeps what they gave."""
+"""Run engines in turns, each in a process of its own, and keep their results."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from jobs.bench.lib.hardware import Watch
 from jobs.bench.lib.tables import Run
 
 ROOT = Path(__file__).resolve().parents[3]
-"""The checkout. Engines run there, so that a peer's Python finds them without this project being installed."""
+"""The checkout. Engines run there, so that a peer's Python finds them although this project is not installed in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Where an engine runs."""
+    """The Python and the model of an engine."""
 
     python: str
     model: str
-    """What it loads: the model's folder, or an export of it."""
+    """The model's folder, or an export of it."""
 
 
 @dataclass(slots=True)
 class Bench:
-    """What all runs of one comparison share, and what they gave.
+    """The runs of one comparison and their results.
 
     Args:
         seats: by kind of engine.
@@ -52,10 +52,10 @@ class Bench:
     runs: list[Run] = field(default_factory=list)
     details: list[dict[str, Any]] = field(default_factory=list)
     settled: dict[tuple[str, Spec], Spec] = field(default_factory=dict)
-    """By workload and engine as asked for: the setting that is repeated."""
+    """The setting that is repeated, by workload and engine."""
 
     def compare(self, specs: list[Spec], repeats: int) -> Iterator[None]:
-        """All engines on all workloads, turn by turn, so that a change in the machine's speed meets all alike.
+        """Run all engines on all workloads in turns, so that a change of the machine's speed affects all alike.
 
         Yields after each turn of an engine.
         """
@@ -67,7 +67,7 @@ class Bench:
                     yield
 
     def turn(self, name: str, asked: Spec) -> None:
-        """One run of an engine; the first time, one of each setting that is to be tried."""
+        """Run an engine once; the first time, once per setting to try."""
         if (name, asked) in self.settled:
             self.run(name, asked, self.settled[name, asked])
             return
@@ -80,19 +80,19 @@ class Bench:
 
     @property
     def counted(self) -> list[Run]:
-        """The runs of the settings that were chosen."""
+        """Return the runs of the chosen settings."""
         chosen = {(name, str(asked)): str(setting) for (name, asked), setting in self.settled.items()}
         return [run for run in self.runs if chosen.get((run.workload, run.engine)) == run.setting]
 
     def run(self, name: str, asked: Spec, setting: Spec, limit: float | None = None) -> Run:
-        """One run of one engine, which is stopped when it generates for longer than ``limit`` seconds."""
+        """Run one engine; stop it after ``limit`` seconds of generation."""
         out, seat = self.scratch / "result.json", self.seats[asked.name]
         module = f"jobs.bench.engines.{asked.engine.module}"
         command = [seat.python, "-m", module, seat.model, str(self.workloads[name]), str(out)]
         command += ["--dtype", setting.dtype or self.dtype, "--device", self.device]
         command += ["--cap", str(setting.cap)] if setting.cap else []
         command += ["--limit", f"{limit:.1f}"] if limit else []
-        # Caches of its own, empty at first: what a first start costs is seen, and nobody's caches are touched.
+        # Use separate, empty caches: the cost of a first start shows, and the user's caches stay untouched.
         cache = self.scratch / "caches" / str(asked)
         cache.mkdir(parents=True, exist_ok=True)
         own = {"XDG_CACHE_HOME": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "HF_HUB_OFFLINE": "1"}
@@ -118,16 +118,16 @@ class Bench:
 
 
 def execute(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Exit status and standard error of a process whose children do not outlive it."""
-    # A file and no pipe: a child that holds on to a pipe would have to be waited for.
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+    """Run a process and its children; return exit status and standard error."""
+    # Use a file, not a pipe: reading a pipe would wait for children that keep it open.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
         )
         try:
             code = process.wait()
         finally:
             with suppress(ProcessLookupError):  # as it should be
                 os.killpg(process.pid, signal.SIGKILL)
-        said.seek(0)
-        return code, said.read()
+        errors.seek(0)
+        return code, errors.read()

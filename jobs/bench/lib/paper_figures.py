@@ -1,4 +1,4 @@
-"""The settings and figures of arXiv 2503.05248 beside simulated ones."""
+"""Compare settings and figures of arXiv 2503.05248 with simulated ones."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _FIGURE_3 = (30.0, 0.22, 0.0, 0.1)
 
 
 def paper(given: argparse.Namespace) -> None:
-    """The paper's settings beside its figures; most of what they depend on is not in the paper."""
+    """Print the paper's figures beside simulated ones; the paper leaves out most of what they depend on."""
     print(
         "Assumed: step time of Fig. 3 (30 + 0.22 rows ms) for every model, 0.1 ms a prefilled token, static = 256 rows"
     )
-    print("with no watermark, memory for so many x 256 rows at their mean final length, lengths lognormal of CV 0.6")
+    print("with no watermark, memory for N x 256 rows at their mean final length, lengths lognormal of CV 0.6")
     print("(constant where prompt and output are both 128).")
     specs = (Spec("static 256", "static", 256, 0.0), parse_spec("memory"), parse_spec("predictive"))
     heads = [f"{spec.text}, {share:g}" for share in (0.5, 1, 3) for spec in specs[1:]]

@@ -1,4 +1,4 @@
-"""Models with random weights in the shape of known ones, for machines that have no weights at hand.
+"""Make models with random weights in the shape of known ones, for machines without weights.
 
 ``random:NAME`` on a command line is a folder with a configuration and nothing else: weights are drawn on the device
 that they are used on, prompts are drawn tokens, and no engine needs a tokenizer. Speed does not depend on what the
@@ -17,7 +17,7 @@ _LLAMA_3_1_ROPE = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-#: Model type and what its configuration says, as published with the models.
+#: Model type and configuration, as published with the models.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2.5-1.5b": (
         "qwen2",
@@ -33,7 +33,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"rope_parameters": _LLAMA_3_1_ROPE, "tie_word_embeddings": False}
         | {"bos_token_id": 128_000, "eos_token_id": 128_009, "architectures": ["LlamaForCausalLM"]},
     ),
-    # For trying the commands out.
+    # For trying out the commands.
     "tiny": (
         "llama",
         {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -44,7 +44,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def resolve(model: str) -> str:
-    """The folder or file of a model that is named on a command line.
+    """Return the folder or file of a model named on a command line.
 
     Raises:
         ValueError: there is no such model.
@@ -52,12 +52,12 @@ def resolve(model: str) -> str:
     # Slow to import, and not needed to refuse a mistyped command.
     from rollout.models.loading.load import resolve_path
 
-    # Engines run in a directory of their own.
+    # Engines run in another working directory.
     return str(folder(model) if model.startswith(PREFIX) else Path(resolve_path(model)).resolve())
 
 
 def folder(name: str) -> Path:
-    """The folder of ``random:NAME``, written if need be.
+    """Return the folder of ``random:NAME``; write it if it is missing.
 
     Raises:
         ValueError: there is no such name.

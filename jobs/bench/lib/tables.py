@@ -1,4 +1,4 @@
-"""Figures of several runs as tables."""
+"""Summarise several runs in tables."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ class Run:
 
     workload: str
     engine: str
-    """As named on the command line."""
+    """Engine as named on the command line."""
     setting: str
-    """The engine with all that was settled of it: cap and dtype."""
+    """The engine with its cap and dtype."""
     tokens: int = 0
     seconds: float = 0.0
     setup_seconds: float = 0.0
-    """From the start of its process until it could generate."""
+    """Seconds from the start of the process until it can generate."""
     peak_rss_bytes: int = 0
     prompt_tokens: int = 0
-    """Of all requests, whether they were computed once or more often, or shared."""
+    """Prompt tokens of all requests, however often they were computed or shared."""
     noisy: bool = False
-    """Whether other work on the machine disturbed it."""
+    """Whether other work on the machine disturbed the run."""
     error: str = ""
-    """Empty unless it failed."""
+    """Reason of a failure; empty otherwise."""
     cut: bool = False
-    """Whether it was stopped for being slower than a setting that had been tried before."""
+    """Whether it was stopped because an earlier setting was faster."""
 
     @property
     def rate(self) -> float:
-        """Useful output tokens a second."""
+        """Useful output tokens per second."""
         return self.tokens / self.seconds
 
     @property
     def prompt_rate(self) -> float:
-        """Prompt tokens a second, over the same time."""
+        """Prompt tokens per second, over the same time."""
         return self.prompt_tokens / self.seconds
 
     @property
@@ -47,17 +47,17 @@ class Run:
 
     def __str__(self) -> str:
         if self.error:
-            said = f"failed: {self.error}"
+            outcome = f"failed: {self.error}"
         elif self.cut:
-            said = "stopped: slower than another setting"
+            outcome = "stopped: slower than another setting"
         else:
-            said = f"{self.rate:.1f} tok/s ({self.seconds:.1f} s, set up in {self.setup_seconds:.1f} s)"
-        return f"{self.setting}: {said}{', noisy' if self.noisy else ''}"
+            outcome = f"{self.rate:.1f} tok/s ({self.seconds:.1f} s, set up in {self.setup_seconds:.1f} s)"
+        return f"{self.setting}: {outcome}{', noisy' if self.noisy else ''}"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An engine's figures on a workload, over its runs that did not fail; None where all did."""
+    """An engine's figures on a workload over its successful runs; None where all failed."""
 
     workload: str
     engine: str
@@ -69,7 +69,7 @@ class Row:
     slowest: float | None
     fastest: float | None
     ratio: float | None
-    """Of our median rate on this workload to this one; None where one of them is missing."""
+    """Our median rate on this workload divided by this one; None where one is missing."""
     peak_rss_bytes: int | None
     prompt_rate: float | None
     """The median, like ``rate``."""
@@ -77,17 +77,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How long an engine takes until it can generate, over all workloads."""
+    """Time until an engine can generate, over all workloads."""
 
     engine: str
     first: float
     """With empty caches."""
     later: float | None
-    """The median of later starts of the same settings; None where there was none."""
+    """The median of later starts with the same settings; None if there was none."""
 
 
 def summarise(runs: Sequence[Run], ours: str | None) -> list[Row]:
-    """A row for each workload and engine, in the order of first runs; ``ours`` is what the others are compared with."""
+    """Return a row per workload and engine in the order of first runs; ``ours`` is the engine to compare with."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.workload, run.engine), []).append(run)
@@ -116,7 +116,7 @@ def summarise(runs: Sequence[Run], ours: str | None) -> list[Row]:
 
 
 def setups(runs: Sequence[Run]) -> list[Setup]:
-    """How long each engine took to start. Every run counts here, in the order in which they ran."""
+    """Return the start-up time of each engine, over all runs in order."""
     found = []
     for engine in dict.fromkeys(run.engine for run in runs):
         own = [run for run in runs if run.engine == engine and run.finished]
@@ -147,7 +147,7 @@ SETUPS = ("engine", "first set-up", "later set-ups")
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row under `RESULTS`."""
+    """Return a row under `RESULTS`."""
     runs = f"{row.runs - row.failed}/{row.runs}" if row.failed else str(row.runs)
     rss = "-" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / 2**20:.0f} MiB"
     rates = (_number(value, ".1f") for value in (row.rate, row.slowest, row.fastest))
@@ -156,7 +156,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def setup_cells(setup: Setup) -> tuple[str, ...]:
-    """A row under `SETUPS`."""
+    """Return a row under `SETUPS`."""
     return (setup.engine, f"{setup.first:.1f} s", "-" if setup.later is None else f"{setup.later:.1f} s")
 
 
@@ -165,7 +165,7 @@ Lines = Sequence[Sequence[str]]
 
 
 def render(lines: Lines) -> str:
-    """A table as text: names to the left, figures to the right."""
+    """Return a table as text: names left-aligned, figures right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     names = [cell in ("workload", "engine") for cell in lines[0]]
     return "\n".join(
@@ -178,7 +178,7 @@ def render(lines: Lines) -> str:
 
 
 def markdown(lines: Lines) -> str:
-    """A table as Markdown."""
+    """Return a table as Markdown."""
     marked = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in marked)
 
@@ -188,7 +188,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def geomean(values: Iterable[float]) -> float:
-    """The geometric mean."""
+    """Return the geometric mean."""
     return math.exp(fmean(math.log(value) for value in values))
 
 

@@ -46,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a workload looks like: completions in all, completions a prompt, and the longest of them."""
+    """The shape of a workload: requests, samples per prompt, and the longest output."""
 
     requests: int = 128
     samples: int = 1
@@ -55,7 +55,7 @@ class Shape:
 
 
 class Source:
-    """What prompts are cut from.
+    """The text that prompts are cut from.
 
     Args:
         problems: token ids of a question and of its answer each.
@@ -68,17 +68,17 @@ class Source:
         self._text = [token for problem in problems for part in problem for token in part]
 
     def piece(self, tokens: int) -> tuple[int, ...]:
-        """So many tokens of the problems, from a place that is drawn."""
+        """Return ``count`` tokens of the problems from a random place."""
         start = self.rng.randrange(len(self._text) - tokens + 1)
         return tuple(self._text[start : start + tokens])
 
     def length(self, median: float, sigma: float, shortest: int, longest: int) -> int:
-        """A lognormal length, within bounds."""
+        """Draw a lognormal length within bounds."""
         return min(max(shortest, round(self.rng.lognormvariate(math.log(median), sigma))), longest)
 
 
 def long_prompts(source: Source) -> list[Request]:
-    """Long prompts and short answers: documents to summarise or to search."""
+    """Make long prompts with short answers: documents to summarise or to search."""
     lengths = [source.length(LONG_PROMPT, LONG_SIGMA, SHORTEST_LONG_PROMPT, LONGEST_PROMPT) for _ in range(8)]
     return [
         Request(source.piece(length), source.length(MEDIAN_LENGTH, SIGMA, SHORTEST, 64), group)
@@ -87,7 +87,7 @@ def long_prompts(source: Source) -> list[Request]:
 
 
 def few_shot(source: Source) -> list[Request]:
-    """Many questions after the same solved problems: an evaluation."""
+    """Make many questions after the same solved problems: an evaluation."""
     shots: tuple[int, ...] = ()
     shown = 0
     while len(shots) < FEW_SHOT_TOKENS:
@@ -99,12 +99,12 @@ def few_shot(source: Source) -> list[Request]:
 
 
 def reasoning(source: Source) -> list[Request]:
-    """Few short prompts and long answers: reasoning."""
+    """Make few short prompts with long answers: reasoning."""
     return [Request(source.piece(100), length, group) for group, length in enumerate(REASONING_LENGTHS)]
 
 
 def conversations(source: Source) -> list[Request]:
-    """Conversations under one system text: the prompt of a turn begins with all of the turn before."""
+    """Make conversations under one system text: each prompt begins with the whole prompt before."""
     system, requests = source.piece(SYSTEM_TOKENS), []
     for _ in range(8):
         ids = system
@@ -116,7 +116,7 @@ def conversations(source: Source) -> list[Request]:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A workload at the sizes of a field of use."""
+    """A workload at the sizes of one field of use."""
 
     requests: Callable[[Source], list[Request]]
     seed: int = 3
@@ -138,7 +138,7 @@ a small batch of long answers; conversations."""
 
 
 def build(prompts: Sequence[Sequence[int]], shape: Shape, lengths: Sequence[int] | None = None) -> list[Request]:
-    """Requests over prompts, with lengths drawn from those given, or from the lognormal fit.
+    """Make requests over prompts, with lengths drawn from those given or from the lognormal fit.
 
     Raises:
         ValueError: there are too few prompts, or the samples do not divide the requests.
@@ -158,7 +158,7 @@ def build(prompts: Sequence[Sequence[int]], shape: Shape, lengths: Sequence[int]
 
 
 def read(path: Path) -> list[Request]:
-    """The requests of a workload file.
+    """Read the requests of a workload file.
 
     Raises:
         ValueError: it is no workload; the message names the entry.
@@ -184,26 +184,26 @@ def write(requests: Sequence[Request], path: Path) -> None:
 
 
 def arithmetic_texts(count: int) -> list[str]:
-    """The word problems that the default job runs on."""
+    """Return the word problems that the default job runs on."""
     from rollout.arithmetic import problems
 
     return [problem["prompt"] for problem in problems(count)]
 
 
 def file_texts(path: Path, column: str) -> list[str]:
-    """One column of a JSONL file."""
+    """Read one column of a JSONL file."""
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line)[column] for line in lines if line.strip()]
 
 
 def csv_lengths(path: Path, column: str) -> list[int]:
-    """Lengths to draw from: one column of a CSV file."""
+    """Read lengths to draw from: one column of a CSV file."""
     with path.open(encoding="utf-8", newline="") as rows:
         return [int(row[column]) for row in csv.DictReader(rows)]
 
 
 def tokenised(model: str, texts: Sequence[str]) -> list[list[int]]:
-    """Each text as the one user message of a chat, or as it is where the model has no chat template."""
+    """Tokenise each text as the only user message of a chat, or as it is without a chat template."""
     from rollout.models.loading.load import ModelSource, load_tokenizer
 
     tokenizer = load_tokenizer(ModelSource(model))
@@ -215,14 +215,14 @@ def tokenised(model: str, texts: Sequence[str]) -> list[list[int]]:
 
 
 def make(model: str, kind: Shape | Field) -> list[Request]:
-    """A workload that needs no file: generated word problems, and lengths from a fit."""
+    """Make a workload from generated word problems and fitted lengths."""
     if isinstance(kind, Shape):
         return build(prompts_for(model, kind), kind)
     return within(kind.requests(Source(problems_for(model, PROBLEMS), kind.seed)), context_of(model))
 
 
 def within(requests: Sequence[Request], context: int | None) -> list[Request]:
-    """Requests that fit into a model's context: first answers are cut, to half of it at least, then ends of prompts."""
+    """Fit requests into a model's context: cut answers to half of it at least, then the ends of prompts."""
     if context is None:
         return list(requests)
     fitting = []
@@ -233,7 +233,7 @@ def within(requests: Sequence[Request], context: int | None) -> list[Request]:
 
 
 def context_of(model: str) -> int | None:
-    """Most tokens of prompt and answer together; None where the model states none."""
+    """Return the model's limit on prompt and answer together, or None."""
     from transformers import AutoConfig
 
     from rollout.models.module.inspect import context_limit
@@ -245,23 +245,23 @@ def context_of(model: str) -> int | None:
 
 
 def without_weights(model: str) -> bool:
-    """Whether a model is a folder with no weights, as `random_models` makes it: engines draw them."""
+    """Return whether a model folder has no weights, so that engines draw them (`random_models`)."""
     return Path(model).is_dir() and not any(Path(model).glob("*.safetensors"))
 
 
 def prompts_for(model: str, shape: Shape, texts: Sequence[str] | None = None) -> list[list[int]]:
-    """Prompts of a workload: of ``texts``, or of generated word problems; drawn tokens where a model has no weights."""
+    """Return prompts from ``texts`` or word problems; random tokens for a model without weights."""
     count = shape.requests // shape.samples
     if without_weights(model):
         rng = random.Random(shape.seed)
         vocabulary = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-        # As long as questions of GSM8K in a chat: 91 tokens on average.
+        # The lengths of GSM8K questions in a chat: 91 tokens on average.
         return [[rng.randrange(vocabulary) for _ in range(rng.randint(46, 136))] for _ in range(count)]
     return tokenised(model, arithmetic_texts(count) if texts is None else texts[:count])
 
 
 def problems_for(model: str, count: int) -> list[tuple[list[int], list[int]]]:
-    """Word problems as token ids of a question and of its answer; drawn tokens where a model has no weights."""
+    """Return word problems as ids of question and answer; random tokens for a model without weights."""
     if without_weights(model):
         rng = random.Random(0)
         vocabulary = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
@@ -285,7 +285,7 @@ def problems_for(model: str, count: int) -> list[tuple[list[int], list[int]]]:
 
 
 def describe(requests: Sequence[Request]) -> str:
-    """One line on how much work it is."""
+    """Describe the amount of work in one line."""
     lengths = [len(request.ids) for request in requests]
     prompts = len({request.ids for request in requests})
     return (
