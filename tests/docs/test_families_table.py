@@ -1,4 +1,4 @@
-"""The script that tries all families: what it tells right from wrong, and what it writes."""
+"""The script that tries all families: its verdicts, and the page it writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.parity import greedy
 from tests.support.tiny_models import REFUSED, SERVED
 
 
-def test_a_family_is_right() -> None:
+def test_served_family_is_right() -> None:
     result = tried("arcee")
     assert (result.state, result.strategy, result.equal, result.rows) == ("right", "packed", 7, 7)
     assert 0 < result.gap < 1e-5
@@ -24,7 +24,7 @@ def test_a_family_is_right() -> None:
 
 
 @pytest.mark.parametrize(("flip", "gap", "equal"), [(0, 0.0, 7), (1, 0.0, 6), (0, 2e-5, 7)])
-def test_tokens_and_log_probabilities_that_are_not_the_models_are_told(
+def test_other_tokens_or_log_probabilities_are_wrong(
     flip: int, gap: float, equal: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def generated(model: PreTrainedModel, prompts: Any) -> Any:
@@ -37,21 +37,21 @@ def test_tokens_and_log_probabilities_that_are_not_the_models_are_told(
     assert (result.state, result.equal) == ("wrong" if flip or gap else "right", equal)
 
 
-def test_a_generate_that_contradicts_the_forward_is_told_apart() -> None:
+def test_generate_that_contradicts_the_forward_is_not_our_error() -> None:
     result = tried("moshi")
     assert result.state == "generate fails"
     assert result.equal < result.rows
     assert result.gap < 1e-5
 
 
-def test_refusals_and_families_that_cannot_be_built_have_a_reason() -> None:
+def test_refused_and_unbuilt_families_have_a_reason() -> None:
     assert tried("rwkv").state == "refused"
     assert "'rwkv'" in tried("rwkv").reason
     assert tried("gemma4_assistant").state == "not built"
     assert "Error: " in tried("gemma4_assistant").reason
 
 
-def test_windows_are_shorter_than_the_texts() -> None:
+def test_windows_are_shorter_than_the_sequences() -> None:
     for family in ("cohere2_moe", "exaone4", "gemma3"):
         assert tiny_config(family).get_text_config().sliding_window == 12
 
@@ -65,7 +65,7 @@ RESULTS = [
 ]
 
 
-def test_the_table_counts_and_names_everyone() -> None:
+def test_table_counts_and_names_every_family() -> None:
     text = table(RESULTS)
     assert text.startswith(
         "Of 5 families, 4 could be built tiny. Right: 2 (1 packed, 1 recurrent). Wrong: 1. Refused: 1. "
@@ -80,7 +80,7 @@ def test_the_table_counts_and_names_everyone() -> None:
         assert line in text.splitlines()
 
 
-def test_only_what_stands_between_the_markers_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_replaces_text_between_markers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "families.md"
     monkeypatch.setattr(families_table, "_PAGE", page)
     page.write_text(
@@ -92,7 +92,7 @@ def test_only_what_stands_between_the_markers_is_replaced(tmp_path: Path, monkey
     assert page.read_text(encoding="utf-8") == expected
 
 
-def test_the_page_knows_the_families_of_the_tests_and_none_is_wrong() -> None:
+def test_page_lists_the_families_of_the_tests_and_none_is_wrong() -> None:
     text = families_table._PAGE.read_text(encoding="utf-8")
     between = text.split(families_table._MARKERS[0])[1].split(families_table._MARKERS[1])[0]
     listed = {line.split("|")[1].strip() for line in between.splitlines() if line.startswith("| ")}

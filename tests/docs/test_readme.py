@@ -16,6 +16,9 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+#: Other tests run beside this one, on the same cores.
+SHARED_CORES = ("OMP_WAIT_POLICY=passive",)
+
 #: Fenced blocks whose commands are not run, and why.
 SKIPPED_BLOCKS = {"sh-network": "needs a network", "sh-gpu": "needs GPUs", "sh-slurm": "needs a SLURM cluster"}
 #: Commands of `sh` blocks that are not run: they install what the environment of this test has already.
@@ -65,7 +68,7 @@ def test_commands_run_in_order_in_a_clean_shell(tmp_path: Path) -> None:
     shell = shutil.which("bash", path=SYSTEM_PATH)
     assert shell is not None
     done = subprocess.run(
-        ["env", "-i", f"HOME={os.environ['HOME']}", f"PATH={SYSTEM_PATH}", shell, "-c", script],
+        ["env", "-i", f"HOME={os.environ['HOME']}", f"PATH={SYSTEM_PATH}", *SHARED_CORES, shell, "-c", script],
         cwd=tmp_path,
         capture_output=True,
         text=True,
