@@ -22,7 +22,7 @@ OWNERS: dict[str, Any] = {
     "Headroom": Headroom,
     "Stats": Stats,
 }
-SIGNATURES = re.findall(r"^```python\n(\w+(?:\.\w+)?)\((.*)\)\n```$", PAGE, re.MULTILINE)
+SIGNATURES = re.findall(r"^```python\n(\w+(?:\.\w+)?)\(([^`]*)\)\n```$", PAGE, re.MULTILINE)
 
 
 def parameters(of: Any) -> list[tuple[str, bool, str]]:
@@ -37,7 +37,7 @@ def parameters(of: Any) -> list[tuple[str, bool, str]]:
 
 def written(arguments: str) -> list[tuple[str, bool, str]]:
     """Return the same of parameters as the page writes them."""
-    function = ast.parse(f"def f({arguments}): ...").body[0]
+    function = ast.parse(f"def f(\n{arguments}\n): ...").body[0]
     assert isinstance(function, ast.FunctionDef)
     found = function.args
     defaults = [*[None] * (len(found.args) - len(found.defaults)), *found.defaults]
