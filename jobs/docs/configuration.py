@@ -46,9 +46,9 @@ Every key of a job. This page is generated from `conf/` and `rollout/config.py` 
 
     python -m rollout [+experiment=NAME] [GROUP=OPTION ...] [GROUP.KEY=VALUE ...]
 
-`GROUP=OPTION` selects a file in the group's folder of `conf/`, `GROUP.KEY=VALUE` overrides one key, and `--cfg job` prints the composed
-values without running anything. An unknown key or a value out of range ends the job with status 2 before a model is
-loaded. `required` means that the key has no default. In the library, arguments of
+`GROUP=OPTION` selects a file in the group's folder of `conf/`, `GROUP.KEY=VALUE` overrides one key, and `--cfg job`
+prints the composed values without running anything. An unknown key or a value out of range ends the job with status 2
+before a model is loaded. `required` means that the key has no default. In the library, arguments of
 [`Engine` and `SamplingParams`](api.md) have the same names and defaults.
 """
 
