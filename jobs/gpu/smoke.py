@@ -115,12 +115,12 @@ def parity(family: str, dtype: torch.dtype) -> None:
 def chosen_kernels() -> None:
     """Report which of the Triton kernels passed their own tests on this device."""
     from rollout.models.patches.pointwise_triton import triton_pointwise
-    from rollout.models.sampling.sampler import _triton
-    from rollout.models.sampling.top_p import _kernel_serves
+    from rollout.models.sampling.sampler import _triton_kernel
+    from rollout.models.sampling.top_p import _kernel_works
 
     served = {
-        "sampling": _triton(DEVICE) is not None,
-        "top-p": _kernel_serves(DEVICE),
+        "sampling": _triton_kernel(DEVICE) is not None,
+        "top-p": _kernel_works(DEVICE),
         "pointwise": triton_pointwise(DEVICE) is not None,
     }
     for name, found in served.items():

@@ -1,7 +1,7 @@
-"""Counter-based random numbers: the same counter and key give the same bits on every device, in any order.
+"""Counter-based random numbers: equal counters and keys give equal bits on every device, in any order.
 
 Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), in 64-bit integer
-tensor operations, so that no generator state exists to be shared, saved or restored.
+tensor operations. There is no generator state to share, save or restore.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _ROUNDS = 10
 
 
 def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Four 32-bit words for each counter.
+    """Compute four 32-bit words for each counter.
 
     Args:
-        counter: four int64 tensors that broadcast together, values in [0, 2**32).
+        counter: four int64 tensors that broadcast to one shape, values in [0, 2**32).
         key: two such tensors.
 
     Returns:
@@ -27,7 +27,7 @@ def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> 
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The product wraps around in int64; its low and high words are right all the same.
+        # The product wraps around in int64, but its low and high words are correct.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
@@ -35,13 +35,13 @@ def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> 
 
 
 def gumbel(count: int, keys: torch.Tensor, samples: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise for each row.
+    """Compute standard Gumbel noise for each row.
 
     Args:
-        count: how many numbers a row.
-        keys: [B, 2] int64, two 32-bit words that stand for (seed, row id).
-        samples: [B] int64, which sample of the row.
-        positions: [B] int64, which token of the completion.
+        count: numbers per row.
+        keys: [B, 2] int64, two 32-bit words derived from the seed and the row id.
+        samples: [B] int64, index of the sample.
+        positions: [B] int64, index of the token in the completion.
 
     Returns:
         [B, count] float64.

@@ -1,10 +1,10 @@
-"""From logits to tokens and their log-probabilities, for rows that each have their own parameters.
+"""Sample tokens and their log-probabilities from logits; each row has its own parameters.
 
-Gumbel-max in two levels: first over blocks of the vocabulary by their log-sum-exp, then over the tokens
-of the winning block. This draws exactly from the softmax, needs a few hundred random numbers a row instead
-of one a vocabulary entry, and rounding noise in the logits flips a draw only about as often as it moves
-probability mass. Kernels do the same, a compiled one on a CPU, two of Triton's on a GPU; what is here is what they
-must come to, and serves where there are none.
+Gumbel-max in two levels: first over blocks of the vocabulary by their log-sum-exp, then over the tokens of the
+winning block. It samples exactly from the softmax and needs a few hundred random numbers per row instead of one per
+vocabulary entry. Rounding noise in the logits flips a draw only about as often as it moves probability mass. A
+compiled kernel (CPU) and two Triton kernels (GPU) do the same; the tensor operations here are their reference, and
+the fallback where they are unavailable.
 """
 
 from __future__ import annotations
@@ -13,26 +13,22 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
 from rollout.models.device import failure_of
-from rollout.models.sampling.gumbel_cpu import GumbelMax, gumbel_max
+from rollout.models.sampling.base import BLOCK, GumbelKernel
+from rollout.models.sampling.gumbel_cpu import gumbel_max
 from rollout.models.sampling.philox import gumbel
 from rollout.models.sampling.top_p import top_p_threshold
 
-if TYPE_CHECKING:
-    from rollout.models.sampling.gumbel_triton import TritonGumbelMax
-
 logger = logging.getLogger(__name__)
 
-Kernel: TypeAlias = "GumbelMax | TritonGumbelMax"
-
-_BLOCK = 256
-#: On a CPU, rows are sampled a few at a time, so that their logits stay in cache between the passes.
 _CPU_ROWS = 16
+"""Rows per chunk of the tensor operations on a CPU, so that their logits stay in cache between the passes."""
+_TOLERANCE = 1e-5
+"""Largest error of a kernel's log-probabilities in the self-test."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +47,7 @@ class RowSampling:
     """[B, 2] int64, see `rollout.models.sampling.philox.gumbel`."""
     samples: torch.Tensor
     """int64."""
-    # Known on the host, so that no step asks the device:
+    # Known on the host, so that no step reads them from the device:
     most_top_k: int
     """The largest top_k of any row; 0 where it is off for all."""
     any_top_p: bool
@@ -60,12 +56,20 @@ class RowSampling:
 
     @property
     def filtered(self) -> bool:
+        """True if any row has a filter."""
         return self.most_top_k > 0 or self.any_top_p or self.any_min_p
 
     def rows(self, part: slice) -> RowSampling:
-        """The parameters of some of the rows."""
-        names = ("temperature", "top_k", "top_p", "min_p", "keys", "samples")
-        return replace(self, **{name: getattr(self, name)[part] for name in names})
+        """Return the parameters of a slice of the rows."""
+        return replace(
+            self,
+            temperature=self.temperature[part],
+            top_k=self.top_k[part],
+            top_p=self.top_p[part],
+            min_p=self.min_p[part],
+            keys=self.keys[part],
+            samples=self.samples[part],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,108 +79,125 @@ class Sampled:
     tokens: torch.Tensor
     """int64."""
     logprobs: torch.Tensor
-    """float32: of the token under ``log_softmax(logits / temperature)``; of raw logits where greedy."""
+    """float32: log-probabilities under ``log_softmax(logits / temperature)``; under the raw logits where greedy."""
     sampler_logprobs: torch.Tensor
-    """float32: the same after the filters renormalised."""
+    """float32: log-probabilities after filtering and renormalisation."""
 
 
 def sample(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
-    """Draws a token for each row.
+    """Sample a token for each row.
 
     Args:
         logits: [B, V], any float dtype.
         rows: parameters of the B rows.
-        positions: [B] int64, how many tokens each completion has already.
+        positions: [B] int64, number of tokens already in each completion.
     """
-    kernel = gumbel_max() if logits.device.type == "cpu" else _triton(logits.device)
+    kernel = gumbel_max() if logits.device.type == "cpu" else _triton_kernel(logits.device)
     if kernel is not None:
-        return _sample_compiled(kernel, logits, rows, positions)
+        return _sample_by_kernel(kernel, logits, rows, positions)
     if logits.device.type != "cpu" or len(logits) <= _CPU_ROWS:
-        return _sample(logits, rows, positions)
+        return _sample_by_tensor_ops(logits, rows, positions)
     parts = [slice(start, start + _CPU_ROWS) for start in range(0, len(logits), _CPU_ROWS)]
-    done = [_sample(logits[part], rows.rows(part), positions[part]) for part in parts]
+    sampled = [_sample_by_tensor_ops(logits[part], rows.rows(part), positions[part]) for part in parts]
     return Sampled(
-        torch.cat([part.tokens for part in done]),
-        torch.cat([part.logprobs for part in done]),
-        torch.cat([part.sampler_logprobs for part in done]),
+        tokens=torch.cat([part.tokens for part in sampled]),
+        logprobs=torch.cat([part.logprobs for part in sampled]),
+        sampler_logprobs=torch.cat([part.sampler_logprobs for part in sampled]),
     )
 
 
 @cache
-def _triton(device: torch.device) -> TritonGumbelMax | None:
-    """Triton's, if they compile for a device and draw what tensor operations do; else None, with one warning."""
-    # Comes with torch's builds for GPUs, and with no other.
+def _triton_kernel(device: torch.device) -> GumbelKernel | None:
+    """Return the Triton kernel if it passes its self-test on a device; else None, after one warning."""
+    # Only torch's builds for GPUs include Triton.
     if device.type != "cuda" or find_spec("triton") is None:
         return None
     from rollout.models.sampling.gumbel_triton import TritonGumbelMax
 
     kernel = TritonGumbelMax()
-    reason = failure_of(lambda: _disagreement(kernel, device))
+    reason = failure_of(lambda: _self_test(kernel, device))
     if reason is None:
         return kernel
     name = torch.cuda.get_device_name(device)
-    logger.warning("Triton's sampling is not used on %s, which is slower: %s.", name, reason)
+    logger.warning("The Triton sampling kernel is not used on %s, so sampling is slower: %s.", name, reason)
     return None
 
 
-def _disagreement(kernel: Kernel, device: torch.device) -> str | None:
-    """What of some draws is not as it should be; None if nothing."""
+def _self_test(kernel: GumbelKernel, device: torch.device) -> str | None:
+    """Compare the kernel's draws with those of tensor operations; return the difference, or None."""
     count, vocabulary = 24, 5000
-    # No random numbers: the process's generators stay as they are.
+    # Not random, so that the process's generators keep their state.
     logits = torch.arange(count * vocabulary, device=device).mul(0.37).sin().mul(4).view(count, vocabulary)
     number = torch.arange(count, device=device)
-    off, zero = torch.ones(count, device=device), torch.zeros(count, device=device)
-    temperature = (number % 4).float() / 2
-    keys = torch.stack((number * 7919, 2**32 - 1 - number), 1)
-    rows = RowSampling(temperature, number * 0, off, zero, keys, number % 3, 0, False, False, any_greedy=True)
-    tokens, logprobs, totals = kernel.draw(logits, temperature, keys, rows.samples, 5 * number)
-    wanted = _sample(logits, rows, 5 * number)
-    if not torch.equal(tokens, wanted.tokens):
-        return "it draws other tokens"
-    distance = float((logprobs - wanted.logprobs).abs().max())
+    rows = RowSampling(
+        temperature=(number % 4).float() / 2,
+        top_k=torch.zeros_like(number),
+        top_p=torch.ones(count, device=device),
+        min_p=torch.zeros(count, device=device),
+        keys=torch.stack((number * 7919, 2**32 - 1 - number), 1),
+        samples=number % 3,
+        most_top_k=0,
+        any_top_p=False,
+        any_min_p=False,
+        any_greedy=True,
+    )
+    positions = 5 * number
+    tokens, logprobs, log_sums = kernel.draw(logits, rows.temperature, rows.keys, rows.samples, positions)
+    expected = _sample_by_tensor_ops(logits, rows, positions)
+    if not torch.equal(tokens, expected.tokens):
+        return "it draws different tokens"
+    error = float((logprobs - expected.logprobs).abs().max())
     chosen = _scores(logits, rows).gather(1, tokens[:, None])[:, 0]
-    distance = max(distance, float((chosen - totals - logprobs).abs().max()))
-    return None if distance <= 1e-5 else f"its log-probabilities are others (by {distance:.2g})"
+    error = max(error, float((chosen - log_sums - logprobs).abs().max()))
+    return None if error <= _TOLERANCE else f"its log-probabilities differ by {error:.2g} (tolerance {_TOLERANCE})"
 
 
-def _sample_compiled(kernel: Kernel, logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
-    """A row without filters comes out with the same bits, whether others have some or not."""
+def _sample_by_kernel(
+    kernel: GumbelKernel, logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor
+) -> Sampled:
+    """Sample by a kernel. A row without filters gets the same bits whether or not other rows have filters."""
     noise = (rows.keys, rows.samples, positions)
-    tokens, logprobs, totals = kernel.draw(logits, rows.temperature, *noise)
+    draws = kernel.draw(logits, rows.temperature, *noise)
     if not rows.filtered:
-        return Sampled(tokens, logprobs, logprobs)
+        return Sampled(tokens=draws.tokens, logprobs=draws.logprobs, sampler_logprobs=draws.logprobs)
     scores = _scores(logits, rows)
-    tokens, sampler_logprobs, _ = kernel.draw(keep(scores, rows), (rows.temperature > 0).float(), *noise)
-    chosen = scores.gather(1, tokens[:, None])[:, 0].double()
-    return Sampled(tokens, (chosen - totals).float(), sampler_logprobs)
+    # The scores are already divided by the temperature, which must still be 0 where greedy.
+    filtered = kernel.draw(filter_scores(scores, rows), (rows.temperature > 0).float(), *noise)
+    chosen = scores.gather(1, filtered.tokens[:, None])[:, 0].double()
+    return Sampled(
+        tokens=filtered.tokens,
+        logprobs=(chosen - draws.log_sums).float(),
+        sampler_logprobs=filtered.logprobs,
+    )
 
 
 def _scores(logits: torch.Tensor, rows: RowSampling) -> torch.Tensor:
-    """[B, V] float32, divided by the temperature; of greedy rows as they are."""
+    """Return logits [B, V] as float32 over the temperature; unscaled where greedy."""
     return logits.float() / torch.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
 
 
-def _sample(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
+def _sample_by_tensor_ops(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
+    """Sample by tensor operations, the reference of the kernels."""
     scores = _scores(logits, rows)
-    kept = keep(scores, rows) if rows.filtered else scores
-    blocks = F.pad(kept, (0, -kept.shape[1] % _BLOCK), value=-torch.inf).unflatten(1, (-1, _BLOCK))
+    kept = filter_scores(scores, rows) if rows.filtered else scores
+    blocks = F.pad(kept, (0, -kept.shape[1] % BLOCK), value=-torch.inf).unflatten(1, (-1, BLOCK))
     sums = blocks.logsumexp(-1)
-    noise = gumbel(sums.shape[1] + _BLOCK, rows.keys, rows.samples, positions)
+    noise = gumbel(sums.shape[1] + BLOCK, rows.keys, rows.samples, positions)
     block = (sums + noise[:, : sums.shape[1]]).argmax(-1)
-    inside = blocks[torch.arange(len(blocks), device=blocks.device), block]
-    tokens = block * _BLOCK + (inside + noise[:, sums.shape[1] :]).argmax(-1)
+    winning_block = blocks[torch.arange(len(blocks), device=blocks.device), block]
+    tokens = block * BLOCK + (winning_block + noise[:, sums.shape[1] :]).argmax(-1)
     if rows.any_greedy:
         tokens = torch.where(rows.temperature > 0, tokens, kept.argmax(-1))
-    total = sums.logsumexp(-1)
+    kept_log_sum = sums.logsumexp(-1)
+    log_sum = scores.logsumexp(-1) if rows.filtered else kept_log_sum
     chosen = scores.gather(1, tokens[:, None])[:, 0]
-    everything = scores.logsumexp(-1) if rows.filtered else total
-    return Sampled(tokens, chosen - everything, chosen - total)
+    return Sampled(tokens=tokens, logprobs=chosen - log_sum, sampler_logprobs=chosen - kept_log_sum)
 
 
-def keep(scores: torch.Tensor, rows: RowSampling) -> torch.Tensor:
-    """``scores`` [B, V] with -inf where top-k, then top-p, then min-p drop a token.
+def filter_scores(scores: torch.Tensor, rows: RowSampling) -> torch.Tensor:
+    """Set ``scores`` [B, V] to -inf where top-k, then top-p, then min-p drop a token.
 
-    Each filter is a threshold on the score, so that tokens with equal scores are kept or dropped together.
+    Each filter is a threshold on the score, so tokens with equal scores are kept or dropped together.
     """
     if rows.most_top_k:
         scores = scores.masked_fill(scores < _top_k_threshold(scores, rows.top_k, rows.most_top_k), -torch.inf)
@@ -187,13 +208,13 @@ def keep(scores: torch.Tensor, rows: RowSampling) -> torch.Tensor:
     return scores
 
 
-def _top_k_threshold(scores: torch.Tensor, top_k: torch.Tensor, most: int) -> torch.Tensor:
-    """[B, 1] the k-th largest score; -inf where top-k is off."""
-    largest = scores.topk(min(most, scores.shape[1]), dim=-1).values
-    at = largest.gather(1, (top_k.clamp(1, largest.shape[1]) - 1)[:, None])
-    return torch.where(top_k[:, None] > 0, at, -torch.inf)
+def _top_k_threshold(scores: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> torch.Tensor:
+    """Return the k-th largest score [B, 1]; -inf where top-k is off."""
+    largest = scores.topk(min(max_top_k, scores.shape[1]), dim=-1).values
+    kth = largest.gather(1, (top_k.clamp(1, largest.shape[1]) - 1)[:, None])
+    return torch.where(top_k[:, None] > 0, kth, -torch.inf)
 
 
 def _min_p_threshold(scores: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    """[B, 1] the score of min_p times the largest probability (Nguyen et al., arXiv 2407.01082)."""
+    """Return the score [B, 1] of min_p times the largest probability (Nguyen et al., arXiv 2407.01082)."""
     return scores.amax(-1, keepdim=True) + min_p[:, None].log()

@@ -1,9 +1,9 @@
-"""Top-p on a GPU, without sorting and without asking the device anything: a Triton kernel that searches by bits.
+"""Top-p on a GPU without sorting or synchronizing: a Triton kernel that finds the threshold by binary search on bits.
 
-A row's threshold is the largest of its scores such that what is not below it has enough mass. The mass above a score
-falls as the score rises, and the bits of a float, read as an integer (negative ones turned round), rise with it: 32
-looks at the row, one for each bit, find the threshold, whatever the numbers are. A row is read by one program in an
-order of its own, so its company changes no bit.
+A row's threshold is its largest score such that the scores not below it have enough mass. That mass falls as the
+score rises, and the bits of a float, read as an integer (inverted for negative floats), rise with the float. So 32
+passes over the row, one per bit, find the threshold for any scores. One program reads a row in a fixed order, so the
+batch composition does not change its bits.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import triton.language as tl
 from rollout.models.device import launching_on
 
 BLOCK = 8192
-"""Scores that a program looks at at a time."""
+"""Scores that a program loads at once."""
 _WARPS = 16
 
 _LOWEST = tl.constexpr(-(1 << 31))
 _LOWEST_FLOAT = tl.constexpr(-2139095041)
-"""Of minus infinity; below are only NaN."""
+"""Ordered bits of minus infinity; only NaN lie below."""
 _ALL_BUT_SIGN = tl.constexpr((1 << 31) - 1)
 
 
 @triton.jit
 def search(scores, top_p, out, row_scores, vocabulary, BLOCK: tl.constexpr):
-    """For each row of ``scores`` the threshold of its ``top_p``; minus infinity where that is off."""
+    """Find the threshold of each row of ``scores`` for its ``top_p``; minus infinity where top_p is off."""
     row = tl.program_id(0)
     wanted = tl.load(top_p + row)
     threshold = tl.full((), float("-inf"), tl.float32)
@@ -44,16 +44,16 @@ def search(scores, top_p, out, row_scores, vocabulary, BLOCK: tl.constexpr):
         enough = wanted * tl.sum(mass, 0)
         found = tl.full((), _LOWEST, tl.int32)
         for bit in range(32):
-            # The first bit is the sign's, and its step leads from the lowest integer to zero.
+            # The first bit is the sign; setting it leads from the lowest integer to zero.
             tried = tl.where(bit > 0, found + (1 << tl.minimum(31 - bit, 30)), 0)
             mass = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, vocabulary, BLOCK):
                 at = start + tl.arange(0, BLOCK)
                 score = tl.load(first + at, mask=at < vocabulary, other=float("-inf"))
-                # Both zeros are one number.
+                # Negative zero equals zero, so it gets the same bits.
                 bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-                rising = tl.where(bits < 0, bits ^ _ALL_BUT_SIGN, bits)
-                mass += tl.where(rising >= tried, tl.exp(score - top), 0.0)
+                ordered = tl.where(bits < 0, bits ^ _ALL_BUT_SIGN, bits)
+                mass += tl.where(ordered >= tried, tl.exp(score - top), 0.0)
             found = tl.where(tl.sum(mass, 0) >= enough, tried, found)
         bits = tl.where(found < 0, found ^ _ALL_BUT_SIGN, found)
         threshold = tl.where(found < _LOWEST_FLOAT, float("-inf"), bits.to(tl.float32, bitcast=True))
@@ -61,7 +61,7 @@ def search(scores, top_p, out, row_scores, vocabulary, BLOCK: tl.constexpr):
 
 
 def threshold(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """[B, 1] of scores [B, V] and top_p [B], all float32: see `rollout.models.sampling.top_p.top_p_threshold`."""
+    """Return the thresholds [B, 1] of scores [B, V] and top_p [B] in float32, see `top_p_threshold`."""
     scores = scores if scores.stride(-1) == 1 else scores.contiguous()
     out = torch.empty(len(scores), 1, dtype=torch.float32, device=scores.device)
     block = min(BLOCK, triton.next_power_of_2(scores.shape[1]))

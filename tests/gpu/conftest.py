@@ -1,4 +1,4 @@
-"""What only a GPU has; without one there is nothing to collect here."""
+"""Collect the tests of this folder only if there is a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model on two GPUs, its layers spread over them or sliced: the records of one that lies on one."""
+"""A model on two GPUs, with layers spread or sliced, gives the records of a model on one GPU."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tests.support.tiny_models import tiny
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
 
 
-def test_layers_that_are_spread(tmp_path: Path) -> None:
+def test_records_of_layers_spread_over_two_gpus(tmp_path: Path) -> None:
     model = tiny("llama", num_hidden_layers=8)
     model.save_pretrained(tmp_path)
     prompts, params = random_prompts(5, 12), SamplingParams(n=3, max_new_tokens=24)
     expected = Engine(model, None).generate(prompts, params)
-    held = load_model(ModelSource(str(tmp_path), dtype="float32", device_map="auto"), DEVICE)
-    engine = Engine(held, None)
+    model_on_two = load_model(ModelSource(str(tmp_path), dtype="float32", device_map="auto"), DEVICE)
+    engine = Engine(model_on_two, None)
     layout = engine._strategy.kv_layout()
     assert len({site.device for site in layout.layers}) == 2
-    for each in (engine, Engine(held, None, policy="static", max_kv_bytes=12 * layout.bytes_per_page)):
+    for each in (engine, Engine(model_on_two, None, policy="static", max_kv_bytes=12 * layout.bytes_per_page)):
         for ours, theirs in zip(each.generate(prompts, params), expected, strict=True):
             assert ours.completion_ids == theirs.completion_ids
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
 
 
-def test_layers_that_are_sliced(tmp_path: Path) -> None:
+def test_records_of_layers_sliced_over_two_gpus(tmp_path: Path) -> None:
     assert_as_one_that_holds_all({"llama": tiny("llama", vocab_size=200)}, tmp_path)

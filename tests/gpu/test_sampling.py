@@ -1,4 +1,4 @@
-"""Sampling on a GPU: nothing in it waits for the device, with any filters."""
+"""Sampling on a GPU never synchronizes, with any filters."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from rollout.models.sampling.sampler import RowSampling, _triton, sample
-from rollout.models.sampling.top_p import _kernel_serves
+from rollout.models.sampling.sampler import RowSampling, _triton_kernel, sample
+from rollout.models.sampling.top_p import _kernel_works
 from tests.support.devices import DEVICE
 from tests.support.sampling import One, rows_of
 
@@ -26,12 +26,12 @@ def on_device(rows: RowSampling) -> RowSampling:
         [One(top_p=0.9999), One(top_p=0.5, top_k=40, min_p=0.01)],
     ],
 )
-def test_sampling_waits_for_nothing(rows: list[One]) -> None:
-    assert _kernel_serves(DEVICE)
-    assert _triton(DEVICE) is not None
+def test_sampling_never_synchronizes(rows: list[One]) -> None:
+    assert _kernel_works(DEVICE)
+    assert _triton_kernel(DEVICE) is not None
     logits = torch.randn(len(rows), 50_000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     parameters, positions = on_device(rows_of(rows)), torch.arange(len(rows), device=DEVICE)
-    first = sample(logits, parameters, positions)  # compiles, which may wait
+    first = sample(logits, parameters, positions)  # compiles, which may synchronize
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,4 @@
-"""Counter-based noise: the published numbers, good statistics, and the same for a row whatever its company."""
+"""Counter-based noise: published numbers, good statistics, and no dependence on batch composition."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_known_answers_of_random123(counter: list[int], key: list[int], expected
 
 
 def plain_philox(counter: list[int], key: list[int]) -> list[int]:
-    """The same in Python's integers, which do not wrap."""
+    """Compute Philox in Python's integers, which do not wrap around."""
     c, k = list(counter), list(key)
     for _ in range(10):
         high0, low0 = divmod(0xD2511F53 * c[0], 1 << 32)
@@ -49,7 +49,7 @@ def plain_philox(counter: list[int], key: list[int]) -> list[int]:
     return c
 
 
-def test_tensors_give_what_integers_give() -> None:
+def test_philox_of_tensors_matches_python_integers() -> None:
     seed = 11
     print("seed", seed)
     inputs = np.random.default_rng(seed).integers(0, 1 << 32, (200, 6))
@@ -117,8 +117,8 @@ def test_neighbouring_counters_are_not_correlated() -> None:
         assert abs(correlation) < 5 / math.sqrt(rows * count), name
 
 
-def test_sample_position_key_and_block_are_where_they_should_be() -> None:
-    """Pins the counter's format: draws of a seed must not change between versions."""
+def test_counter_format_is_pinned() -> None:
+    """Draws of a seed must not change between versions."""
     noise = gumbel(7, keys_of((3, 0xFFFFFFFF)), torch.tensor([21]), torch.tensor([500]))[0]
     integers = [word for block in range(2) for word in plain_philox([block, 500, 21, 0], [3, 0xFFFFFFFF])]
     expected = [-math.log(-math.log((integer + 0.5) / 2**32)) for integer in integers[:7]]
@@ -126,7 +126,7 @@ def test_sample_position_key_and_block_are_where_they_should_be() -> None:
 
 
 @pytest.mark.parametrize("word", [0, 0xFFFFFFFF])
-def test_the_ends_of_the_range_are_finite(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gumbel_of_extreme_words_is_finite(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def constant(counter: tuple[torch.Tensor, ...], _key: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(torch.full_like(counter[0], word) for _ in range(4))
 
@@ -135,19 +135,19 @@ def test_the_ends_of_the_range_are_finite(word: int, monkeypatch: pytest.MonkeyP
     assert noise.isfinite().all()
 
 
-def test_a_row_has_the_same_noise_alone_and_in_a_batch() -> None:
+def test_row_noise_does_not_depend_on_batch_composition() -> None:
     seed = 3
     print("seed", seed)
     rng = np.random.default_rng(seed)
     rows = 37
     keys = torch.from_numpy(rng.integers(0, 1 << 32, (rows, 2)))
     samples, positions = (torch.from_numpy(rng.integers(0, 4000, rows)) for _ in range(2))
-    together = gumbel(100, keys, samples, positions)
+    batched = gumbel(100, keys, samples, positions)
     for i in range(rows):
         one = slice(i, i + 1)
         alone = gumbel(100, keys[one], samples[one], positions[one])
-        assert torch.equal(alone[0], together[i])
+        assert torch.equal(alone[0], batched[i])
     order = torch.from_numpy(rng.permutation(rows))
-    assert torch.equal(gumbel(100, keys[order], samples[order], positions[order]), together[order])
-    assert torch.equal(gumbel(33, keys, samples, positions), together[:, :33]), "a longer row begins the same"
-    assert len(together.unique()) > 0.99 * together.numel()
+    assert torch.equal(gumbel(100, keys[order], samples[order], positions[order]), batched[order])
+    assert torch.equal(gumbel(33, keys, samples, positions), batched[:, :33]), "a longer row has the same prefix"
+    assert len(batched.unique()) > 0.99 * batched.numel()

@@ -1,4 +1,4 @@
-"""Sampling: exact draws, the filters of transformers, honest log-probabilities, and no row that sees another."""
+"""Sampling: exact draws, the filters of transformers, correct log-probabilities, independent rows."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from rollout.models.sampling.sampler import Sampled, keep, sample
+from rollout.models.sampling.sampler import Sampled, filter_scores, sample
 from tests.support.sampling import One, rows_of
 
 
 def filtered(logits: NDArray[np.float32], row: One) -> NDArray[np.float64]:
-    """One row's scores in float64 as transformers' warpers would leave them: temperature, top-k, top-p, min-p.
+    """Return one row's scores in float64 after transformers' warpers: temperature, top-k, top-p, min-p.
 
-    Only where scores are equal it differs: top-p, too, keeps or drops them together.
+    Unlike transformers', top-p keeps or drops equal scores together.
     """
     scores = logits.astype(np.float64) / (row.temperature or 1.0)
     if row.top_k:
@@ -26,7 +26,7 @@ def filtered(logits: NDArray[np.float32], row: One) -> NDArray[np.float64]:
     if row.top_p < 1:
         order = np.argsort(-scores, kind="stable")
         mass = np.cumsum(softmax(scores)[order])
-        above = np.concatenate([[0.0], mass[:-1]])  # mass of all that is more probable
+        above = np.concatenate([[0.0], mass[:-1]])  # mass of the more probable tokens
         scores = np.where(scores < scores[order[above < row.top_p]].min(), -np.inf, scores)
     if row.min_p:
         probabilities = softmax(scores)
@@ -63,7 +63,7 @@ MIXED = [
 
 
 def mixed_rows(count: int, seed: int) -> list[One]:
-    """Rows of many kinds side by side, each with a key and sample of its own."""
+    """Return rows that cycle through `MIXED`, each with its own key and sample."""
     rng = np.random.default_rng(seed)
     keys = rng.integers(0, 1 << 32, (count, 2)).tolist()
     return [replace(MIXED[i % len(MIXED)], key=tuple(keys[i]), sample=int(rng.integers(9))) for i in range(count)]
@@ -77,13 +77,13 @@ def random_logits(count: int, vocabulary: int, seed: int, spread: float = 3.0) -
 
 
 def chi_square_limit(freedom: int) -> float:
-    """What chi-square exceeds once in a million times (Wilson and Hilferty's approximation)."""
+    """Return the value that chi-square exceeds with probability 1e-6 (Wilson and Hilferty's approximation)."""
     part = 2 / (9 * freedom)
     return freedom * (1 - part + 4.7534 * math.sqrt(part)) ** 3
 
 
 def chi_square(tokens: torch.Tensor, probabilities: NDArray[np.float64]) -> tuple[float, int]:
-    """The statistic and its degrees of freedom; tokens that are expected less than five times are one bin."""
+    """Return the statistic and its degrees of freedom; tokens expected less than five times share one bin."""
     counts = np.bincount(tokens.numpy(), minlength=len(probabilities))
     expected = probabilities * len(tokens)
     assert not counts[expected == 0].any(), "a token of probability 0 was drawn"
@@ -94,7 +94,7 @@ def chi_square(tokens: torch.Tensor, probabilities: NDArray[np.float64]) -> tupl
 
 
 def draws(logits: torch.Tensor, row: One, count: int, first: int = 0) -> torch.Tensor:
-    """Tokens of one row at ``count`` positions, from the same logits each."""
+    """Sample one row's tokens at ``count`` positions from the same logits."""
     positions = torch.arange(first, first + count)
     return sample(logits.expand(count, -1), rows_of([row] * count), positions).tokens
 
@@ -109,9 +109,9 @@ def test_draws_follow_the_softmax(vocabulary: int) -> None:
 
 
 def test_draws_within_a_block_do_not_depend_on_which_block_won() -> None:
-    """The noise of the blocks must not be that of the tokens again."""
+    """Blocks and tokens must not share noise."""
     logits = torch.full((1, 1000), -torch.inf)
-    # Four blocks of equal mass; in each, the tokens whose place is a block's number, and one more.
+    # Four blocks of equal mass; in each, the tokens at offsets equal to a block number, and one more.
     live = [256 * block + place for block in range(4) for place in (0, 1, 2, 3, 100)]
     logits[0, live] = 0.0
     statistic, freedom = chi_square(draws(logits, One(key=(5, 5)), 8000), softmax(logits[0].double().numpy()))
@@ -119,8 +119,7 @@ def test_draws_within_a_block_do_not_depend_on_which_block_won() -> None:
     assert statistic < chi_square_limit(freedom), (statistic, freedom)
 
 
-def test_draws_differ_by_sample_and_by_key_as_they_should() -> None:
-    """At one position, over samples and over keys: each as good a sequence as positions are."""
+def test_draws_over_samples_and_over_keys_follow_the_softmax() -> None:
     count, logits = 6000, random_logits(1, 40, seed=8, spread=1.0)
     zero = torch.zeros(count, dtype=torch.int64)
     rng = np.random.default_rng(9)
@@ -156,7 +155,7 @@ def test_masked_tokens_are_never_drawn(vocabulary: int) -> None:
     assert (drawn.logprobs == 0).all()
 
 
-def test_greedy_takes_the_largest_whatever_the_filters() -> None:
+def test_greedy_takes_the_largest_logit_with_any_filters() -> None:
     logits = random_logits(60, 777, seed=3)
     rows = [replace(row, temperature=0.0) for row in mixed_rows(60, seed=3)]
     drawn = sample(logits, rows_of(rows), torch.arange(60))
@@ -169,15 +168,15 @@ def test_greedy_takes_the_largest_whatever_the_filters() -> None:
 
 @pytest.mark.parametrize(("vocabulary", "spread"), [(50, 2.0), (999, 4.0), (2500, 0.5)])
 def test_filters_keep_what_transformers_keeps(vocabulary: int, spread: float) -> None:
-    """The widest case needs more tokens for top-p than are looked at first."""
+    """In the widest case, top-p needs more than its first candidates."""
     seed = 17
     print("seed", seed)
     rows = mixed_rows(2 * len(MIXED), seed)
     logits = random_logits(len(rows), vocabulary, seed, spread)
     batch = rows_of(rows)
     scores = logits / torch.where(batch.temperature > 0, batch.temperature, 1.0)[:, None]
-    kept = keep(scores, batch)
-    assert torch.equal(kept[kept > -torch.inf], scores[kept > -torch.inf]), "what is kept is not changed"
+    kept = filter_scores(scores, batch)
+    assert torch.equal(kept[kept > -torch.inf], scores[kept > -torch.inf]), "a kept score changed"
     sizes = set()
     for i, row in enumerate(rows):
         ids, theirs = torch.zeros(1, 1, dtype=torch.int64), scores[i : i + 1]
@@ -190,16 +189,16 @@ def test_filters_keep_what_transformers_keeps(vocabulary: int, spread: float) ->
         assert torch.equal(kept[i] > -torch.inf, theirs[0] > -torch.inf), row
         assert torch.equal(kept[i] > -torch.inf, torch.from_numpy(filtered(logits[i].numpy(), row)) > -torch.inf), row
         sizes.add(int((kept[i] > -torch.inf).sum()))
-    assert len(sizes) > 5, "the filters were tried at many sizes"
+    assert len(sizes) > 5, "the filters keep sets of many sizes"
 
 
 def test_filters_apply_in_order() -> None:
-    """Probabilities 0.4, 0.3, 0.2, 0.1: each pair of filters would keep another set in another order."""
+    """Probabilities 0.4, 0.3, 0.2, 0.1: each pair of filters keeps a different set in a different order."""
     scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
 
     def kept(row: One) -> list[int]:
         batch = rows_of([row])
-        return (keep(scores / row.temperature, batch)[0] > -torch.inf).nonzero()[:, 0].tolist()
+        return (filter_scores(scores / row.temperature, batch)[0] > -torch.inf).nonzero()[:, 0].tolist()
 
     assert kept(One(top_p=0.5)) == [0, 1]
     assert kept(One(top_p=0.71)) == [0, 1, 2]
@@ -215,7 +214,7 @@ def test_filters_apply_in_order() -> None:
 def test_equal_scores_are_kept_or_dropped_together() -> None:
     scores = torch.tensor([[2.0, 2.0, 1.0, 1.0, 0.0]])
     for row, count in ((One(top_k=1), 2), (One(top_k=3), 4), (One(top_p=0.1), 2), (One(min_p=1.0), 2)):
-        assert int((keep(scores, rows_of([row])) > -torch.inf).sum()) == count, row
+        assert int((filter_scores(scores, rows_of([row])) > -torch.inf).sum()) == count, row
 
 
 # -- log-probabilities -----------------------------------------------------------------------------------
@@ -242,13 +241,13 @@ def test_logprobs_are_those_of_the_plain_softmax(dtype: torch.dtype) -> None:
         )
 
 
-def test_without_filters_both_are_the_same() -> None:
+def test_both_logprobs_are_equal_without_filters() -> None:
     logits = random_logits(20, 300, seed=4)
     drawn = sample(logits, rows_of([One(key=(i, i)) for i in range(20)]), torch.arange(20))
     assert torch.equal(drawn.logprobs, drawn.sampler_logprobs)
 
 
-# -- rows among others -----------------------------------------------------------------------------------
+# -- independent rows ------------------------------------------------------------------------------------
 
 
 def assert_same(one: Sampled, other: Sampled) -> None:
@@ -257,8 +256,8 @@ def assert_same(one: Sampled, other: Sampled) -> None:
         assert torch.allclose(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
-    """45 rows are sampled in three chunks on a CPU; their kinds and positions are mixed."""
+def test_row_draws_the_same_alone_and_in_any_batch() -> None:
+    """Tensor operations sample the 45 rows in three chunks on a CPU."""
     seed, count = 29, 45
     print("seed", seed)
     rng = np.random.default_rng(seed)
@@ -271,16 +270,16 @@ def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
     def part(whole: Sampled, which: NDArray[np.int64]) -> Sampled:
         return Sampled(whole.tokens[which], whole.logprobs[which], whole.sampler_logprobs[which])
 
-    together = drawn(np.arange(count))
+    batched = drawn(np.arange(count))
     for i in range(count):
-        assert_same(drawn(np.array([i])), part(together, np.array([i])))
+        assert_same(drawn(np.array([i])), part(batched, np.array([i])))
     for size in (2, 16, 17, 32, 33, 45):
         which = rng.permutation(count)[:size]
-        assert_same(drawn(which), part(together, which))
+        assert_same(drawn(which), part(batched, which))
 
 
-def test_a_row_with_broken_logits_disturbs_no_other() -> None:
-    """Its log-probability says so: that is how it is found."""
+def test_non_finite_logits_affect_only_their_row() -> None:
+    """The row's log-probability is not finite, which is how the engine detects it."""
     rows, logits = mixed_rows(30, seed=31), random_logits(30, 520, seed=31)
     positions = torch.arange(30)
     sound = sample(logits, rows_of(rows), positions)
@@ -299,13 +298,13 @@ def test_a_row_with_broken_logits_disturbs_no_other() -> None:
 
 
 @pytest.mark.parametrize("row", MIXED)
-def test_one_nan_is_seen_by_every_kind_of_row(row: One) -> None:
+def test_one_nan_makes_the_logprob_of_any_row_non_finite(row: One) -> None:
     logits = random_logits(3, 520, seed=37)
     logits[0, 0] = logits[1, 300] = logits[2, 519] = torch.nan
     assert not sample(logits, rows_of([row] * 3), torch.arange(3)).logprobs.isfinite().any()
 
 
-def test_no_global_generator_is_read_or_written() -> None:
+def test_sampling_neither_reads_nor_writes_global_generators() -> None:
     logits, rows = random_logits(40, 500, seed=5), rows_of(mixed_rows(40, seed=5))
     torch.manual_seed(1)
     before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
