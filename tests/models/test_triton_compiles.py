@@ -24,10 +24,12 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rollout.models import triton_gumbel_max, triton_kernels, triton_pointwise, triton_top_p
+from rollout.models.attention import triton_kernels
+from rollout.models.patches import pointwise_triton
+from rollout.models.sampling import gumbel_triton, top_p_triton
 
 def compiled(name, types, constants, unaligned, warps):
-    modules = triton_gumbel_max, triton_kernels, triton_pointwise, triton_top_p
+    modules = gumbel_triton, triton_kernels, pointwise_triton, top_p_triton
     kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
     aligned = [a for a, t in types.items() if t != "fp32" and a not in unaligned]
     source = ASTSource(
