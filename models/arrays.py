@@ -1,4 +1,4 @@
-"""Arrays of the host, and their way to a device without waiting for it."""
+"""Host arrays and their asynchronous copies to a device."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def next_power_of_2(size: int) -> int:
 
 
 def upload(values: NDArray[Any], tensor: torch.Tensor) -> None:
-    """Copies an array to the beginning of a tensor of the same dtype, in the order of the device's current stream.
+    """Copy an array to the beginning of a tensor of the same dtype, ordered on the device's current stream.
 
-    The array may be changed at once.
+    The array may be changed right after the call.
     """
     source = torch.from_numpy(np.ascontiguousarray(values))
     if tensor.is_cuda:
-        # Of pinned memory that torch takes back only when the copy is done.
+        # Pinned memory, which torch reuses only after the copy has finished.
         source = source.pin_memory()
     tensor[: len(source)].copy_(source, non_blocking=True)
 
 
 def uploaded(values: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """An array as a tensor on ``device``, to be used on its current stream.
+    """Return an array as a tensor on ``device``, for use on its current stream.
 
-    On a GPU the array may be changed at once; on a CPU the tensor may share its memory.
+    On a GPU the array may be changed right after the call; on a CPU the tensor may share its memory.
     """
     source = torch.from_numpy(np.ascontiguousarray(values))
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The user's cache folder: converted models, and kernels beside them."""
+"""The user's cache folder of converted models; compiled kernels are kept beside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_root() -> Path:
-    """Where converted models are kept: ``$XDG_CACHE_HOME/rollout/models``, by default below ``~/.cache``."""
+    """Return the folder of converted models: ``$XDG_CACHE_HOME/rollout/models``, by default below ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
+    # The XDG specification says to ignore relative paths.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "rollout" / "models"

@@ -1,4 +1,4 @@
-"""What a device can do and what its errors mean: memory, half precision, Triton launches, self-tests of kernels."""
+"""Device helpers: out-of-memory errors, kernel self-tests, Triton launches, half precision on CPUs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 from rollout.models.errors import clause
 
-#: In errors of a general kind: of torch's allocator on a CPU, the CUDA runtime, Triton's launcher, and of cuBLAS and
-#: cuDNN, which take memory of their own when they are first called.
-_SAID = (
+#: Parts of RuntimeError messages of torch's CPU allocator, the CUDA runtime, Triton's launcher, cuBLAS and cuDNN; the
+#: last two allocate memory of their own on first use.
+_OUT_OF_MEMORY_MESSAGES = (
     "can't allocate memory",
     "CUDA error: out of memory",
     "Triton Error [CUDA]: out of memory",
@@ -24,16 +24,16 @@ _SAID = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator refused, or a library that asked the driver for memory without it."""
+    """Return whether an allocator, or a library that allocates through the driver, ran out of memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
+        isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY_MESSAGES)
     )
 
 
 def failure_of(check: Callable[[], str | None]) -> str | None:
-    """What is wrong: what ``check`` says, or the error that it ends with; None if nothing.
+    """Run a self-test and return why it failed: its result or its exception; None if it passed.
 
-    Errors that only say that there was no memory are raised: later there may be some.
+    Out-of-memory errors are raised, because a later run of the same test may pass.
     """
     try:
         return check()
@@ -44,7 +44,7 @@ def failure_of(check: Callable[[], str | None]) -> str | None:
 
 
 def launching_on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever its arguments are on."""
+    """Make ``device`` current for a Triton launch, which ignores the device of its arguments."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     return torch.cuda.device(device)
@@ -52,10 +52,10 @@ def launching_on(device: torch.device) -> AbstractContextManager[Any]:
 
 @cache
 def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a dtype in hardware.
+    """Return whether this CPU multiplies matrices of a dtype in hardware.
 
-    For bfloat16 and float16 that takes instructions that many CPUs lack: torch then falls back to code several
-    times slower than float32. oneDNN's own answer for x86 is yes from AVX-512 on, also where it has to emulate.
+    Many CPUs lack instructions for bfloat16 and float16; torch then runs code several times slower than float32.
+    oneDNN reports support on x86 from AVX-512 on, even where it emulates, so it is not asked there.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return True

