@@ -1,1 +1,1 @@
-"""How many rows may live now, and why."""
+"""How many rows a worker runs per step, and why."""

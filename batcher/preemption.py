@@ -1,4 +1,4 @@
-"""Which live row makes way when memory runs out."""
+"""Choice of the live row to preempt when memory runs out."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 from rollout.batcher.types import IntArray
 
 Victim = Callable[[IntArray], int]
-"""Tokens that each live row would have to compute again, oldest row first, to an index."""
+"""Maps [live rows] tokens that each row would recompute, oldest row first, to the index of the row to preempt."""
 
 
 def youngest(recompute_tokens: IntArray) -> int:
-    """The row that was admitted last."""
+    """Return the row that was admitted last."""
     return len(recompute_tokens) - 1
 
 
 def cheapest(recompute_tokens: IntArray) -> int:
-    """The row with the fewest tokens to compute again; the youngest of equals.
+    """Return the row with the fewest tokens to recompute, the youngest of equals.
 
-    What it frees is no matter: a row that frees enough at once costs as much as the short ones that free it together,
-    and mostly more than is needed.
+    The memory that it frees does not matter: one row that frees enough costs as much to recompute as several short
+    rows that free the same together, and usually frees more than is needed.
     """
     return len(recompute_tokens) - 1 - int(np.argmin(recompute_tokens[::-1]))

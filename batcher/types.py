@@ -1,8 +1,8 @@
-"""What a batching policy sees and what it says: plain values, no torch, no clock, no I/O."""
+"""Input and output of batching policies: plain values, without torch, a clock or I/O."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -13,40 +13,40 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 OVER_BUDGET = "over_budget"
-"""The reason of a decision that cannot keep the budget: the fewest rows allowed already exceed it."""
+"""Reason of a decision that cannot keep the latency budget: even the fewest rows allowed exceed it."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepSample:
-    """One finished step: what ran in it and how long it took."""
+    """Batch composition and duration of a finished step."""
 
     rows: int
     """Rows that decoded one token."""
     kv_tokens: int
-    """Tokens of context that those rows attended to, summed over rows."""
+    """Context tokens that the decoding rows attended to, summed over rows."""
     prefill_tokens: int
-    """Prompt tokens that were prefilled in the same step."""
+    """Prompt tokens prefilled in the same step."""
     ms: float
-    """Wall time of the step in milliseconds."""
+    """Wall time in milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedRow:
-    """Lengths of a row that ended; policies learn from them."""
+    """Lengths of a finished row; policies learn from them."""
 
     prompt_tokens: int
     output_tokens: int
     cut: bool = False
-    """Whether it ended at its ``max_new_tokens``, so that its own length is only known to be no less."""
+    """True if the row ended at ``max_new_tokens``, so that ``output_tokens`` is a lower bound of its own length."""
 
 
 @dataclass(frozen=True, slots=True)
 class WaitingRows:
-    """The first rows of the queue, in the order in which they would be admitted; arrays of equal length."""
+    """The first rows of the waiting queue, in admission order; arrays of equal length."""
 
     prompt_tokens: IntArray
     generated_tokens: IntArray
-    """Tokens that a preempted row has kept; they are computed anew before its next one."""
+    """Tokens that a preempted row has already generated; they are recomputed after readmission."""
     max_new_tokens: IntArray
     groups: IntArray
     """As in ``Observation.groups``."""
@@ -59,9 +59,9 @@ class WaitingRows:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """The state of one worker between two steps.
+    """State of one worker between two steps.
 
-    Arrays have one entry a live row, oldest row first; a row that is still being prefilled is live.
+    Arrays have one entry per live row, oldest row first. Rows in prefill are live.
     """
 
     prompt_tokens: IntArray
@@ -70,84 +70,97 @@ class Observation:
     waiting_rows: int
     """Rows known to wait for admission (a stream of prompts may hold more)."""
     waiting_prompt_tokens: int
-    """Prompt tokens of those waiting rows, prompts shared by several rows counted once."""
+    """Prompt tokens of those waiting rows; a prompt shared by several rows counts once."""
     kv_tokens_held: int
-    """Tokens that the memory now in use can hold; shared pages count once."""
+    """Tokens that the memory in use can hold; shared pages count once."""
     kv_tokens_free: int
-    """Tokens that could be held besides: free memory of the pool, and what headroom lets it grow by."""
+    """Further tokens that memory can hold: free pages of the pool, and its possible growth into the headroom."""
     headroom_bytes: int
-    """Device memory that may still be taken, after the reserve."""
+    """Device memory that may still be allocated, after the reserve."""
     bytes_per_token: int
-    """KV bytes of one token, over all layers; 0 in models that keep recurrent states alone."""
+    """KV bytes per token over all layers; 0 in models with recurrent states only."""
     tokens_per_row: int = 0
-    """What a row's recurrent state takes, in tokens; the counts above include it. 0 in models without."""
+    """Size of a row's recurrent state, in tokens, included in the counts above; 0 in models without."""
     page_tokens: int = 1
-    """Tokens of a page: memory is taken and given back in so many."""
+    """Tokens per page, the unit in which memory is allocated and freed."""
     groups: IntArray | None = None
-    """A number for each live row, equal in rows that share the full pages of their prompt; None: nobody knows."""
+    """A number per live row, equal for rows that share the full pages of their prompt; None: unknown."""
     ends_at_limit: BoolArray | None = None
-    """Live rows that nothing but ``max_new_tokens`` ends (``ignore_eos``, no stops); None: there are none."""
+    """Live rows that only ``max_new_tokens`` can end (``ignore_eos``, no stop strings); None: no such rows."""
     waiting: WaitingRows | None = None
-    """The next rows to be admitted, as many as are known; None: only the two counts above are."""
+    """The next rows to be admitted, as far as they are known; None: only the two counts above are known."""
     steps: tuple[StepSample, ...] = ()
     """Steps since the last decision."""
     finished: tuple[FinishedRow, ...] = ()
-    """Rows that ended since the last decision."""
+    """Rows that finished since the last decision."""
 
     @property
     def live_rows(self) -> int:
+        """Number of live rows."""
         return len(self.prompt_tokens)
 
     @property
     def kv_tokens_total(self) -> int:
-        """The paper's eta: all tokens that memory can hold now."""
+        """Tokens that memory can hold in total: eta in arXiv 2503.05248."""
         return self.kv_tokens_held + self.kv_tokens_free
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How many rows may live now, how many prompt tokens may be prefilled in the next step, and why."""
+    """Limits of the next step, and their reason."""
 
     rows: int
+    """Most live rows."""
     prefill_tokens: int
+    """Most prompt tokens prefilled."""
     reason: str
     """One word, e.g. ``memory``, ``latency``, ``cap``, ``hold``."""
     decode_rows: int | None = None
-    """Live rows that decode in the next step, oldest first; the others are paused: they keep what they hold and
-    add no token. At least one does. None: all of them."""
+    """Live rows that decode, oldest first; None: all. The other live rows are paused: they keep their memory and
+    add no token. At least one row decodes."""
 
 
 class Policy(Protocol):
-    """Decides before each step. May keep state of its own, which only observations change."""
+    """Decides before each step. A policy may keep state, but only observations may change it."""
 
-    def decide(self, observation: Observation) -> Decision: ...
+    def decide(self, observation: Observation) -> Decision:
+        """Return the limits of the next step."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What the user allows, whatever the policy: live rows and the budget of a step."""
+    """Limits set by the user for every policy."""
 
     min_rows: int = 1
+    """Fewest live rows."""
     max_rows: int = 1024
+    """Most live rows."""
     latency_budget_ms: float | None = None
-    prefill_tokens: int = field(default=2048)
-    """Most prompt tokens prefilled in one step."""
+    """Most milliseconds per step; None: no budget."""
+    prefill_tokens: int = 2048
+    """Most prompt tokens prefilled per step."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b rounded up."""
+    return -(-a // b)
 
 
 def decoding_rows(observation: Observation) -> int:
-    """Live rows that have at least one token: the paper's N^d."""
+    """Return the number of live rows with at least one token: N^d in arXiv 2503.05248."""
     return int(np.count_nonzero(observation.generated_tokens))
 
 
 def prefilling_rows(observation: Observation) -> int:
-    """Rows that wait for admission or for the end of their prefill: the paper's N^p."""
+    """Return the number of rows waiting for admission or in prefill: N^p in arXiv 2503.05248."""
     return observation.waiting_rows + observation.live_rows - decoding_rows(observation)
 
 
 def within(rows: int, observation: Observation, bounds: Bounds) -> int:
-    """``rows`` brought between the bounds, and not below the rows in decode.
+    """Clamp ``rows`` to the bounds and to at least the rows in decode.
 
-    The floor is line 6 of Algorithm 1 and line 15 of Algorithm 2 (arXiv 2503.05248): a policy never sheds
-    running work, only the engine's memory gate does. As there, ``max_rows`` goes before the floor.
+    The floor is line 6 of Algorithm 1 and line 15 of Algorithm 2 (arXiv 2503.05248): a policy never preempts decoding
+    rows, only a lack of memory does. As in the paper, ``max_rows`` takes precedence over the floor.
     """
     return min(max(rows, decoding_rows(observation), bounds.min_rows), bounds.max_rows)

@@ -23,7 +23,7 @@ from jobs.bench.lib.decision_cost import cost
 from jobs.bench.lib.hidden_limits import AHEAD, Unaware, quantiles
 from jobs.bench.lib.paper_figures import paper
 from jobs.bench.lib.tables import geomean, tell
-from rollout.batcher.admission_order import early_enough, steady_rows
+from rollout.batcher.admission_order import by_latest_start, steady_rows
 from rollout.batcher.preemption import Victim, cheapest, youngest
 from rollout.batcher.registry import make_policy
 from rollout.batcher.simulation.compare import KEPT, MAX_ROWS, Comparison, Spec, parse_spec, run
@@ -199,7 +199,7 @@ def hints(given: argparse.Namespace) -> None:
     lines = [["workload", "order", *(f"error {sigma:g}" for sigma in sigmas), "former epoch"]]
     orders: dict[str, Callable[[Workload, float], Workload]] = {
         "learned": lambda job, _: job,
-        "early enough": lambda job, rows: _fixed(job, early_enough(job.groups, _hints_of(job), rows)),
+        "early enough": lambda job, rows: _fixed(job, by_latest_start(job.groups, _hints_of(job), rows)),
         "longest first": lambda job, _: _fixed(job, _longest_first(job.groups, _hints_of(job))),
     }
     setting = SETTINGS["B"]

@@ -3,36 +3,36 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rollout.batcher.admission_order import Ordering, early_enough, steady_rows, together
+from rollout.batcher.admission_order import Ordering, by_group, by_latest_start, steady_rows
 from rollout.batcher.preemption import cheapest, youngest
 
 UNKNOWN = float("nan")
 
 
 def test_rows_of_a_group_follow_its_first():
-    assert together(np.array([7, 3, 7, 5, 3, 7])).tolist() == [0, 2, 5, 1, 4, 3]
+    assert by_group(np.array([7, 3, 7, 5, 3, 7])).tolist() == [0, 2, 5, 1, 4, 3]
 
 
 def test_without_expectations_arrival_decides():
     groups = np.array([2, 1, 2, 0])
-    assert early_enough(groups, np.full(4, UNKNOWN), 8).tolist() == together(groups).tolist()
+    assert by_latest_start(groups, np.full(4, UNKNOWN), 8).tolist() == by_group(groups).tolist()
 
 
 def test_equal_expectations_change_nothing():
-    assert early_enough(np.arange(50), np.full(50, 30.0), 4).tolist() == list(range(50))
+    assert by_latest_start(np.arange(50), np.full(50, 30.0), 4).tolist() == list(range(50))
 
 
 def test_what_is_as_long_as_the_job_goes_first_and_the_longest_before():
     expected = np.full(40, 10.0)
     expected[[20, 30]] = 500, 700
-    assert early_enough(np.arange(40), expected, 4)[:2].tolist() == [30, 20]
+    assert by_latest_start(np.arange(40), expected, 4)[:2].tolist() == [30, 20]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_short_rows_are_last_and_long_ones_spread(seed: int):
     print("seed", seed)
     expected = np.random.default_rng(seed).geometric(1 / 100, 2000).astype(float)
-    order = early_enough(np.arange(2000), expected, 100)
+    order = by_latest_start(np.arange(2000), expected, 100)
     assert sorted(order.tolist()) == list(range(2000))
     placed = expected[order]
     assert placed[-20:].mean() < 30
@@ -45,9 +45,9 @@ def test_short_rows_are_last_and_long_ones_spread(seed: int):
 def test_groups_stay_together_and_go_when_the_longest_of_them_should():
     groups = np.array([0, 1, 2, 0, 1, 2])
     expected = np.array([300.0, 10, 10, 300, 500, 10])
-    assert early_enough(groups, expected, 1).tolist() == [1, 4, 0, 3, 2, 5]
+    assert by_latest_start(groups, expected, 1).tolist() == [1, 4, 0, 3, 2, 5]
     expected[1] = UNKNOWN
-    assert early_enough(groups, expected, 1).tolist()[:2] == [1, 4]
+    assert by_latest_start(groups, expected, 1).tolist()[:2] == [1, 4]
 
 
 def test_the_cheapest_victim_has_the_fewest_tokens_to_compute_again():
@@ -81,7 +81,7 @@ def test_hints_are_believed_at_first_and_when_they_were_right(seed: int):
     print("seed", seed)
     rng = np.random.default_rng(seed)
     groups, prompts, hints = waiting(rng)
-    believed = early_enough(groups, hints, steady_rows(20_000, prompts, hints)).tolist()
+    believed = by_latest_start(groups, hints, steady_rows(20_000, prompts, hints)).tolist()
     assert ordered(Ordering(), (groups, prompts, hints)) == believed != groups.tolist()
     place = np.argsort(ordered(learned(rng, 500, 0.0), (groups, prompts, hints)))
     assert np.abs(place - np.argsort(believed)).mean() < 10, "only rounding is between them"
