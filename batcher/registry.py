@@ -1,16 +1,16 @@
-"""Policies by name, as the configuration and the library call give them."""
+"""Policies by name, for the configuration and for library calls."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
-from rollout.batcher.policies.memory import MemoryPolicy
-from rollout.batcher.policies.paper import PaperPolicy
-from rollout.batcher.policies.predictive import PredictivePolicy
-from rollout.batcher.policies.sla import SlaPolicy
+from rollout.batcher.policies.memory import MemoryParameters, MemoryPolicy
+from rollout.batcher.policies.paper import PaperParameters, PaperPolicy
+from rollout.batcher.policies.predictive import PredictiveParameters, PredictivePolicy
+from rollout.batcher.policies.sla import SlaParameters, SlaPolicy
 from rollout.batcher.policies.static import StaticPolicy
 from rollout.batcher.types import Bounds, Policy
 
@@ -21,28 +21,35 @@ POLICIES: Mapping[str, Callable[..., Policy]] = {
     "paper": PaperPolicy,
     "predictive": PredictivePolicy,
 }
+PARAMETERS: Mapping[str, type] = {
+    "memory": MemoryParameters,
+    "sla": SlaParameters,
+    "paper": PaperParameters,
+    "predictive": PredictiveParameters,
+}
+"""The dataclass of each policy that takes parameters beside the bounds; its fields are the keys of ``batcher=NAME``."""
 
 
 def make_policy(name: str, bounds: Bounds, **parameters: Any) -> Policy:
-    """The policy called ``name``, within ``bounds``, with parameters of its own.
+    """Build the policy ``name`` with its own parameters.
 
     Raises:
-        ValueError: the name or a parameter is unknown, or a value is out of range; the message says which and
-            what would be right.
+        ValueError: the name or a parameter is unknown, or a value is out of range.
     """
     if not 1 <= bounds.min_rows <= bounds.max_rows:
         raise ValueError(f"min_rows is {bounds.min_rows}, but must be from 1 to max_rows ({bounds.max_rows}).")
     if name not in POLICIES:
-        raise ValueError(f"There is no policy {name!r}; {_instead(name, POLICIES)}.")
-    make = POLICIES[name]
-    known = [parameter for parameter in inspect.signature(make).parameters if parameter != "bounds"]
+        raise ValueError(f"There is no policy {name!r}; {_suggestion(name, POLICIES)}.")
+    known = [field.name for field in fields(PARAMETERS[name])] if name in PARAMETERS else []
     for parameter in parameters:
         if parameter not in known:
-            raise ValueError(f"The policy {name!r} has no parameter {parameter!r}; {_instead(parameter, known)}.")
-    return make(bounds, **parameters)
+            raise ValueError(f"The policy {name!r} has no parameter {parameter!r}; {_suggestion(parameter, known)}.")
+    if name not in PARAMETERS:
+        return POLICIES[name](bounds)
+    return POLICIES[name](bounds, PARAMETERS[name](**parameters))
 
 
-def _instead(wrong: str, names: Iterable[str]) -> str:
+def _suggestion(wrong: str, names: Iterable[str]) -> str:
     known = list(names)
     if not known:
         return "it has none"

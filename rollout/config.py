@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from rollout.batcher.registry import make_policy
+from rollout.batcher.registry import PARAMETERS, POLICIES, make_policy
 from rollout.batcher.types import Bounds, Policy
 from rollout.engine_arguments import argument_checks
 from rollout.errors import Check, InputError, check_all
@@ -111,36 +111,15 @@ class BatcherConfig:
             raise InputError(f"batcher.{error}") from error
 
 
-@dataclass
-class MemoryBatcherConfig(BatcherConfig):
-    """Parameters of the paper's Algorithm 1."""
-
-    epsilon_m: float = MISSING
-    form: str = MISSING
-    length_window: int = MISSING
+def _batcher_schema(policy: str) -> type[BatcherConfig]:
+    """Return the schema of ``batcher=POLICY``: the common keys, then the policy's own parameters and defaults."""
+    if policy not in PARAMETERS:
+        return BatcherConfig
+    return make_dataclass(f"{policy.title()}BatcherConfig", (), bases=(PARAMETERS[policy], BatcherConfig))
 
 
-@dataclass
-class SlaBatcherConfig(BatcherConfig):
-    """Parameters of the paper's Algorithm 2."""
-
-    alpha: int = MISSING
-    delta: int = MISSING
-    epsilon_d: float | None = MISSING
-    step_window: int = MISSING
-
-
-# `asdict` of it is stored in run.json: in this order of bases, the fields of `memory` come before those of `sla`.
-@dataclass
-class PaperBatcherConfig(SlaBatcherConfig, MemoryBatcherConfig):
-    """Parameters of both algorithms; the smaller of their row targets is used."""
-
-
-@dataclass
-class PredictiveBatcherConfig(BatcherConfig):
-    """Parameters of the policy that learns lengths and step times."""
-
-    memory_rows: int = MISSING
+# `asdict` of an instance is stored in run.json, in the order of its fields.
+BATCHER_SCHEMAS = {policy: _batcher_schema(policy) for policy in POLICIES}
 
 
 @dataclass
@@ -189,11 +168,7 @@ def register() -> None:
         ("model", "schema", ModelConfig),
         ("data", "schema", DataConfig),
         ("sampling", "schema", SamplingConfig),
-        ("batcher", "schema_static", BatcherConfig),
-        ("batcher", "schema_memory", MemoryBatcherConfig),
-        ("batcher", "schema_sla", SlaBatcherConfig),
-        ("batcher", "schema_paper", PaperBatcherConfig),
-        ("batcher", "schema_predictive", PredictiveBatcherConfig),
+        *(("batcher", f"schema_{policy}", schema) for policy, schema in BATCHER_SCHEMAS.items()),
         ("memory", "schema", MemoryConfig),
         ("output", "schema", OutputConfig),
         ("reward", "schema", RewardConfig),

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from rollout.batcher.types import FinishedRow, IntArray, Observation
+from rollout.batcher.types import FinishedRow, FloatArray, IntArray, Observation
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Moments of the lengths of one row, in tokens and tokens squared."""
+    """Moments of the lengths of a single row, in tokens and tokens squared."""
 
     prompt_mean: float
     prompt_variance: float
@@ -23,29 +23,29 @@ class Moments:
 
     @property
     def mean(self) -> float:
-        """Mean of prompt plus output: mu in equation 12."""
+        """Mean of prompt plus output: mu in equation 12 of arXiv 2503.05248."""
         return self.prompt_mean + self.output_mean
 
     @property
     def sd(self) -> float:
-        """Standard deviation of prompt plus output, taken as independent: sigma in equation 12."""
+        """Standard deviation of prompt plus output, assumed independent: sigma in equation 12."""
         return math.sqrt(self.prompt_variance + self.output_variance)
 
 
 class LengthMoments:
-    """Moments of row lengths over the rows that finished last and the rows that live now.
+    """Moments of row lengths over the last finished rows and the live rows.
 
-    The mean of finished outputs alone is too small while a job is young, because short rows finish first.
-    Live rows are therefore counted as right-censored lengths, by the Kaplan-Meier estimator (in Efron's
-    form: the probability left after the last finished length is shared by the live rows older than it).
-    What such a row still has to go is the prior: uniform up to its own ``max_new_tokens``. With nothing
-    finished, new rows thus stand for half of ``max_new_tokens``, and the prior fades as rows finish.
+    Short rows finish first, so the mean of finished outputs is too small while a job is young. Live rows are
+    therefore counted as right-censored lengths, by the Kaplan-Meier estimator in Efron's form: the live rows older
+    than the last finished length share the probability that remains after it. The prior of the tokens that such a
+    row still generates is uniform up to its own ``max_new_tokens``. Before any row finishes, new rows thus count as
+    half of ``max_new_tokens``, and the prior fades as rows finish.
 
-    Prompts are known in full, so theirs are plain moments. Waiting prompts are left out: observations count
-    a prompt that several rows share once, which would make rows look shorter than they will be.
+    Prompt lengths are known, so their moments need no censoring. Waiting prompts are excluded: observations count a
+    prompt shared by several rows once, which would make rows look shorter than they become.
 
     Args:
-        length_window: finished rows to remember; older ones are forgotten, so that the estimate follows a drift.
+        length_window: finished rows to remember; older rows are forgotten, so that the estimate follows a drift.
 
     Raises:
         ValueError: ``length_window`` is less than 1.
@@ -58,52 +58,67 @@ class LengthMoments:
         self._outputs: IntArray = np.zeros(length_window, dtype=np.int64)
         self._seen = 0
 
-    def update(self, finished: Iterable[FinishedRow]) -> None:
-        """Learn the lengths of rows that ended."""
+    def learn(self, finished: Iterable[FinishedRow]) -> None:
+        """Add the lengths of rows that finished."""
         for row in finished:
-            slot = self._seen % len(self._prompts)
-            self._prompts[slot] = row.prompt_tokens
-            self._outputs[slot] = row.output_tokens
+            index = self._seen % len(self._prompts)
+            self._prompts[index] = row.prompt_tokens
+            self._outputs[index] = row.output_tokens
             self._seen += 1
 
     def estimate(self, observation: Observation) -> Moments:
-        """Moments over the remembered rows and the live rows of ``observation``.
+        """Return the moments over the remembered rows and the live rows.
 
         Raises:
-            ValueError: nothing has finished and nothing lives, so that there is nothing to go by.
+            ValueError: no row has finished and no row is live.
         """
-        known = min(self._seen, len(self._prompts))
-        if known + observation.live_rows == 0:
-            raise ValueError("Row lengths cannot be estimated before the first row lives.")
-        prompts = np.concatenate((self._prompts[:known], observation.prompt_tokens))
-        output_mean, output_variance = _censored_moments(
-            self._outputs[:known], observation.generated_tokens, observation.max_new_tokens
+        remembered = min(self._seen, len(self._prompts))
+        if remembered + observation.live_rows == 0:
+            raise ValueError("Row lengths cannot be estimated before the first row is live.")
+        prompts = np.concatenate((self._prompts[:remembered], observation.prompt_tokens))
+        output = _censored_moments(
+            finished=self._outputs[:remembered],
+            ages=observation.generated_tokens,
+            limits=observation.max_new_tokens,
         )
-        return Moments(float(prompts.mean()), float(prompts.var()), output_mean, output_variance)
+        return Moments(
+            prompt_mean=float(prompts.mean()),
+            prompt_variance=float(prompts.var()),
+            output_mean=output.mean,
+            output_variance=output.variance,
+        )
 
 
-def _censored_moments(finished: IntArray, ages: IntArray, limits: IntArray) -> tuple[float, float]:
-    """Mean and variance of a length seen in full in ``finished`` and at least ``ages`` long in live rows.
+class _MeanVariance(NamedTuple):
+    mean: float
+    variance: float
 
-    ``limits`` are the greatest lengths that the live rows may reach. All arrays are in tokens.
+
+def _censored_moments(finished: IntArray, ages: IntArray, limits: IntArray) -> _MeanVariance:
+    """Return the Kaplan-Meier mean and variance of lengths, in tokens.
+
+    Args:
+        finished: [finished rows] lengths.
+        ages: [live rows] lengths so far.
+        limits: [live rows] greatest lengths that the live rows may reach.
     """
     lengths = np.concatenate((finished, ages))
     ended = np.zeros(len(lengths), dtype=bool)
     ended[: len(finished)] = True
-    # At a tie the finished length goes first: a live row of that age is going to be longer.
+    # At a tie the finished row comes first, because the live row of that age is going to be longer.
     order = np.lexsort((~ended, lengths))
     at_risk = len(lengths) - np.arange(len(lengths))
     survival = np.cumprod(1.0 - ended[order] / at_risk)
 
-    values: NDArray[np.float64] = lengths[order].astype(np.float64)
-    spreads = np.zeros_like(values)
+    values: FloatArray = lengths[order].astype(np.float64)
+    variances = np.zeros_like(values)
     weights = -np.diff(survival, prepend=1.0)
     last_finished = int(np.flatnonzero(ended[order])[-1]) if len(finished) else -1
     older = slice(last_finished + 1, None)
     if len(values[older]):
         limit = np.maximum(limits[order[older] - len(finished)], values[older])
-        spreads[older] = (limit - values[older]) ** 2 / 12
+        variances[older] = (limit - values[older]) ** 2 / 12
         values[older] = (limit + values[older]) / 2
         weights[older] = survival[-1] / len(values[older])
     mean = float(weights @ values)
-    return mean, float(weights @ (spreads + (values - mean) ** 2))
+    return _MeanVariance(mean=mean, variance=float(weights @ (variances + (values - mean) ** 2)))

@@ -1,4 +1,4 @@
-"""Tokens that rows will hold at steps to come: mean and variance, from how long rows last."""
+"""Forecast of the tokens that rows will hold at future steps: mean and variance, from survival estimates."""
 
 from __future__ import annotations
 
@@ -6,116 +6,135 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rollout.batcher.estimators.row_memory import RowMemory, Shared
+from rollout.batcher.estimators.row_memory import RowMemory, SharedPrompts
 from rollout.batcher.estimators.survival import Survival, bins_of
 from rollout.batcher.types import FloatArray, IntArray
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryForecaster:
-    """Tokens held at each step of a grid: [grid], or [rows, grid]."""
+class MemoryForecast:
+    """Tokens held at each step of a grid; arrays of shape [grid] or [rows, grid]."""
 
     mean: FloatArray
     variance: FloatArray
-    most: FloatArray
-    """If no row ended; what it is above the mean, rows are expected to give back."""
+    without_exits: FloatArray
+    """Tokens held if no row finished; the excess over ``mean`` is what rows are expected to free."""
 
-    def __add__(self, other: MemoryForecaster) -> MemoryForecaster:
-        return MemoryForecaster(self.mean + other.mean, self.variance + other.variance, self.most + other.most)
+    def __add__(self, other: MemoryForecast) -> MemoryForecast:
+        return MemoryForecast(
+            mean=self.mean + other.mean,
+            variance=self.variance + other.variance,
+            without_exits=self.without_exits + other.without_exits,
+        )
 
-    def less(self, tokens: float) -> MemoryForecaster:
-        """With so many tokens less at all times."""
-        return MemoryForecaster(self.mean - tokens, self.variance, self.most - tokens)
+    def minus(self, tokens: float) -> MemoryForecast:
+        """Subtract a known number of tokens at every step."""
+        return MemoryForecast(
+            mean=self.mean - tokens, variance=self.variance, without_exits=self.without_exits - tokens
+        )
 
-    def up_to_each(self) -> MemoryForecaster:
-        """[rows, grid] of each row and those before it."""
-        return MemoryForecaster(self.mean.cumsum(0), self.variance.cumsum(0), self.most.cumsum(0))
+    def cumulative(self) -> MemoryForecast:
+        """[rows, grid] Sum each row with the rows before it."""
+        return MemoryForecast(
+            mean=self.mean.cumsum(0), variance=self.variance.cumsum(0), without_exits=self.without_exits.cumsum(0)
+        )
 
-    def last(self) -> MemoryForecaster:
-        """[grid] of the last row of [rows, grid]."""
-        return MemoryForecaster(self.mean[-1], self.variance[-1], self.most[-1])
+    def last_row(self) -> MemoryForecast:
+        """[grid] Return the last row of a [rows, grid] forecast."""
+        return MemoryForecast(mean=self.mean[-1], variance=self.variance[-1], without_exits=self.without_exits[-1])
 
-    def times(self, numbers: IntArray) -> MemoryForecaster:
-        """[numbers, grid] of so many rows of the average kind."""
-        many = numbers[:, None]
-        return MemoryForecaster(many * self.mean.mean(0), many * self.variance.mean(0), many * self.most.mean(0))
+    def average_rows(self, counts: IntArray) -> MemoryForecast:
+        """[counts, grid] Forecast each number of rows that are like the average row."""
+        column = counts[:, None]
+        return MemoryForecast(
+            mean=column * self.mean.mean(0),
+            variance=column * self.variance.mean(0),
+            without_exits=column * self.without_exits.mean(0),
+        )
 
 
-class Forecast:
-    """Survival of rows over a grid of future steps.
+class MemoryForecaster:
+    """Forecast the memory of rows over a grid of future steps.
 
     Args:
-        hazard: what is known of lengths, as of now.
-        steps: [grid] steps from now, increasing.
+        survival: the current estimate of how long rows live.
+        steps: [grid] increasing numbers of steps from now.
     """
 
-    def __init__(self, hazard: Survival, steps: FloatArray) -> None:
+    def __init__(self, survival: Survival, steps: FloatArray) -> None:
         self.steps = steps
-        self._table = hazard.survival(steps)
-        # One product gives mean and variance: survival s, and s * (1 - s).
-        self._both = np.concatenate((self._table, self._table * (1 - self._table)), axis=1)
+        self._table = survival.survival(steps)
+        """[bins, grid] survival probability s of rows in an age bin."""
+        # [bins, 2 * grid] s and s * (1 - s), so that a single matrix product yields mean and variance.
+        self._moments = np.concatenate((self._table, self._table * (1 - self._table)), axis=1)
 
     def survival(self, rows: RowMemory) -> FloatArray:
-        """[rows, grid] the probability that each still lives."""
+        """[rows, grid] Return the probability that each row is still alive."""
         survival = self._table[bins_of(rows.ages)]
         survival[rows.ends_at_limit] = 1.0
         survival *= self.steps < rows.remaining[:, None]
         return survival
 
-    def one_by_one(self, rows: RowMemory) -> MemoryForecaster:
-        """[rows, grid] of each row."""
-        survival = self.survival(rows)
+    def per_row(self, rows: RowMemory) -> MemoryForecast:
+        """[rows, grid] Forecast each row."""
         tokens = rows.own_tokens[:, None] + self.steps
-        mean = survival * tokens
-        return MemoryForecaster(mean, mean * (tokens - mean), tokens)
+        mean = self.survival(rows) * tokens
+        return MemoryForecast(mean=mean, variance=mean * (tokens - mean), without_exits=tokens)
 
-    def together(self, rows: RowMemory) -> MemoryForecaster:
-        """[grid] of all rows together.
+    def total(self, rows: RowMemory) -> MemoryForecast:
+        """[grid] Forecast the sum over rows.
 
-        Rows of an age are alike but for what they hold, so they are summed up by age before anything is computed, and
-        those that reach their limit within the grid by age and by the part of the grid that they may live to see.
+        Rows of the same age bin have the same survival, so they are summed per bin first. Rows that reach their
+        limit within the grid are summed per bin and per grid step of their limit.
         """
-        apart = rows.ends_at_limit | (rows.remaining <= self.steps[-1])
+        reach_limit = rows.ends_at_limit | (rows.remaining <= self.steps[-1])
         bins = bins_of(rows.ages)
-        top = int(bins.max(initial=-1)) + 1
-        counted = (~apart).astype(np.float64)
+        bin_count = int(bins.max(initial=-1)) + 1
+        counted = (~reach_limit).astype(np.float64)
         held = rows.own_tokens * counted
-        sums = np.stack([np.bincount(bins, weights, top) for weights in (counted, held, held * rows.own_tokens)])
+        # [3, bins] rows, their tokens, and the squares of their tokens.
+        sums = np.stack([np.bincount(bins, weights, bin_count) for weights in (counted, held, held * rows.own_tokens)])
         grid, steps = len(self.steps), self.steps
-        rows_, tokens, squares = sums @ self._both[:top]
-        mean = tokens[:grid] + steps * rows_[:grid]
-        variance = squares[grid:] + 2 * steps * tokens[grid:] + steps**2 * rows_[grid:]
-        if apart.any():
-            limited = self._limited(rows.taken(apart))
+        count, tokens, squares = sums @ self._moments[:bin_count]
+        mean = tokens[:grid] + steps * count[:grid]
+        variance = squares[grid:] + 2 * steps * tokens[grid:] + steps**2 * count[grid:]
+        if reach_limit.any():
+            limited = self._total_with_limits(rows.select(reach_limit))
             mean += limited.mean
             variance += limited.variance
-        return MemoryForecaster(mean, variance, rows.own_tokens.sum() + len(rows) * steps)
+        return MemoryForecast(mean=mean, variance=variance, without_exits=rows.own_tokens.sum() + len(rows) * steps)
 
-    def _limited(self, rows: RowMemory) -> MemoryForecaster:
-        """The same of rows whose limits are within the grid, or alone end them."""
-        # The first bin is of those that nothing else ends.
+    def _total_with_limits(self, rows: RowMemory) -> MemoryForecast:
+        """[grid] Forecast the sum over rows that reach their limit within the grid or end only there."""
+        # Bin 0 is for rows that end only at their limit; age bins follow.
         bins = np.where(rows.ends_at_limit, 0, 1 + bins_of(rows.ages))
-        top, grid, steps = int(bins.max()) + 1, len(self.steps), self.steps
+        bin_count, grid, steps = int(bins.max()) + 1, len(self.steps), self.steps
         cells = bins * (grid + 1) + np.searchsorted(steps, rows.remaining)
 
-        def living(weights: FloatArray | None) -> FloatArray:
-            """[top, grid] of the rows of a bin that may live then."""
-            counts = np.bincount(cells, weights, top * (grid + 1)).reshape(top, grid + 1)
+        def below_limit(weights: FloatArray | None) -> FloatArray:
+            """[bins, grid] Sum the weights of rows that have not reached their limit at each step."""
+            counts = np.bincount(cells, weights, bin_count * (grid + 1)).reshape(bin_count, grid + 1)
             return counts[:, :0:-1].cumsum(1)[:, ::-1]
 
-        count, held, squares = living(None), living(rows.own_tokens), living(rows.own_tokens**2)
-        both = self._both[: top - 1]
-        mean, variance = held + steps * count, squares[1:] + 2 * steps * held[1:] + steps**2 * count[1:]
-        return MemoryForecaster(
-            mean[0] + (both[:, :grid] * mean[1:]).sum(0),
-            (both[:, grid:] * variance).sum(0),
-            rows.own_tokens.sum() + len(rows) * steps,
+        count = below_limit(None)
+        held = below_limit(rows.own_tokens)
+        squares = below_limit(rows.own_tokens**2)
+        moments = self._moments[: bin_count - 1]
+        mean = held + steps * count
+        variance = squares[1:] + 2 * steps * held[1:] + steps**2 * count[1:]
+        return MemoryForecast(
+            mean=mean[0] + (moments[:, :grid] * mean[1:]).sum(0),
+            variance=(moments[:, grid:] * variance).sum(0),
+            without_exits=rows.own_tokens.sum() + len(rows) * steps,
         )
 
-    def of_prompts(self, shared: Shared, rows: RowMemory) -> MemoryForecaster:
-        """[grid] of what the live rows share; the rows of a prompt are taken to be as old as the youngest of them."""
-        survival = self.survival(rows.taken(shared.lasts))
+    def shared_prompts(self, shared: SharedPrompts, rows: RowMemory) -> MemoryForecast:
+        """[grid] Forecast the shared prompts, with all rows of a prompt as old as its youngest row."""
+        survival = self.survival(rows.select(shared.lasts))
         tokens = shared.tokens[:, None]
         mean = (1 - (1 - survival) ** shared.sizes[:, None]) * tokens
-        most = np.full(len(self.steps), shared.tokens.sum())
-        return MemoryForecaster(mean.sum(0), (mean * (tokens - mean)).sum(0), most)
+        return MemoryForecast(
+            mean=mean.sum(0),
+            variance=(mean * (tokens - mean)).sum(0),
+            without_exits=np.full(len(self.steps), shared.tokens.sum()),
+        )

@@ -1,4 +1,4 @@
-"""Rows as memory sees them: what each holds alone, and what rows of a prompt hold together."""
+"""Memory held by each row, and by prompts that several rows share."""
 
 from __future__ import annotations
 
@@ -8,101 +8,129 @@ import numpy as np
 
 from rollout.batcher.types import BoolArray, FloatArray, IntArray, Observation
 
-# For rows of which nothing is known, not even what they may reach.
 TYPICAL_MAX_NEW = 256
-# Rows that wait have their fellows among the live rows that were admitted last, or after them.
-_YOUNGEST = 64
+"""Assumed ``max_new_tokens`` where no row is known."""
+# A waiting row can only share its prompt with recently admitted live rows, because a group is admitted together.
+_YOUNGEST_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class RowMemory:
-    """Arrays with one entry a row."""
+    """Memory and age of rows; arrays with one entry per row."""
 
     own_tokens: FloatArray
-    """What each holds now that no other row does."""
+    """Tokens that no other row shares, held now."""
     ages: IntArray
     """Generated tokens."""
     limits: IntArray
-    """Most tokens that it may generate."""
+    """Most tokens that the row may generate."""
     ends_at_limit: BoolArray
-    """Whether nothing but the limit ends it."""
+    """True where only the limit ends the row."""
 
     def __len__(self) -> int:
         return len(self.ages)
 
     @property
     def remaining(self) -> IntArray:
-        """Tokens that each may still generate."""
+        """Tokens that each row may still generate."""
         return self.limits - self.ages
 
-    def taken(self, which: IntArray | BoolArray) -> RowMemory:
-        """Some of them."""
-        return RowMemory(self.own_tokens[which], self.ages[which], self.limits[which], self.ends_at_limit[which])
+    def select(self, rows: IntArray | BoolArray) -> RowMemory:
+        """Return the rows at these indices, or where this mask is True."""
+        return RowMemory(
+            own_tokens=self.own_tokens[rows],
+            ages=self.ages[rows],
+            limits=self.limits[rows],
+            ends_at_limit=self.ends_at_limit[rows],
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
-    """Prompts that several rows hold together until the last of them ends; arrays with one entry a prompt."""
+class SharedPrompts:
+    """Prompts that several rows hold until the last of those rows ends; arrays with one entry per prompt."""
 
     tokens: FloatArray
     sizes: IntArray
-    """Rows of each."""
+    """Rows per prompt."""
     lasts: IntArray
-    """The index of the youngest row of each. Rows of a prompt are admitted together, so they stand together."""
+    """Index of the youngest row of each prompt. Rows of a prompt are adjacent, because they are admitted together."""
 
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def longest(self, per_row: FloatArray) -> FloatArray:
-        """The greatest entry of the rows of each prompt."""
+    def max_per_prompt(self, per_row: FloatArray) -> FloatArray:
+        """[prompts] Return the maximum over the rows of each prompt."""
         starts = self.lasts - self.sizes + 1
         return np.maximum.reduceat(per_row, starts) if len(starts) else np.zeros(0)
 
 
-_NOTHING_SHARED = Shared(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
+_NO_SHARED_PROMPTS = SharedPrompts(tokens=np.zeros(0), sizes=np.zeros(0, np.int64), lasts=np.zeros(0, np.int64))
+_NO_ROWS = RowMemory(
+    own_tokens=np.zeros(0), ages=np.zeros(0, np.int64), limits=np.zeros(0, np.int64), ends_at_limit=np.zeros(0, bool)
+)
 
 
-def live_rows(observation: Observation) -> tuple[RowMemory, Shared]:
-    """The rows that live, and what they share as far as that is told."""
-    known = observation.ends_at_limit
-    known = np.zeros(observation.live_rows, bool) if known is None else known
+def live_rows(observation: Observation) -> tuple[RowMemory, SharedPrompts]:
+    """Return the live rows, and the prompts that they share as far as ``observation.groups`` is known."""
+    ends_at_limit = observation.ends_at_limit
+    if ends_at_limit is None:
+        ends_at_limit = np.zeros(observation.live_rows, bool)
     tokens = observation.prompt_tokens + observation.generated_tokens
-    shared, own = _NOTHING_SHARED, _held(tokens, observation)
+    shared, own_tokens = _NO_SHARED_PROMPTS, _tokens_held(tokens, observation)
     groups = observation.groups
-    if groups is not None and len(groups) > 1 and (alike := groups[1:] == groups[:-1]).any():
-        prompts = _full_pages(observation.prompt_tokens, observation)
-        own = own - prompts
-        lasts = np.flatnonzero(np.append(~alike, True))
-        shared = Shared(prompts[lasts].astype(np.float64), np.diff(lasts, prepend=-1), lasts)
-    return RowMemory(own, observation.generated_tokens, observation.max_new_tokens, known), shared
+    if groups is not None and (groups[1:] == groups[:-1]).any():
+        prompts = _full_page_tokens(observation.prompt_tokens, observation)
+        own_tokens = own_tokens - prompts
+        lasts = np.flatnonzero(np.append(groups[1:] != groups[:-1], True))
+        shared = SharedPrompts(tokens=prompts[lasts].astype(np.float64), sizes=np.diff(lasts, prepend=-1), lasts=lasts)
+    rows = RowMemory(
+        own_tokens=own_tokens,
+        ages=observation.generated_tokens,
+        limits=observation.max_new_tokens,
+        ends_at_limit=ends_at_limit,
+    )
+    return rows, shared
 
 
 def waiting_rows(observation: Observation) -> RowMemory:
-    """The rows that wait, first ones first: those that are known, else one that stands for all of them.
+    """Return the known waiting rows in admission order, or one average row if only their number is known.
 
-    One that joins rows of its prompt, live or before it, does not hold the prompt again.
+    A row whose prompt is already held, by a live row or by the waiting row before it, holds only its own tokens.
     """
     waiting = observation.waiting
     if waiting is None:
-        if not observation.waiting_rows:
-            return RowMemory(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool))
-        prompt = np.array([observation.waiting_prompt_tokens // observation.waiting_rows])
-        limit = int(observation.max_new_tokens.mean()) if observation.live_rows else TYPICAL_MAX_NEW
-        return RowMemory(_held(prompt, observation), np.zeros(1, np.int64), np.array([limit]), np.zeros(1, bool))
-    joins = np.zeros(len(waiting), bool)
-    joins[1:] = waiting.groups[1:] == waiting.groups[:-1]
+        return _average_waiting_row(observation)
+    shares_prompt = np.zeros(len(waiting), bool)
+    shares_prompt[1:] = waiting.groups[1:] == waiting.groups[:-1]
     if observation.groups is not None:
-        joins |= (waiting.groups[:, None] == observation.groups[-_YOUNGEST:]).any(1)
+        shares_prompt |= (waiting.groups[:, None] == observation.groups[-_YOUNGEST_ROWS:]).any(1)
     tokens = waiting.prompt_tokens + waiting.generated_tokens
-    own = _held(tokens - np.where(joins, _full_pages(waiting.prompt_tokens, observation), 0), observation)
-    return RowMemory(own, waiting.generated_tokens, waiting.max_new_tokens, waiting.ends_at_limit)
+    shared = np.where(shares_prompt, _full_page_tokens(waiting.prompt_tokens, observation), 0)
+    return RowMemory(
+        own_tokens=_tokens_held(tokens - shared, observation),
+        ages=waiting.generated_tokens,
+        limits=waiting.max_new_tokens,
+        ends_at_limit=waiting.ends_at_limit,
+    )
 
 
-def _held(tokens: IntArray, observation: Observation) -> FloatArray:
-    """Room for so many tokens, and a row's state: half of a last page is empty on average."""
-    besides = observation.tokens_per_row + (observation.page_tokens - 1) / 2
-    return tokens.astype(np.float64) + besides
+def _average_waiting_row(observation: Observation) -> RowMemory:
+    if not observation.waiting_rows:
+        return _NO_ROWS
+    prompt = np.array([observation.waiting_prompt_tokens // observation.waiting_rows])
+    limit = int(observation.max_new_tokens.mean()) if observation.live_rows else TYPICAL_MAX_NEW
+    return RowMemory(
+        own_tokens=_tokens_held(prompt, observation),
+        ages=np.zeros(1, np.int64),
+        limits=np.array([limit]),
+        ends_at_limit=np.zeros(1, bool),
+    )
 
 
-def _full_pages(tokens: IntArray, observation: Observation) -> IntArray:
+def _tokens_held(tokens: IntArray, observation: Observation) -> FloatArray:
+    """Add the recurrent state and the unused half of the last page, on average, to the tokens of each row."""
+    return tokens.astype(np.float64) + (observation.tokens_per_row + (observation.page_tokens - 1) / 2)
+
+
+def _full_page_tokens(tokens: IntArray, observation: Observation) -> IntArray:
     return tokens // observation.page_tokens * observation.page_tokens

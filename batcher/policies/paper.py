@@ -1,36 +1,40 @@
-"""Memory and latency together: the policy of arXiv 2503.05248."""
+"""The combined policy of arXiv 2503.05248: the smaller batch of Algorithms 1 and 2."""
 
 from __future__ import annotations
 
-from rollout.batcher.policies.memory import Form, MemoryPolicy
-from rollout.batcher.policies.sla import SlaPolicy
+from dataclasses import dataclass
+
+from rollout.batcher.policies.memory import MemoryParameters, MemoryPolicy
+from rollout.batcher.policies.sla import SlaParameters, SlaPolicy
 from rollout.batcher.types import OVER_BUDGET, Bounds, Decision, Observation
 
 
-class PaperPolicy:
-    """b* = min(b_mem, b_SLA): the tighter of Algorithms 1 and 2, with its reason.
+@dataclass
+class PaperParameters(SlaParameters, MemoryParameters):
+    """Parameters of Algorithms 1 and 2; the keys of ``batcher=paper``."""
 
-    ``over_budget`` is said even where memory is as tight, for the user has to know. The parameters and errors
-    are those of ``MemoryPolicy`` and ``SlaPolicy``.
+
+class PaperPolicy:
+    """Run b* = min(b_mem, b_SLA) rows, and report the reason of the smaller one.
+
+    ``over_budget`` is reported even where memory allows no more rows either, because the user must learn of it.
+
+    Args:
+        bounds: limits set by the user.
+        parameters: None means the defaults.
+
+    Raises:
+        ValueError: a parameter is out of range.
     """
 
-    def __init__(
-        self,
-        bounds: Bounds,
-        epsilon_m: float = 0.05,
-        form: Form = "eq12",
-        length_window: int = 1024,
-        alpha: int = 20,
-        delta: int = 5,
-        epsilon_d: float | None = None,
-        step_window: int = 16,
-    ) -> None:
-        self._memory = MemoryPolicy(bounds, epsilon_m, form, length_window)
-        self._latency = SlaPolicy(bounds, alpha, delta, epsilon_d, step_window)
+    def __init__(self, bounds: Bounds, parameters: PaperParameters | None = None) -> None:
+        self._memory = MemoryPolicy(bounds, parameters)
+        self._sla = SlaPolicy(bounds, parameters)
 
     def decide(self, observation: Observation) -> Decision:
+        """Return the decision with fewer rows."""
         memory = self._memory.decide(observation)
-        latency = self._latency.decide(observation)
+        latency = self._sla.decide(observation)
         if latency.reason == OVER_BUDGET or latency.rows < memory.rows:
             return latency
         return memory

@@ -1,114 +1,117 @@
-"""Rows from a step-latency budget: Algorithm 2 of arXiv 2503.05248."""
+"""Algorithm 2 of arXiv 2503.05248: the largest batch that keeps the latency budget of a step."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from statistics import fmean, median
 
 from rollout.batcher.types import OVER_BUDGET, Bounds, Decision, Observation, StepSample, within
 
 
+@dataclass
+class SlaParameters:
+    """Parameters of Algorithm 2; the keys of ``batcher=sla``."""
+
+    alpha: int = 20
+    """Width in rows of the narrowest search interval."""
+    delta: int = 5
+    """Rows by which the other end of the interval widens per update, against noise."""
+    epsilon_d: float | None = None
+    """Tolerance around the budget in milliseconds; None means a fifth of the budget."""
+    step_window: int = 16
+    """Decode steps per update."""
+
+
 class SlaPolicy:
-    """A noisy binary search for the batch whose decode step takes ``latency_budget_ms``.
+    """Search for the batch size whose decode step takes ``latency_budget_ms``: a noisy binary search.
 
-    Algorithm 2 keeps an interval [b_low, b_high] and runs its middle. Above the budget the interval's top
-    comes down to the batch that ran, below it the bottom comes up. Without a budget the policy never restricts.
+    Algorithm 2 keeps an interval [b_low, b_high] and runs its midpoint. Steps above the budget lower b_high to the
+    batch that ran; steps below it raise b_low to that batch. Without a budget the policy allows ``max_rows``.
 
-    Where the paper leaves room:
+    Choices where the paper leaves room:
 
-    - The update period and the averaging window are one: an update takes the ``step_window`` decode steps since
-      the update before, so that it sees what that update did. A decode step is one in which a row decoded,
-      with or without prefill beside it, for that is the latency between a row's tokens.
-    - The recent latency is the median of those steps, not their mean: one compilation or one allocation is
-      no reason to shrink. The recent batch size is their mean.
-    - ``alpha`` and ``delta`` default to the values of SGLang's pull request 28365, ``epsilon_d`` to a fifth of
-      the budget, which is its 10 ms at its 50 ms. A fixed 10 ms could never raise the batch on small budgets.
+    - Update period and averaging window are the same: an update uses the ``step_window`` decode steps since the
+      last update, all of which ran with the interval of that update. A decode step is one in which a row decoded,
+      with or without prefill, since its duration is the latency between two tokens of a row.
+    - The recent latency is the median of those steps rather than their mean, so that a single compilation or
+      allocation does not shrink the batch. The recent batch size is their mean.
+    - ``alpha`` and ``delta`` default to the values of SGLang's pull request 28365. ``epsilon_d`` defaults to a
+      fifth of the budget, which is that request's 10 ms at its 50 ms; a fixed 10 ms could never raise the batch
+      under a small budget.
 
-    Where the printed lines go wrong, all within ``alpha`` rows of a bound:
+    Corrections to the printed lines, all within ``alpha`` rows of a bound:
 
-    - b_low (line 9) and b_high (line 6) may leave the bounds; here they are clamped.
-    - The interval, never narrower than alpha, keeps its middle alpha/2 away from both bounds, so that one row
-      (or all of a small ``max_rows``) is out of reach. When one end rests on its bound and the other one is
-      held off by alpha alone, that other end moves on by delta.
-    - Within the tolerance (lines 12 and 13), clamping one end moves the middle away from the batch that just
-      kept the budget; here both ends give way alike.
+    - b_low (line 9) and b_high (line 6) may leave the bounds, so both are clamped.
+    - The interval is never narrower than alpha, which keeps its midpoint alpha/2 away from both bounds, so that a
+      single row (or all of a small ``max_rows``) cannot be reached. When one end rests on its bound and only alpha
+      stops the other, that other end moves by delta.
+    - Within the tolerance (lines 12 and 13), clamping one end would move the midpoint away from the batch that just
+      kept the budget, so both ends move by the same amount.
 
-    The initial batch is the middle of the bounds. Rows in decode are never shed (line 15), so a batch that
-    is too large comes down as its rows finish.
+    The first batch is the midpoint of the bounds. Rows in decode are never preempted (line 15), so a batch that is
+    too large shrinks as its rows finish.
 
-    Reasons: ``latency``, ``cap`` (all of ``max_rows``), ``over_budget`` (``OVER_BUDGET``).
+    Reasons: ``latency``, ``cap`` (``max_rows``), ``over_budget`` (``OVER_BUDGET``).
 
     Args:
-        bounds: what the user allows; ``latency_budget_ms`` is the paper's D_SLA.
-        alpha: width in rows of the narrowest search interval.
-        delta: rows by which the other end of the interval widens at each update, against noise.
-        epsilon_d: tolerance around the budget in milliseconds; None is a fifth of the budget.
-        step_window: decode steps an update.
+        bounds: limits set by the user; ``latency_budget_ms`` is the paper's D_SLA.
+        parameters: None means the defaults.
 
     Raises:
         ValueError: a parameter is out of range.
     """
 
-    def __init__(
-        self,
-        bounds: Bounds,
-        alpha: int = 20,
-        delta: int = 5,
-        epsilon_d: float | None = None,
-        step_window: int = 16,
-    ) -> None:
-        for name, value, least in (
-            ("alpha", alpha, 1),
-            ("delta", delta, 0),
-            ("epsilon_d", epsilon_d, 0),
-            ("step_window", step_window, 1),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}.")
+    def __init__(self, bounds: Bounds, parameters: SlaParameters | None = None) -> None:
+        parameters = parameters or SlaParameters()
+        for name, minimum in (("alpha", 1), ("delta", 0), ("epsilon_d", 0), ("step_window", 1)):
+            value = getattr(parameters, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, not {value}.")
         self._bounds = bounds
-        self._alpha = alpha
-        self._delta = delta
-        self._epsilon_d = epsilon_d
-        self._step_window = step_window
+        self._parameters = parameters
         self._low = float(bounds.min_rows)
         self._high = float(bounds.max_rows)
         self._steps: list[StepSample] = []
-        self._over_at_minimum = False
+        self._minimum_over_budget = False
+        """True if the last update saw ``min_rows`` rows exceed the budget."""
 
     def decide(self, observation: Observation) -> Decision:
-        bounds = self._bounds
+        """Return the midpoint of the search interval."""
+        bounds, window = self._bounds, self._parameters.step_window
         if bounds.latency_budget_ms is None:
             return Decision(bounds.max_rows, bounds.prefill_tokens, "cap")
         self._steps.extend(step for step in observation.steps if step.rows > 0)
-        if len(self._steps) >= self._step_window:
-            self._update(self._steps[-self._step_window :], bounds.latency_budget_ms)
+        if len(self._steps) >= window:
+            self._update(self._steps[-window:], bounds.latency_budget_ms)
             self._steps.clear()
         rows = within(math.floor((self._low + self._high) / 2), observation, bounds)
-        if rows <= bounds.min_rows and self._over_at_minimum:
+        if rows <= bounds.min_rows and self._minimum_over_budget:
             return Decision(rows, bounds.prefill_tokens, OVER_BUDGET)
         return Decision(rows, bounds.prefill_tokens, "cap" if rows == bounds.max_rows else "latency")
 
     def _update(self, steps: list[StepSample], budget_ms: float) -> None:
-        """Lines 3 to 13, with ``steps`` as the recent past."""
+        """Move the interval by lines 3 to 13, with ``steps`` as the recent past."""
+        alpha, delta = self._parameters.alpha, self._parameters.delta
+        epsilon = budget_ms / 5 if self._parameters.epsilon_d is None else self._parameters.epsilon_d
         latency = median(step.ms for step in steps)
         rows = fmean(step.rows for step in steps)
-        epsilon = budget_ms / 5 if self._epsilon_d is None else self._epsilon_d
-        least, most = float(self._bounds.min_rows), float(self._bounds.max_rows)
+        min_rows, max_rows = float(self._bounds.min_rows), float(self._bounds.max_rows)
         low, high = self._low, self._high
         if latency > budget_ms + epsilon:
-            self._high = max(rows, low + self._alpha)
-            if low <= least and rows <= low + self._alpha:
-                self._high = min(self._high, high - self._delta)
-            self._low = low - self._delta
+            self._high = max(rows, low + alpha)
+            if low <= min_rows and rows <= low + alpha:
+                self._high = min(self._high, high - delta)
+            self._low = low - delta
         elif latency < budget_ms - epsilon:
-            self._low = min(rows, high - self._alpha)
-            if high >= most and rows >= high - self._alpha:
-                self._low = max(self._low, low + self._delta)
-            self._high = high + self._delta
+            self._low = min(rows, high - alpha)
+            if high >= max_rows and rows >= high - alpha:
+                self._low = max(self._low, low + delta)
+            self._high = high + delta
         else:
-            half = max(0.0, min(self._alpha // 2, rows - least, most - rows))
-            self._high = rows + half
-            self._low = rows - half
-        self._low = min(max(self._low, least), most)
-        self._high = min(max(self._high, self._low), most)
-        self._over_at_minimum = latency > budget_ms and max(step.rows for step in steps) <= least
+            half_width = max(0.0, min(alpha // 2, rows - min_rows, max_rows - rows))
+            self._high = rows + half_width
+            self._low = rows - half_width
+        self._low = min(max(self._low, min_rows), max_rows)
+        self._high = min(max(self._high, self._low), max_rows)
+        self._minimum_over_budget = latency > budget_ms and max(step.rows for step in steps) <= min_rows

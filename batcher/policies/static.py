@@ -1,4 +1,4 @@
-"""A fixed batch: the baseline that every other policy is measured against."""
+"""A fixed batch size: the baseline that the other policies are measured against."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from rollout.batcher.types import Bounds, Decision, Observation
 
 
 class StaticPolicy:
-    """Always ``bounds.max_rows`` rows; only the engine's memory gate holds them back."""
+    """Always allow ``bounds.max_rows`` rows; only the engine's memory check admits fewer."""
 
     def __init__(self, bounds: Bounds) -> None:
         self._decision = Decision(bounds.max_rows, bounds.prefill_tokens, "cap")
 
     def decide(self, observation: Observation) -> Decision:  # noqa: ARG002 - the protocol's signature
+        """Return the same decision every time."""
         return self._decision

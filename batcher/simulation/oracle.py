@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rollout.batcher.estimators.peak_memory import fitting_exactly
+from rollout.batcher.estimators.peak_memory import rows_that_fit
 from rollout.batcher.estimators.row_memory import live_rows, waiting_rows
 from rollout.batcher.types import Bounds, Decision, Observation
 
@@ -22,6 +22,8 @@ class OraclePolicy:
 
     def decide(self, observation: Observation) -> Decision:
         live, shared = live_rows(observation)
-        more = fitting_exactly(live, shared, waiting_rows(observation), observation.kv_tokens_total)
+        more = rows_that_fit(
+            live=live, shared=shared, waiting=waiting_rows(observation), kv_tokens=observation.kv_tokens_total
+        )
         rows = min(max(observation.live_rows + more, self._bounds.min_rows), self._bounds.max_rows)
         return Decision(rows, self._bounds.prefill_tokens, "memory" if rows < self._bounds.max_rows else "cap")

@@ -14,7 +14,7 @@ def outputs(*lengths: int, prompt: int = 100) -> list[FinishedRow]:
 
 def estimate(finished: list[FinishedRow], ages: list[int], max_new: int) -> tuple[float, float]:
     lengths = LengthMoments()
-    lengths.update(finished)
+    lengths.learn(finished)
     moments = lengths.estimate(observe(ages, max_new=max_new))
     return moments.output_mean, moments.output_variance
 
@@ -31,7 +31,7 @@ def test_before_anything_finished_a_rows_own_length_is_its_lower_bound():
 
 def test_finished_rows_alone_give_their_plain_moments():
     lengths = LengthMoments()
-    lengths.update([FinishedRow(10, 2), FinishedRow(20, 4), FinishedRow(60, 9)])
+    lengths.learn([FinishedRow(10, 2), FinishedRow(20, 4), FinishedRow(60, 9)])
     moments = lengths.estimate(observe())
     assert (moments.prompt_mean, moments.prompt_variance) == pytest.approx((30, np.var([10, 20, 60])))
     assert (moments.output_mean, moments.output_variance) == pytest.approx((5, np.var([2, 4, 9])))
@@ -59,8 +59,8 @@ def test_a_row_at_its_limit_counts_with_that_length():
 
 def test_old_rows_are_forgotten():
     lengths = LengthMoments(length_window=3)
-    lengths.update(outputs(1000, 1000, 1000, 1000))
-    lengths.update(outputs(10, 20, 30, prompt=7))
+    lengths.learn(outputs(1000, 1000, 1000, 1000))
+    lengths.learn(outputs(10, 20, 30, prompt=7))
     moments = lengths.estimate(observe())
     assert (moments.prompt_mean, moments.output_mean) == (7, 20)
 
@@ -71,7 +71,7 @@ def test_estimates_are_not_biased_by_short_rows_finishing_first():
     ages = rng.integers(0, 201, 2000)
     done = lengths <= ages
     learned = LengthMoments(length_window=4000)
-    learned.update(outputs(*lengths[done]))
+    learned.learn(outputs(*lengths[done]))
     moments = learned.estimate(observe([int(age) for age in ages[~done]], max_new=200))
     assert lengths[done].mean() < 80, "finished rows alone must mislead here, or this shows nothing"
     assert moments.output_mean == pytest.approx(lengths.mean(), rel=0.05)
@@ -79,7 +79,7 @@ def test_estimates_are_not_biased_by_short_rows_finishing_first():
 
 
 def test_nothing_known_is_an_error():
-    with pytest.raises(ValueError, match="before the first row lives"):
+    with pytest.raises(ValueError, match="before the first row is live"):
         LengthMoments().estimate(observe())
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rollout.batcher.estimators.length_moments import Moments
-from rollout.batcher.policies.memory import Form, MemoryPolicy, rows_by_buffer, rows_by_eq12
+from rollout.batcher.policies.memory import MemoryParameters, MemoryPolicy, rows_by_buffer, rows_by_eq12
 from rollout.batcher.types import Bounds, FinishedRow
 from tests.support.observations import observe
 
@@ -60,15 +60,20 @@ def test_the_buffer_form_converges_to_equation_12():
 
 
 @pytest.mark.parametrize("form", ["eq12", "buffer"])
-def test_rows_fill_memory_at_their_final_lengths(form: Form):
-    decision = MemoryPolicy(Bounds(), form=form).decide(observe([1] * 10, eta=10_000, finished=ROWS_OF_200))
+def test_rows_fill_memory_at_their_final_lengths(form: str):
+    decision = MemoryPolicy(Bounds(), MemoryParameters(form=form)).decide(
+        observe([1] * 10, eta=10_000, finished=ROWS_OF_200)
+    )
     assert (decision.rows, decision.reason) == (50, "memory")
 
 
 def test_forms_differ_where_lengths_vary():
     finished = [FinishedRow(100, 50), FinishedRow(100, 150)] * 50
     seen = observe([1] * 10, eta=10_000, finished=finished)
-    rows = {form: MemoryPolicy(Bounds(max_rows=100), form=form).decide(seen).rows for form in ("eq12", "buffer")}
+    rows = {
+        form: MemoryPolicy(Bounds(max_rows=100), MemoryParameters(form=form)).decide(seen).rows
+        for form in ("eq12", "buffer")
+    }
     # mu 200, sigma 50, theta 1.645 and, for the buffer, b_{t-1} = max_rows = 100.
     assert rows == {"eq12": 47, "buffer": 45}
 
@@ -86,11 +91,13 @@ def test_a_smaller_accepted_overflow_means_fewer_rows():
     finished = [FinishedRow(100, 50), FinishedRow(100, 150)] * 50
     seen = observe([1] * 10, eta=10_000, finished=finished)
     # theta = 2.326
-    assert MemoryPolicy(Bounds(), epsilon_m=0.01).decide(seen).rows == 46
+    assert MemoryPolicy(Bounds(), MemoryParameters(epsilon_m=0.01)).decide(seen).rows == 46
 
 
 def test_at_a_cold_start_a_row_costs_its_prompt_and_half_of_its_limit_and_the_spread():
-    decision = MemoryPolicy(Bounds(), epsilon_m=0.5).decide(observe([1], prompt=100, max_new=399, eta=30_000))
+    decision = MemoryPolicy(Bounds(), MemoryParameters(epsilon_m=0.5)).decide(
+        observe([1], prompt=100, max_new=399, eta=30_000)
+    )
     # theta = 0 and mu = 100 + (1 + 399)/2
     assert decision.rows == 100
 
@@ -130,7 +137,7 @@ def test_bounds_go_before_memory_and_before_running_rows():
 )
 def test_parameters_out_of_range_are_refused(parameters: dict, named: str):
     with pytest.raises(ValueError, match=named):
-        MemoryPolicy(Bounds(), **parameters)
+        MemoryPolicy(Bounds(), MemoryParameters(**parameters))
 
 
 def test_a_row_is_charged_for_its_state():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rollout.batcher.estimators.peak_memory import fitting_exactly, future_peak
+from rollout.batcher.estimators.peak_memory import future_peak, rows_that_fit
 from rollout.batcher.estimators.row_memory import RowMemory, live_rows, waiting_rows
 from rollout.batcher.simulation.oracle import OraclePolicy
 from rollout.batcher.types import Bounds, Observation, WaitingRows
@@ -62,7 +62,7 @@ def test_full_pages_of_a_prompt_count_once():
     assert rows.own_tokens.tolist() == [110 - 96 + 7.5] * 4
     assert shared.tokens.tolist() == [96, 96]
     assert shared.sizes.tolist() == [3, 1]
-    assert shared.longest(np.array([4.0, 9.0, 2.0, 1.0])).tolist() == [9, 1]
+    assert shared.max_per_prompt(np.array([4.0, 9.0, 2.0, 1.0])).tolist() == [9, 1]
 
 
 def test_waiting_rows_that_join_their_prompt_hold_only_their_own():
@@ -80,7 +80,7 @@ def test_rows_fit_while_the_peak_does():
     more = RowMemory(np.full(5, 50.0), np.zeros(5, np.int64), np.full(5, 20), np.ones(5, bool))
     _, shared = live_rows(observation([1], 1))
     # At the end of the short ones: 120 + 70 a row; at the end of the long one 200.
-    assert [fitting_exactly(rows, shared, more, tokens) for tokens in (199, 200, 260, 400, 1000)] == [0, 1, 2, 4, 5]
+    assert [rows_that_fit(rows, shared, more, tokens) for tokens in (199, 200, 260, 400, 1000)] == [0, 1, 2, 4, 5]
 
 
 def test_the_oracle_admits_what_never_outgrows_memory():

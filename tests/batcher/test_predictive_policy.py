@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rollout.batcher.policies.predictive import PredictivePolicy
+from rollout.batcher.policies.predictive import PredictiveParameters, PredictivePolicy
 from rollout.batcher.types import OVER_BUDGET, Bounds, Decision, FinishedRow, Observation, StepSample, WaitingRows
 from tests.support.observations import observe
 
@@ -92,7 +92,7 @@ def test_a_squeeze_admits_nobody_and_sheds_nobody():
 
 def test_bad_parameters_are_refused():
     with pytest.raises(ValueError, match="memory_rows"):
-        PredictivePolicy(Bounds(), memory_rows=0)
+        PredictivePolicy(Bounds(), PredictiveParameters(memory_rows=0))
 
 
 # -- the budget --------------------------------------------------------------------------------------------

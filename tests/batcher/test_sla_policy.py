@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rollout.batcher.policies.sla import SlaPolicy
+from rollout.batcher.policies.sla import SlaParameters, SlaPolicy
 from rollout.batcher.types import OVER_BUDGET, Bounds, Decision
 from tests.support.observations import observe, step
 
@@ -15,7 +15,7 @@ def follow(policy: SlaPolicy, *ran: tuple[int, float]) -> list[int]:
 
 def by_hand(min_rows: int = 1, max_rows: int = 400) -> SlaPolicy:
     """D = 50 ms, tolerance 2 ms, alpha 20, delta 5, an update each step."""
-    return SlaPolicy(Bounds(min_rows, max_rows, 50), alpha=20, delta=5, epsilon_d=2, step_window=1)
+    return SlaPolicy(Bounds(min_rows, max_rows, 50), SlaParameters(alpha=20, delta=5, epsilon_d=2, step_window=1))
 
 
 def test_algorithm_2_line_by_line():
@@ -40,7 +40,7 @@ def test_the_tolerance_is_on_both_sides_of_the_budget():
 
 def test_the_default_tolerance_is_a_fifth_of_the_budget():
     def policy() -> SlaPolicy:
-        return SlaPolicy(Bounds(1, 400, 50), step_window=1)
+        return SlaPolicy(Bounds(1, 400, 50), SlaParameters(step_window=1))
 
     assert follow(policy(), (100, 59.9), (100, 40.1)) == [100, 100]
     assert follow(policy(), (100, 60.1)) == [50]
@@ -80,7 +80,7 @@ def test_rows_in_decode_are_not_shed():
 
 
 def test_an_update_takes_a_whole_window_of_decode_steps():
-    policy = SlaPolicy(Bounds(1, 400, 50), epsilon_d=2, step_window=3)
+    policy = SlaPolicy(Bounds(1, 400, 50), SlaParameters(epsilon_d=2, step_window=3))
     assert follow(policy, (100, 90), (100, 90)) == [200, 200]
     # A step without rows in decode is not a sample.
     assert policy.decide(observe(steps=[step(0, 500, prefill_tokens=2048)])).rows == 200
@@ -90,12 +90,12 @@ def test_an_update_takes_a_whole_window_of_decode_steps():
 
 
 def test_a_single_slow_step_does_not_count():
-    policy = SlaPolicy(Bounds(1, 400, 50), epsilon_d=2, step_window=3)
+    policy = SlaPolicy(Bounds(1, 400, 50), SlaParameters(epsilon_d=2, step_window=3))
     assert policy.decide(observe(steps=[step(100, 50), step(100, 9000), step(100, 51)])).rows == 100
 
 
 def test_without_a_budget_nothing_is_restricted():
-    policy = SlaPolicy(Bounds(1, 400, None), step_window=1)
+    policy = SlaPolicy(Bounds(1, 400, None), SlaParameters(step_window=1))
     assert policy.decide(observe(steps=[step(400, 1e9)])) == Decision(400, 2048, "cap")
 
 
@@ -166,4 +166,4 @@ def test_over_budget_counts_from_the_budget_not_from_the_tolerance():
 )
 def test_parameters_out_of_range_are_refused(parameters: dict):
     with pytest.raises(ValueError, match=f"{next(iter(parameters))} must be at least"):
-        SlaPolicy(Bounds(), **parameters)
+        SlaPolicy(Bounds(), SlaParameters(**parameters))

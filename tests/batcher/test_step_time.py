@@ -71,7 +71,7 @@ def test_one_step_in_a_hundred_is_late_whatever_the_noise(noise: str):
             scale = 0.03 if noise == "in spells" and at // 400 % 2 else 0.02
             rows, prefill = int(rng.integers(100, 300)), int(rng.choice([0, 200, 600]))
             ms = (5.5 + 0.02 * rows + 0.02 * prefill) * (1 + scale * deviate)
-            late.append(ms > fit.predict(rows, 0, prefill) * (1 + fit.late))
+            late.append(ms > fit.predict(rows, 0, prefill) * (1 + fit.overrun_margin))
             fit.learn([StepSample(rows, 0, prefill, float(ms))])
         assert np.mean(late[1000:]) == pytest.approx(0.009, abs=0.0015)
 
@@ -83,7 +83,7 @@ def test_outliers_that_no_bound_holds_do_not_raise_it_without_end():
         step = ran[at]
         ran[at] = StepSample(step.rows, step.kv_tokens, step.prefill_tokens, 5 * step.ms)
     fit.learn(ran)
-    assert 0.05 < fit.late < 0.11
+    assert 0.05 < fit.overrun_margin < 0.11
 
 
 def test_a_world_that_has_changed_is_learned_anew():

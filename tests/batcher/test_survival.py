@@ -33,7 +33,7 @@ def test_what_ended_is_learned():
     hazard.estimate(NOBODY, 4096)
     for age in (10, 200, 600):
         assert survival(hazard, age, 300) == pytest.approx(np.exp(-1), abs=0.06), "a geometric length has no memory"
-    assert hazard.length(0.5) == pytest.approx(300 * np.log(2), rel=0.1)
+    assert hazard.quantile(0.5) == pytest.approx(300 * np.log(2), rel=0.1)
 
 
 def test_constant_lengths_end_all_at_once():
@@ -68,7 +68,7 @@ def test_rows_cut_at_their_limit_did_not_end():
 def test_nothing_known_is_the_prior():
     hazard = Survival()
     hazard.estimate(NOBODY, 1600)
-    assert hazard.length(0.5) == pytest.approx(100, rel=0.5)
+    assert hazard.quantile(0.5) == pytest.approx(100, rel=0.5)
     assert 0.3 < survival(hazard, 1000, 1100) < 0.7, "what has lasted long goes on as long again"
 
 
@@ -77,5 +77,5 @@ def test_a_drift_is_followed():
     hazard.learn(finished(*[100] * 1000))
     hazard.learn(finished(*[800] * 1000))
     hazard.estimate(NOBODY, 4096)
-    assert hazard.length(0.05) > 700
+    assert hazard.quantile(0.05) > 700
     assert hazard.finished < 210

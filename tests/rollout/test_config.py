@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import asdict, fields
 
 import pytest
 
-from rollout.batcher.registry import POLICIES
+from rollout.batcher.registry import PARAMETERS, POLICIES
 from rollout.config import BatcherConfig, SamplingConfig, dotted_keys, load_config, nearest
 from rollout.errors import InputError
 from rollout.sampling_params import SamplingParams
@@ -56,8 +55,7 @@ def test_sampling_has_the_fields_of_the_library() -> None:
 def test_policies_have_the_parameters_and_defaults_of_their_classes(name: str) -> None:
     config = load_config([OUT, f"batcher={name}"]).batcher
     own = {key: value for key, value in asdict(config).items() if key not in {f.name for f in fields(BatcherConfig)}}
-    parameters = inspect.signature(POLICIES[name]).parameters
-    assert own == {key: p.default for key, p in parameters.items() if key != "bounds"}
+    assert own == (asdict(PARAMETERS[name]()) if name in PARAMETERS else {})
     assert isinstance(config.policy(), POLICIES[name])  # type: ignore[arg-type]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from rollout.batcher.estimators.memory_forecast import Forecast
+from rollout.batcher.estimators.memory_forecast import MemoryForecaster
 from rollout.batcher.estimators.row_memory import live_rows
 from rollout.batcher.estimators.survival import Survival
 from rollout.batcher.types import Decision, Observation, Policy, StepSample
@@ -61,7 +61,7 @@ class Unaware:
 
     def _errors(self, hidden: Observation, observation: Observation) -> tuple[float, ...]:
         self._hazard.estimate(hidden.generated_tokens, self.max_new)
-        foretold = Forecast(self._hazard, np.array(AHEAD, np.float64)).together(live_rows(hidden)[0]).mean
+        foretold = MemoryForecaster(self._hazard, np.array(AHEAD, np.float64)).total(live_rows(hidden)[0]).mean
         rows, _ = live_rows(observation)
         true = [float((rows.own_tokens + steps)[rows.remaining > steps].sum()) for steps in AHEAD]
         return tuple(((foretold - true) / observation.kv_tokens_total).tolist())
