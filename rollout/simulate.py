@@ -1,4 +1,4 @@
-"""``python -m rollout.simulate``: batching policies on recorded or made-up lengths, without a model."""
+"""``python -m rollout.simulate``: simulate batching policies on recorded or generated lengths, without a model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from rollout.batcher.simulation.simulator import Machine
 from rollout.batcher.simulation.workloads import WORKLOADS, Workload, named_workload, workload_of
 from rollout.errors import Exit, InputError
 
-_POLICIES = "static:256,memory,sla,paper,watermark:0.02,predictive,oracle"
-# What columns of lengths are called, in lower case; Azure's traces have the first of each.
+_DEFAULT_POLICIES = "static:256,memory,sla,paper,watermark:0.02,predictive,oracle"
+# Names of length columns, in lower case; the first of each is that of Azure's traces.
 _PROMPT_COLUMNS = ("contexttokens", "prompt_tokens", "prompt", "input_tokens", "input")
 _OUTPUT_COLUMNS = ("generatedtokens", "output_tokens", "output", "completion_tokens", "completion")
 _HINT_COLUMN = "length_hint"
@@ -29,45 +29,45 @@ _HINT_COLUMN = "length_hint"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One policy on one workload with one seed; the keys of ``--json``."""
+    """Result of a policy on a workload with one seed; the fields are the keys of ``--json``."""
 
     policy: str
     workload: str
     seed: int
     tokens_per_s: float
     vs_best_static: float
-    """Tokens a second relative to the best swept static batch (that keeps the budget, where there is one)."""
+    """Tokens per second relative to the best static batch (that keeps the budget, if there is one)."""
     vs_oracle: float
-    """The same to the policy that knows all lengths and keeps the order of arrival."""
+    """Tokens per second relative to the oracle, which knows all lengths and keeps the order of arrival."""
     recompute_share: float
-    """Of the time."""
+    """Share of the time spent on recomputing tokens."""
     over_budget_share: float | None
-    """Of the steps; None without a budget."""
+    """Share of the steps that exceed the budget; None without a budget."""
     rows_mean: float
     rows_max: int
     lower_bound_s: float
     total_s: float
 
 
-def compare(trial: Comparison, specs: Sequence[Spec], seed: int) -> list[Result]:
-    """All policies on one job."""
-    static = trial.best_static[1].tokens_per_s
+def compare(comparison: Comparison, specs: Sequence[Spec]) -> list[Result]:
+    """Simulate all policies on one job."""
+    static = comparison.best_static.outcome.tokens_per_s
     results = []
     for spec in specs:
-        outcome = trial.run(spec)
+        outcome = comparison.run(spec)
         results.append(
             Result(
                 policy=spec.text,
-                workload=trial.workload.name,
-                seed=seed,
+                workload=comparison.workload.name,
+                seed=comparison.seed,
                 tokens_per_s=outcome.tokens_per_s,
                 vs_best_static=outcome.tokens_per_s / static,
-                vs_oracle=outcome.tokens_per_s / trial.oracle.tokens_per_s,
+                vs_oracle=outcome.tokens_per_s / comparison.oracle.tokens_per_s,
                 recompute_share=outcome.recompute_share,
-                over_budget_share=None if trial.budget_ms is None else outcome.over(trial.budget_ms),
+                over_budget_share=None if comparison.budget_ms is None else outcome.over(comparison.budget_ms),
                 rows_mean=outcome.rows_mean,
                 rows_max=outcome.rows_max,
-                lower_bound_s=trial.lower_bound_s,
+                lower_bound_s=comparison.lower_bound_s,
                 total_s=outcome.total_s,
             )
         )
@@ -78,7 +78,7 @@ def compare(trial: Comparison, specs: Sequence[Spec], seed: int) -> list[Result]
 
 
 def read_lengths(path: Path, requests: int | None, max_new: int | None, group: int) -> Workload:
-    """The rows of a CSV file with a column of prompt tokens and one of output tokens.
+    """Read rows from a CSV file with a column of prompt tokens and one of output tokens.
 
     Raises:
         InputError: the file cannot be read, a column is missing, or a value is not a number of tokens.
@@ -87,22 +87,30 @@ def read_lengths(path: Path, requests: int | None, max_new: int | None, group: i
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header = reader.fieldnames or []
-            prompt, output = (_column(path, header, names) for names in (_PROMPT_COLUMNS, _OUTPUT_COLUMNS))
+            prompt = _find_column(path, header, _PROMPT_COLUMNS)
+            output = _find_column(path, header, _OUTPUT_COLUMNS)
             hint = next((name for name in header if name.strip().lower() == _HINT_COLUMN), None)
             lines = [line for line, _ in zip(reader, range(requests or sys.maxsize), strict=False)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--lengths {path} cannot be read: {error}.") from error
     if not lines:
-        raise InputError(f"--lengths {path} has no rows: give a file with a line a request.")
-    values = {
-        name: np.array([_tokens(path, number, name, line[name]) for number, line in enumerate(lines, 2)])
-        for name in (prompt, output)
-    }
-    hints = None if hint is None else np.array([_hint(path, n, hint, line[hint]) for n, line in enumerate(lines, 2)])
-    return workload_of(path.stem, values[prompt], values[output], max_new, group, hints)
+        raise InputError(f"--lengths {path} has no rows: give a file with one line per request.")
+    # The header is line 1.
+    numbered = list(enumerate(lines, start=2))
+    hints = None
+    if hint is not None:
+        hints = np.array([_parse_hint(path, number, hint, line[hint]) for number, line in numbered])
+    return workload_of(
+        path.stem,
+        prompt_tokens=np.array([_parse_tokens(path, number, prompt, line[prompt]) for number, line in numbered]),
+        output_tokens=np.array([_parse_tokens(path, number, output, line[output]) for number, line in numbered]),
+        max_new=max_new,
+        group=group,
+        length_hints=hints,
+    )
 
 
-def _column(path: Path, header: Sequence[str], names: Sequence[str]) -> str:
+def _find_column(path: Path, header: Sequence[str], names: Sequence[str]) -> str:
     found = next((name for name in header if name.strip().lower() in names), None)
     if found is None:
         raise InputError(
@@ -111,7 +119,7 @@ def _column(path: Path, header: Sequence[str], names: Sequence[str]) -> str:
     return found
 
 
-def _tokens(path: Path, line: int, column: str, text: str | None) -> int:
+def _parse_tokens(path: Path, line: int, column: str, text: str | None) -> int:
     try:
         tokens = int(text or "")
     except ValueError:
@@ -121,7 +129,7 @@ def _tokens(path: Path, line: int, column: str, text: str | None) -> int:
     return tokens
 
 
-def _hint(path: Path, line: int, column: str, text: str | None) -> float:
+def _parse_hint(path: Path, line: int, column: str, text: str | None) -> float:
     try:
         hint = float(text) if text else math.nan
         if hint < 0 or math.isinf(hint):
@@ -132,24 +140,27 @@ def _hint(path: Path, line: int, column: str, text: str | None) -> float:
         raise InputError(message) from None
 
 
-def _workload(arguments: argparse.Namespace, seed: int) -> Workload:
+def _make_workload(arguments: argparse.Namespace, seed: int) -> Workload:
+    """Generate the named workload of ``--lengths``, or read its file."""
     name = arguments.lengths
     if name in WORKLOADS:
-        return named_workload(name, arguments.requests, seed, arguments.max_new, arguments.group)
+        return named_workload(
+            name, requests=arguments.requests, seed=seed, max_new=arguments.max_new, group=arguments.group
+        )
     if not Path(name).is_file():
         nearest = difflib.get_close_matches(name, WORKLOADS, n=1, cutoff=0.0)[0]
         known = ", ".join(WORKLOADS)
         raise InputError(
             f"--lengths {name} is neither a file nor a workload; the nearest workload is {nearest} (known: {known})."
         )
-    return read_lengths(Path(name), arguments.requests, arguments.max_new, arguments.group or 1)
+    return read_lengths(Path(name), requests=arguments.requests, max_new=arguments.max_new, group=arguments.group or 1)
 
 
 # -- printing ----------------------------------------------------------------------------------------------
 
 
 def table(results: Sequence[Result]) -> str:
-    """A line a policy, means over the seeds, and the lower bound below."""
+    """Format one line per policy, with means over the seeds."""
     budget = results[0].over_budget_share is not None
     lines = [("policy", "tok/s", "/ best static", "/ oracle", "recompute", "over budget", "rows mean", "rows max")]
     for policy in dict.fromkeys(result.policy for result in results):
@@ -167,20 +178,28 @@ def table(results: Sequence[Result]) -> str:
                 str(max(result.rows_max for result in own)),
             )
         )
+    return "\n".join(_aligned(lines))
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Pad the first column to the left and all other columns to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    printed = [
-        "  ".join(cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(row)).rstrip()
-        for row in (zip(line, widths, strict=True) for line in lines)
-    ]
-    return "\n".join(printed)
+    aligned = []
+    for line in lines:
+        first, *others = line
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        aligned.append("  ".join(cells).rstrip())
+    return aligned
 
 
-def _report(results: Sequence[Result], statics: Sequence[str]) -> str:
+def _report(results: Sequence[Result], best_static: Sequence[str]) -> str:
+    """Format the table, the best static batches, and the lower bound as the mean over seeds."""
     bounds = {result.seed: result.lower_bound_s for result in results}
-    totals = fmean(min(r.total_s for r in results if r.seed == seed) for seed in bounds)
+    fastest = fmean(min(result.total_s for result in results if result.seed == seed) for seed in bounds)
     return (
-        f"{table(results)}\nbest static: {', '.join(dict.fromkeys(statics))}\n"
-        f"lower bound on time: {fmean(bounds.values()):.1f} s (fastest here: {totals:.1f} s)"
+        f"{table(results)}\nbest static: {', '.join(dict.fromkeys(best_static))}\n"
+        f"lower bound on time: {fmean(bounds.values()):.1f} s (fastest here: {fastest:.1f} s)"
     )
 
 
@@ -188,13 +207,14 @@ def _report(results: Sequence[Result], statics: Sequence[str]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage."""
+    """Report errors in one sentence, without the usage text."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
+        """Raise ``InputError`` instead of exiting."""
         raise InputError(f"{message[:1].upper()}{message[1:].rstrip('.')}.")
 
 
-def _costs(text: str) -> tuple[float, float, float, float]:
+def _parse_costs(text: str) -> tuple[float, float, float, float]:
     try:
         c0, c1, c2, c3 = (float(part) for part in text.split(","))
     except ValueError:
@@ -204,13 +224,13 @@ def _costs(text: str) -> tuple[float, float, float, float]:
     return c0, c1, c2, c3
 
 
-def _positive(text: str) -> int:
+def _parse_positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
 
 
-def _milliseconds(text: str) -> float:
+def _parse_milliseconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -220,40 +240,51 @@ def _milliseconds(text: str) -> float:
     return value
 
 
-def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser("python -m rollout.simulate", description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "--lengths", required=True, metavar="FILE.csv|NAME", help=f"lengths of rows; names: {', '.join(WORKLOADS)}"
+        "--lengths",
+        required=True,
+        metavar="FILE.csv|NAME",
+        help=f"lengths of rows: a file, or one of {', '.join(WORKLOADS)}",
     )
-    parser.add_argument("--policies", default=_POLICIES, metavar="NAME[:VALUE],…", help=f"default: {_POLICIES}")
-    parser.add_argument("--kv-tokens", type=_positive, default=100_000, help="tokens that memory holds")
     parser.add_argument(
-        "--step-ms", type=_costs, default=(5.5, 0.02, 4.4e-5, 0.02), metavar="c0,c1,c2,c3",
-        help="milliseconds of a step, a decoding row, a token attended to, a prefilled token",
+        "--policies", default=_DEFAULT_POLICIES, metavar="NAME[:VALUE],…", help=f"default: {_DEFAULT_POLICIES}"
+    )
+    parser.add_argument("--kv-tokens", type=_parse_positive, default=100_000, help="tokens that memory holds")
+    parser.add_argument(
+        "--step-ms", type=_parse_costs, default=(5.5, 0.02, 4.4e-5, 0.02), metavar="c0,c1,c2,c3",
+        help="milliseconds per step, per decoding row, per attended token, per prefilled token",
     )  # fmt: skip
-    parser.add_argument("--budget-ms", type=_milliseconds, help="most milliseconds of a step")
-    parser.add_argument("--requests", type=_positive, help="rows; default: all of a file, 2000 of a named workload")
-    parser.add_argument("--group", type=_positive, help="so many rows after each other have one prompt")
-    parser.add_argument("--max-new", type=_positive, help="outputs are cut at so many tokens")
-    parser.add_argument("--seeds", type=_positive, default=1, help="runs, with seeds from 0")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results there")
-    return parser.parse_args(given)
+    parser.add_argument("--budget-ms", type=_parse_milliseconds, help="most milliseconds per step")
+    parser.add_argument(
+        "--requests", type=_parse_positive, help="rows; default: all of a file, 2000 of a named workload"
+    )
+    parser.add_argument("--group", type=_parse_positive, help="number of consecutive rows that share a prompt")
+    parser.add_argument("--max-new", type=_parse_positive, help="most output tokens; longer outputs are cut")
+    parser.add_argument("--seeds", type=_parse_positive, default=1, help="number of runs, with seeds from 0")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="file to write the results to")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Simulates and prints; 0 when done, 2 when something given is wrong, said in one sentence."""
+    """Simulate and print; return 0, or 2 after one sentence on stderr if an argument is wrong."""
     try:
-        given = _arguments(arguments)
+        given = _parse_arguments(arguments)
         specs = [parse_spec(text) for text in given.policies.split(",")]
         results: list[Result] = []
-        statics: list[str] = []
+        best_static: list[str] = []
         for seed in range(given.seeds):
-            workload = _workload(given, seed)
-            trial = Comparison(workload, Machine(given.kv_tokens, given.step_ms), seed, given.budget_ms)
-            results += compare(trial, specs, seed)
-            bounds, _ = trial.best_static
+            comparison = Comparison(
+                workload=_make_workload(given, seed),
+                machine=Machine(kv_tokens=given.kv_tokens, step_ms=given.step_ms),
+                seed=seed,
+                budget_ms=given.budget_ms,
+            )
+            results += compare(comparison, specs)
+            bounds = comparison.best_static.bounds
             chunk = "" if given.budget_ms is None else f" with prefills of {bounds.prefill_tokens}"
-            statics.append(f"{bounds.max_rows} rows{chunk}")
+            best_static.append(f"{bounds.max_rows} rows{chunk}")
         if given.json is not None:
             given.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
     except OSError as error:
@@ -262,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return Exit.BAD_INPUT
-    print(_report(results, statics))
+    print(_report(results, best_static))
     return Exit.COMPLETE
 
 

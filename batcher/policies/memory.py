@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 from rollout.batcher.estimators.length_moments import LengthMoments, Moments
@@ -19,12 +19,13 @@ _DECISIONS_PER_ESTIMATE = 16
 class MemoryParameters:
     """Parameters of Algorithm 1; the keys of ``batcher=memory``."""
 
-    epsilon_m: float = 0.05
-    """Accepted probability that the live rows outgrow memory, between 0 and 1: epsilon_M."""
-    form: str = "eq12"
-    """``eq12`` for equation 12, or ``buffer`` for equations 13 and 14."""
-    length_window: int = 1024
-    """Finished rows from which the moments of lengths are estimated."""
+    epsilon_m: float = field(
+        default=0.05, metadata={"meaning": "accepted probability that the live samples outgrow memory"}
+    )
+    form: str = field(default="eq12", metadata={"meaning": "eq12, or buffer for equations 13 and 14"})
+    length_window: int = field(
+        default=1024, metadata={"meaning": "finished samples that mean and variance of lengths are learned from"}
+    )
 
 
 def rows_by_eq12(eta: int, lengths: Moments, theta: float) -> int:

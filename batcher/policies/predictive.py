@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import numpy as np
@@ -30,8 +30,9 @@ _FIRST_ROW = np.zeros(1, np.int64)
 class PredictiveParameters:
     """Parameters of the predictive policy; the keys of ``batcher=predictive``."""
 
-    memory_rows: int = 4096
-    """Number of finished rows that lengths are learned from; older ones fade."""
+    memory_rows: int = field(
+        default=4096, metadata={"meaning": "finished samples that lengths are learned from; older ones fade"}
+    )
 
 
 class PredictivePolicy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from rollout.batcher.types import OVER_BUDGET, Bounds, Decision, Observation, StepSample, within
@@ -13,14 +13,14 @@ from rollout.batcher.types import OVER_BUDGET, Bounds, Decision, Observation, St
 class SlaParameters:
     """Parameters of Algorithm 2; the keys of ``batcher=sla``."""
 
-    alpha: int = 20
-    """Width in rows of the narrowest search interval."""
-    delta: int = 5
-    """Rows by which the other end of the interval widens per update, against noise."""
-    epsilon_d: float | None = None
-    """Tolerance around the budget in milliseconds; None means a fifth of the budget."""
-    step_window: int = 16
-    """Decode steps per update."""
+    alpha: int = field(default=20, metadata={"meaning": "width of the narrowest search interval, in samples"})
+    delta: int = field(
+        default=5, metadata={"meaning": "samples by which the other end of the interval widens at each update"}
+    )
+    epsilon_d: float | None = field(
+        default=None, metadata={"meaning": "tolerance around the budget in ms; null: a fifth of the budget"}
+    )
+    step_window: int = field(default=16, metadata={"meaning": "decode steps per update"})
 
 
 class SlaPolicy:

@@ -1,4 +1,4 @@
-"""Policies side by side on a job: by specification, against the best static batch and the oracle."""
+"""Compare policies on a simulated job with the best static batch, the oracle and a lower bound."""
 
 from __future__ import annotations
 
@@ -6,37 +6,39 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from rollout.batcher.registry import POLICIES, make_policy
 from rollout.batcher.simulation.lower_bound import lower_bound_s
 from rollout.batcher.simulation.oracle import OraclePolicy
 from rollout.batcher.simulation.simulator import WATERMARK, Machine, Outcome, simulate
 from rollout.batcher.simulation.workloads import Workload
-from rollout.batcher.types import Bounds, Policy
+from rollout.batcher.types import Bounds
 
 MAX_ROWS = 4096
-"""Cap of policies that are given none: more than memory holds in any of the usual settings."""
-KEPT = 0.01
-"""A policy keeps its budget when no larger share of its steps goes beyond."""
-_SWEEP = 1.12
-_CHUNKS = (32, 64, 128, 256, 512)
+"""``max_rows`` of a policy whose specification gives none; memory holds fewer rows in the usual settings."""
+MAX_OVER_BUDGET_SHARE = 0.01
+"""A policy keeps its budget if at most this share of its steps exceeds it."""
+_CAP_RATIO = 1.12
+_PREFILL_CHUNKS = (32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What ``NAME[:VALUE]`` names: a policy and its cap, or the share that an engine without cap leaves free."""
+    """A policy to simulate, written ``NAME[:VALUE]``."""
 
     text: str
     name: str
     max_rows: int = MAX_ROWS
     watermark: float = WATERMARK
+    """Share of the pool that admission leaves free while rows are live."""
 
 
 def parse_spec(text: str) -> Spec:
-    """``static:256`` is a policy with at most 256 rows, ``watermark:0.02`` all rows that memory leaves room for.
+    """Parse ``static:256`` (a policy with at most 256 rows) or ``watermark:0.02`` (as many rows as memory admits).
 
     Raises:
-        ValueError: there is no such policy, or the value is none; in one sentence.
+        ValueError: the policy is unknown, or the value is malformed.
     """
     name, colon, value = text.strip().partition(":")
     names = [*POLICIES, "watermark", "oracle"]
@@ -44,19 +46,19 @@ def parse_spec(text: str) -> Spec:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
         raise ValueError(f"There is no policy {name!r}; the nearest is {nearest!r} (known: {', '.join(names)}).")
     if name == "watermark":
-        share = _number(value or str(WATERMARK))
+        share = _parse_number(value or str(WATERMARK))
         if share is None or not 0 <= share < 1:
-            raise ValueError(f"{text!r} is no policy: write watermark:SHARE with a share from 0 to below 1.")
+            raise ValueError(f"{text!r} is not a policy; write watermark:SHARE with a share from 0 to below 1.")
         return Spec(text, name, watermark=share)
     if not colon:
         return Spec(text, name)
-    rows = _number(value)
+    rows = _parse_number(value)
     if rows is None or rows != int(rows) or rows < 1:
-        raise ValueError(f"{text!r} is no policy: write {name}:ROWS with the most rows, at least 1.")
+        raise ValueError(f"{text!r} is not a policy; write {name}:ROWS with the most live rows, at least 1.")
     return Spec(text, name, max_rows=int(rows))
 
 
-def _number(text: str) -> float | None:
+def _parse_number(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:
@@ -64,75 +66,95 @@ def _number(text: str) -> float | None:
 
 
 def run(spec: Spec, workload: Workload, machine: Machine, seed: int = 0, budget_ms: float | None = None) -> Outcome:
-    """One policy on a job."""
-    bounds = Bounds(1, spec.max_rows, budget_ms)
+    """Simulate a policy on a job."""
+    bounds = Bounds(min_rows=1, max_rows=spec.max_rows, latency_budget_ms=budget_ms)
     if spec.name == "oracle":
-        # It knows what others keep room for.
+        # The oracle knows when rows end, so it needs no watermark.
         return simulate(workload, machine, OraclePolicy(bounds), seed=seed, watermark=0.0, reveal=True)
-    policy: Policy = make_policy("static" if spec.name == "watermark" else spec.name, bounds)
+    policy = make_policy("static" if spec.name == "watermark" else spec.name, bounds)
     return simulate(workload, machine, policy, seed=seed, watermark=spec.watermark)
 
 
+class StaticResult(NamedTuple):
+    """Outcome of a static batch."""
+
+    bounds: Bounds
+    outcome: Outcome
+    score: tuple[float, float]
+    """Sort key: batches that keep the budget first, then tokens per second."""
+
+
 class Comparison:
-    """A job and a machine, and what policies are compared with there.
+    """A job on a machine, with the references that policies are compared with.
 
     Args:
-        workload, machine: see `simulate`.
-        seed: of the noise.
-        budget_ms: of a step; None is none.
+        workload: rows of the job.
+        machine: costs and memory.
+        seed: seed of the noise in step times.
+        budget_ms: latency budget of a step; None: no budget.
     """
 
     def __init__(self, workload: Workload, machine: Machine, seed: int = 0, budget_ms: float | None = None) -> None:
-        self.workload, self.machine, self.seed, self.budget_ms = workload, machine, seed, budget_ms
+        self.workload = workload
+        self.machine = machine
+        self.seed = seed
+        self.budget_ms = budget_ms
 
     def run(self, spec: Spec) -> Outcome:
-        """What a policy makes of it."""
-        return run(spec, self.workload, self.machine, self.seed, self.budget_ms)
+        """Simulate a policy."""
+        return run(spec, self.workload, self.machine, seed=self.seed, budget_ms=self.budget_ms)
 
     @cached_property
     def lower_bound_s(self) -> float:
-        """See `bound.lower_bound_s`."""
+        """Lower bound on the time in seconds, without a budget."""
         return lower_bound_s(self.workload, self.machine)
 
     @cached_property
     def oracle(self) -> Outcome:
-        """In the order of arrival, with all lengths known, and without a budget."""
-        return run(Spec("oracle", "oracle"), self.workload, self.machine, self.seed)
+        """Outcome of the oracle: order of arrival, known lengths, no budget."""
+        return run(Spec("oracle", "oracle"), self.workload, self.machine, seed=self.seed)
 
     @cached_property
-    def best_static(self) -> tuple[Bounds, Outcome]:
-        """The best of static batches, in steps of 12 %; with a budget of all that keep it, prefill chunk swept too.
+    def best_static(self) -> StaticResult:
+        """Best static batch, over caps in steps of 12 %, and over prefill chunks if there is a budget.
 
-        Where none keeps the budget, it is the one that comes nearest.
+        With a budget, only batches that keep it count; if none does, the nearest to keeping it is returned.
         """
         caps = self._caps()
-        chunks = (Bounds().prefill_tokens,) if self.budget_ms is None else _CHUNKS
-        tried: dict[tuple[int, int], tuple[float, float, Bounds, Outcome]] = {}
+        chunks = (Bounds().prefill_tokens,) if self.budget_ms is None else _PREFILL_CHUNKS
+        results: dict[tuple[int, int], StaticResult] = {}
 
-        def rate(at: int, chunk: int) -> tuple[float, float]:
-            if (at, chunk) not in tried:
-                bounds = Bounds(1, caps[at], self.budget_ms, chunk)
-                outcome = simulate(self.workload, self.machine, make_policy("static", bounds), seed=self.seed)
-                over = 0.0 if self.budget_ms is None else outcome.over(self.budget_ms)
-                tried[at, chunk] = (-max(over, KEPT), outcome.tokens_per_s, bounds, outcome)
-            return tried[at, chunk][:2]
+        def score(index: int, chunk: int) -> tuple[float, float]:
+            if (index, chunk) not in results:
+                results[index, chunk] = self._run_static(caps[index], chunk)
+            return results[index, chunk].score
 
         for chunk in chunks:
-            # Coarsely, then finely about the best of them.
-            best = max(range(0, len(caps), 4), key=lambda at: rate(at, chunk))
-            for at in range(max(0, best - 3), min(len(caps), best + 4)):
-                rate(at, chunk)
-        _, _, bounds, outcome = max(tried.values(), key=lambda entry: entry[:2])
-        return bounds, outcome
+            # Every fourth cap first, then all caps around the best of them.
+            best = max(range(0, len(caps), 4), key=lambda index: score(index, chunk))
+            for index in range(max(0, best - 3), min(len(caps), best + 4)):
+                score(index, chunk)
+        return max(results.values(), key=lambda result: result.score)
+
+    def _run_static(self, cap: int, chunk: int) -> StaticResult:
+        bounds = Bounds(min_rows=1, max_rows=cap, latency_budget_ms=self.budget_ms, prefill_tokens=chunk)
+        outcome = simulate(self.workload, self.machine, make_policy("static", bounds), seed=self.seed)
+        return StaticResult(bounds=bounds, outcome=outcome, score=budget_score(outcome, self.budget_ms))
 
     def _caps(self) -> Sequence[int]:
-        """From all rows that memory could hold at their mean length and more, down to few."""
-        mean = float((self.workload.prompt_tokens + self.workload.output_tokens / 2).mean())
-        most = min(len(self.workload), max(16.0, 3 * self.machine.kv_tokens / mean))
-        return tuple(dict.fromkeys(_falling(most)))
+        """Return the caps to try, from three times the rows that memory holds at half their output down to 4."""
+        mean_tokens = float((self.workload.prompt_tokens + self.workload.output_tokens / 2).mean())
+        largest = min(len(self.workload), max(16.0, 3 * self.machine.kv_tokens / mean_tokens))
+        return tuple(dict.fromkeys(_falling_caps(largest)))
 
 
-def _falling(most: float) -> Iterator[int]:
-    while most >= 4:
-        yield int(most)
-        most /= _SWEEP
+def budget_score(outcome: Outcome, budget_ms: float | None) -> tuple[float, float]:
+    """Return a sort key: outcomes that keep the budget first, then by tokens per second."""
+    over = 0.0 if budget_ms is None else outcome.over(budget_ms)
+    return -max(over, MAX_OVER_BUDGET_SHARE), outcome.tokens_per_s
+
+
+def _falling_caps(largest: float) -> Iterator[int]:
+    while largest >= 4:
+        yield int(largest)
+        largest /= _CAP_RATIO

@@ -1,4 +1,4 @@
-"""Times that no policy can beat."""
+"""Lower bound on the time of a job, for any policy."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rollout.batcher.simulation.simulator import Machine
 from rollout.batcher.simulation.workloads import Workload
 from rollout.batcher.types import Bounds
 
-# 1 % of normal deviates are beyond.
-_ONE_PERCENT = 2.326
+# Quantile of the standard normal distribution that 1 % exceed.
+_NORMAL_99 = 2.326
 
 
 def lower_bound_s(
@@ -20,17 +20,18 @@ def lower_bound_s(
     prefill_tokens: int = Bounds().prefill_tokens,
     budget_ms: float | None = None,
 ) -> float:
-    """Seconds that the job takes at least, whatever is known and whoever decides, but for the noise of steps.
+    """Return the fewest seconds that a job takes under any policy, apart from noise.
 
-    Work: each row decodes all its tokens but the first, each attends to what is before it, each prompt is prefilled
-    at least once. Steps: as many as the longest row has tokens; as the tokens held, summed over decode steps, fill
-    memory (pages of a prompt that rows share count once, for as long as the longest of its rows); and as the prompts
-    fill prefills of ``prefill_tokens``, the most in a step. With a budget also as many as it takes to do the work in
-    steps so long that the noise takes 1 % of them over it (inf if there are none); a few far beyond it could do more.
+    Work: each row decodes all its tokens but the first, each token attends to those before it, and each prompt is
+    prefilled at least once. Steps: at least the output tokens of the longest row; at least the tokens held, summed
+    over decode steps, divided by the size of memory (shared prompt pages count once, for the life of the longest row
+    of the group); at least the prompt tokens divided by ``prefill_tokens``, the most per step. With a budget, also
+    the steps needed to do the work in steps so short that noise makes 1 % of them exceed the budget (inf if no step
+    is that short). A policy that makes a few steps far longer than the budget could be faster than this.
     """
     page = machine.page_tokens
     prompts, decodes = workload.prompt_tokens, workload.output_tokens - 1
-    # A decode step attends to prompt + 1 tokens the first time, and to one more each time.
+    # The first decode step of a row attends to prompt + 1 tokens, and each further one to one token more.
     attended = decodes * prompts + decodes * (decodes + 1) // 2
     _, first, inverse = np.unique(workload.groups, return_index=True, return_inverse=True)
     longest = np.zeros(len(first), np.int64)
@@ -43,8 +44,8 @@ def lower_bound_s(
         prompts[first].sum() / prefill_tokens,
     )
     c0, c1, c2, c3 = machine.step_ms
-    work = c1 * decodes.sum() + c2 * attended.sum() + c3 * prompts[first].sum()
+    work_ms = c1 * decodes.sum() + c2 * attended.sum() + c3 * prompts[first].sum()
     if budget_ms is not None:
-        full = budget_ms / (1 + _ONE_PERCENT * machine.noise)
-        steps = max(steps, work / (full - c0)) if full > c0 else math.inf
-    return float(c0 * steps + work) / 1e3
+        longest_step_ms = budget_ms / (1 + _NORMAL_99 * machine.noise)
+        steps = max(steps, work_ms / (longest_step_ms - c0)) if longest_step_ms > c0 else math.inf
+    return float(c0 * steps + work_ms) / 1e3

@@ -1,4 +1,4 @@
-"""What knowing all lengths would be worth: a bound for policies, not one of them."""
+"""A reference policy that knows the true lengths of all rows."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from rollout.batcher.types import Bounds, Decision, Observation
 
 
 class OraclePolicy:
-    """As many rows, in the order of arrival, as never outgrow memory, given their true lengths as limits.
+    """Admit rows in order of arrival as long as memory never overflows, with true lengths given as limits.
 
-    Never to outgrow memory is not always the best one can do: to admit a little more and compute some rows again may
-    be faster.
+    This is not an upper bound on the throughput: admitting slightly more and recomputing some rows may be faster.
 
     Args:
-        bounds: what the user allows.
+        bounds: limits set by the user.
     """
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
 
     def decide(self, observation: Observation) -> Decision:
+        """Return the most rows whose peak memory fits."""
         live, shared = live_rows(observation)
         more = rows_that_fit(
             live=live, shared=shared, waiting=waiting_rows(observation), kv_tokens=observation.kv_tokens_total

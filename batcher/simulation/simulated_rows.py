@@ -1,57 +1,73 @@
-"""Rows of a simulated job and the pages that they hold; methods are named after those of the engine's scheduler."""
+"""Rows of a simulated job and the pages that they hold, with methods named after those of the engine's scheduler."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from rollout.batcher.preemption import Victim
 from rollout.batcher.simulation.workloads import Workload
-from rollout.batcher.types import FinishedRow, IntArray
+from rollout.batcher.types import FinishedRow, IntArray, ceil_div
 
 
 @dataclass(eq=False, slots=True)
 class Prefill:
-    """The context of some rows, on its way into pages."""
+    """The context of one or several rows of a group, on its way into pages."""
 
     group: int
     tokens: int
-    """Of its context."""
+    """Tokens of the context."""
     computed: int
-    own: int
-    """Its pages, without the group's."""
-    shared: int
-    """Pages of the group's that it uses."""
-    again: bool
-    """Whether its context was computed before."""
+    """Tokens of the context that are in pages already."""
+    own_pages: int
+    """Pages of this prefill, without the group's."""
+    shared_pages: int
+    """Pages of the group's prompt that it uses."""
+    recomputes: bool
+    """True if a preempted row had computed this context before."""
     rows: list[int]
 
     @property
     def remaining(self) -> int:
+        """Tokens still to be computed."""
         return self.tokens - self.computed
 
 
-# Rows of the array of live rows. Lengths count the token that is about to be computed; rows that share hold a
-# reference to the pages of their group.
-ID, PROMPT, GENERATED, OUTPUT, LIMIT, GROUP, LENGTH, CAPACITY, OWN, SHARES = range(10)
+# Fields (rows) of the array of live rows. LENGTH includes the token that the next step computes; SHARES is 1 if the
+# row holds a reference to the prompt pages of its group.
+ID, PROMPT, GENERATED, OUTPUT, LIMIT, GROUP, LENGTH, CAPACITY, OWN_PAGES, SHARES = range(10)
 
 
-class _Counted:
-    """Prompt tokens of waiting rows, those of a group counted once."""
+class BatchComposition(NamedTuple):
+    """What a step computed."""
+
+    rows: int
+    """Rows that decoded."""
+    kv_tokens: int
+    """Tokens that those rows attended to."""
+    prefill_tokens: int
+
+
+class _WaitingPrompts:
+    """Prompt tokens of waiting rows; the prompt of a group counts once."""
 
     def __init__(self) -> None:
         self.tokens = 0
         self._rows: dict[int, int] = {}
 
     def add(self, group: int, tokens: int) -> None:
+        """Add a waiting row."""
         rows = self._rows.get(group, 0)
-        self.tokens += 0 if rows else tokens
+        if not rows:
+            self.tokens += tokens
         self._rows[group] = rows + 1
 
     def remove(self, group: int, tokens: int) -> None:
+        """Remove a waiting row."""
         self._rows[group] -= 1
         if not self._rows[group]:
             self.tokens -= tokens
@@ -59,17 +75,18 @@ class _Counted:
 
 
 class SimulatedRows:
-    """Rows that wait, are prefilled or decode, and the pages of one pool that they share.
+    """Waiting, prefilling and decoding rows, and the pages of the pool that they share.
 
     Args:
-        workload: the rows.
-        limits: most output tokens of each row, as policies are told.
-        page_tokens, kv_tokens: tokens of a page, and of all pages.
-        watermark: share of the pool that admission leaves free while rows live.
-        victim: which live row makes way.
+        workload: all rows of the job.
+        limits: [rows] most output tokens of each row, as policies see them.
+        page_tokens: tokens per page.
+        kv_tokens: tokens that all pages hold.
+        watermark: share of the pool that admission leaves free while rows are live.
+        victim: chooses the live row to preempt.
 
     Raises:
-        ValueError: a row does not fit into memory even alone.
+        ValueError: a row does not fit in memory even alone.
     """
 
     def __init__(
@@ -81,92 +98,105 @@ class SimulatedRows:
         watermark: float,
         victim: Victim,
     ) -> None:
-        self._work, self._limits, self._watermark, self._victim = workload, limits, watermark, victim
+        self._workload = workload
+        self._limits = limits
+        self._watermark = watermark
+        self._victim = victim
         self.page_tokens = page_tokens
         self.pages = kv_tokens // page_tokens
         self.used = 0
         longest = int((workload.prompt_tokens + workload.output_tokens).max(initial=0))
         if self._pages_for(longest) > self.pages:
             raise ValueError(
-                f"A row of {longest} tokens does not fit into {kv_tokens} tokens of memory: give more of it."
+                f"A row of {longest} tokens does not fit into {kv_tokens} tokens of memory; increase the memory."
             )
         self.queue = deque(range(len(workload)))
         self.kept = np.zeros(len(workload), np.int64)
-        """Tokens that a preempted row has kept."""
+        """[all rows] generated tokens that a preempted row has kept."""
         self.live: IntArray = np.zeros((10, 0), np.int64)
+        """[fields, live rows], oldest row first."""
         self.prefills: list[Prefill] = []
-        self.waiting_prompts = _Counted()
-        self.recomputed = 0
-        """Tokens prefilled again."""
-        self.preempted = 0
+        self.waiting_prompts = _WaitingPrompts()
+        self.recomputed_tokens = 0
+        """Tokens prefilled more than once, because of preemption."""
+        self.preempted_rows = 0
         self.paused_steps = 0
         self.moves = 0
-        """How often rows left or joined the queue."""
+        """Number of changes to the queue."""
         self._prompts: list[int] = workload.prompt_tokens.tolist()
         self._groups: list[int] = workload.groups.tolist()
         self._holders: dict[int, int] = {}
-        """Live rows, and prefills that use its pages, of each group that has any."""
+        """References to the prompt pages of each group, by live rows and prefills."""
         self._shared_pages: dict[int, int] = {}
-        """Pages of the prompt of each of these groups."""
-        self._under_way: dict[int, Prefill] = {}
-        """The prefill of a group's prompt that further rows may join."""
+        """Prompt pages of each of these groups."""
+        self._joinable: dict[int, Prefill] = {}
+        """The prefill of each group's prompt that further rows of the group may join."""
         for group, prompt in zip(self._groups, self._prompts, strict=True):
             self.waiting_prompts.add(group, prompt)
 
     @property
     def alive(self) -> int:
-        """Rows that decode or are being prefilled."""
+        """Number of rows that decode or are in prefill."""
         return self.decoding + sum(len(prefill.rows) for prefill in self.prefills)
 
     @property
     def decoding(self) -> int:
-        """Rows that decode."""
+        """Number of rows that decode."""
         return int(self.live.shape[1])
 
     def has_begun(self, row: int) -> bool:
-        """Whether a waiting row was preempted, or others of its group live."""
+        """Return True if a waiting row was preempted, or if rows of its group are live."""
         group = self._groups[row]
-        return bool(self.kept[row]) or group in self._holders or group in self._under_way
+        return bool(self.kept[row]) or group in self._holders or group in self._joinable
 
-    # -- admitting -----------------------------------------------------------------------------------
+    # -- admission -----------------------------------------------------------------------------------
 
     def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.page_tokens)
+        return ceil_div(tokens, self.page_tokens)
 
-    def _reserve(self, pages: int, leaving: int = 0) -> bool:
-        return self.used + pages + leaving <= self.pages
+    def _has_room(self, pages: int, reserve: int = 0) -> bool:
+        return self.used + pages + reserve <= self.pages
 
     def admit(self, rows: int, prefill_tokens: int) -> None:
-        """Let waiting rows begin, up to so many alive, while prefill tokens and pages are left."""
+        """Admit waiting rows up to ``rows`` live rows, while prefill tokens and pages are left."""
         budget = prefill_tokens - sum(prefill.remaining for prefill in self.prefills)
         alive = self.alive
-        forks = alive - self.decoding
+        # Each row in prefill will need a page of its own when it starts to decode.
+        prefilling = alive - self.decoding
         while alive < rows and self.queue:
             row = self.queue[0]
             group, prompt, kept = self._groups[row], self._prompts[row], int(self.kept[row])
-            leaving = forks + int(self._watermark * self.pages) if alive else 0
-            if not kept and group in self._under_way:
-                if not self._reserve(1, leaving):
+            reserve = prefilling + int(self._watermark * self.pages) if alive else 0
+            if not kept and group in self._joinable:
+                if not self._has_room(1, reserve):
                     return
-                self._under_way[group].rows.append(self._pop())
+                self._joinable[group].rows.append(self._pop())
             else:
                 if budget <= 0:
                     return
                 tokens = prompt + kept
                 shared = min(prompt, tokens - 1) // self.page_tokens if group in self._holders else 0
-                if not self._reserve(self._pages_for(tokens + 1) - shared, leaving):
+                if not self._has_room(self._pages_for(tokens + 1) - shared, reserve):
                     return
                 own = self._pages_for(tokens) - shared
                 self.used += own
                 if shared:
                     self._holders[group] += 1
-                prefill = Prefill(group, tokens, shared * self.page_tokens, own, shared, kept > 0, [self._pop()])
+                prefill = Prefill(
+                    group=group,
+                    tokens=tokens,
+                    computed=shared * self.page_tokens,
+                    own_pages=own,
+                    shared_pages=shared,
+                    recomputes=kept > 0,
+                    rows=[self._pop()],
+                )
                 self.prefills.append(prefill)
                 if not kept:
-                    self._under_way[group] = prefill
+                    self._joinable[group] = prefill
                 budget -= prefill.remaining
             alive += 1
-            forks += 1
+            prefilling += 1
 
     def _pop(self) -> int:
         self.moves += 1
@@ -182,14 +212,12 @@ class SimulatedRows:
 
     # -- computing -----------------------------------------------------------------------------------
 
-    def step(self, decoding: int, prefill_tokens: int) -> tuple[int, int, int]:
-        """Decode a token for the oldest ``decoding`` rows, and prefill.
-
-        Returns rows that decoded, tokens that they attended to, tokens prefilled.
-        """
+    def step(self, decoding: int, prefill_tokens: int) -> BatchComposition:
+        """Decode a token for the oldest ``decoding`` rows, and prefill at most ``prefill_tokens`` tokens."""
         rows = self._make_room(decoding)
         live = self.live
-        self.paused_steps += int(rows < self.decoding)
+        if rows < self.decoding:
+            self.paused_steps += 1
         kv_tokens = int(live[LENGTH, :rows].sum())
         left, prefilled, ready = prefill_tokens, 0, []
         for prefill in self.prefills:
@@ -199,77 +227,83 @@ class SimulatedRows:
             prefill.computed += length
             prefilled += length
             left -= length
-            if prefill.again:
-                self.recomputed += length
+            if prefill.recomputes:
+                self.recomputed_tokens += length
             if not prefill.remaining:
                 ready.append(prefill)
         live[GENERATED, :rows] += 1
         live[LENGTH, :rows] += 1
         if ready:
             self._go_live(ready)
-        return rows, kv_tokens, prefilled
+        return BatchComposition(rows=rows, kv_tokens=kv_tokens, prefill_tokens=prefilled)
 
     def _make_room(self, decoding: int) -> int:
-        """A page for each of the oldest ``decoding`` rows that needs one; returns how many of them are left."""
+        """Give the oldest ``decoding`` rows their next pages, preempting if needed; return how many remain."""
         while True:
             live = self.live
             rows = min(decoding, self.decoding)
-            lacking = live[LENGTH, :rows] > live[CAPACITY, :rows]
-            needed = int(np.count_nonzero(lacking))
-            if self._reserve(needed):
-                if needed:
-                    live[CAPACITY, :rows] += lacking * self.page_tokens
-                    live[OWN, :rows] += lacking
-                    self.used += needed
+            full = np.flatnonzero(live[LENGTH, :rows] > live[CAPACITY, :rows])
+            needed = len(full)
+            if self._has_room(needed):
+                live[CAPACITY, full] += self.page_tokens
+                live[OWN_PAGES, full] += 1
+                self.used += needed
                 return rows
             self.preempt()
 
     def _go_live(self, ready: Sequence[Prefill]) -> None:
         """Let the rows of complete prefills decode, as far as there are pages."""
-        joining: list[tuple[int, ...]] = []
+        joining: list[list[int]] = []
         for prefill in ready:
-            self._take_out(prefill)
+            self._remove_prefill(prefill)
             group = prefill.group
             partial = self._pages_for(prefill.tokens) - prefill.tokens // self.page_tokens
             fitting = 1
-            while fitting < len(prefill.rows) and self._reserve(fitting * partial):
+            while fitting < len(prefill.rows) and self._has_room(fitting * partial):
                 fitting += 1
             self._put_back(prefill.rows[fitting:])
-            prompt = self._prompts[prefill.rows[0]]
-            if group not in self._holders:
-                # The pages of the prompt become the group's.
-                self._holders[group] = 0
-                self._shared_pages[group] = prompt // self.page_tokens
-                prefill.own -= prompt // self.page_tokens
-                prefill.shared = prompt // self.page_tokens
-            elif prefill.shared:
-                self._holders[group] -= 1
-            for number, row in enumerate(prefill.rows[:fitting]):
-                # Where another prefill made the group's pages first, the first row keeps its double of them.
-                own = prefill.own if not number else partial
-                shared = prefill.shared if not number else prefill.tokens // self.page_tokens
-                self._holders[group] += shared > 0 or self._shared_pages[group] == 0
-                if number:
-                    self.used += own
-                kept = int(self.kept[row])
-                joining.append(
-                    (
-                        row,
-                        prompt,
-                        kept + 1,
-                        int(self._work.output_tokens[row]),
-                        int(self._limits[row]),
-                        group,
-                        prompt + kept + 1,
-                        (own + shared) * self.page_tokens,
-                        own,
-                        int(shared > 0 or self._shared_pages[group] == 0),
-                    )
-                )
+            self._share_prompt(prefill)
+            # Where another prefill stored the group's prompt first, the first row keeps its own copy of it.
+            joining.append(self._decode_row(prefill.rows[0], group, prefill.own_pages, prefill.shared_pages))
+            for row in prefill.rows[1:fitting]:
+                self.used += partial
+                joining.append(self._decode_row(row, group, partial, prefill.tokens // self.page_tokens))
         self.live = np.concatenate((self.live, np.array(joining, np.int64).T), axis=1)
 
+    def _share_prompt(self, prefill: Prefill) -> None:
+        """Give the prompt pages of a complete prefill to its group, or drop its reference to pages of the group."""
+        group = prefill.group
+        if group not in self._holders:
+            prompt_pages = self._prompts[prefill.rows[0]] // self.page_tokens
+            self._holders[group] = 0
+            self._shared_pages[group] = prompt_pages
+            prefill.own_pages -= prompt_pages
+            prefill.shared_pages = prompt_pages
+        elif prefill.shared_pages:
+            self._holders[group] -= 1
+
+    def _decode_row(self, row: int, group: int, own_pages: int, shared_pages: int) -> list[int]:
+        """Return the fields of a row that starts to decode, and count its reference to the group's pages."""
+        shares = shared_pages > 0 or self._shared_pages[group] == 0
+        if shares:
+            self._holders[group] += 1
+        prompt, kept = self._prompts[row], int(self.kept[row])
+        values = {
+            ID: row,
+            PROMPT: prompt,
+            GENERATED: kept + 1,
+            OUTPUT: int(self._workload.output_tokens[row]),
+            LIMIT: int(self._limits[row]),
+            GROUP: group,
+            LENGTH: prompt + kept + 1,
+            CAPACITY: (own_pages + shared_pages) * self.page_tokens,
+            OWN_PAGES: own_pages,
+            SHARES: int(shares),
+        }
+        return [values[field] for field in range(len(values))]
+
     def retire(self) -> list[tuple[int, FinishedRow]]:
-        """Drop rows that have all of their tokens; return each with its number."""
+        """Remove rows that have all of their tokens; return each with its index in the workload."""
         live = self.live
         ended = live[GENERATED] >= live[OUTPUT]
         finished: list[tuple[int, FinishedRow]] = []
@@ -277,65 +311,71 @@ class SimulatedRows:
             return finished
         for slot in np.flatnonzero(ended).tolist():
             row, prompt, generated, limit = (int(live[field, slot]) for field in (ID, PROMPT, GENERATED, LIMIT))
-            finished.append((row, FinishedRow(prompt, generated, generated >= limit)))
-            self._leave(slot)
+            ended_row = FinishedRow(prompt_tokens=prompt, output_tokens=generated, cut=generated >= limit)
+            finished.append((row, ended_row))
+            self._free(slot)
         self.live = live[:, ~ended]
         return finished
 
-    # -- leaving -------------------------------------------------------------------------------------
+    # -- release -------------------------------------------------------------------------------------
 
-    def _leave(self, slot: int) -> None:
-        """Drops the pages of a live row; the caller takes it out of the array."""
-        self.used -= int(self.live[OWN, slot])
+    def _free(self, slot: int) -> None:
+        """Free the pages of a live row; the caller removes it from ``live``."""
+        self.used -= int(self.live[OWN_PAGES, slot])
         if self.live[SHARES, slot]:
-            self._let_go(int(self.live[GROUP, slot]))
+            self._release_prompt(int(self.live[GROUP, slot]))
 
-    def _let_go(self, group: int) -> None:
+    def _release_prompt(self, group: int) -> None:
+        """Drop a reference to the prompt pages of a group; the last one frees them."""
         self._holders[group] -= 1
         if not self._holders[group]:
             del self._holders[group]
             self.used -= self._shared_pages.pop(group)
 
-    def _take_out(self, prefill: Prefill) -> None:
+    def _remove_prefill(self, prefill: Prefill) -> None:
         self.prefills.remove(prefill)
-        if self._under_way.get(prefill.group) is prefill:
-            del self._under_way[prefill.group]
+        if self._joinable.get(prefill.group) is prefill:
+            del self._joinable[prefill.group]
 
     def preempt(self) -> bool:
-        """Puts a row back into the queue: the youngest that is being prefilled, else the victim of the live ones."""
+        """Return a row to the queue: the youngest in prefill, else the decoding row that ``victim`` chooses.
+
+        Returns False if no row is live.
+        """
         if self.prefills:
             prefill = self.prefills[-1]
             self._put_back([prefill.rows.pop()])
-            self.preempted += 1
+            self.preempted_rows += 1
             if not prefill.rows:
-                self._take_out(prefill)
-                self.used -= prefill.own
-                if prefill.shared:
-                    self._let_go(prefill.group)
-                self.recomputed += prefill.computed - prefill.shared * self.page_tokens
+                self._remove_prefill(prefill)
+                self.used -= prefill.own_pages
+                if prefill.shared_pages:
+                    self._release_prompt(prefill.group)
+                self.recomputed_tokens += prefill.computed - prefill.shared_pages * self.page_tokens
             return True
         live = self.live
         if not self.decoding:
             return False
-        slot = self._victim(self._costs())
+        slot = self._victim(self._recompute_tokens())
         row = int(live[ID, slot])
         self.kept[row] = live[GENERATED, slot]
-        self.preempted += 1
-        self._leave(slot)
+        self.preempted_rows += 1
+        self._free(slot)
         self.live = np.delete(live, slot, axis=1)
         self._put_back([row])
         return True
 
-    def _costs(self) -> IntArray:
-        """For each live row the tokens to compute again if it makes way."""
+    def _recompute_tokens(self) -> IntArray:
+        """[decoding rows] Return the tokens that each row would recompute if it were preempted."""
         live = self.live
-        stays = np.array([self._holders.get(group) != 1 for group in live[GROUP].tolist()])
-        kept = live[SHARES] * stays * (live[PROMPT] // self.page_tokens * self.page_tokens)
-        costs: IntArray = live[LENGTH] - 1 - kept
-        return costs
+        others_share = np.array([self._holders.get(group) != 1 for group in live[GROUP].tolist()], bool)
+        prompt_stays = (live[SHARES] == 1) & others_share
+        full_page_tokens = live[PROMPT] // self.page_tokens * self.page_tokens
+        tokens: IntArray = live[LENGTH] - 1 - np.where(prompt_stays, full_page_tokens, 0)
+        return tokens
 
-    def squeeze(self, tokens: int) -> None:
-        """Others take memory or give it back; rows make way until the rest is enough."""
-        self.pages = tokens // self.page_tokens
+    def resize(self, kv_tokens: int) -> None:
+        """Set the size of memory, and preempt rows until the rest fits."""
+        self.pages = kv_tokens // self.page_tokens
         while self.used > self.pages and self.preempt():
             pass

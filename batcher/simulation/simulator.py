@@ -1,4 +1,4 @@
-"""A job in discrete steps: the engine's loop and page accounting, with a cost model instead of a model."""
+"""Step-by-step simulation of a job: the engine's loop and page accounting, with a cost model for the step time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from rollout.batcher.admission_order import Ordering
 from rollout.batcher.preemption import Victim, cheapest
-from rollout.batcher.simulation.simulated_rows import GENERATED, GROUP, LIMIT, PROMPT, SimulatedRows
+from rollout.batcher.simulation.simulated_rows import GENERATED, GROUP, LIMIT, PROMPT, BatchComposition, SimulatedRows
 from rollout.batcher.simulation.workloads import Workload
 from rollout.batcher.types import (
     Decision,
@@ -25,57 +25,60 @@ from rollout.batcher.types import (
 )
 
 WATERMARK = 0.02
-"""Share of the pool that admission leaves free while rows live, as in the engine."""
-_LOOKAHEAD = 64
+"""Share of the pool that admission leaves free while rows are live, as in the engine."""
+_LOOKAHEAD_ROWS = 64
 _NOISE_BLOCK = 4096
-_IDLE_STEPS = 1000
+_MAX_IDLE_STEPS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a step costs and what memory holds."""
+    """Memory size and step costs of a simulated machine."""
 
     kv_tokens: int
+    """Tokens that memory holds."""
     step_ms: tuple[float, float, float, float]
-    """c0 a step, c1 a decoding row, c2 a token attended to, c3 a prefilled token, in milliseconds."""
+    """Milliseconds c0 per step, c1 per decoding row, c2 per attended token, c3 per prefilled token."""
     page_tokens: int = 16
     noise: float = 0.02
-    """Relative standard deviation of a step's time."""
+    """Relative standard deviation of step times."""
 
     def step_time(self, rows: int, kv_tokens: int, prefill_tokens: int) -> float:
-        """Milliseconds of a step, without noise."""
+        """Return the milliseconds of a step, without noise."""
         c0, c1, c2, c3 = self.step_ms
         return c0 + c1 * rows + c2 * kv_tokens + c3 * prefill_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a policy made of a job."""
+    """Result of a policy on a job."""
 
     output_tokens: int
     total_s: float
     step_ms: FloatArray
-    """[steps]"""
+    """[steps] durations."""
     recompute_s: float
-    """Time spent on prefilling again what preemption had dropped."""
+    """Time spent on recomputing tokens after preemption."""
     preempted_rows: int
     paused_steps: int
-    """Steps in which a live row that could decode did not."""
+    """Steps in which the policy paused a row that could decode."""
     rows_mean: float
-    """Rows alive, mean over steps."""
+    """Live rows, mean over steps."""
     rows_max: int
+    """Live rows, maximum over steps."""
 
     @property
     def tokens_per_s(self) -> float:
+        """Output tokens per second."""
         return self.output_tokens / self.total_s
 
     @property
     def recompute_share(self) -> float:
-        """Of the total time."""
+        """Share of the total time spent on recomputing tokens."""
         return self.recompute_s / self.total_s
 
     def over(self, budget_ms: float) -> float:
-        """Share of steps that took longer."""
+        """Return the share of steps that exceeded ``budget_ms``."""
         return float(np.mean(self.step_ms > budget_ms))
 
 
@@ -90,29 +93,40 @@ def simulate(
     victim: Victim = cheapest,
     kv_tokens_at: Callable[[int], int] | None = None,
 ) -> Outcome:
-    """Runs a job to its end.
+    """Run a job to its end.
 
     Args:
-        workload: the rows. If it has hints, they order the rows, as in the engine (`admission_order.Ordering`).
+        workload: rows of the job. Hints, if any, order the rows as in the engine (``admission_order.Ordering``).
         machine: costs and memory.
-        policy: a new one; it keeps state.
-        seed: of the noise in step times.
-        watermark: share of the pool that admission leaves free while rows live.
-        reveal: tell the policy the true lengths, as limits that rows surely reach.
-        victim: which live row makes way.
-        kv_tokens_at: tokens that memory holds at a step, when others take some; None: all of ``machine``'s.
+        policy: a new policy, because policies keep state.
+        seed: seed of the noise in step times.
+        watermark: share of the pool that admission leaves free while rows are live.
+        reveal: show the policy the true lengths, as limits at which rows are known to end.
+        victim: chooses the live row to preempt.
+        kv_tokens_at: memory size in tokens at a step, when other processes take some; None: always ``machine``'s.
 
     Raises:
-        ValueError: a row does not fit into memory even alone, or the policy lets nothing go on.
+        ValueError: a row does not fit in memory even alone, or the policy stalls the job.
     """
-    return _Simulation(workload, machine, policy, seed, watermark, reveal, victim, kv_tokens_at).run()
+    simulation = _Simulation(
+        workload=workload,
+        machine=machine,
+        policy=policy,
+        seed=seed,
+        watermark=watermark,
+        reveal=reveal,
+        victim=victim,
+        kv_tokens_at=kv_tokens_at,
+    )
+    return simulation.run()
 
 
 class _Simulation:
-    """The loop over a job's rows; its methods are named after those of the engine that they stand for."""
+    """Loop over the steps of a job, with methods named after those of the engine's loop."""
 
     def __init__(
         self,
+        *,
         workload: Workload,
         machine: Machine,
         policy: Policy,
@@ -122,27 +136,39 @@ class _Simulation:
         victim: Victim,
         kv_tokens_at: Callable[[int], int] | None,
     ) -> None:
-        self._work, self._machine, self._policy = workload, machine, policy
-        self._reveal, self._kv_tokens_at = reveal, kv_tokens_at
+        self._workload = workload
+        self._machine = machine
+        self._policy = policy
+        self._reveal = reveal
+        self._kv_tokens_at = kv_tokens_at
         self._ordering = None if workload.length_hints is None else Ordering()
         self._limits = workload.output_tokens if reveal else workload.max_new_tokens
-        self._rows = SimulatedRows(workload, self._limits, machine.page_tokens, machine.kv_tokens, watermark, victim)
+        self._rows = SimulatedRows(
+            workload=workload,
+            limits=self._limits,
+            page_tokens=machine.page_tokens,
+            kv_tokens=machine.kv_tokens,
+            watermark=watermark,
+            victim=victim,
+        )
         self._steps: list[StepSample] = []
         self._finished: list[FinishedRow] = []
-        self._next: WaitingRows | None = None
-        self._next_of = 0
-        """`SimulatedRows.moves` when that was made."""
-        self._noise = np.random.default_rng([seed, 1])
+        self._waiting: WaitingRows | None = None
+        """The waiting rows as last observed, valid while the queue has not changed."""
+        self._waiting_moves = 0
+        """``SimulatedRows.moves`` at that observation."""
+        self._rng = np.random.default_rng([seed, 1])
 
     def run(self) -> Outcome:
+        """Run all steps."""
         times: list[float] = []
         noise: list[float] = []
         alive_sum = alive_max = idle = 0
         while self._rows.queue or self._rows.alive:
             if self._kv_tokens_at is not None:
-                self._rows.squeeze(self._kv_tokens_at(len(times)))
+                self._rows.resize(self._kv_tokens_at(len(times)))
             if self._ordering is not None and self._ordering.changed():
-                self._arrange(self._ordering)
+                self._reorder(self._ordering)
             decision = self._policy.decide(self._observe())
             while self._rows.alive > max(0, decision.rows) and self._rows.preempt():
                 pass
@@ -150,45 +176,52 @@ class _Simulation:
             alive = self._rows.alive
             alive_sum += alive
             alive_max = max(alive_max, alive)
-            rows, kv_tokens, prefilled = self._forward(decision)
-            if not rows and not prefilled:
+            composition = self._forward(decision)
+            if not composition.rows and not composition.prefill_tokens:
                 idle += 1
-                if idle > _IDLE_STEPS:
-                    raise ValueError(f"The policy lets no row go on (its last decision: {decision}).")
+                if idle > _MAX_IDLE_STEPS:
+                    raise ValueError(f"The policy stalled the job for {idle} steps; its last decision was {decision}.")
                 continue
             idle = 0
             if not noise:
-                noise = (1 + self._machine.noise * self._noise.standard_normal(_NOISE_BLOCK)).tolist()
-            ms = self._machine.step_time(rows, kv_tokens, prefilled) * noise.pop()
+                noise = (1 + self._machine.noise * self._rng.standard_normal(_NOISE_BLOCK)).tolist()
+            ms = self._machine.step_time(*composition) * noise.pop()
             times.append(ms)
-            self._steps.append(StepSample(rows, kv_tokens, prefilled, ms))
+            self._steps.append(
+                StepSample(
+                    rows=composition.rows,
+                    kv_tokens=composition.kv_tokens,
+                    prefill_tokens=composition.prefill_tokens,
+                    ms=ms,
+                )
+            )
         step_ms = np.array(times)
         return Outcome(
-            output_tokens=int(self._work.output_tokens.sum()),
+            output_tokens=int(self._workload.output_tokens.sum()),
             total_s=float(step_ms.sum()) / 1e3,
             step_ms=step_ms,
-            recompute_s=self._rows.recomputed * self._machine.step_ms[3] / 1e3,
-            preempted_rows=self._rows.preempted,
+            recompute_s=self._rows.recomputed_tokens * self._machine.step_ms[3] / 1e3,
+            preempted_rows=self._rows.preempted_rows,
             paused_steps=self._rows.paused_steps,
             rows_mean=alive_sum / max(1, len(times)),
             rows_max=alive_max,
         )
 
-    # -- observing -----------------------------------------------------------------------------------
+    # -- observation -----------------------------------------------------------------------------------
 
     def _observe(self) -> Observation:
-        live, work = self._rows.live, self._work
-        starting = np.array([row for prefill in self._rows.prefills for row in prefill.rows], np.int64)
+        live, workload = self._rows.live, self._workload
+        prefilling = np.array([row for prefill in self._rows.prefills for row in prefill.rows], np.int64)
 
-        def joined(decoding: IntArray, others: IntArray) -> IntArray:
-            return np.concatenate((decoding, others)) if len(others) else decoding
+        def joined(decoding: IntArray, in_prefill: IntArray) -> IntArray:
+            return np.concatenate((decoding, in_prefill)) if len(in_prefill) else decoding
 
-        prompts = joined(live[PROMPT], work.prompt_tokens[starting])
+        prompts = joined(live[PROMPT], workload.prompt_tokens[prefilling])
         observation = Observation(
             prompt_tokens=prompts,
-            # A copy: what was observed does not change when rows grow.
-            generated_tokens=joined(live[GENERATED].copy(), self._rows.kept[starting]),
-            max_new_tokens=joined(live[LIMIT], self._limits[starting]),
+            # A copy, because the array of live rows changes in place.
+            generated_tokens=joined(live[GENERATED].copy(), self._rows.kept[prefilling]),
+            max_new_tokens=joined(live[LIMIT], self._limits[prefilling]),
             waiting_rows=len(self._rows.queue),
             waiting_prompt_tokens=self._rows.waiting_prompts.tokens,
             kv_tokens_held=self._rows.used * self._rows.page_tokens,
@@ -196,9 +229,9 @@ class _Simulation:
             headroom_bytes=(self._rows.pages - self._rows.used) * self._rows.page_tokens,
             bytes_per_token=1,
             page_tokens=self._rows.page_tokens,
-            groups=joined(live[GROUP], work.groups[starting]),
+            groups=joined(live[GROUP], workload.groups[prefilling]),
             ends_at_limit=np.full(len(prompts), self._reveal),
-            waiting=self._waiting(),
+            waiting=self._observe_waiting(),
             steps=tuple(self._steps),
             finished=tuple(self._finished),
         )
@@ -206,41 +239,42 @@ class _Simulation:
         self._finished.clear()
         return observation
 
-    def _waiting(self) -> WaitingRows:
-        if self._next is None or self._next_of != self._rows.moves:
-            self._next_of = self._rows.moves
-            rows = np.fromiter(islice(self._rows.queue, _LOOKAHEAD), np.int64)
-            work = self._work
-            self._next = WaitingRows(
-                work.prompt_tokens[rows],
-                self._rows.kept[rows],
-                self._limits[rows],
-                work.groups[rows],
-                np.full(len(rows), self._reveal),
+    def _observe_waiting(self) -> WaitingRows:
+        if self._waiting is None or self._waiting_moves != self._rows.moves:
+            self._waiting_moves = self._rows.moves
+            rows = np.fromiter(islice(self._rows.queue, _LOOKAHEAD_ROWS), np.int64)
+            self._waiting = WaitingRows(
+                prompt_tokens=self._workload.prompt_tokens[rows],
+                generated_tokens=self._rows.kept[rows],
+                max_new_tokens=self._limits[rows],
+                groups=self._workload.groups[rows],
+                ends_at_limit=np.full(len(rows), self._reveal),
             )
-        return self._next
+        return self._waiting
 
-    def _arrange(self, ordering: Ordering) -> None:
-        """What was preempted, and the rest of groups that live, stay in front."""
-        hints = self._work.length_hints
+    def _reorder(self, ordering: Ordering) -> None:
+        """Order the queue by hints, behind preempted rows and rows whose group is live."""
+        hints = self._workload.length_hints
         assert hints is not None
         begun = [row for row in self._rows.queue if self._rows.has_begun(row)]
         rest = np.array(sorted(row for row in self._rows.queue if not self._rows.has_begun(row)), np.int64)
-        work = self._work
         order = ordering.order(
-            work.groups[rest], work.prompt_tokens[rest], hints[rest], self._rows.pages * self._rows.page_tokens
+            groups=self._workload.groups[rest],
+            prompt_tokens=self._workload.prompt_tokens[rest],
+            expected_tokens=hints[rest],
+            kv_tokens=self._rows.pages * self._rows.page_tokens,
         )
         self._rows.queue = deque(begun + rest[order].tolist())
-        self._next = None
+        self._waiting = None
 
-    # -- computing -----------------------------------------------------------------------------------
+    # -- forward -----------------------------------------------------------------------------------
 
-    def _forward(self, decision: Decision) -> tuple[int, int, int]:
-        """Rows that decoded, tokens that they attended to, tokens prefilled."""
+    def _forward(self, decision: Decision) -> BatchComposition:
+        """Run a step, and remove the rows that finish in it."""
         decoding = self._rows.decoding if decision.decode_rows is None else decision.decode_rows
-        done = self._rows.step(decoding, decision.prefill_tokens)
+        composition = self._rows.step(decoding, decision.prefill_tokens)
         for row, finished in self._rows.retire():
             self._finished.append(finished)
-            if self._ordering is not None and self._work.length_hints is not None:
-                self._ordering.learn(float(self._work.length_hints[row]), finished.output_tokens)
-        return done
+            if self._ordering is not None and self._workload.length_hints is not None:
+                self._ordering.learn(float(self._workload.length_hints[row]), finished.output_tokens)
+        return composition

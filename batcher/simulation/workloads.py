@@ -1,4 +1,4 @@
-"""Jobs for the simulator: lengths of prompts and outputs, seeded, by name."""
+"""Simulated jobs: seeded prompt and output lengths, by name."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rollout.batcher.types import FloatArray, IntArray
+from rollout.batcher.types import FloatArray, IntArray, ceil_div
 
 REQUESTS = 2000
-"""Rows of a named workload unless asked otherwise."""
+"""Default number of rows of a named workload."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Rows in the order in which they arrive; all are there at the start. Arrays have one entry a row."""
+    """Rows of a job in order of arrival, all waiting from the start; arrays with one entry per row."""
 
     name: str
     prompt_tokens: IntArray
     output_tokens: IntArray
-    """True lengths, at least 1 and at most ``max_new_tokens``; only an oracle sees them."""
+    """True lengths, from 1 to ``max_new_tokens``; only the oracle sees them."""
     max_new_tokens: IntArray
     groups: IntArray
-    """Equal in rows with the same prompt, which share its full pages while one of them lives."""
+    """Equal for rows with the same prompt, which share its full pages while one of them is live."""
     length_hints: FloatArray | None = None
-    """What somebody expects of ``output_tokens``; NaN where nobody does."""
+    """Expected ``output_tokens``, NaN where unknown."""
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
 
-    def taken(self, order: IntArray) -> Workload:
-        """The same rows in another order."""
+    def reordered(self, order: IntArray) -> Workload:
+        """Return the same rows in another order."""
         hints = self.length_hints
         return Workload(
-            self.name,
-            self.prompt_tokens[order],
-            self.output_tokens[order],
-            self.max_new_tokens[order],
-            self.groups[order],
-            None if hints is None else hints[order],
+            name=self.name,
+            prompt_tokens=self.prompt_tokens[order],
+            output_tokens=self.output_tokens[order],
+            max_new_tokens=self.max_new_tokens[order],
+            groups=self.groups[order],
+            length_hints=None if hints is None else hints[order],
         )
 
 
@@ -52,45 +52,60 @@ def workload_of(
     group: int = 1,
     length_hints: FloatArray | None = None,
 ) -> Workload:
-    """Rows of these lengths, rounded and at least one token.
+    """Build a workload of these lengths, rounded and at least one token.
 
     Args:
-        name: of the workload.
-        prompt_tokens, output_tokens: [rows].
-        max_new: what outputs are cut at; None: the power of two that holds the longest.
-        group: so many rows after each other have the prompt of the first of them.
-        length_hints: [rows] or None.
+        name: name of the workload.
+        prompt_tokens: [rows] prompt lengths.
+        output_tokens: [rows] output lengths.
+        max_new: limit at which outputs are cut; None: the smallest power of two that holds the longest output.
+        group: number of consecutive rows that have the prompt of the first of them.
+        length_hints: [rows] expected output lengths, or None.
     """
     prompts, outputs = (np.rint(np.maximum(1.0, x)).astype(np.int64) for x in (prompt_tokens, output_tokens))
     if max_new is None:
         max_new = 1 << math.ceil(math.log2(max(2, int(outputs.max(initial=1)))))
     groups = np.arange(len(prompts), dtype=np.int64) // group
     limits = np.full(len(prompts), max_new, np.int64)
-    return Workload(name, prompts[groups * group], np.minimum(outputs, max_new), limits, groups, length_hints)
+    return Workload(
+        name=name,
+        prompt_tokens=prompts[groups * group],
+        output_tokens=np.minimum(outputs, max_new),
+        max_new_tokens=limits,
+        groups=groups,
+        length_hints=length_hints,
+    )
 
 
 def named_workload(
     name: str, requests: int | None = None, seed: int = 0, max_new: int | None = None, group: int | None = None
 ) -> Workload:
-    """One of ``WORKLOADS``.
+    """Generate one of ``WORKLOADS``.
 
     Args:
-        name: which.
-        requests: rows; None: ``REQUESTS``.
-        seed: of the lengths.
-        max_new, group: instead of the workload's own; see ``workload_of``.
+        name: name of the workload.
+        requests: number of rows; None: ``REQUESTS``.
+        seed: seed of the lengths.
+        max_new: limit instead of the workload's own; see ``workload_of``.
+        group: group size instead of the workload's own; see ``workload_of``.
 
     Raises:
-        KeyError: there is no such workload.
+        KeyError: the workload is unknown.
     """
-    make = WORKLOADS[name]
+    generate = WORKLOADS[name]
     rng = np.random.default_rng([seed, *name.encode()])
-    made = make(rng, REQUESTS if requests is None else requests)
-    return workload_of(name, made.prompts, made.outputs, max_new or made.max_new, group or made.group)
+    lengths = generate(rng, REQUESTS if requests is None else requests)
+    return workload_of(
+        name,
+        prompt_tokens=lengths.prompts,
+        output_tokens=lengths.outputs,
+        max_new=max_new or lengths.max_new,
+        group=group or lengths.group,
+    )
 
 
 def with_hints(workload: Workload, sigma: float, seed: int = 0) -> Workload:
-    """Hints with a log-normal error: ``sigma`` is the standard deviation of its logarithm, inf tells nothing."""
+    """Add hints with a log-normal error of standard deviation ``sigma`` (of the logarithm); inf means random hints."""
     rng = np.random.default_rng([seed, 7])
     hints: FloatArray = workload.output_tokens.astype(np.float64)
     if math.isinf(sigma):
@@ -100,11 +115,11 @@ def with_hints(workload: Workload, sigma: float, seed: int = 0) -> Workload:
     return replace(workload, length_hints=hints)
 
 
-# -- the ten -----------------------------------------------------------------------------------------------
+# -- the ten named workloads ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _Lengths:
     prompts: FloatArray
     outputs: FloatArray
     max_new: int
@@ -117,49 +132,49 @@ def _lognormal(rng: np.random.Generator, mean: float, cv: float, count: int) -> 
 
 
 def _prompts(rng: np.random.Generator, count: int) -> FloatArray:
-    """200 tokens on average: a question with its instructions."""
+    """Draw prompts of 200 tokens on average: a question with its instructions."""
     return _lognormal(rng, 200, 0.5, count)
 
 
-def _constant(rng: np.random.Generator, count: int) -> _Made:  # noqa: ARG001 - there is nothing to draw
-    return _Made(np.full(count, 128.0), np.full(count, 128.0), 512)
+def _constant(rng: np.random.Generator, count: int) -> _Lengths:  # noqa: ARG001 - nothing is random
+    return _Lengths(np.full(count, 128.0), np.full(count, 128.0), 512)
 
 
-def _uniform(rng: np.random.Generator, count: int) -> _Made:
-    return _Made(_prompts(rng, count), rng.uniform(1, 600, count), 1024)
+def _uniform(rng: np.random.Generator, count: int) -> _Lengths:
+    return _Lengths(_prompts(rng, count), rng.uniform(1, 600, count), 1024)
 
 
-def _geometric(rng: np.random.Generator, count: int) -> _Made:
-    return _Made(_prompts(rng, count), rng.geometric(1 / 300, count).astype(np.float64), 4096)
+def _geometric(rng: np.random.Generator, count: int) -> _Lengths:
+    return _Lengths(_prompts(rng, count), rng.geometric(1 / 300, count).astype(np.float64), 4096)
 
 
-def _lognormal_narrow(rng: np.random.Generator, count: int) -> _Made:
-    return _Made(_prompts(rng, count), _lognormal(rng, 300, 0.6, count), 4096)
+def _lognormal_narrow(rng: np.random.Generator, count: int) -> _Lengths:
+    return _Lengths(_prompts(rng, count), _lognormal(rng, 300, 0.6, count), 4096)
 
 
-def _lognormal_wide(rng: np.random.Generator, count: int) -> _Made:
-    return _Made(_prompts(rng, count), _lognormal(rng, 300, 1.5, count), 8192)
+def _lognormal_wide(rng: np.random.Generator, count: int) -> _Lengths:
+    return _Lengths(_prompts(rng, count), _lognormal(rng, 300, 1.5, count), 8192)
 
 
-def _bimodal(rng: np.random.Generator, count: int) -> _Made:
-    return _Made(_prompts(rng, count), np.where(rng.random(count) < 0.8, 200.0, 4000.0), 8192)
+def _bimodal(rng: np.random.Generator, count: int) -> _Lengths:
+    return _Lengths(_prompts(rng, count), np.where(rng.random(count) < 0.8, 200.0, 4000.0), 8192)
 
 
-def _drifting(rng: np.random.Generator, count: int) -> _Made:
-    """The mean grows fourfold while the job runs."""
+def _drifting(rng: np.random.Generator, count: int) -> _Lengths:
+    """Draw outputs whose mean grows fourfold from the first row to the last."""
     means = 150 * 4 ** (np.arange(count) / max(1, count - 1))
-    return _Made(_prompts(rng, count), means * _lognormal(rng, 1, 0.6, count), 4096)
+    return _Lengths(_prompts(rng, count), means * _lognormal(rng, 1, 0.6, count), 4096)
 
 
-def _groups_of_16(rng: np.random.Generator, count: int) -> _Made:
-    """Samples of a prompt are of a kind: CV 0.8 between prompts, 0.5 within one."""
-    of_prompt = np.repeat(_lognormal(rng, 500, 0.8, -(-count // 16)), 16)[:count]
-    return _Made(_lognormal(rng, 400, 0.5, count), of_prompt * _lognormal(rng, 1, 0.5, count), 4096, 16)
+def _groups_of_16(rng: np.random.Generator, count: int) -> _Lengths:
+    """Draw outputs with a coefficient of variation of 0.8 between prompts and 0.5 between samples of a prompt."""
+    prompt_means = np.repeat(_lognormal(rng, 500, 0.8, ceil_div(count, 16)), 16)[:count]
+    return _Lengths(_lognormal(rng, 400, 0.5, count), prompt_means * _lognormal(rng, 1, 0.5, count), 4096, 16)
 
 
 _LEVELS = (0, .05, .1, .2, .3, .4, .5, .6, .65, .7, .75, .8, .85, .9, .95, .975, .99, .999, 1)  # fmt: skip
 # Quantiles at these levels of the two traces of 2023 in AzurePublicDataset (Patel et al., Splitwise, 2024; CC-BY 4.0).
-# Prompt and output are drawn apart, for their rank correlation is 0.07 and -0.02.
+# Prompts and outputs are drawn independently, because their rank correlation is only 0.07 and -0.02.
 _CONVERSATION = (
     (2, 181, 207, 387, 403, 703, 1020, 1071, 1097, 1130, 1189, 1315, 1876, 2734, 4083, 4092, 4142, 6179, 14050),
     (7, 41, 54, 77, 91, 103, 129, 177, 217, 384, 395, 400, 411, 424, 451, 522, 601, 954, 1000),
@@ -170,20 +185,20 @@ _CODE = (
 )
 
 
-def _azure(rng: np.random.Generator, count: int, quantiles: tuple[tuple[int, ...], ...], max_new: int) -> _Made:
+def _azure(rng: np.random.Generator, count: int, quantiles: tuple[tuple[int, ...], ...], max_new: int) -> _Lengths:
     prompts, outputs = (np.interp(rng.random(count), _LEVELS, values) for values in quantiles)
-    return _Made(prompts, outputs, max_new)
+    return _Lengths(prompts, outputs, max_new)
 
 
-def _conversation(rng: np.random.Generator, count: int) -> _Made:
+def _conversation(rng: np.random.Generator, count: int) -> _Lengths:
     return _azure(rng, count, _CONVERSATION, 1024)
 
 
-def _code(rng: np.random.Generator, count: int) -> _Made:
+def _code(rng: np.random.Generator, count: int) -> _Lengths:
     return _azure(rng, count, _CODE, 2048)
 
 
-WORKLOADS: Mapping[str, Callable[[np.random.Generator, int], _Made]] = {
+WORKLOADS: Mapping[str, Callable[[np.random.Generator, int], _Lengths]] = {
     "const": _constant,
     "unif": _uniform,
     "geom": _geometric,
@@ -195,4 +210,4 @@ WORKLOADS: Mapping[str, Callable[[np.random.Generator, int], _Made]] = {
     "code": _code,
     "grpo": _groups_of_16,
 }
-"""The ten of the reference, by the names that its tables use."""
+"""Generators of the ten named workloads."""
