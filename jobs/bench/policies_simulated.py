@@ -26,7 +26,7 @@ from jobs.bench.lib.tables import geomean, tell
 from rollout.batcher.admission_order import by_latest_start, steady_rows
 from rollout.batcher.preemption import Victim, cheapest, youngest
 from rollout.batcher.registry import make_policy
-from rollout.batcher.simulation.compare import KEPT, MAX_ROWS, Comparison, Spec, parse_spec, run
+from rollout.batcher.simulation.compare import MAX_ROWS, Comparison, Spec, budget_score, parse_spec, run
 from rollout.batcher.simulation.lower_bound import lower_bound_s
 from rollout.batcher.simulation.simulator import Machine, Outcome, simulate
 from rollout.batcher.simulation.workloads import WORKLOADS, Workload, named_workload, with_hints
@@ -85,14 +85,15 @@ def memory(given: argparse.Namespace) -> None:
         for name in given.workloads.split(","):
             rows: list[list[float]] = []
             for seed in range(given.seeds):
-                trial = Comparison(setting.workload(name, seed), setting.machine, seed)
-                bounds, static = trial.best_static
+                comparison = Comparison(setting.workload(name, seed), setting.machine, seed)
+                best = comparison.best_static
+                static = best.outcome
                 rate = static.tokens_per_s
-                outcomes = {spec.text: trial.run(spec) for spec in specs}
+                outcomes = {spec.text: comparison.run(spec) for spec in specs}
                 own = outcomes["predictive"]
                 # The best run in order of arrival that is known, which a static batch may be.
                 oracle = max(
-                    trial.oracle.tokens_per_s, *(o.tokens_per_s for t, o in outcomes.items() if o is not own), rate
+                    comparison.oracle.tokens_per_s, *(o.tokens_per_s for t, o in outcomes.items() if o is not own), rate
                 )
                 for spec in specs:
                     ratios[spec.text].append(outcomes[spec.text].tokens_per_s / rate)
@@ -102,8 +103,13 @@ def memory(given: argparse.Namespace) -> None:
                     ours[text].append(own.tokens_per_s / value)
                 rows.append(
                     [ratios[spec.text][-1] for spec in specs]
-                    + [oracle / rate, static.total_s / trial.lower_bound_s, ours["FIFO oracle"][-1], ours["memory"][-1]]
-                    + [own.recompute_share, own.rows_mean, bounds.max_rows]
+                    + [
+                        oracle / rate,
+                        static.total_s / comparison.lower_bound_s,
+                        ours["FIFO oracle"][-1],
+                        ours["memory"][-1],
+                    ]
+                    + [own.recompute_share, own.rows_mean, best.bounds.max_rows]
                 )
             *means, recompute, mean_rows, cap = (fmean(column) for column in zip(*rows, strict=True))
             lines.append([name, *(f"{x:.3f}" for x in means), f"{recompute:.1%}", f"{mean_rows:.0f}", f"{cap:.0f}"])
@@ -135,16 +141,20 @@ def budget(given: argparse.Namespace) -> None:
             for seed in range(given.seeds):
                 workload = setting.workload(name, seed)
                 limit = budget_ms(workload, setting.machine)
-                trial = Comparison(workload, setting.machine, seed, limit)
-                bounds, static = trial.best_static
-                own = trial.run(parse_spec("predictive"))
-                published = _sla(trial, alpha=20, delta=5, epsilon_d=10.0)
-                swept = max(_sla_sweep(trial) if given.sla else [published], key=lambda o: _kept(o, limit))
+                comparison = Comparison(workload, setting.machine, seed, limit)
+                best = comparison.best_static
+                static = best.outcome
+                own = comparison.run(parse_spec("predictive"))
+                published = _sla(comparison, alpha=20, delta=5, epsilon_d=10.0)
+                swept = max(
+                    _sla_sweep(comparison) if given.sla else [published],
+                    key=lambda outcome: budget_score(outcome, limit),
+                )
                 rate = static.tokens_per_s
                 bound_s = lower_bound_s(workload, setting.machine, budget_ms=limit)
                 all_ratios.append(own.tokens_per_s / rate)
                 all_overs.append(own.over(limit))
-                rows.append([limit, rate, bounds.max_rows, bounds.prefill_tokens, static.total_s / bound_s,
+                rows.append([limit, rate, best.bounds.max_rows, best.bounds.prefill_tokens, static.total_s / bound_s,
                              all_ratios[-1], all_overs[-1], own.paused_steps / len(own.step_ms),
                              _short(own, limit), published.tokens_per_s / rate, published.over(limit),
                              swept.tokens_per_s / rate, swept.over(limit)])  # fmt: skip
@@ -168,26 +178,21 @@ def _short(outcome: Outcome, limit: float) -> float:
     return float(outcome.step_ms[outcome.step_ms < 0.85 * limit].sum() / outcome.step_ms.sum())
 
 
-def _sla(trial: Comparison, chunk: int = 512, **parameters: float) -> Outcome:
-    policy = make_policy("sla", Bounds(1, 1024, trial.budget_ms, chunk), **parameters)
-    return simulate(trial.workload, trial.machine, policy, seed=trial.seed)
+def _sla(comparison: Comparison, chunk: int = 512, **parameters: float) -> Outcome:
+    policy = make_policy("sla", Bounds(1, 1024, comparison.budget_ms, chunk), **parameters)
+    return simulate(comparison.workload, comparison.machine, policy, seed=comparison.seed)
 
 
-def _sla_sweep(trial: Comparison) -> list[Outcome]:
+def _sla_sweep(comparison: Comparison) -> list[Outcome]:
     """Algorithm 2 with the best of 4 settings and 5 chunks, aimed at three budgets below the real one."""
-    assert trial.budget_ms is not None
+    assert comparison.budget_ms is not None
     found = []
     for aim in (0.75, 0.9, 1.0):
-        aimed = Comparison(trial.workload, trial.machine, trial.seed, aim * trial.budget_ms)
+        aimed = Comparison(comparison.workload, comparison.machine, comparison.seed, aim * comparison.budget_ms)
         for parameters in _SLA:
-            own = parameters | {"epsilon_d": parameters["epsilon_d"] * trial.budget_ms}
+            own = parameters | {"epsilon_d": parameters["epsilon_d"] * comparison.budget_ms}
             found += [_sla(aimed, chunk, **own) for chunk in (32, 64, 128, 256, 512)]
     return found
-
-
-def _kept(outcome: Outcome, limit: float) -> tuple[float, float]:
-    """Those that keep the budget first, then the fastest."""
-    return -max(outcome.over(limit), KEPT), outcome.tokens_per_s
 
 
 # -- hints -------------------------------------------------------------------------------------------------
@@ -248,7 +253,7 @@ def _hints_of(workload: Workload) -> FloatArray:
 
 def _fixed(workload: Workload, order: IntArray) -> Workload:
     """In this order, and without hints that would change it."""
-    return replace(workload.taken(order), length_hints=None)
+    return replace(workload.reordered(order), length_hints=None)
 
 
 def _longest_first(groups: IntArray, expected: FloatArray) -> IntArray:

@@ -2,7 +2,8 @@
 
     python -m jobs.docs.configuration
 
-Defaults and meanings are read from conf/, where each key has a comment, and types from `rollout.config`.
+Defaults and meanings are read from conf/, where each key has a comment, and types from `rollout.config`. Those of a
+policy's own parameters are read from its dataclass in batcher/policies.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rollout import config
+from rollout.batcher.registry import PARAMETERS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "configuration.md"
@@ -26,17 +28,10 @@ GROUPS: dict[str, tuple[str, type[Any]]] = {
     "model": ("default", config.ModelConfig),
     "data": ("arithmetic", config.DataConfig),
     "sampling": ("default", config.SamplingConfig),
-    "batcher": ("predictive", config.PredictiveBatcherConfig),
+    "batcher": ("predictive", config.BatcherConfig),
     "memory": ("default", config.MemoryConfig),
     "output": ("default", config.OutputConfig),
     "reward": ("none", config.RewardConfig),
-}
-BATCHERS: dict[str, type[Any]] = {
-    "predictive": config.PredictiveBatcherConfig,
-    "memory": config.MemoryBatcherConfig,
-    "sla": config.SlaBatcherConfig,
-    "paper": config.PaperBatcherConfig,
-    "static": config.BatcherConfig,
 }
 _KEY = re.compile(r"^(\w+): ([^#]*?)(?: # (.*))?$")
 
@@ -123,12 +118,17 @@ def _options(group: str) -> list[str]:
 
 def _batcher() -> list[str]:
     lines = ["All policies:", "", *_table("batcher", keys_of(CONF / "batcher" / "_bounds.yaml"), config.BatcherConfig)]
-    common = {field.name for field in fields(config.BatcherConfig)}
-    for name, kind in BATCHERS.items():
-        own = [key for key in keys_of(CONF / "batcher" / f"{name}.yaml") if key.name not in common]
-        if own:
-            lines += [f"`batcher={name}`:", "", *_table("batcher", own, kind)]
+    for name in ("predictive", "memory", "sla", "paper"):
+        lines += [f"`batcher={name}`:", "", *_table("batcher", parameter_keys(PARAMETERS[name]), PARAMETERS[name])]
     return lines
+
+
+def parameter_keys(parameters: type[Any]) -> list[Key]:
+    """Return the keys of a policy from the dataclass of its parameters."""
+    return [
+        Key(field.name, "null" if field.default is None else str(field.default), field.metadata["meaning"])
+        for field in fields(parameters)
+    ]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[str]:

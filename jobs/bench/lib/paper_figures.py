@@ -60,7 +60,7 @@ def paper(given: argparse.Namespace) -> None:
     for model, prompt, output, static, dynamic in _TABLE_2:
         machine = Machine(int(256 * (prompt + output)), _FIGURE_3)
         trial = Comparison(_of_means(model, prompt, output, 3000, 0), machine, 0, 50.0)
-        rate = trial.best_static[1].tokens_per_s
+        rate = trial.best_static.outcome.tokens_per_s
         cells = []
         for name in ("sla", "paper", "predictive"):
             outcome = trial.run(parse_spec(f"{name}:1024"))
