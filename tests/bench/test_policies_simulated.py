@@ -1,13 +1,15 @@
-"""The tables of jobs/bench/policies_simulated.py, on jobs so small that they say nothing."""
+"""Tables of jobs/bench/policies_simulated.py, on jobs too small for meaningful figures."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from jobs.bench import policies_simulated
 from jobs.bench.lib import paper_figures, tables
+from rollout.batcher.simulation.workloads import workload_of
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         ("victims", ["workload", "cheapest / youngest"]),
     ],
 )
-def test_a_figure_is_a_table(figure: str, heads: list[str], capsys: pytest.CaptureFixture[str]):
+def test_figure_prints_table_with_workloads(figure: str, heads: list[str], capsys: pytest.CaptureFixture[str]):
     policies_simulated.main([figure, "--machines", "S", "--workloads", "const,unif", "--seeds", "1"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert set(heads) <= {cell.strip() for cell in table[0].split("|")}
@@ -39,21 +41,19 @@ def test_a_figure_is_a_table(figure: str, heads: list[str], capsys: pytest.Captu
     assert {line.split("|")[1].strip() for line in table} >= {"const", "unif"}
 
 
-def test_forecasts_by_machine_and_workload(capsys: pytest.CaptureFixture[str]):
+def test_forecast_prints_row_per_machine_and_workload(capsys: pytest.CaptureFixture[str]):
     policies_simulated.main(["forecast", "--machines", "S,B", "--workloads", "const,unif", "--seeds", "2"])
     table = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert table[2:] == ["S const", "S unif", "B const", "B unif"]
 
 
-def test_the_budget_of_the_reference():
+def test_budget_is_that_of_half_the_memory_bound_batch():
     machine = policies_simulated.SETTINGS["B"].machine
-    job = policies_simulated.workload_of(
-        "constant", policies_simulated.np.full(9, 100), policies_simulated.np.full(9, 100)
-    )
+    job = workload_of("constant", np.full(9, 100), np.full(9, 100))
     # 100,000 / (100 + 50) rows in memory; half of them, and half of the tokens.
     assert policies_simulated.memory_bound_rows(job, machine) == pytest.approx(666.67, abs=0.01)
     assert policies_simulated.budget_ms(job, machine) == pytest.approx(1.3 * (5.5 + 0.02 * 333.33 + 2.2), abs=0.01)
 
 
-def test_the_geometric_mean():
+def test_geomean_is_geometric_mean():
     assert tables.geomean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
