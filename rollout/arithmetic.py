@@ -1,4 +1,4 @@
-"""``builtin:arithmetic``: generated word problems with one right number, and the reward that checks it."""
+"""The dataset ``builtin:arithmetic``: generated word problems, and the reward that checks their answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEFAULT_PROBLEMS = 1024
 _NAMES = ("Ada", "Ben", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana")
 _THINGS = ("apples", "books", "coins", "marbles", "pencils", "shells", "stamps", "stickers")
 
-# A template, and which of the quantities below is its answer.
+# Each template, and the name of the quantity in `problem` that answers it.
 _TEMPLATES = (
     ("What is {a} plus {b}?", "a_and_b"),
     ("What is {a} times {b}?", "product"),
@@ -28,9 +28,9 @@ _TEMPLATES = (
 
 
 def problem(index: int) -> dict[str, str]:
-    """The problem with this index: the same in every process, and whatever number of problems is asked for."""
+    """Generate the problem with this index; it is the same in every process, for any number of problems."""
     rng = random.Random(f"arithmetic-{index}")
-    # Small numbers, so that a model of a hundred million parameters gets some of the answers right.
+    # Numbers small enough for a model of 100 million parameters to get some answers right.
     a, b, c = (rng.randint(2, 9) for _ in range(3))
     quantities = {"a": a, "b": b, "c": c, "a_and_b": a + b, "b_and_c": b + c, "all": a + b + c}
     quantities |= {"product": a * b, "product_and_c": a * b + c}
@@ -40,33 +40,33 @@ def problem(index: int) -> dict[str, str]:
 
 
 def problems(count: int) -> list[dict[str, str]]:
-    """The first ``count`` problems."""
+    """Generate the first ``count`` problems."""
     return [problem(index) for index in range(count)]
 
 
-# No letter, digit or point before it: the 2 of "x2" is no number, and the minus of "7-3" subtracts.
+# Not after a letter, digit or point: the 2 of "x2" is not a number, and the minus of "7-3" is not a sign.
 _NUMBER = re.compile(r"(?<![\w.])-?\$?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(?!\d)")
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text: ``1,234.50`` is one; None where there is none."""
-    found = None
+    """Return the last number in a text, such as ``1,234.50``; None if it has none."""
+    last = None
     for match in _NUMBER.finditer(text.replace("−", "-")):
-        found = match
-    return None if found is None else Decimal(found.group().replace(",", "").replace("$", ""))
+        last = match
+    return None if last is None else Decimal(last.group().replace(",", "").replace("$", ""))
 
 
 def exact_match(prompt_row: dict[str, Any], completion_text: str) -> float:
-    """1.0 where the last number of the completion equals the last number of the row's ``answer``, else 0.0.
+    """Return 1.0 if the completion's last number equals the last number of the column ``answer``, else 0.0.
 
-    The last number of an answer, so that the ``... #### 42`` of GSM8K is read as 42.
+    Taking the last number of the answer reads GSM8K's ``... #### 42`` as 42.
 
     Raises:
-        ValueError: the row has no ``answer``, or that holds no number.
+        ValueError: the input row has no ``answer``, or an answer without a number.
     """
     if "answer" not in prompt_row:
-        raise ValueError("the row has no column 'answer'")
-    wanted = last_number(str(prompt_row["answer"]))
-    if wanted is None:
-        raise ValueError(f"the row's answer {prompt_row['answer']!r} holds no number")
-    return float(last_number(completion_text) == wanted)
+        raise ValueError("the input row has no column 'answer'")
+    expected = last_number(str(prompt_row["answer"]))
+    if expected is None:
+        raise ValueError(f"the answer {prompt_row['answer']!r} of the input row holds no number")
+    return 1.0 if last_number(completion_text) == expected else 0.0

@@ -1,4 +1,4 @@
-"""The rows of a dataset as prompts, each with an id of its own."""
+"""Read the input rows of a dataset as prompts, each with a unique id."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ import datasets
 
 from rollout.config import DataConfig
 from rollout.data.sources import find_source, load, refuse
-from rollout.errors import InputError
+from rollout.errors import InputError, shorten
 
 Message = dict[str, Any]
 Prompt = str | list[Message] | list[int]
-"""Text as it is, chat messages for the template, or token ids."""
+"""Plain text, chat messages for the template, or token ids."""
 
-_BATCH = 1000
+_ROWS_PER_READ = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetRow:
-    """One row: its prompt, or the class and words of what is wrong with it."""
+    """One input row: its prompt, or the class and text of the error that makes it unusable."""
 
     index: int
     row_id: str
     prompt: Prompt | None
     columns: dict[str, Any]
-    """All columns of the row where a reward reads them, else those that the configuration names."""
+    """All columns if a reward reads them, otherwise those that the configuration names."""
     error_class: str = ""
     error: str = ""
     length_hint: float | None = None
-    """Tokens that its output is expected to have; None where the column has no positive number."""
+    """Expected tokens of its completions; None where the column has no positive number."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """All rows of a run, in the order of the dataset. They stay on disk until they are asked for."""
+    """All input rows of a run, in dataset order; they are read from disk on demand."""
 
     row_ids: list[str]
     content: str
-    """Digest of ids, prompts and what the reward reads: with another one, results are others."""
+    """Digest of the ids, the prompts and, with a reward, all columns: what the results depend on."""
     chat_row: str | None
-    """Id of the first row that needs a chat template, None where no row does."""
+    """Id of the first input row that needs a chat template; None if no row does."""
     _dataset: datasets.Dataset
     _config: DataConfig
 
@@ -56,25 +56,25 @@ class Prompts:
 
     @property
     def hinted(self) -> bool:
-        """Whether rows have length hints."""
+        """Whether the dataset has a column of length hints."""
         return self._config.length_hint_column is not None
 
     def rows(self, start: int, stop: int) -> Iterator[DatasetRow]:
-        """Rows ``[start, stop)``."""
-        for index, columns in enumerate(_dicts(self._dataset[start:stop]), start):
-            row = _prompt_row(index, self.row_ids[index], columns, self._config)
+        """Yield the input rows ``[start, stop)``."""
+        for index, columns in enumerate(_rows_of(self._dataset[start:stop]), start):
+            row = _dataset_row(index, self.row_ids[index], columns, self._config)
             column = self._config.length_hint_column
-            yield row if column is None else replace(row, length_hint=_hint(columns[column]))
+            yield row if column is None else replace(row, length_hint=_length_hint(columns[column]))
 
 
 def read_prompts(config: DataConfig, with_columns: bool = False) -> Prompts:
-    """Read a dataset and give every row its id.
+    """Read a dataset and give every input row its id.
 
     Args:
-        with_columns: keep all columns, for a reward; else those alone that the configuration names.
+        with_columns: keep all columns, for a reward; otherwise only those that the configuration names.
 
     Raises:
-        InputError: there is nothing to read, or it cannot be read as prompts; the message says what to change.
+        InputError: the dataset is missing, empty or does not hold prompts; the message says what to change.
     """
     source = find_source(config.path)
     dataset = load(source, config)
@@ -83,82 +83,86 @@ def read_prompts(config: DataConfig, with_columns: bool = False) -> Prompts:
         dataset = dataset.select(range(min(config.limit, len(dataset))))
     if not with_columns:
         columns = (config.prompt_column, config.id_column, config.length_hint_column)
-        dataset = dataset.select_columns(list(dict.fromkeys(c for c in columns if c is not None)))
+        dataset = dataset.select_columns(list(dict.fromkeys(name for name in columns if name is not None)))
     try:
-        prompts = _identified(dataset, config, with_columns)
+        prompts = _with_ids(dataset, config, with_columns)
     except UnicodeDecodeError as error:
-        # Arrow reads text as it is; only here does it become strings.
+        # Arrow does not check the encoding of text; it is decoded only when rows become Python values.
         refuse(source, error)
     _refuse_duplicates(prompts.row_ids, config)
     if config.system_prompt is not None and prompts.chat_row is None:
         raise InputError(
-            "data.system_prompt goes before chat messages, and the prompts are plain: set data.as_chat=true as well."
+            "data.system_prompt needs chat messages, but no prompt has any: set data.as_chat=true as well."
         )
     return prompts
 
 
-def _identified(dataset: datasets.Dataset, config: DataConfig, with_columns: bool) -> Prompts:
+def _with_ids(dataset: datasets.Dataset, config: DataConfig, with_columns: bool) -> Prompts:
     row_ids: list[str] = []
     ordinals: Counter[str] = Counter()
     digest = hashlib.sha256()
     chat_row = None
-    for columns in (row for batch in dataset.iter(_BATCH) for row in _dicts(batch)):
+    for columns in (row for batch in dataset.iter(_ROWS_PER_READ) for row in _rows_of(batch)):
         prompt = _canonical(_without_nulls(columns[config.prompt_column]))
         row_id = _given_id(columns[config.id_column], len(row_ids), config) if config.id_column else None
         if row_id is None:
-            name = hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=8).hexdigest()
-            row_id = f"{name}-{ordinals[name]}"
-            ordinals[name] += 1
+            prompt_hash = hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+            row_id = f"{prompt_hash}-{ordinals[prompt_hash]}"
+            ordinals[prompt_hash] += 1
         content = _canonical(columns) if with_columns else prompt
         digest.update(f"{row_id}\0{content}\n".encode(errors="surrogatepass"))
-        if chat_row is None and _is_chat(_prompt_row(0, row_id, columns, config).prompt):
+        if chat_row is None and _is_chat(_dataset_row(len(row_ids), row_id, columns, config).prompt):
             chat_row = row_id
         row_ids.append(row_id)
-    return Prompts(row_ids, digest.hexdigest(), chat_row, dataset, config)
+    return Prompts(row_ids=row_ids, content=digest.hexdigest(), chat_row=chat_row, _dataset=dataset, _config=config)
 
 
-def _dicts(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+def _rows_of(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a batch of columns."""
     return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
 def _canonical(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=_plain)
+    """Format a value as JSON that is the same in every process, for digests."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=_json_default)
 
 
-def _plain(value: object) -> str:
+def _json_default(value: object) -> str:
     if isinstance(value, datetime | date | time):
         return value.isoformat()
-    # Pictures and the like: their text may hold an address in memory, which no other process repeats.
+    # The repr of other objects, such as images, may hold a memory address, which differs between processes.
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else type(value).__name__
 
 
-# One row
+# -- one input row ---------------------------------------------------------------------------------------
 
 
-def _prompt_row(index: int, row_id: str, columns: dict[str, Any], config: DataConfig) -> DatasetRow:
+def _dataset_row(index: int, row_id: str, columns: dict[str, Any], config: DataConfig) -> DatasetRow:
     value = columns[config.prompt_column]
+    row = DatasetRow(index=index, row_id=row_id, prompt=None, columns=columns)
     if value is None:
-        return DatasetRow(index, row_id, None, columns, "bad_prompt", "The prompt is null.")
+        return replace(row, error_class="bad_prompt", error="The prompt is null.")
     if value in ("", []):
-        return DatasetRow(index, row_id, None, columns, "empty_prompt", "The prompt is empty.")
+        return replace(row, error_class="empty_prompt", error="The prompt is empty.")
     if isinstance(value, str):
-        return DatasetRow(index, row_id, _with_system(value, config), columns)
+        return replace(row, prompt=_with_system(value, config))
     if isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         if min(value) < 0:
-            return DatasetRow(index, row_id, None, columns, "bad_prompt", f"The token id {min(value)} is negative.")
-        return DatasetRow(index, row_id, value, columns)
+            return replace(row, error_class="bad_prompt", error=f"The token id {min(value)} is negative.")
+        return replace(row, prompt=value)
     if isinstance(value, list) and all(isinstance(item, dict) and isinstance(item.get("role"), str) for item in value):
-        return DatasetRow(index, row_id, _with_system(_without_nulls(value), config), columns)
-    error = f"The prompt {_short(value)} is neither text, nor chat messages with roles, nor token ids."
-    return DatasetRow(index, row_id, None, columns, "bad_prompt", error)
+        return replace(row, prompt=_with_system(_without_nulls(value), config))
+    shown = shorten(repr(value), longest=80)
+    error = f"The prompt {shown} is neither text, nor chat messages with roles, nor token ids."
+    return replace(row, error_class="bad_prompt", error=error)
 
 
-def _hint(value: float | None) -> float | None:
+def _length_hint(value: float | None) -> float | None:
     return None if value is None or not 0 < value < math.inf else float(value)
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow fills the fields that some messages have into all others, as nulls; templates test for presence."""
+    """Remove null fields: Arrow adds a field of any message to all messages, but templates test for presence."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict):
@@ -180,26 +184,21 @@ def _is_chat(prompt: Prompt | None) -> bool:
     return isinstance(prompt, list) and isinstance(prompt[0], dict)
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _given_id(value: object, row: int, config: DataConfig) -> str:
+def _given_id(value: object, index: int, config: DataConfig) -> str:
     if value is None or value == "":
         raise InputError(
-            f"Row {row} (counted from 0) has no value in data.id_column={config.id_column}; give every row an id, "
-            "or set data.id_column=null."
+            f"Input row {index} (counted from 0) has no value in data.id_column={config.id_column}; give every "
+            "input row an id, or set data.id_column=null."
         )
     return str(value)
 
 
 def _refuse_duplicates(row_ids: Sequence[str], config: DataConfig) -> None:
     first: dict[str, int] = {}
-    for row, row_id in enumerate(row_ids):
-        if first.setdefault(row_id, row) != row:
+    for index, row_id in enumerate(row_ids):
+        if first.setdefault(row_id, index) != index:
             raise InputError(
-                f"Rows {first[row_id]} and {row} (counted from 0) have the same id {row_id!r} in "
+                f"Input rows {first[row_id]} and {index} (counted from 0) have the same id {row_id!r} in "
                 f"data.id_column={config.id_column}; make ids unique, or set data.id_column=null."
             )
 
@@ -212,22 +211,22 @@ def _check_columns(dataset: datasets.Dataset, config: DataConfig) -> None:
     ):
         if column is not None and column not in dataset.column_names:
             raise InputError(
-                f"{key}={column} is no column of {config.path}, which has {', '.join(dataset.column_names)}."
+                f"{key}={column} is not a column of {config.path}, which has {', '.join(dataset.column_names)}."
             )
     feature = dataset.features[config.prompt_column]
     if not _may_hold_prompts(feature):
-        kind = getattr(feature, "dtype", type(feature).__name__)
+        dtype = getattr(feature, "dtype", type(feature).__name__)
         raise InputError(
-            f"data.prompt_column={config.prompt_column} holds {kind} values, but prompts are text, lists of chat "
+            f"data.prompt_column={config.prompt_column} holds {dtype} values, but prompts are text, lists of chat "
             "messages or lists of token ids."
         )
     if config.length_hint_column is not None:
         hints = dataset.features[config.length_hint_column]
-        kind = getattr(hints, "dtype", type(hints).__name__)
-        if not isinstance(hints, datasets.Value) or not kind.startswith(("int", "uint", "float")):
+        dtype = getattr(hints, "dtype", type(hints).__name__)
+        if not isinstance(hints, datasets.Value) or not dtype.startswith(("int", "uint", "float")):
             raise InputError(
-                f"data.length_hint_column={config.length_hint_column} holds {kind} values, but hints are numbers of "
-                "tokens."
+                f"data.length_hint_column={config.length_hint_column} holds {dtype} values, but length hints are "
+                "numbers of tokens."
             )
 
 
@@ -235,7 +234,7 @@ def _may_hold_prompts(feature: object) -> bool:
     if isinstance(feature, datasets.Value):
         return feature.dtype in ("string", "large_string")
     if type(feature).__name__ == "Json":
-        # Values of several types in one column: each row is judged for itself.
+        # A column of mixed types: `_dataset_row` checks each value.
         return True
     item = getattr(feature, "feature", None)
     if isinstance(item, datasets.Value):

@@ -1,4 +1,4 @@
-"""Reading a dataset from wherever ``data.path`` says, and naming what is to blame where that fails."""
+"""Load the dataset that ``data.path`` names, and explain failures down to the line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import datasets
 
 from rollout.arithmetic import DEFAULT_PROBLEMS, problems
 from rollout.config import DataConfig
-from rollout.errors import InputError
+from rollout.errors import InputError, first_line, shorten
 
 BUILTIN = "builtin:"
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -25,24 +25,24 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What ``data.path`` means on this machine."""
+    """What ``data.path`` refers to on this machine."""
 
     path: str
     builder: str | None
-    """What `datasets` reads it with: the kind of its files, or the id of a hub dataset; None for a saved folder."""
+    """Argument of ``load_dataset``: a file format or the id of a hub dataset; None for a builtin or a saved folder."""
     files: tuple[str, ...] = ()
 
 
 def find_source(path: str) -> Source:
-    """What a path means.
+    """Find what a path refers to.
 
     Raises:
-        InputError: there is nothing, or nothing that can be read.
+        InputError: the path does not exist, or has a format that cannot be read.
     """
     path = os.path.expanduser(path)
     if path.startswith(BUILTIN):
         if path != "builtin:arithmetic":
-            raise InputError(f"data.path is {path}, but the one builtin dataset is builtin:arithmetic.")
+            raise InputError(f"data.path is {path}, but the only builtin dataset is builtin:arithmetic.")
         return Source(path, None)
     if "://" in path:
         return Source(path, _builder(path), (path,))
@@ -50,7 +50,7 @@ def find_source(path: str) -> Source:
         if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
             return Source(path, None)
         raise InputError(
-            f"data.path={path} is a folder that save_to_disk did not write; name the files in it, e.g. "
+            f"data.path={path} is a folder that save_to_disk did not write; give the files in it, e.g. "
             f"data.path='{path.rstrip('/')}/*.parquet'."
         )
     if Path(path).exists():
@@ -68,17 +68,17 @@ def find_source(path: str) -> Source:
 def _builder(path: str) -> str:
     suffix = Path(path.removesuffix(".gz")).suffix
     if suffix not in _BUILDERS:
-        raise InputError(f"data.path={path} ends in none of {', '.join(_BUILDERS)}, the files that can be read.")
+        raise InputError(f"data.path={path} ends in none of the readable formats {', '.join(_BUILDERS)}.")
     return _BUILDERS[suffix]
 
 
 def load(source: Source, config: DataConfig) -> datasets.Dataset:
-    """The dataset of a source.
+    """Load the dataset of a source.
 
     Raises:
-        InputError: it cannot be read, has no rows, or not the split.
+        InputError: the dataset cannot be read, has no input rows, or lacks the split.
     """
-    # The job draws its own progress, and says in one sentence what failed.
+    # The job draws its own progress and reports failures in one sentence.
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
     if source.path.startswith(BUILTIN):
@@ -89,10 +89,10 @@ def load(source: Source, config: DataConfig) -> datasets.Dataset:
         dataset = _split(_read(source, config), config)
     except InputError:
         raise
-    except Exception as error:  # noqa: BLE001  # whatever it is, it came of reading this input
+    except Exception as error:  # noqa: BLE001  # readers raise many kinds of errors; each means bad input
         refuse(source, error)
     if len(dataset) == 0:
-        raise InputError(f"data.path={source.path} holds no rows.")
+        raise InputError(f"data.path={source.path} holds no input rows.")
     return dataset
 
 
@@ -101,47 +101,47 @@ def _read(source: Source, config: DataConfig) -> Any:
         try:
             return datasets.load_from_disk(source.path)
         except IndexError as error:
-            # It looks for the first of the folder's data files, and an empty dataset has none.
-            raise InputError(f"data.path={source.path} holds no rows.") from error
+            # load_from_disk indexes the folder's first data file, which an empty dataset does not have.
+            raise InputError(f"data.path={source.path} holds no input rows.") from error
     if source.files:
-        # A file has one split, whatever it is called.
+        # The files form one split, which takes the configured name.
         files = {config.split: list(source.files)}
         return datasets.load_dataset(source.builder, data_files=files, split=config.split)
     return datasets.load_dataset(source.builder, name=config.name, split=config.split)
 
 
-def _split(read: datasets.Dataset | datasets.DatasetDict, config: DataConfig) -> datasets.Dataset:
-    if isinstance(read, datasets.Dataset):
-        return read
-    if config.split not in read:
-        raise InputError(f"data.split={config.split} is not in {config.path}, which has {', '.join(sorted(read))}.")
-    return cast(datasets.Dataset, read[config.split])
+def _split(loaded: datasets.Dataset | datasets.DatasetDict, config: DataConfig) -> datasets.Dataset:
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if config.split not in loaded:
+        raise InputError(f"data.split={config.split} is not in {config.path}, which has {', '.join(sorted(loaded))}.")
+    return cast(datasets.Dataset, loaded[config.split])
 
 
 def refuse(source: Source, error: Exception) -> NoReturn:
-    """Turn an error in reading a source into a sentence that names the line, where there is one to name."""
-    for file in source.files if source.builder == "json" else ():
-        _name_bad_line(file)
+    """Raise an `InputError` that explains why a source cannot be read, naming the bad line of a JSON file."""
+    if source.builder == "json":
+        for file in source.files:
+            _refuse_bad_line(file)
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    raise InputError(f"data.path={source.path} cannot be read: {lines[0].rstrip('.')}.") from error
+    raise InputError(f"data.path={source.path} cannot be read: {first_line(cause)}.") from error
 
 
-def _name_bad_line(path: str) -> None:
-    """Find the line of a JSONL file that is to blame.
+def _refuse_bad_line(path: str) -> None:
+    """Look for a bad line in a JSON or JSONL file.
 
     Raises:
-        InputError: naming the file and the line.
+        InputError: a line is bad, or the file has none; the message names the file and the line.
     """
     if not Path(path).exists():
         return
-    number = rows = 0
+    rows = 0
     with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1 and line.lstrip()[:1] == b"[":
-                _name_bad_line_of_array(path, line + file.read())
+                _refuse_bad_array(path, line + file.read())
                 return
             if not line.strip():
                 continue
@@ -150,23 +150,19 @@ def _name_bad_line(path: str) -> None:
             except ValueError as error:
                 reason = getattr(error, "msg", "it is not UTF-8")
                 raise InputError(
-                    f"Line {number} of {path} is not a whole JSON object ({reason}); mend or remove it."
+                    f"Line {number} of {path} is not a complete JSON object ({reason}); fix or remove it."
                 ) from error
             if not isinstance(row, dict):
-                raise InputError(f"Line {number} of {path} is {_short(row)}, but must be a JSON object.")
+                shown = shorten(json.dumps(row), longest=40)
+                raise InputError(f"Line {number} of {path} is {shown}, but must be a JSON object.")
             rows += 1
     if not rows:
-        raise InputError(f"The file {path} holds no rows.")
+        raise InputError(f"The file {path} holds no input rows.")
 
 
-def _name_bad_line_of_array(path: str, content: bytes) -> None:
+def _refuse_bad_array(path: str, content: bytes) -> None:
     try:
         json.loads(content)
     except ValueError as error:
         line, reason = getattr(error, "lineno", 1), getattr(error, "msg", "it is not UTF-8")
-        raise InputError(f"Line {line} of {path} breaks the JSON array ({reason}); mend it.") from error
-
-
-def _short(row: object) -> str:
-    text = json.dumps(row)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+        raise InputError(f"Line {line} of {path} breaks the JSON array ({reason}); fix it.") from error

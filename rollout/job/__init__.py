@@ -1,1 +1,1 @@
-"""A job: the prompts of a dataset into verified files."""
+"""A job: generate completions for the prompts of a dataset into verifiable files."""

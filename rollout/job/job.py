@@ -1,4 +1,4 @@
-"""A job: prompts of a dataset through the engine into verified files, resumable at any time."""
+"""Run a job: generate completions for a dataset into a run directory, resumable at any time."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from typing import Protocol
 from rollout.config import Config, ModelConfig
 from rollout.data.prompts import Prompt, Prompts, read_prompts
 from rollout.errors import Exit, InputError
-from rollout.job.cpu_threads import threads
+from rollout.job.cpu_threads import choose_threads
 from rollout.job.progress import Progress
 from rollout.job.ranks import Ranks, Topology
-from rollout.job.rewards import Reward, load_reward
+from rollout.job.rewards import load_reward
 from rollout.job.shard_worker import ShardWorker
-from rollout.length_history import LengthHistory
 from rollout.records import Record
 from rollout.requests import Request, StepReport
 from rollout.run_dir.fingerprint import fingerprint_of
 from rollout.run_dir.metrics import MetricsWriter
-from rollout.run_dir.previous_lengths import lengths_of_run
-from rollout.run_dir.run import RunDir, earlier_run, open_run, prepare, read_run
+from rollout.run_dir.previous_lengths import read_lengths
+from rollout.run_dir.run import RunDir, existing_run, open_run, prepare_folder, read_run
 from rollout.run_dir.shard_locks import FileLocks
 from rollout.run_dir.summary import summarise
 
@@ -35,7 +34,7 @@ POLL_SECONDS = 0.5
 
 
 class Generator(Protocol):
-    """What a job needs of the engine."""
+    """The part of the engine that a job uses."""
 
     def run(
         self, requests: Iterable[Request], *, on_step: Callable[[StepReport], None] | None = None
@@ -46,22 +45,22 @@ class Generator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An engine on a model in memory."""
+    """An engine on a loaded model."""
 
     engine: Generator
     dtype: str
-    """What the model computes in."""
+    """The model's dtype."""
     attention: str
-    """What attends, as `Engine.attention` says."""
+    """The value of `Engine.attention`."""
 
 
-def load_engine(config: Config, prompts: Prompts, place: Topology) -> Loaded:
-    """The model of a job with the engine on it.
+def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
+    """Load the job's model and build an engine on it.
 
     Raises:
-        InputError: the model cannot be loaded or served, or has no chat template that the prompts need.
+        InputError: the model cannot be loaded or served, or lacks the chat template that the prompts need.
     """
-    # Heavy to import, and not needed to refuse bad input.
+    # Imported here because bad input is refused without them, and they take seconds.
     import torch
     import transformers
 
@@ -77,13 +76,13 @@ def load_engine(config: Config, prompts: Prompts, place: Topology) -> Loaded:
     with _naming_model_keys():
         device = resolve_device(source.device)
         check_available(attention, device)
-        if device.type == "cpu" and (count := threads(place.local_world_size, os.environ)) is not None:
+        if device.type == "cpu" and (count := choose_threads(topology.local_world_size, os.environ)) is not None:
             torch.set_num_threads(count)
         tokenizer = load_tokenizer(source)
         if prompts.chat_row is not None and tokenizer.chat_template is None:
             raise InputError(
-                f"Row {prompts.chat_row} is chat messages, but model.path={source.path} has no chat template: take a "
-                "model that has one, or a data.prompt_column of text and data.as_chat=false."
+                f"Input row {prompts.chat_row} has chat messages, but model.path={source.path} has no chat template: "
+                "use a model that has one, or a data.prompt_column of text with data.as_chat=false."
             )
         model = load_model(source, device)
     with _naming_model_keys(UnsupportedModel):
@@ -98,76 +97,84 @@ def load_engine(config: Config, prompts: Prompts, place: Topology) -> Loaded:
             reserve_fraction=config.memory.reserve_fraction,
             attention=attention,
         )
-    return Loaded(engine, str(model.dtype).removeprefix("torch."), engine.attention)
+    return Loaded(engine=engine, dtype=str(model.dtype).removeprefix("torch."), attention=engine.attention)
 
 
 Load = Callable[[Config, Prompts, Topology], Loaded]
 
 
 def run_job(config: Config, load: Load | None = None) -> Exit:
-    """Run a job to its end, whoever else works on the same run, and print what it made.
+    """Run a job to its end, together with any other workers on the same run, and print its summary.
 
     Args:
-        load: makes the engine, when it is known that there is work for it; `load_engine` if None.
+        load: builds the engine, once it is known that there is work for it; `load_engine` if None.
 
     Raises:
         InputError: the configuration or the input is wrong; the message is one sentence.
     """
-    place = Topology.of(os.environ, config.model.tensor_parallel)
+    topology = Topology.from_environment(os.environ, config.model.tensor_parallel)
     reward = load_reward(config.reward)
     prompts = read_prompts(config.data, with_columns=reward is not None)
-    former = None if config.data.lengths_from is None else lengths_of_run(config.data.lengths_from)
-    if former is not None:
-        logger.info("Lengths of %d prompts are known from %s.", len(former), config.data.lengths_from)
-    paths = prepare(config.output.dir)
+    previous_lengths = None if config.data.lengths_from is None else read_lengths(config.data.lengths_from)
+    if previous_lengths is not None:
+        logger.info("Read the lengths of %d prompts from %s.", len(previous_lengths), config.data.lengths_from)
+    paths = prepare_folder(config.output.dir)
     fingerprint = fingerprint_of(config, prompts.content, _model_path(config))
-    run = earlier_run(paths, fingerprint)
-    with closing(Ranks(place)) as ranks:
-        if not ranks.of_first(run is not None and run.complete()):
-            loaded = (load or load_engine)(_of_run(config, run), prompts, place)
-            if place.rank == 0:
-                facts = loaded.dtype, loaded.attention
-                open_run(paths, config, fingerprint, prompts.row_ids, *facts, place.workers)
-            ranks.wait()
+    run = existing_run(paths, fingerprint)
+    with closing(Ranks(topology)) as ranks:
+        if not ranks.broadcast(run is not None and run.complete()):
+            loaded = (load or load_engine)(_with_run_dtype(config, run), prompts, topology)
+            if topology.rank == 0:
+                open_run(
+                    paths,
+                    config,
+                    fingerprint,
+                    prompts.row_ids,
+                    dtype=loaded.dtype,
+                    attention=loaded.attention,
+                    workers=topology.workers,
+                )
+            ranks.barrier()
             run = read_run(paths)
-            if place.together and place.rank:
+            if topology.tensor_parallel and topology.rank:
                 _follow(loaded.engine, ranks)
             else:
-                _generate(run, config, prompts, loaded.engine, reward, former, place, ranks)
-        elif place.rank == 0:
-            logger.info("The run in %s is complete already.", paths.root)
+                locks = FileLocks(run.paths, run.shards, topology.workers)
+                worker = ShardWorker(
+                    run=run,
+                    locks=locks,
+                    prompts=prompts,
+                    encode=loaded.engine.encode,
+                    params=config.sampling.params(),
+                    seed=config.seed,
+                    reward=reward,
+                    previous_lengths=previous_lengths,
+                )
+                _generate(run, loaded.engine, worker, topology, ranks)
+        elif topology.rank == 0:
+            logger.info("The run in %s is complete already; nothing to generate.", paths.root)
     run = run or read_run(paths)
     if run.complete():
         run.clear_work()
-    return _report(run) if place.rank == 0 else Exit.COMPLETE
+    return _print_summary(run) if topology.rank == 0 else Exit.COMPLETE
 
 
 def _follow(engine: Generator, ranks: Ranks) -> None:
-    """Take part in computing what the first rank is asked; what becomes of it is the first one's business."""
-    for requests in ranks.followed():
+    """Run rank 0's requests and discard the records, as the other ranks of a tensor-parallel worker do."""
+    for requests in ranks.received():
         for _ in engine.run(requests):
             pass
 
 
-def _generate(
-    run: RunDir,
-    config: Config,
-    prompts: Prompts,
-    engine: Generator,
-    reward: Reward | None,
-    former: LengthHistory | None,
-    place: Topology,
-    ranks: Ranks,
-) -> None:
-    """Work on shards until none can be claimed; rank 0 until all are committed, whoever works on them."""
-    claims = FileLocks(run.paths, run.shards, place.workers)
-    work = ShardWorker(run, claims, prompts, engine.encode, config.sampling.params(), config.seed, reward, former)
+def _generate(run: RunDir, engine: Generator, worker: ShardWorker, topology: Topology, ranks: Ranks) -> None:
+    """Work on shards until none can be claimed; rank 0 continues until all workers have committed theirs."""
     with ExitStack() as stack:
-        stack.enter_context(closing(work))
-        metrics = stack.enter_context(MetricsWriter(run.paths.metrics(place.worker), place.worker, run.attempt))
+        stack.enter_context(closing(worker))
+        metrics_path = run.paths.metrics(topology.worker)
+        metrics = stack.enter_context(MetricsWriter(metrics_path, topology.worker, run.attempt))
         observers = [metrics.step]
-        if place.rank == 0:
-            progress = Progress(run.rows * run.samples, lambda: run.committed_samples() + work.samples_in_open_shards)
+        if topology.rank == 0:
+            progress = Progress(run.rows * run.samples, lambda: run.committed_samples() + worker.samples_in_open_shards)
             observers.append(stack.enter_context(progress).step)
 
         def on_step(report: StepReport) -> None:
@@ -176,28 +183,28 @@ def _generate(
 
         waiting = False
         while not run.complete():
-            if work.claim():
-                for record in engine.run(ranks.shared(work.requests()), on_step=on_step):
-                    work.take(record)
-            elif place.rank == 0:
-                # Should one of the others die, its shards can be claimed here.
+            if worker.claim():
+                for record in engine.run(ranks.share(worker.requests()), on_step=on_step):
+                    worker.accept(record)
+            elif topology.rank == 0:
+                # If another worker dies, its shards can be claimed here.
                 if not waiting:
-                    logger.info("Waiting for shards that other workers hold.")
+                    logger.info("No shard is left to claim; waiting for those that other workers hold.")
                 waiting = True
                 time.sleep(POLL_SECONDS)
             else:
                 return
-        ranks.done()
+        ranks.end_sharing()
 
 
-def _report(run: RunDir) -> Exit:
+def _print_summary(run: RunDir) -> Exit:
     summary = summarise(run)
     print("\n".join(summary.lines()), flush=True)
     return Exit.ERROR_ROWS if summary.totals.error_rows else Exit.COMPLETE
 
 
 def _model_path(config: Config) -> Path:
-    # Imports torch: other bad input is refused before that.
+    # Imports torch, so it runs after the other input is checked.
     from rollout.models.loading.checkpoint import resolve_path
 
     model = config.model
@@ -220,8 +227,8 @@ def _naming_model_keys(kind: type[ValueError] = ValueError) -> Iterator[None]:
         raise InputError(f"model.{message}" if named else message) from error
 
 
-def _of_run(config: Config, run: RunDir | None) -> Config:
-    """The configuration with the dtype that the run began with: ``auto`` may be another one on this machine."""
+def _with_run_dtype(config: Config, run: RunDir | None) -> Config:
+    """Replace ``model.dtype=auto`` by the dtype that the run began with: ``auto`` depends on the machine."""
     if run is None or config.model.dtype != "auto":
         return config
     return replace(config, model=replace(config.model, dtype=run.dtype))

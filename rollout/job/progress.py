@@ -1,4 +1,4 @@
-"""How far a job is, while it runs: a live line on a terminal, else a plain line every now and then."""
+"""Progress of a running job: a live line on a terminal, otherwise a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -17,16 +17,23 @@ from rollout.requests import StepReport
 PLAIN_SECONDS = 10.0
 LIVE_SECONDS = 0.25
 RATE_SECONDS = 30.0
-"""The rates shown are those of this last while."""
+"""Length of the window that rates are measured over."""
+
+
+class _Progress(NamedTuple):
+    time: float
+    tokens: int
+    samples: int
+    """Finished samples."""
 
 
 class Progress:
-    """The progress of a run, as the worker sees it that draws it.
+    """Show the progress of the whole run from one worker.
 
     Args:
         total: samples of the run.
-        done: returns how many of them are finished, by whichever worker.
-        console: where to draw; stderr unless a test says otherwise.
+        done: returns how many samples all workers have finished.
+        console: where to draw; stderr by default.
     """
 
     def __init__(
@@ -40,39 +47,36 @@ class Progress:
         self._done = done
         self._clock = clock
         self._console = console or Console(stderr=True)
-        self._live = Live(console=self._console, auto_refresh=False, transient=True) if self._is_live else None
-        self._drawn = clock()
+        is_terminal = self._console.is_terminal
+        self._live = Live(console=self._console, auto_refresh=False, transient=True) if is_terminal else None
+        self._drawn_at = clock()
         self._tokens = 0
-        self._recent: deque[tuple[float, int, int]] = deque()
-        """Time, tokens and finished samples, as of some moments of the last while."""
-
-    @property
-    def _is_live(self) -> bool:
-        return self._console.is_terminal
+        self._recent: deque[_Progress] = deque()
+        """Progress at some moments of the last `RATE_SECONDS`."""
 
     def step(self, report: StepReport) -> None:
-        """One step of the engine."""
+        """Add one step of the engine, and draw the line if it is due."""
         self._tokens += report.new_tokens
         now = self._clock()
         if not self._recent:
-            self._recent.append((now, self._tokens, self._done()))
-        if now - self._drawn >= (LIVE_SECONDS if self._live else PLAIN_SECONDS):
-            self._drawn = now
+            self._recent.append(_Progress(now, self._tokens, self._done()))
+        if now - self._drawn_at >= (LIVE_SECONDS if self._live else PLAIN_SECONDS):
+            self._drawn_at = now
             self._draw(self.line(report, now))
 
     def line(self, report: StepReport, now: float) -> str:
-        """The line after a step."""
+        """Format the progress line after a step."""
         done = self._done()
-        self._recent.append((now, self._tokens, done))
-        while len(self._recent) > 2 and self._recent[0][0] < now - RATE_SECONDS:
+        self._recent.append(_Progress(now, self._tokens, done))
+        while len(self._recent) > 2 and self._recent[0].time < now - RATE_SECONDS:
             self._recent.popleft()
-        then, tokens, finished = self._recent[0]
-        seconds = max(now - then, 1e-9)
-        rate = (done - finished) / seconds
-        left = _duration((self._total - done) / rate) if rate else "?"
+        first = self._recent[0]
+        seconds = max(now - first.time, 1e-9)
+        samples_per_s = (done - first.samples) / seconds
+        left = _duration((self._total - done) / samples_per_s) if samples_per_s else "?"
         return (
             f"{done}/{self._total} samples · live {report.live_rows}/{report.row_target} ({report.reason})"
-            f" · {(self._tokens - tokens) / seconds:.0f} tok/s · {left} left"
+            f" · {(self._tokens - first.tokens) / seconds:.0f} tok/s · {left} left"
         )
 
     def _draw(self, line: str) -> None:

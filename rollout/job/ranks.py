@@ -1,4 +1,4 @@
-"""Where this process stands among those that work on the same run."""
+"""The place of this process among those that work on the same run, and what ranks of a launch exchange."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: How long ranks that work together wait for each other. One that dies is noticed at once.
-_PATIENCE = timedelta(days=7)
+#: How long tensor-parallel ranks wait for each other's messages. A rank that dies is noticed at once.
+_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """A rank of a launch, and the launch's place in a SLURM array."""
+    """The rank of this process in its launch, and the index of the launch in a SLURM array."""
 
     rank: int = 0
     world_size: int = 1
@@ -23,12 +23,12 @@ class Topology:
     """Ranks on this machine."""
     array_index: int = 0
     array_count: int = 1
-    together: bool = False
-    """Whether the ranks of the launch are one worker: the first does its work, the others hold a share of its model."""
+    tensor_parallel: bool = False
+    """Whether the ranks of the launch are one worker: rank 0 does its work, each rank holds a slice of the model."""
 
     @classmethod
-    def of(cls, environment: Mapping[str, str], together: bool = False) -> Topology:
-        """As ``accelerate launch`` or torchrun, and SLURM, say in environment variables."""
+    def from_environment(cls, environment: Mapping[str, str], tensor_parallel: bool = False) -> Topology:
+        """Read the variables that ``accelerate launch`` or torchrun, and SLURM, set."""
 
         def number(name: str, default: int) -> int:
             return int(environment.get(name) or default)
@@ -41,47 +41,48 @@ class Topology:
             local_world_size=number("LOCAL_WORLD_SIZE", world_size),
             array_index=(number("SLURM_ARRAY_TASK_ID", first) - first) // step,
             array_count=number("SLURM_ARRAY_TASK_COUNT", 1),
-            together=together and world_size > 1,
+            tensor_parallel=tensor_parallel and world_size > 1,
         )
 
     @property
     def workers(self) -> int:
-        """All that share the work of the run."""
-        return self.array_count if self.together else self.world_size * self.array_count
+        """Number of workers that share the run."""
+        return self.array_count if self.tensor_parallel else self.world_size * self.array_count
 
     @property
     def worker(self) -> int:
-        """This one's number among them."""
-        return self.array_index if self.together else self.array_index * self.world_size + self.rank
+        """Index of this process's worker."""
+        return self.array_index if self.tensor_parallel else self.array_index * self.world_size + self.rank
 
 
 class Ranks:
-    """The ranks of one launch, which start together; a launch of one needs no process group.
+    """The ranks of one launch; a launch of one needs no process group.
 
-    They agree on where to begin, and those that are one worker on what it is asked. For that they talk over the CPU,
-    whatever device the model is on.
+    All ranks agree on whether there is work, and tensor-parallel ranks on the requests to run. Messages go over the
+    CPU, whatever device the model is on.
     """
 
-    def __init__(self, place: Topology) -> None:
-        self._place = place
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
         self._state: Any = None
         self._group: Any = None
-        if place.world_size > 1:
+        if topology.world_size > 1:
             from accelerate import PartialState
             from torch import cuda, distributed
 
-            if place.together and cuda.is_available():
-                distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_PATIENCE)
-            self._state = PartialState(cpu=True, **({"timeout": _PATIENCE} if place.together else {}))
-            # Without this, ranks that do not see each other would all take themselves for the first.
-            assert self._state.num_processes == place.world_size, self._state
-            if place.together:
-                # The default group lives as long as the model's device mesh, so beyond `close`, and so do its threads:
-                # one that still lets go of what was sent when the interpreter ends would abort the process.
-                self._group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+            if topology.tensor_parallel and cuda.is_available():
+                distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
+            timeout = {"timeout": _TIMEOUT} if topology.tensor_parallel else {}
+            self._state = PartialState(cpu=True, **timeout)
+            # Ranks that do not see each other would all act as rank 0.
+            assert self._state.num_processes == topology.world_size, self._state
+            if topology.tensor_parallel:
+                # The default group and its threads live as long as the model's device mesh, beyond `close`. A thread
+                # that still frees a message when the interpreter exits would abort the process.
+                self._group = distributed.new_group(backend="gloo", timeout=_TIMEOUT)
 
-    def of_first(self, value: T) -> T:
-        """What rank 0 calls it with; all ranks call it."""
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value; all ranks must call it."""
         if self._state is None:
             return value
         from torch import distributed
@@ -90,40 +91,41 @@ class Ranks:
         distributed.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
+    def barrier(self) -> None:
+        """Wait until all ranks have called it."""
         if self._state is not None:
             self._state.wait_for_everyone()
 
-    def shared(self, requests: Iterable[T]) -> Iterable[T]:
-        """What the first rank asks its engine, so that those that hold its model with it get it by `followed`."""
-        if not self._place.together:
+    def share(self, requests: Iterable[T]) -> Iterable[T]:
+        """Return rank 0's requests; with tensor parallelism, also send each to the ranks in `received`."""
+        if not self._topology.tensor_parallel:
             return requests
-        self.of_first(True)  # at once, for the others must begin when this one does
-        return self._sent(requests)
+        # Sent at once, not with the first request: the other ranks must enter the engine when rank 0 does.
+        self.broadcast(True)
+        return self._send(requests)
 
-    def _sent(self, requests: Iterable[T]) -> Iterator[T]:
+    def _send(self, requests: Iterable[T]) -> Iterator[T]:
         for request in requests:
-            yield self.of_first((request,))[0]
-        self.of_first(())
+            yield self.broadcast((request,))[0]
+        self.broadcast(())
 
-    def followed(self) -> Iterator[Iterator[Any]]:
-        """All that the first rank shares, until it is `done`; for the other ranks."""
-        while self.of_first(False):
-            yield self._received()
+    def received(self) -> Iterator[Iterator[Any]]:
+        """Yield each iterable that rank 0 shares, until it calls `end_sharing`; for the other ranks."""
+        while self.broadcast(False):
+            yield self._receive()
 
-    def _received(self) -> Iterator[Any]:
-        nothing: tuple[Any, ...] = ()
-        while received := self.of_first(nothing):
-            yield received[0]
+    def _receive(self) -> Iterator[Any]:
+        placeholder: tuple[Any, ...] = ()
+        while message := self.broadcast(placeholder):
+            yield message[0]
 
-    def done(self) -> None:
-        """The first rank has no more to share."""
-        if self._place.together:
-            self.of_first(False)
+    def end_sharing(self) -> None:
+        """End `received` on the other ranks; for rank 0."""
+        if self._topology.tensor_parallel:
+            self.broadcast(False)
 
     def close(self) -> None:
-        """Leave the process group; ranks may be done at different times."""
+        """Leave the process group; ranks may do so at different times."""
         self._group = None
         if self._state is not None:
             self._state.destroy_process_group()

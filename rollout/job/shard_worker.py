@@ -1,18 +1,19 @@
-"""One worker's way through the shards: claims them, asks for what is missing, and commits them."""
+"""The shard worker: claims shards, requests their missing samples, and commits them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from jinja2 import TemplateError
 
 from rollout.data.prompts import DatasetRow, Prompt, Prompts
-from rollout.job.rewards import Reward, scored
+from rollout.job.rewards import Reward, score
 from rollout.length_history import LengthHistory
 from rollout.records import Record
 from rollout.requests import Request, in_windows
-from rollout.run_dir.part_file import PartFile
+from rollout.run_dir.part_file import PartFile, SampleKey
 from rollout.run_dir.run import RunDir
 from rollout.run_dir.shard_locks import ShardLocks
 from rollout.run_dir.shards import commit
@@ -21,132 +22,152 @@ from rollout.sampling_params import SamplingParams
 Encode = Callable[[Prompt], list[int]]
 
 
+class EncodedPrompt(NamedTuple):
+    """Token ids of a prompt, or the class and text of the error that prevents encoding it."""
+
+    token_ids: list[int]
+    error_class: str = ""
+    error: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class OpenShard:
-    """A claimed shard: its rows, and what is there of their samples."""
+    """A claimed shard: its input rows by id, and the part file with the samples finished so far."""
 
     index: int
     rows: dict[str, DatasetRow]
     part: PartFile
 
     def missing(self, row_id: str, samples: int) -> list[int]:
-        """Samples of a row that are not there yet."""
-        return [sample for sample in range(samples) if (row_id, sample) not in self.part.done]
+        """Return the samples of an input row that are not finished."""
+        return [sample for sample in range(samples) if SampleKey(row_id, sample) not in self.part.done]
 
     def finished(self, samples: int) -> bool:
+        """Return whether all samples of all input rows are finished."""
         return len(self.part.done) == len(self.rows) * samples
 
 
 class ShardWorker:
-    """Feeds the engine from claimed shards, and takes its records back into them.
+    """Feed the engine from claimed shards, and store its records in their part files.
 
-    Several shards are open at a time: the next one is claimed when the rows of one are all admitted, while the
-    last of them are still being decoded, so that the live batch never drains between shards.
+    Several shards may be open: the next one is claimed once all samples of the last one are admitted, while they are
+    still being decoded, so that the live batch does not drain between shards.
     """
 
     def __init__(
         self,
+        *,
         run: RunDir,
-        claims: ShardLocks,
+        locks: ShardLocks,
         prompts: Prompts,
         encode: Encode,
         params: SamplingParams,
         seed: int,
         reward: Reward | None = None,
-        former: LengthHistory | None = None,
+        previous_lengths: LengthHistory | None = None,
     ) -> None:
         self._run = run
-        self._claims = claims
+        self._locks = locks
         self._prompts = prompts
         self._encode = encode
         self._params = params
         self._seed = seed
         self._reward = reward
-        self._former = former
-        """Lengths that outputs of a former run had."""
+        self._previous_lengths = previous_lengths
+        """Lengths of a previous run's completions."""
         self._claimed: int | None = None
+        """A shard that is claimed but not open yet."""
         self._open: dict[int, OpenShard] = {}
         self._shard_of: dict[str, OpenShard] = {}
 
     def claim(self) -> bool:
-        """Claim a shard for `requests` to begin with; False where there is none to claim now."""
+        """Claim the next shard for `requests`; return False if none can be claimed now."""
         if self._claimed is None:
-            self._claimed = self._claims.claim()
+            self._claimed = self._locks.claim()
         return self._claimed is not None
 
     def requests(self) -> Iterator[Request]:
-        """What the engine should generate, shard after shard, until there is none to claim."""
+        """Yield the missing samples' requests, shard after shard, until none can be claimed."""
         while self.claim():
             index, self._claimed = self._claimed, None
             assert index is not None
-            requests = self._requests_of(self._opened(index))
-            # Where something may be expected of rows, those of a shard are put in order together.
-            yield from in_windows(requests, self._run.rows_per_shard) if self._has_expectations else requests
+            requests = self._shard_requests(self._open_shard(index))
+            if self._has_expectations:
+                # The engine orders the prompts of a window by their expected lengths.
+                requests = in_windows(requests, self._run.rows_per_shard)
+            yield from requests
 
-    def take(self, record: Record) -> None:
-        """A record that the engine finished: score and keep it, and commit its shard if it was the last one."""
+    def accept(self, record: Record) -> None:
+        """Score and store a finished record, and commit its shard if it is complete."""
         shard = self._shard_of[record.row_id]
         columns = shard.rows[record.row_id].columns
-        shard.part.append(scored(replace(record, attempt=self._run.attempt), columns, self._reward))
+        shard.part.append(score(replace(record, attempt=self._run.attempt), columns, self._reward))
         self._commit_if_finished(shard)
 
     @property
     def samples_in_open_shards(self) -> int:
-        """Finished samples that are not in committed shards yet."""
+        """Number of finished samples in shards that are not committed yet."""
         return sum(len(shard.part.done) for shard in self._open.values())
 
     def close(self) -> None:
-        """Give unfinished shards back; what they have stays in their part files."""
+        """Release unfinished shards; their finished records stay in the part files."""
         if self._claimed is not None:
-            self._claims.release(self._claimed, committed=False)
+            self._locks.release(self._claimed, committed=False)
         for shard in tuple(self._open.values()):
             shard.part.close()
             self._forget(shard)
-            self._claims.release(shard.index, committed=False)
+            self._locks.release(shard.index, committed=False)
 
-    def _opened(self, index: int) -> OpenShard:
-        span = self._run.span(index)
-        rows = {row.row_id: row for row in self._prompts.rows(span.start, span.stop)}
-        shard = OpenShard(index, rows, PartFile(self._run.paths.part(index)))
+    def _open_shard(self, index: int) -> OpenShard:
+        indices = self._run.shard_rows(index)
+        rows = {row.row_id: row for row in self._prompts.rows(indices.start, indices.stop)}
+        shard = OpenShard(index=index, rows=rows, part=PartFile(self._run.paths.part(index)))
         self._open[index] = shard
         self._shard_of.update(dict.fromkeys(rows, shard))
         return shard
 
-    def _requests_of(self, shard: OpenShard) -> Iterator[Request]:
+    def _shard_requests(self, shard: OpenShard) -> Iterator[Request]:
+        """Yield requests for a shard's missing samples; store error records for prompts that cannot be encoded."""
         for row in shard.rows.values():
             missing = shard.missing(row.row_id, self._params.n)
             if not missing:
                 continue
-            ids, error_class, error = self._encoded(row)
-            if error_class:
+            encoded = self._encode_prompt(row)
+            if encoded.error_class:
                 for sample in missing:
-                    shard.part.append(self._error_record(row.row_id, sample, error_class, error))
+                    shard.part.append(self._error_record(row.row_id, sample, encoded))
             else:
-                yield Request(row.row_id, ids, self._params, self._seed, missing, self._expected(row, ids))
-        # All its rows may be there already, or in error.
+                yield Request(
+                    row_id=row.row_id,
+                    prompt_ids=encoded.token_ids,
+                    params=self._params,
+                    seed=self._seed,
+                    samples=missing,
+                    expected_tokens=self._expected_tokens(row, encoded.token_ids),
+                )
+        # Its samples may all have been finished by an earlier attempt, or have errors.
         self._commit_if_finished(shard)
 
     @property
     def _has_expectations(self) -> bool:
-        return self._former is not None or self._prompts.hinted
+        return self._previous_lengths is not None or self._prompts.hinted
 
-    def _expected(self, row: DatasetRow, ids: list[int]) -> float | None:
-        """The row's own hint, or else what a former run says of its prompt."""
-        if row.length_hint is None and self._former is not None:
-            return self._former.expected(ids)
+    def _expected_tokens(self, row: DatasetRow, token_ids: list[int]) -> float | None:
+        """Return the input row's own length hint, or else the mean length of its prompt in the previous run."""
+        if row.length_hint is None and self._previous_lengths is not None:
+            return self._previous_lengths.expected(token_ids)
         return row.length_hint
 
-    def _encoded(self, row: DatasetRow) -> tuple[list[int], str, str]:
-        """Token ids of a row, or the class and words of what is wrong with it."""
+    def _encode_prompt(self, row: DatasetRow) -> EncodedPrompt:
         if row.prompt is None:
-            return [], row.error_class, row.error
+            return EncodedPrompt([], row.error_class, row.error)
         try:
-            return self._encode(row.prompt), "", ""
+            return EncodedPrompt(self._encode(row.prompt))
         except (TemplateError, ValueError, TypeError, KeyError) as error:
-            # A chat template may refuse messages, e.g. two of one role in turn; that is this row's matter.
-            return [], "bad_prompt", f"The prompt cannot be tokenised: {error}"
+            # E.g. a chat template that refuses two messages of the same role in a row; other prompts are unaffected.
+            return EncodedPrompt([], "bad_prompt", f"The prompt cannot be tokenised: {error}")
 
-    def _error_record(self, row_id: str, sample: int, error_class: str, error: str) -> Record:
+    def _error_record(self, row_id: str, sample: int, encoded: EncodedPrompt) -> Record:
         return Record(
             row_id=row_id,
             sample=sample,
@@ -156,8 +177,8 @@ class ShardWorker:
             logprobs=[],
             sampler_logprobs=[],
             finish_reason="error",
-            error_class=error_class,
-            error=error,
+            error_class=encoded.error_class,
+            error=encoded.error,
             seed=self._seed,
             attempt=self._run.attempt,
         )
@@ -165,15 +186,14 @@ class ShardWorker:
     def _commit_if_finished(self, shard: OpenShard) -> None:
         if shard.index not in self._open or not shard.finished(self._params.n):
             return
-        order = {row_id: position for position, row_id in enumerate(shard.rows)}
-        records = sorted(shard.part.records(), key=lambda record: (order[record.row_id], record.sample))
+        records = sorted(shard.part.records(), key=lambda record: (shard.rows[record.row_id].index, record.sample))
         run = self._run
         commit(run.paths, shard.index, run.format, records, run.fingerprint.digest)
         shard.part.close()
-        # Another worker that saw the run complete may have cleared the folder.
+        # Another worker that saw the run complete may have removed the folder.
         shard.part.path.unlink(missing_ok=True)
         self._forget(shard)
-        self._claims.release(shard.index, committed=True)
+        self._locks.release(shard.index, committed=True)
 
     def _forget(self, shard: OpenShard) -> None:
         del self._open[shard.index]

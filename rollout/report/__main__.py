@@ -12,8 +12,8 @@ from rollout.report.history import read_history
 from rollout.report.page import Subject, page
 from rollout.report.series import Limits
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.run import read_description, read_run
-from rollout.run_dir.summary import finished
+from rollout.run_dir.run import read_run, read_run_json
+from rollout.run_dir.summary import read_totals
 
 
 def report(folder: Path) -> str:
@@ -23,9 +23,9 @@ def report(folder: Path) -> str:
         InputError: the folder holds no run, or one without metrics.
     """
     paths = RunPaths(folder)
-    run, description = read_run(paths), read_description(paths)
+    run, description = read_run(paths), read_run_json(paths)
     limits = {number: _limits(attempt) for number, attempt in enumerate(description["attempts"])}
-    return page(Subject(run, description, finished(run), limits), read_history(paths, limits))
+    return page(Subject(run, description, read_totals(run), limits), read_history(paths, limits))
 
 
 def _limits(attempt: object) -> Limits:

@@ -19,7 +19,7 @@ from rollout.report.history import Activity, History
 from rollout.report.series import Counts, Limits, add_counts, quantile, share_above
 from rollout.report.time_axis import clock
 from rollout.run_dir.run import RunDir
-from rollout.run_dir.summary import Totals, counts
+from rollout.run_dir.summary import Totals, format_counts
 
 _ATTEMPT_COLUMNS = (
     *("attempt", "started (UTC)", "host", "workers", "policy", "budget", "KV limit", "ran for"),
@@ -105,7 +105,7 @@ def _tiles(subject: Subject, history: History) -> str:
         ("step time p50", p50, f"p95 {p95}, p99 {p99}"),
         ("steps over budget", _percent(over), of) if of else None,
         ("preempted rows", f"{preempted:,.0f}", f"out of memory {_plural(oom, 'time')}"),
-        ("error rows", f"{totals.error_rows:,}", counts(totals.errors)) if totals.errors else None,
+        ("error rows", f"{totals.error_rows:,}", format_counts(totals.errors)) if totals.errors else None,
         ("mean reward", f"{totals.mean_reward:.4f}", "") if totals.mean_reward is not None else None,
     ]  # fmt: skip
     cells = (
@@ -127,7 +127,7 @@ def _facts(subject: Subject) -> str:
         "memory": _pairs(last.get("memory")),
         "output": _pairs(_mapping(config.get("output")) | {"rows_per_shard": run.rows_per_shard}),
         "reward": _pairs(config.get("reward")),
-        "finished": counts(totals.finish_reasons),
+        "finished": format_counts(totals.finish_reasons),
         "versions": _pairs(description.get("packages")),
     }
     cells = (f"<tr><th>{name}</th><td>{escape(text)}</td></tr>\n" for name, text in facts.items() if text)

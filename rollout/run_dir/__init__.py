@@ -1,1 +1,1 @@
-"""A run's directory: what it holds, how it is written and read."""
+"""The directory of a run: what it holds, and how it is written and read."""

@@ -1,4 +1,4 @@
-"""What a run's results depend on, so that a folder never holds results of two different runs."""
+"""The fingerprint of a run: every setting its results depend on, so that one directory never mixes two runs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rollout.config import Config
+from rollout.errors import shorten
 
-WHOLE = 1 << 30
-"""Files up to this size are hashed whole; of larger ones, as `_sampled` says."""
-_BLOCK = 1 << 20
-_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "spm")
-_READ = (".safetensors", ".gguf", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+_HASHED_WHOLE_BYTES = 1 << 30
+"""Files up to this size are hashed whole, larger ones by `_hash_blocks`."""
+_BLOCK_BYTES = 1 << 20
+_TENSOR_BLOCK_BYTES = 1 << 14
+_TOKENIZER_PREFIXES = (
+    *("tokenizer", "vocab", "merges", "special_tokens", "added_tokens"),
+    *("chat_template", "spiece", "spm"),
+)
+_MODEL_SUFFIXES = (".safetensors", ".gguf", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 
 
 class Fingerprint:
-    """Values by dotted key, and one digest of all of them. Execution settings, such as the device, are not in it."""
+    """Values by dotted key, and one digest of them all; execution settings such as the device are left out."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        # As JSON gives it back, so that one read from a folder compares equal.
+        # Through JSON, so that a fingerprint read back from run.json compares equal.
         self.values: dict[str, Any] = json.loads(json.dumps(dict(values), sort_keys=True))
 
     @cached_property
@@ -33,12 +38,12 @@ class Fingerprint:
 
 
 def fingerprint_of(config: Config, content: str, model: Path) -> Fingerprint:
-    """The fingerprint of a job.
+    """Compute the fingerprint of a job.
 
     Args:
         content: digest of the data (`rollout.data.prompts.Prompts.content`).
-        model: the folder or file that ``model.path`` means on this machine. What it is called is not in the
-            fingerprint, what it holds is: a moved or downloaded copy is the same model.
+        model: the local folder or file of ``model.path``. Its contents are hashed, not its name: a moved or downloaded
+            copy is the same model.
     """
     adapter = config.model.adapter
     return Fingerprint(
@@ -60,74 +65,78 @@ def fingerprint_of(config: Config, content: str, model: Path) -> Fingerprint:
 
 
 def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """The keys whose values differ, sorted."""
+    """Return the keys whose values differ, sorted."""
     return sorted(key for key in old.values.keys() | new.values.keys() if old.values.get(key) != new.values.get(key))
 
 
 def describe(old: Fingerprint, new: Fingerprint) -> str:
-    """The differing keys with their values, for a message."""
+    """Format the differing keys with their old and new values."""
     return "; ".join(
-        f"{key} was {_short(old.values.get(key))} and is {_short(new.values.get(key))}" for key in differences(old, new)
+        f"{key} was {_format_value(old.values.get(key))} and is {_format_value(new.values.get(key))}"
+        for key in differences(old, new)
     )
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:13]}…"
+def _format_value(value: object) -> str:
+    """Format a value as JSON; a long one, such as a digest, by its beginning."""
+    return shorten(json.dumps(value), longest=40, keep=13)
 
 
 def weights_digest(model: Path) -> str:
-    """Digest of the weights, the configuration and the model's own code; all but the tokenizer."""
-    return _digest(file for file in _files(model) if not _of_tokenizer(file))
+    """Hash the weights, the configuration and the model's own code: every model file but the tokenizer's."""
+    return _digest(file for file in _model_files(model) if not _is_of_tokenizer(file))
 
 
 def tokenizer_digest(model: Path) -> str:
-    """Digest of the tokenizer and its chat template. A GGUF file holds them with the weights."""
-    return _digest(file for file in _files(model) if model.is_file() or _of_tokenizer(file))
+    """Hash the tokenizer and its chat template; a GGUF file holds them together with the weights."""
+    return _digest(file for file in _model_files(model) if model.is_file() or _is_of_tokenizer(file))
 
 
-def _files(model: Path) -> list[Path]:
+def _model_files(model: Path) -> list[Path]:
     if model.is_file():
         return [model]
-    # Folders inside hold checkpoints of their own; chat templates are the one thing that is read from there.
+    # Other sub-folders hold separate checkpoints.
     found = [*model.glob("*"), *model.glob("additional_chat_templates/*")]
-    return sorted(file for file in found if file.suffix in _READ and file.is_file())
+    return sorted(file for file in found if file.suffix in _MODEL_SUFFIXES and file.is_file())
 
 
-def _of_tokenizer(file: Path) -> bool:
-    return file.name.startswith(_TOKENIZER) or file.suffix in (".model", ".jinja", ".tiktoken")
+def _is_of_tokenizer(file: Path) -> bool:
+    return file.name.startswith(_TOKENIZER_PREFIXES) or file.suffix in (".model", ".jinja", ".tiktoken")
 
 
 def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        # A single file may have any name, as a model folder may; those in a folder are told apart by theirs.
+        # Names identify the files of a folder. A single GGUF file is hashed by suffix, so that it may be renamed.
         digest.update(f"{file.suffix if file.suffix == '.gguf' else file.name}\0{file.stat().st_size}\0".encode())
         with open(file, "rb") as stream:
-            if file.stat().st_size <= WHOLE:
+            if file.stat().st_size <= _HASHED_WHOLE_BYTES:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
             else:
-                _sampled(stream, file, digest)
+                _hash_blocks(stream, file, digest)
     return digest.hexdigest()
 
 
-def _sampled(stream: BinaryIO, file: Path, digest: Any) -> None:
-    """Hash the beginning, the end and blocks between: reading all of a many-gigabyte file takes minutes.
+def _hash_blocks(stream: BinaryIO, file: Path, digest: Any) -> None:
+    """Hash the beginning, the end and blocks between: reading a file of many gigabytes would take minutes.
 
-    Of safetensors, the header and three blocks of each tensor, so that a change of any one layer shows unless
-    it spares all three.
+    Of a safetensors file, hash the header and three blocks of each tensor, so that a change of any layer is noticed
+    unless it spares all three blocks.
     """
     size = file.stat().st_size
-    starts = range(0, size, size // 64)
-    block = _BLOCK
+    starts: list[int] = list(range(0, size, size // 64))
+    block = _BLOCK_BYTES
     if file.suffix == ".safetensors":
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = stream.read(length)
+        (header_bytes,) = struct.unpack("<Q", stream.read(8))
+        header = stream.read(header_bytes)
         digest.update(header)
-        spans = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
-        block = 1 << 14
-        starts_of = ((low, (low + high) // 2, max(low, high - block)) for low, high in spans)
-        starts = sorted(8 + length + start for triple in starts_of for start in triple)  # type: ignore[assignment]
+        block = _TENSOR_BLOCK_BYTES
+        starts = []
+        for name, entry in json.loads(header).items():
+            if name != "__metadata__":
+                low, high = entry["data_offsets"]
+                starts += [8 + header_bytes + start for start in (low, (low + high) // 2, max(low, high - block))]
+        starts.sort()
     for start in (*starts, max(0, size - block)):
         stream.seek(start)
         digest.update(stream.read(block))

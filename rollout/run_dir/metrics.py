@@ -1,4 +1,4 @@
-"""About a line a second on what the engine did, one file a worker."""
+"""Metrics of the engine's steps: about one line per second, in one file per worker."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _TWO_DIGITS = Context(prec=2, rounding=ROUND_CEILING)
 
 
 class MetricsWriter:
-    """Sums steps up, and appends a line when a second is over and when it is closed.
+    """Sum up steps, and append a line to the worker's file every second and when closed.
 
     Args:
-        attempt: written into each line, as a file holds those of all attempts.
+        attempt: number stored in each line, because a file holds the lines of all attempts.
     """
 
     def __init__(
@@ -41,15 +41,15 @@ class MetricsWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  # closed by __exit__
         if self._file.tell() and not _ends_line(self._file.fileno(), self._file.tell()):
-            # Killed while it wrote a line; what follows must not join it.
+            # An earlier attempt was killed while writing its last line; start a new one.
             self._file.write(b"\n")
         self._steps: list[StepReport] = []
-        self._since = clock()
+        self._line_start = clock()
 
     def step(self, report: StepReport) -> None:
-        """One step of the engine."""
+        """Add one step of the engine."""
         self._steps.append(report)
-        if self._clock() - self._since >= LINE_SECONDS:
+        if self._clock() - self._line_start >= LINE_SECONDS:
             self._write_line()
 
     def __enter__(self) -> MetricsWriter:
@@ -64,12 +64,12 @@ class MetricsWriter:
     def _write_line(self) -> None:
         steps, self._steps = self._steps, []
         now = self._clock()
-        seconds, self._since = now - self._since, now
+        seconds, self._line_start = now - self._line_start, now
         if not steps:
             return
         last = steps[-1]
         tokens = sum(step.new_tokens for step in steps)
-        # With nobody waiting, few live rows say nothing about how many could live.
+        # While no row waits, the number of live rows does not show how many could be live.
         under_load = [step.live_rows for step in steps if step.waiting_rows]
         line = {
             "time": round(self._now(), 3),
@@ -95,10 +95,10 @@ class MetricsWriter:
             "out_of_memory_events": sum(step.out_of_memory_events for step in steps),
             "step_ms": round(sum(step.step_ms for step in steps) / len(steps), 3),
             "step_ms_max": round(max(step.step_ms for step in steps), 3),
-            "step_ms_counts": _counts(step.step_ms for step in steps),
+            "step_ms_counts": _step_time_counts(step.step_ms for step in steps),
             "tok_s": round(tokens / seconds, 1) if seconds else 0.0,
         }
-        # One write to a file opened for appending: lines of two processes do not mix.
+        # A single write to a file opened for appending, so that lines of two processes do not mix.
         self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
 
 
@@ -106,22 +106,22 @@ def _ends_line(descriptor: int, size: int) -> bool:
     return os.pread(descriptor, 1, size - 1) == b"\n"
 
 
-def _counts(times_ms: Iterable[float]) -> dict[float, int]:
-    """How many steps took at most so long; times are rounded up to two digits, so that few differ.
+def _step_time_counts(times_ms: Iterable[float]) -> dict[float, int]:
+    """Count steps by their time in milliseconds, rounded up to two digits.
 
-    Unlike the percentiles of a second, counts can be added up to those of a run.
+    Unlike percentiles per second, counts can be summed over a whole run.
     """
     counts = Counter(float(_TWO_DIGITS.create_decimal(repr(round(ms, 3)))) for ms in times_ms)
     return dict(sorted(counts.items()))
 
 
 def read_metrics(paths: RunPaths) -> Iterator[dict[str, Any]]:
-    """The lines of all workers; a line that a kill tore is left out."""
+    """Yield the lines of all workers, skipping lines torn by a kill."""
     return (values for values in read_lines(paths) if values is not None)
 
 
 def read_lines(paths: RunPaths) -> Iterator[dict[str, Any] | None]:
-    """The lines of all workers, as they are in their files; None for one that a kill tore."""
+    """Yield the lines of all workers in file order; None for a line torn by a kill."""
     for path in sorted((paths.root / "metrics").glob("rank-*.jsonl")):
         with open(path, "rb") as file:
             for line in file:

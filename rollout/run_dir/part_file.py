@@ -1,4 +1,4 @@
-"""Records of a shard that is being worked on: one JSON line each, kept through kills."""
+"""Part files: the finished records of an unfinished shard, one JSON line each, which survive kills."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,19 +19,23 @@ from rollout.records import Record
 logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 1.0
-"""A power cut loses what finished in this time; a kill of the process loses nothing that finished."""
+"""A power cut loses at most the records of this time; killing the process loses no finished record."""
 
-# Lists of numbers are base64 of their little-endian bytes: exact, a fifth of the size of decimal text, and the
-# engine's loop does not wait for thousands of numbers to be printed.
+# Lists of numbers are stored as base64 of their little-endian bytes: exact, a fifth of the size of decimal text, and
+# much faster to write, which the engine's loop waits for.
 _ARRAYS = {"prompt_ids": "<i4", "completion_ids": "<i4", "logprobs": "<f4", "sampler_logprobs": "<f4"}
 _FIELDS = tuple(f.name for f in fields(Record))
 
-Key = tuple[str, int]
-"""Row id and sample."""
+
+class SampleKey(NamedTuple):
+    """One sample of a run: the id of its input row, and its number."""
+
+    row_id: str
+    sample: int
 
 
 def encode_record(record: Record) -> bytes:
-    """A record as one line."""
+    """Encode a record as one line."""
     values = {name: getattr(record, name) for name in _FIELDS}
     for name, dtype in _ARRAYS.items():
         values[name] = base64.b64encode(np.asarray(values[name], dtype=dtype).tobytes()).decode("ascii")
@@ -39,21 +43,21 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(line: bytes) -> Record:
-    """The record of a line.
+    """Decode a line.
 
     Raises:
-        ValueError: the line is not that of a whole record.
+        ValueError: the line does not hold a complete record.
     """
     values: Any = json.loads(line)
     if not isinstance(values, dict) or set(values) != set(_FIELDS):
-        raise ValueError("not the fields of a record")
+        raise ValueError("the line does not have the fields of a record")
     for name, dtype in _ARRAYS.items():
         values[name] = np.frombuffer(base64.b64decode(values[name], validate=True), dtype=dtype).tolist()
     return Record(**values)
 
 
-def whole_records(path: Path) -> Iterator[Record]:
-    """The records of a part file that others may be writing to, up to the first line that is not whole."""
+def read_whole_records(path: Path) -> Iterator[Record]:
+    """Yield the records of a part file up to the first incomplete line; its worker may still be writing to it."""
     with open(path, "rb") as file:
         for line in file:
             try:
@@ -64,21 +68,21 @@ def whole_records(path: Path) -> Iterator[Record]:
 
 
 class PartFile:
-    """The part file of one shard, open by the worker that holds the shard's claim."""
+    """The part file of one shard, opened by the worker that holds the shard's lock."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.path = path
         self._clock = clock
         self._synced = clock()
-        self.done: set[Key] = set()
-        """Which samples are there."""
+        self.done: set[SampleKey] = set()
+        """The samples whose records are in the file."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._file = os.fdopen(descriptor, "r+b")
         self._recover()
 
     def append(self, record: Record) -> None:
-        """Add a record: from here on, a kill of the process does not lose it."""
-        key = (record.row_id, record.sample)
+        """Add a record; killing the process no longer loses it."""
+        key = SampleKey(record.row_id, record.sample)
         assert key not in self.done, f"{key} is finished already"
         self._file.write(encode_record(record))
         self._file.flush()
@@ -87,12 +91,12 @@ class PartFile:
             self.sync()
 
     def sync(self) -> None:
-        """Bring all of it to the disk."""
+        """Flush the file to the disk."""
         os.fsync(self._file.fileno())
         self._synced = self._clock()
 
     def records(self) -> Iterator[Record]:
-        """All records, in the order they finished."""
+        """Yield all records, in the order they finished."""
         with open(self.path, "rb") as file:
             for line in file:
                 yield decode_record(line)
@@ -102,10 +106,10 @@ class PartFile:
         self._file.close()
 
     def _recover(self) -> None:
-        """Read what is there up to the first line that is not whole, and cut the rest off.
+        """Read the records of earlier attempts, and truncate the file at the first incomplete line.
 
-        That is the tail that a kill tore; after a power cut it may be more than one line. What is cut off is
-        generated again, the same.
+        A kill tears at most the last line, a power cut may tear several. Their samples are generated again, with the
+        same result.
         """
         end = 0
         for line in self._file:
@@ -113,12 +117,17 @@ class PartFile:
                 record = decode_record(line)
             except (ValueError, TypeError):
                 break
-            if not line.endswith(b"\n") or (record.row_id, record.sample) in self.done:
+            key = SampleKey(record.row_id, record.sample)
+            if not line.endswith(b"\n") or key in self.done:
                 break
-            self.done.add((record.row_id, record.sample))
+            self.done.add(key)
             end += len(line)
         size = self._file.seek(0, os.SEEK_END)
         if end < size:
-            logger.info("%s: the last %d bytes are no whole record, and are generated again.", self.path, size - end)
+            logger.info(
+                "The last %d bytes of %s are no complete record; removing them and generating their samples again.",
+                size - end,
+                self.path,
+            )
         self._file.truncate(end)
         self._file.seek(end)

@@ -1,4 +1,4 @@
-"""Every path of a run's folder."""
+"""The paths in a run's directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RunPaths:
 
     @property
     def rows(self) -> Path:
-        """The ids of all rows of the input, in order: with it, the folder can be verified from itself alone."""
+        """The ids of all input rows, in order, so that a run can be verified without its dataset."""
         return self.root / "rows.parquet"
 
     @property
@@ -27,7 +27,7 @@ class RunPaths:
 
     @property
     def work(self) -> Path:
-        """Locks, part files and files that are being written; gone when the run is complete."""
+        """Locks, part files and files being written; removed when the run is complete."""
         return self.root / "work"
 
     @property
@@ -47,7 +47,7 @@ class RunPaths:
         return self.work / f"{index:05d}.lock"
 
     def temporary(self, path: Path) -> Path:
-        """Where a file is written before it appears at ``path``; whoever holds the lock of that file uses it."""
+        """Where the holder of the lock of ``path`` writes the file before renaming it."""
         return self.work / f"{path.name}.tmp"
 
     def metrics(self, worker: int) -> Path:
@@ -55,5 +55,5 @@ class RunPaths:
 
     @property
     def report(self) -> Path:
-        """The picture of the run."""
+        """The HTML report of the run."""
         return self.root / "report.html"

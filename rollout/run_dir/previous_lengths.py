@@ -1,4 +1,4 @@
-"""How long the completions of a former run were, read from its folder."""
+"""Read the lengths of a previous run's completions from its directory."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import pyarrow.compute as pc
 from rollout.batcher.types import IntArray
 from rollout.errors import InputError
 from rollout.length_history import LengthHistory
-from rollout.run_dir.part_file import whole_records
+from rollout.run_dir.part_file import read_whole_records
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.shards import read_manifest, read_shard
 
 
-def lengths_of_run(folder: str) -> LengthHistory:
-    """What the records in a run's folder say, whether it is complete or not.
+def read_lengths(folder: str) -> LengthHistory:
+    """Read the lengths of all finished completions of a run, complete or not.
 
     Raises:
-        InputError: the folder holds no run, or a shard in it cannot be read.
+        InputError: the folder holds no run, or one of its shards cannot be read.
     """
     paths = RunPaths(Path(folder).expanduser())
     if not paths.run.exists():
         raise InputError(
-            f"data.lengths_from={folder} holds no run, for there is no run.json in it: name an output.dir."
+            f"data.lengths_from={folder} holds no run: it has no run.json; give the output.dir of an earlier run."
         )
     lengths = LengthHistory()
     for manifest in sorted(paths.shards.glob("*.json")):
@@ -37,16 +37,16 @@ def lengths_of_run(folder: str) -> LengthHistory:
         for prompt_ids, tokens in _completions(table):
             lengths.add(prompt_ids, tokens)
     for part in sorted(paths.work.glob("*.part.jsonl")):
-        for record in whole_records(part):
+        for record in read_whole_records(part):
             lengths.learn(record)
     return lengths
 
 
 def _completions(table: pa.Table) -> Iterator[tuple[IntArray, int]]:
-    """Token ids of the prompt and length of the completion of all records that are no errors."""
+    """Yield the prompt's token ids and the completion's length of each record without an error."""
     table = table.filter(pc.field("finish_reason") != "error").combine_chunks()
     prompts = table.column("prompt_ids").combine_chunks()
-    tokens = pc.list_value_length(table.column("completion_ids")).to_pylist()
-    ids, bounds = prompts.values.to_numpy(zero_copy_only=False), prompts.offsets.to_pylist()
-    for start, stop, length in zip(bounds, bounds[1:], tokens, strict=False):
+    lengths = pc.list_value_length(table.column("completion_ids")).to_pylist()
+    ids, offsets = prompts.values.to_numpy(zero_copy_only=False), prompts.offsets.to_pylist()
+    for start, stop, length in zip(offsets, offsets[1:], lengths, strict=False):
         yield ids[start:stop], length

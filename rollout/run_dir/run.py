@@ -1,4 +1,4 @@
-"""A run's folder: what it is a run of, how its rows are cut into shards, and who worked on it."""
+"""The directory of a run and its ``run.json``: the fingerprint, the partition into shards, and the attempts."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ import pyarrow.parquet as pq
 
 from rollout.config import Config
 from rollout.errors import InputError
-from rollout.run_dir.atomic_write import write_whole
+from rollout.run_dir.atomic_write import write_atomically, write_text_atomically
 from rollout.run_dir.fingerprint import Fingerprint, describe, differences
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.shard_locks import locked
 
 FORMAT = 1
-"""Of ``run.json`` and all else in the folder; raised when a later version can no longer read an earlier one's."""
+"""Version of the directory's layout; incremented when earlier directories can no longer be read."""
 SHARDS_PER_WORKER = 8
-"""With several workers there are at least so many shards for each, so that a slow one does not hold the end."""
+"""Least number of shards per worker when there are several, so that a slow worker does not delay the end."""
 _PACKAGES = ("rollout", "torch", "transformers", "accelerate", "datasets", "pyarrow", "numpy", "hydra-core")
 
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """What ``run.json`` says, for one attempt."""
+    """A run as ``run.json`` describes it, seen by one attempt."""
 
     paths: RunPaths
     fingerprint: Fingerprint
     rows: int
+    """Input rows."""
     samples: int
-    """Samples of each row."""
+    """Samples of each input row."""
     rows_per_shard: int
     format: str
     dtype: str
-    """What ``model.dtype`` came to; ``auto`` depends on the machine, and a run keeps to one."""
+    """The dtype that ``model.dtype`` resolved to in the first attempt; later attempts must use the same."""
     attempt: int
     """Number of earlier attempts."""
 
@@ -53,29 +54,31 @@ class RunDir:
     def shards(self) -> int:
         return math.ceil(self.rows / self.rows_per_shard)
 
-    def span(self, shard: int) -> range:
-        """The rows of a shard."""
+    def shard_rows(self, shard: int) -> range:
+        """Return the indices of a shard's input rows."""
         start = shard * self.rows_per_shard
         return range(start, min(start + self.rows_per_shard, self.rows))
 
     def committed_samples(self) -> int:
-        """Samples in committed shards."""
+        """Count the samples in committed shards."""
         manifests = self.paths.shards.glob("*.json")
-        return self.samples * sum(len(self.span(int(path.stem))) for path in manifests if path.stem.isdigit())
+        shards = [int(path.stem) for path in manifests if path.stem.isdigit()]
+        return self.samples * sum(len(self.shard_rows(shard)) for shard in shards)
 
     def complete(self) -> bool:
+        """Return whether all shards are committed."""
         return all(self.paths.manifest(shard).exists() for shard in range(self.shards))
 
     def clear_work(self) -> None:
-        """Remove locks and part files of a complete run; several workers may do so at once."""
+        """Remove the locks and part files of a complete run; several workers may do this at once."""
         shutil.rmtree(self.paths.work, ignore_errors=True)
 
 
-def prepare(folder: str) -> RunPaths:
-    """Make sure that ``output.dir`` can be written and is a run's folder, or empty.
+def prepare_folder(folder: str) -> RunPaths:
+    """Create ``output.dir`` if needed, and check that it is writable and holds a run or no shards.
 
     Raises:
-        InputError: it is not.
+        InputError: the folder cannot be written, or holds shards without a run.
     """
     paths = RunPaths(Path(folder).expanduser())
     try:
@@ -84,17 +87,17 @@ def prepare(folder: str) -> RunPaths:
             pass
     except OSError as error:
         raise InputError(f"output.dir={folder} cannot be written ({error.strerror}): choose another folder.") from error
-    # In this order: another worker may begin the run between the two looks.
+    # Check run.json last: another worker may begin the run between the two checks.
     if paths.shards.exists() and any(paths.shards.iterdir()) and not paths.run.exists():
         raise InputError(f"output.dir={folder} has files in shards/ but no run.json: choose another folder.")
     return paths
 
 
-def earlier_run(paths: RunPaths, fingerprint: Fingerprint) -> RunDir | None:
-    """The run that the folder holds, if any, which must be of the same fingerprint.
+def existing_run(paths: RunPaths, fingerprint: Fingerprint) -> RunDir | None:
+    """Return the run that the folder holds, None if it holds none.
 
     Raises:
-        InputError: it is a run of another fingerprint, or cannot be read.
+        InputError: the run has another fingerprint, or cannot be read.
     """
     if not paths.run.exists():
         return None
@@ -102,18 +105,18 @@ def earlier_run(paths: RunPaths, fingerprint: Fingerprint) -> RunDir | None:
     if differences(run.fingerprint, fingerprint):
         raise InputError(
             f"output.dir={paths.root} holds a run with another fingerprint ({describe(run.fingerprint, fingerprint)}): "
-            "choose another folder, or the earlier values."
+            "choose another folder, or restore the earlier values."
         )
     return run
 
 
 def read_run(paths: RunPaths) -> RunDir:
-    """The run that a folder holds.
+    """Return the run that a folder holds.
 
     Raises:
-        InputError: it holds none, or ``run.json`` cannot be read.
+        InputError: the folder holds no run, or its ``run.json`` cannot be read.
     """
-    stored = read_description(paths)
+    stored = read_run_json(paths)
     try:
         return RunDir(
             paths=paths,
@@ -126,19 +129,19 @@ def read_run(paths: RunPaths) -> RunDir:
             attempt=len(stored["attempts"]) - 1,
         )
     except (KeyError, TypeError) as error:
-        raise InputError(f"{paths.run} is no description of a run: {error!r} is wrong in it.") from error
+        raise InputError(f"{paths.run} does not describe a run: {error!r}.") from error
 
 
 def read_row_ids(paths: RunPaths) -> pa.ChunkedArray:
-    """The ids of all rows, in order.
+    """Read the ids of all input rows, in order.
 
     Raises:
-        InputError: they cannot be read.
+        InputError: the ids cannot be read.
     """
     try:
         return pq.read_table(paths.rows).column("row_id")
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise InputError(f"{paths.rows}, the ids of the rows, cannot be read: {error}.") from error
+        raise InputError(f"{paths.rows}, the ids of the input rows, cannot be read: {error}.") from error
 
 
 def open_run(
@@ -146,79 +149,77 @@ def open_run(
     config: Config,
     fingerprint: Fingerprint,
     row_ids: Sequence[str],
+    *,
     dtype: str,
     attention: str,
     workers: int,
 ) -> RunDir:
-    """Start a run in the folder, or go on with the one that is there, and count this attempt.
+    """Start a run in the folder, or resume the one it holds, and record this attempt.
 
-    The partition into shards is decided here once, and kept by later attempts whatever their number of workers.
+    The first attempt decides the partition into shards; later ones keep it, whatever their number of workers.
 
     Raises:
-        InputError: the folder holds a run of another fingerprint or dtype.
+        InputError: the folder holds a run with another fingerprint or dtype.
     """
     with locked(paths.run_lock):
-        if earlier_run(paths, fingerprint) is None:
+        if existing_run(paths, fingerprint) is None:
             paths.shards.mkdir(exist_ok=True)
             table = pa.table({"row_id": pa.array(row_ids, pa.string())})
-            # Before run.json, which says that all that a run needs is there.
-            write_whole(paths.rows, paths.temporary(paths.rows), lambda temporary: pq.write_table(table, temporary))
-            stored = _describe(config, fingerprint, row_ids, dtype, workers)
+            # Written before run.json, whose presence means that the directory is usable.
+            write_atomically(paths.rows, paths.temporary(paths.rows), lambda target: pq.write_table(table, target))
+            stored = _new_run_json(config, fingerprint, rows=len(row_ids), dtype=dtype, workers=workers)
         else:
-            stored = read_description(paths)
+            stored = read_run_json(paths)
         if stored["dtype"] != dtype:
             raise InputError(
-                f"model.dtype={config.model.dtype} is {dtype} here, but the run in {paths.root} has {stored['dtype']}: "
-                f"set model.dtype={stored['dtype']}."
+                f"model.dtype={config.model.dtype} means {dtype} here, but the run in {paths.root} uses "
+                f"{stored['dtype']}: set model.dtype={stored['dtype']}."
             )
         stored["attempts"].append(_attempt(config, attention, workers))
-        content = json.dumps(stored, indent=2) + "\n"
-        write_whole(paths.run, paths.temporary(paths.run), lambda temporary: _write_text(temporary, content))
+        write_text_atomically(paths.run, paths.temporary(paths.run), json.dumps(stored, indent=2) + "\n")
     return read_run(paths)
 
 
-def read_description(paths: RunPaths) -> dict[str, Any]:
-    """All that ``run.json`` says.
+def read_run_json(paths: RunPaths) -> dict[str, Any]:
+    """Read ``run.json``.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: the file does not exist, cannot be read, or has another format.
     """
     try:
         stored = json.loads(paths.run.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{paths.root} holds no run: there is no run.json in it.") from error
+        raise InputError(f"{paths.root} holds no run: it has no run.json.") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{paths.run} cannot be read: {error}.") from error
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-        raise InputError(f"{paths.run} is not of format {FORMAT}, the one that this version reads.")
+        raise InputError(f"{paths.run} does not have format {FORMAT}, the only one that this version reads.")
     return stored
 
 
-def _describe(
-    config: Config, fingerprint: Fingerprint, row_ids: Sequence[str], dtype: str, workers: int
-) -> dict[str, Any]:
+def _new_run_json(config: Config, fingerprint: Fingerprint, *, rows: int, dtype: str, workers: int) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "fingerprint": fingerprint.values,
         "digest": fingerprint.digest,
-        "rows": len(row_ids),
+        "rows": rows,
         "samples": config.sampling.n,
-        "rows_per_shard": rows_per_shard(len(row_ids), config.output.rows_per_shard, workers),
+        "rows_per_shard": choose_rows_per_shard(rows, config.output.rows_per_shard, workers),
         "output_format": config.output.format,
         "dtype": dtype,
         "config": asdict(config),
-        "packages": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "packages": {name: _installed_version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "attempts": [],
     }
 
 
-def rows_per_shard(rows: int, wanted: int, workers: int) -> int:
-    """Rows of a shard: what the configuration says, or fewer, so that several workers can share the rows evenly."""
-    return wanted if workers == 1 else min(wanted, math.ceil(rows / (SHARDS_PER_WORKER * workers)))
+def choose_rows_per_shard(rows: int, configured: int, workers: int) -> int:
+    """Return the input rows per shard: as configured, or fewer so that several workers share them evenly."""
+    return configured if workers == 1 else min(configured, math.ceil(rows / (SHARDS_PER_WORKER * workers)))
 
 
 def _attempt(config: Config, attention: str, workers: int) -> dict[str, Any]:
-    """What may differ between the attempts of a run."""
+    """Describe one attempt: the settings that may differ between attempts of a run."""
     model = {key: getattr(config.model, key) for key in ("device", "device_map", "tensor_parallel")}
     execution = {"batcher": asdict(config.batcher), "memory": asdict(config.memory), **model}
     return {
@@ -231,12 +232,8 @@ def _attempt(config: Config, attention: str, workers: int) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def _installed_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _write_text(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Who works on which shard."""
+"""Locks on shards: each shard is worked on by one worker at a time."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from rollout.run_dir.paths import RunPaths
 
 
 class ShardLocks(Protocol):
-    """Hands out shards, each to one worker at a time."""
+    """Hand out shards, each to one worker at a time."""
 
     def claim(self) -> int | None:
-        """A shard that nobody works on and that is not committed, now this worker's; None where there is none."""
+        """Lock a shard that is neither locked nor committed, and return its index; None if there is none."""
 
     def release(self, index: int, committed: bool) -> None:
-        """Give a claimed shard back, with its work done or not."""
+        """Release a claimed shard, committed or not."""
 
 
 class FileLocks:
-    """Claims by ``flock`` on a file a shard, which the kernel frees when a process dies, however it dies.
+    """Locks by ``flock`` on one file per shard; the kernel releases them whenever a process dies.
 
-    So a killed job can go on at once. Of the shards that are not committed, a worker holds at most its share at a
-    time: an engine with room for all of a small run would claim all of it while the other workers still load.
+    A killed job can therefore resume at once. A worker holds at most its share of the uncommitted shards: otherwise an
+    engine with room for a whole small run would claim all of it while the other workers are still loading.
 
-    On network file systems this needs servers and mounts that pass locks
-    on (NFS 4, Lustre with ``flock``); where they do not, workers on different machines must not share a run.
+    On network file systems, servers and mounts must forward locks (NFS 4, Lustre with ``flock``); where they do not,
+    workers on different machines must not share a run.
     """
 
     def __init__(self, paths: RunPaths, shards: int, workers: int = 1) -> None:
@@ -38,12 +38,12 @@ class FileLocks:
         self._shards = shards
         self._workers = workers
         self._open = list(range(shards))
-        """Shards that are neither held here nor known to be committed."""
+        """Shards neither held by this worker nor known to be committed."""
         self._held: dict[int, int] = {}
         """The file descriptor of each lock held."""
 
     def claim(self) -> int | None:
-        if len(self._held) >= self._share():
+        if len(self._held) >= self._most_held():
             return None
         for index in tuple(self._open):
             if self._paths.manifest(index).exists():
@@ -54,14 +54,15 @@ class FileLocks:
                 continue
             self._open.remove(index)
             if self._paths.manifest(index).exists():
-                # Committed between the two looks.
+                # Committed between the first check and the lock.
                 unlock(self._paths.lock(index), descriptor, remove=True)
                 continue
             self._held[index] = descriptor
             return index
         return None
 
-    def _share(self) -> int:
+    def _most_held(self) -> int:
+        """Return how many shards this worker may hold: its share of the uncommitted ones, at least one."""
         committed = sum(1 for file in self._paths.shards.iterdir() if file.suffix == ".json")
         return max(1, math.ceil((self._shards - committed) / self._workers))
 
@@ -72,13 +73,13 @@ class FileLocks:
 
 
 def try_lock(path: Path) -> int | None:
-    """Lock a file, made if need be, and return its descriptor; None if another holds it."""
+    """Lock a file, creating it if needed, and return its descriptor; None if it is locked already."""
     return _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, waiting for it as long as it takes."""
+    """Hold the lock of a file; wait until it is free."""
     descriptor = _lock(path, fcntl.LOCK_EX)
     assert descriptor is not None
     try:
@@ -88,32 +89,32 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def unlock(path: Path, descriptor: int, remove: bool) -> None:
-    """Free a lock. The file goes before the lock does, so that nobody locks it in between and then loses it."""
+    """Release a lock. ``remove`` deletes the file first, so that no process locks a file about to be deleted."""
     if remove:
         path.unlink(missing_ok=True)
     os.close(descriptor)
 
 
-def _lock(path: Path, how: int) -> int | None:
+def _lock(path: Path, operation: int) -> int | None:
     while True:
-        # The folder of locks goes when a run is complete, possibly just now.
+        # A worker that completes the run removes the folder of locks, possibly at this moment.
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
             continue
         try:
-            fcntl.flock(descriptor, how)
+            fcntl.flock(descriptor, operation)
         except BlockingIOError:
             os.close(descriptor)
             return None
-        if _is_still(path, descriptor):
+        if _is_file_at(path, descriptor):
             return descriptor
-        # Removed by the one who held it: a lock on a file without a name keeps nobody out.
+        # The previous holder removed the file: a lock on a file without a name excludes no process.
         os.close(descriptor)
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
+def _is_file_at(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:

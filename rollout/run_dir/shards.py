@@ -1,4 +1,4 @@
-"""Committed shards: their schema, and the manifest that says what a shard must hold."""
+"""Committed shards: their schema, their files, and the manifest that commits each."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rollout.errors import InputError
+from rollout.errors import InputError, first_line
 from rollout.records import Record
-from rollout.run_dir.atomic_write import write_whole
+from rollout.run_dir.atomic_write import write_atomically, write_text_atomically
 from rollout.run_dir.paths import RunPaths
 
 SCHEMA = pa.schema(
@@ -40,27 +40,28 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
-    """What some records come to."""
+class RecordCounts:
+    """Counts and sums over records."""
 
     rows: int
+    """Input rows."""
     samples: int
-    """Records; in a shard rows times samples of each."""
+    """Records; in a complete shard, the input rows times the samples of each."""
     error_rows: int
-    """Rows of which at least one sample is in error."""
+    """Input rows with an error in at least one sample."""
     errors: dict[str, int]
-    """Records in error by class."""
+    """Records with an error, by class."""
     finish_reasons: dict[str, int]
     prompt_tokens: int
     completion_tokens: int
     rewards: int
-    """Records that have a reward."""
+    """Records with a reward."""
     reward_sum: float
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest(Contents):
-    """What a committed shard holds, and in which file."""
+class Manifest(RecordCounts):
+    """Description of a committed shard: its counts, its file and the digest of that file."""
 
     shard: int
     file: str
@@ -70,10 +71,10 @@ class Manifest(Contents):
 
 
 def read_manifest(path: Path) -> Manifest:
-    """A shard's manifest.
+    """Read a shard's manifest.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the manifest cannot be read.
     """
     try:
         return Manifest(**json.loads(path.read_text(encoding="utf-8")))
@@ -81,9 +82,9 @@ def read_manifest(path: Path) -> Manifest:
         raise InputError(f"{path} cannot be read as a manifest: {error}.") from error
 
 
-def contents_of(records: Sequence[Record]) -> Contents:
-    """In any order."""
-    return Contents(
+def count_records(records: Sequence[Record]) -> RecordCounts:
+    """Count records, which may be in any order."""
+    return RecordCounts(
         rows=len({record.row_id for record in records}),
         samples=len(records),
         error_rows=len({record.row_id for record in records if record.error_class}),
@@ -97,53 +98,53 @@ def contents_of(records: Sequence[Record]) -> Contents:
 
 
 def commit(paths: RunPaths, index: int, form: str, records: Sequence[Record], fingerprint: str) -> Manifest:
-    """Write a shard and then its manifest, which is what makes it committed.
+    """Write a shard and then its manifest, which commits it.
 
-    A kill between the two leaves a shard without a manifest; the next worker writes both again.
+    A kill between the two leaves a shard without a manifest, and the next worker writes both again.
     """
     path = paths.shard(index, form)
-    write_whole(path, paths.temporary(path), lambda temporary: _WRITERS[form](records, temporary))
+    write_atomically(path, paths.temporary(path), lambda target: _WRITERS[form](records, target))
     manifest = Manifest(
-        **asdict(contents_of(records)),
+        **asdict(count_records(records)),
         shard=index,
         file=path.name,
         bytes=path.stat().st_size,
         sha256=file_sha256(path),
         fingerprint=fingerprint,
     )
-    content = json.dumps(asdict(manifest), indent=2) + "\n"
-    at = paths.manifest(index)
-    write_whole(at, paths.temporary(at), lambda temporary: _write_text(temporary, content))
+    manifest_path = paths.manifest(index)
+    text = json.dumps(asdict(manifest), indent=2) + "\n"
+    write_text_atomically(manifest_path, paths.temporary(manifest_path), text)
     return manifest
 
 
 def file_sha256(path: Path) -> str:
-    """Of all bytes of a file."""
+    """Return the SHA-256 digest of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A shard as a table of the declared schema.
+    """Read a shard as a table with the declared schema.
 
     Raises:
-        ValueError: it cannot be read, or has another schema.
+        ValueError: the file cannot be read, or has another schema.
     """
     try:
         if path.suffix == ".parquet":
             found = pq.read_schema(path)
             if not found.equals(SCHEMA):
-                raise ValueError(f"its schema is not the declared one: {_schema_difference(found)}")
+                raise ValueError(f"its schema differs from the declared one: {_schema_difference(found)}")
             return pq.read_table(path, columns=columns)
         with open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or list(row) != SCHEMA.names:
-                raise ValueError(f"line {number} has not the declared columns")
-        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+            records = [json.loads(line) for line in file]
+        for number, record in enumerate(records, 1):
+            if not isinstance(record, dict) or list(record) != SCHEMA.names:
+                raise ValueError(f"line {number} does not have the declared columns")
+        table = pa.Table.from_pylist(records, schema=SCHEMA)
         return table if columns is None else table.select(columns)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        raise ValueError(first_line(error)) from error
 
 
 def _schema_difference(found: pa.Schema) -> str:
@@ -162,15 +163,15 @@ def _write_parquet(records: Sequence[Record], path: Path) -> None:
 def _write_jsonl(records: Sequence[Record], path: Path) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
-            row = {name: getattr(record, name) for name in SCHEMA.names}
-            file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+            values = {name: getattr(record, name) for name in SCHEMA.names}
+            file.write(json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
 _WRITERS = {"parquet": _write_parquet, "jsonl": _write_jsonl}
 
 
 def table_of(records: Sequence[Record]) -> pa.Table:
-    """Records as a table of the declared schema."""
+    """Convert records into a table with the declared schema."""
     return pa.Table.from_arrays([_column(records, field) for field in SCHEMA], schema=SCHEMA)
 
 
@@ -185,7 +186,3 @@ def _column(records: Sequence[Record], field: pa.Field) -> pa.Array:
 
 def _offsets(values: Iterable[Sequence[Any]]) -> pa.Array:
     return pa.array(np.cumsum([0, *(len(value) for value in values)]), pa.int32())
-
-
-def _write_text(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")

@@ -171,22 +171,22 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_missing_column_lists_those_there(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
-    with pytest.raises(InputError, match=r"data\.prompt_column=question is no column .* which has prompt, answer\."):
+    with pytest.raises(InputError, match=r"data\.prompt_column=question is not a column .* which has prompt, answer\."):
         read_prompts(data(path, "data.prompt_column=question"))
-    with pytest.raises(InputError, match=r"data\.id_column=key is no column .* prompt, answer\."):
+    with pytest.raises(InputError, match=r"data\.id_column=key is not a column .* prompt, answer\."):
         read_prompts(data(path, "data.id_column=key"))
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])
 def test_empty_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(InputError, match=r"is empty|holds no rows"):
+    with pytest.raises(InputError, match=r"is empty|holds no input rows"):
         read_prompts(data(tmp_path / "a.jsonl"))
 
 
 def test_empty_dataset(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"prompt": []}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(InputError, match="holds no rows"):
+    with pytest.raises(InputError, match="holds no input rows"):
         read_prompts(data(tmp_path / "saved"))
 
 
@@ -224,13 +224,13 @@ def test_a_torn_parquet_file(tmp_path: Path) -> None:
 
 def test_duplicate_ids(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "key": k} for k in ("x", "y", "x")])
-    with pytest.raises(InputError, match=r"Rows 0 and 2 \(counted from 0\) have the same id 'x'"):
+    with pytest.raises(InputError, match=r"Input rows 0 and 2 \(counted from 0\) have the same id 'x'"):
         read_prompts(data(path, "data.id_column=key"))
 
 
 def test_missing_id(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "key": "x"}, {"prompt": "b", "key": None}])
-    with pytest.raises(InputError, match=r"Row 1 .* no value in data\.id_column=key"):
+    with pytest.raises(InputError, match=r"Input row 1 .* no value in data\.id_column=key"):
         read_prompts(data(path, "data.id_column=key"))
 
 
@@ -286,7 +286,7 @@ def test_a_hint_of_nan_is_unknown(tmp_path: Path) -> None:
 def test_a_column_that_holds_no_hints(tmp_path: Path, values: list[Any]) -> None:
     rows = [{"prompt": str(i), "tokens": value} for i, value in enumerate(values)]
     path = write(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(InputError, match=r"^data\.length_hint_column=tokens holds .* values, but hints are numbers"):
+    with pytest.raises(InputError, match=r"^data\.length_hint_column=tokens holds .* .* length hints are numbers"):
         read_prompts(data(path, "data.length_hint_column=tokens"))
-    with pytest.raises(InputError, match=r"^data\.length_hint_column=length is no column of .* prompt, tokens\."):
+    with pytest.raises(InputError, match=r"^data\.length_hint_column=length is not a column of .* prompt, tokens\."):
         read_prompts(data(path, "data.length_hint_column=length"))

@@ -51,7 +51,7 @@ def test_the_processes_of_a_job_are_one_worker(tmp_path: Path, saved_tiny: Path)
     keys = [f"model.path={saved_tiny}", "model.dtype=float32", "data.limit=12", "sampling.max_new_tokens=10"]
     keys += ["output.rows_per_shard=5", "sampling.n=2"]
     told = launch("rollout", *keys, f"output.dir={tmp_path / 'two'}", "model.tensor_parallel=true")
-    assert told.count("12 rows, 24 samples") == 1
+    assert told.count("12, 24 samples") == 1
     run_job(load_config([*keys, f"output.dir={tmp_path / 'one'}"]))
     assert verify(tmp_path / "two").complete
     ours, theirs = (without_attempt(read_records(tmp_path / name)) for name in ("two", "one"))
@@ -87,9 +87,9 @@ def test_what_does_not_go_with_it(other: str) -> None:
 
 def test_a_place_among_processes_that_work_together() -> None:
     launched = {"RANK": "1", "WORLD_SIZE": "2", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_ID": "2"}
-    place = Topology.of(launched, together=True)
-    assert (place.together, place.rank, place.workers, place.worker) == (True, 1, 3, 2)
-    assert not Topology.of({}, together=True).together
+    place = Topology.from_environment(launched, tensor_parallel=True)
+    assert (place.tensor_parallel, place.rank, place.workers, place.worker) == (True, 1, 3, 2)
+    assert not Topology.from_environment({}, tensor_parallel=True).tensor_parallel
 
 
 @pytest.fixture

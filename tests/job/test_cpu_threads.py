@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout.job.cpu_threads import threads, usable_cores
+from rollout.job.cpu_threads import choose_threads, usable_cores
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}
 
@@ -30,7 +30,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}
 def test_ranks_share_the_cores_unless_the_user_says_otherwise(
     ranks: int, environment: dict[str, str], wanted: int | None
 ) -> None:
-    assert threads(ranks, environment, cores=12) == wanted
+    assert choose_threads(ranks, environment, cores=12) == wanted
 
 
 @pytest.fixture

@@ -42,8 +42,8 @@ def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(list((out / "shards").iterdir())) == 10
     assert verify(out).complete
     lines = capsys.readouterr().out
-    assert "20 rows, 60 samples (3 a row)" in lines
-    assert "live batch:  5 to 5 rows" in lines
+    assert "prompts:     20, 60 samples (3 each)\n" in lines
+    assert "live batch:  5 to 5 samples" in lines
     assert "mean reward: 0." in lines
     assert f"{out}/shards/*.parquet" in lines
     assert f"python -m rollout.verify {out}" in lines
@@ -184,9 +184,9 @@ def test_a_run_keeps_its_dtype(tmp_path: Path) -> None:
     seen = []
 
     def load(dtype: str, fail_after: int | None = None) -> Any:
-        def loading(config: Any, prompts: Any, place: Topology) -> Any:
+        def loading(config: Any, prompts: Any, topology: Topology) -> Any:
             seen.append(config.model.dtype)
-            return replace(load_fake(FakeEngine(fail_after=fail_after))(config, prompts, place), dtype=dtype)
+            return replace(load_fake(FakeEngine(fail_after=fail_after))(config, prompts, topology), dtype=dtype)
 
         return loading
 
@@ -219,7 +219,7 @@ def test_bad_rows_become_error_records_and_the_job_goes_on(tmp_path: Path, capsy
     assert [record["finish_reason"] == "error" for record in records] == [bool(r["error_class"]) for r in records]
     assert all(bool(record["error"]) == bool(record["error_class"]) for record in records)
     assert all(record["seed"] == 0 for record in records)
-    assert "4 rows (bad_prompt 6, empty_prompt 2)" in capsys.readouterr().out
+    assert "4 prompts (bad_prompt 6, empty_prompt 2)" in capsys.readouterr().out
     assert run_job(config_of(tmp_path, data, "sampling.n=2"), refuse_to_load) == Exit.ERROR_ROWS
 
 

@@ -149,7 +149,7 @@ def test_ranks_of_one_launch(tmp_path: Path, uninterrupted: list[dict[str, Any]]
     for expected_workers in ({0, 1}, {0, 1}):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("20 rows, 60 samples") == 1
+        assert done.stdout.count("20, 60 samples") == 1
         assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)
         # The second time there is nothing to do, and no line is added.
         assert {line["worker"] for line in read_metrics(RunPaths(tmp_path / "out"))} == expected_workers

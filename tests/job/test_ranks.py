@@ -6,23 +6,23 @@ from rollout.job.ranks import Ranks, Topology
 
 
 def test_alone() -> None:
-    place = Topology.of({})
-    assert (place.rank, place.world_size, place.workers, place.worker) == (0, 1, 1, 0)
-    assert Ranks(place).of_first("x") == "x"
+    topology = Topology.from_environment({})
+    assert (topology.rank, topology.world_size, topology.workers, topology.worker) == (0, 1, 1, 0)
+    assert Ranks(topology).broadcast("x") == "x"
 
 
 def test_a_rank_of_a_launch() -> None:
-    place = Topology.of({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
-    assert (place.rank, place.workers, place.worker) == (3, 4, 3)
-    assert place.local_world_size == 2
+    topology = Topology.from_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    assert (topology.rank, topology.workers, topology.worker) == (3, 4, 3)
+    assert topology.local_world_size == 2
 
 
 def test_a_launch_in_an_array() -> None:
     array = {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_STEP": "5"}
     workers = [
-        Topology.of({**array, "SLURM_ARRAY_TASK_ID": task, "WORLD_SIZE": "2", "RANK": rank}).worker
+        Topology.from_environment({**array, "SLURM_ARRAY_TASK_ID": task, "WORLD_SIZE": "2", "RANK": rank}).worker
         for task in ("10", "15", "20")
         for rank in ("0", "1")
     ]
     assert workers == [0, 1, 2, 3, 4, 5]
-    assert Topology.of({**array, "SLURM_ARRAY_TASK_ID": "15", "WORLD_SIZE": "2"}).workers == 6
+    assert Topology.from_environment({**array, "SLURM_ARRAY_TASK_ID": "15", "WORLD_SIZE": "2"}).workers == 6

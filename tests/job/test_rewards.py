@@ -8,7 +8,7 @@ import pytest
 
 from rollout.arithmetic import exact_match
 from rollout.errors import InputError
-from rollout.job.rewards import load_reward, scored
+from rollout.job.rewards import load_reward, score
 from rollout.records import Record
 from rollout.requests import Request
 from rollout.sampling_params import SamplingParams
@@ -72,14 +72,14 @@ def test_what_cannot_be_a_reward_is_refused_at_start(config: dict[str, Any]) -> 
         load_reward(config)
 
 
-def test_records_are_scored() -> None:
+def test_records_are_score() -> None:
     reward = load_reward({"_target_": f"{HERE}.length"})
-    assert scored(RECORD, {}, reward).reward == len(RECORD.text)
-    assert scored(RECORD, {}, None) is RECORD
+    assert score(RECORD, {}, reward).reward == len(RECORD.text)
+    assert score(RECORD, {}, None) is RECORD
 
 
 def test_a_reward_that_raises_keeps_the_completion() -> None:
-    result = scored(RECORD, {}, failing)
+    result = score(RECORD, {}, failing)
     assert (result.error_class, result.error) == ("reward_failed", "KeyError: 'answer'")
     assert result.reward is None
     assert (result.completion_ids, result.finish_reason) == (RECORD.completion_ids, RECORD.finish_reason)
@@ -87,10 +87,10 @@ def test_a_reward_that_raises_keeps_the_completion() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "many"])
 def test_what_is_no_finite_number_failed(value: Any) -> None:
-    result = scored(RECORD, {}, lambda row, text: value)
+    result = score(RECORD, {}, lambda row, text: value)
     assert (result.error_class, result.reward) == ("reward_failed", None)
 
 
-def test_error_records_are_not_scored() -> None:
+def test_error_records_are_not_score() -> None:
     record = Record("row", 0, [], [], "", [], [], "error", "empty_prompt", "Empty.")
-    assert scored(record, {}, failing) is record
+    assert score(record, {}, failing) is record

@@ -103,9 +103,9 @@ BASE = ("model.path=model", "output.dir=out")
         ("sampling.max_new_tokens=0", "sampling.max_new_tokens is 0, but must be at least 1"),
         ("sampling.n=0", "sampling.n is 0, but must be at least 1"),
         ("data.path=no.jsonl", "data.path=no.jsonl does not exist."),
-        ("data.path=torn.jsonl", "Line 2 of torn.jsonl is not a whole JSON object"),
+        ("data.path=torn.jsonl", "Line 2 of torn.jsonl is not a complete JSON object"),
         ("data.path=empty.jsonl", "data.path=empty.jsonl is empty."),
-        ("data.prompt_column=text", "data.prompt_column=text is no column of builtin:arithmetic, which has "),
+        ("data.prompt_column=text", "data.prompt_column=text is not a column of builtin:arithmetic, which has "),
         ("data.id_column=answer", "(counted from 0) have the same id"),
         ("output.dir=file/out", "output.dir=file/out cannot be written (Not a directory): choose another folder."),
         ("output.dir=other", "sampling.n was 3 and is 1"),
@@ -251,7 +251,7 @@ def test_a_job_as_a_user_starts_it(tiny: Path, tmp_path: Path) -> None:
 
     done = run("rollout", *arguments)
     assert done.returncode == 0, done.stderr
-    assert "5 rows, 10 samples (2 a row)" in done.stdout
+    assert "prompts:     5, 10 samples (2 each)" in done.stdout
     assert "mean reward:" in done.stdout
     assert "Traceback" not in done.stderr
     verified = run("rollout.verify", "out")

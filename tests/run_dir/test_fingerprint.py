@@ -127,7 +127,7 @@ def safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def test_of_large_files_every_tensor_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WHOLE", 1000)
+    monkeypatch.setattr(module, "_HASHED_WHOLE_BYTES", 1000)
     model = fake_model(tmp_path / "m")
     tensors = {f"layer{i}": np.arange(50_000, dtype=np.float32) + i for i in range(5)}
     safetensors(model / "model.safetensors", tensors)
@@ -142,8 +142,8 @@ def test_of_large_files_every_tensor_is_sampled(tmp_path: Path, monkeypatch: pyt
 
 
 def test_large_files_of_other_kinds_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WHOLE", 1000)
-    monkeypatch.setattr(module, "_BLOCK", 100)
+    monkeypatch.setattr(module, "_HASHED_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 100)
     file = tmp_path / "a.gguf"
     file.write_bytes(bytes(10_000))
     before = weights_digest(file)

@@ -12,7 +12,7 @@ from rollout.errors import InputError
 from rollout.job.job import run_job
 from rollout.run_dir.part_file import decode_record
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.previous_lengths import lengths_of_run
+from rollout.run_dir.previous_lengths import read_lengths
 from tests.support.jobs import FakeEngine, config_of, load_fake, read_records
 
 JOB = ("data.limit=20", "sampling.n=3", "output.rows_per_shard=4")
@@ -37,7 +37,7 @@ def test_a_complete_run(tmp_path: Path, form: str):
     run_job(config_of(tmp_path, *JOB, f"output.format={form}"), load_fake(Words()))
     records = read_records(tmp_path / "out")
     expected = means([(record["prompt_ids"], record["completion_ids"]) for record in records])
-    lengths = lengths_of_run(str(tmp_path / "out"))
+    lengths = read_lengths(str(tmp_path / "out"))
     assert len(lengths) == len(expected) > 15
     assert [lengths.expected(prompt) for prompt in expected] == pytest.approx(list(expected.values()))
 
@@ -54,7 +54,7 @@ def test_a_run_that_was_killed(tmp_path: Path):
     with parts[0].open("ab") as file:
         file.write(b'{"row_id": "torn')
     expected = means(committed + [(record.prompt_ids, record.completion_ids) for record in under_way])
-    lengths = lengths_of_run(str(paths.root))
+    lengths = read_lengths(str(paths.root))
     assert [lengths.expected(prompt) for prompt in expected] == pytest.approx(list(expected.values()))
     assert len(lengths) == len(expected)
 
@@ -62,18 +62,18 @@ def test_a_run_that_was_killed(tmp_path: Path):
 def test_errors_are_no_lengths(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "fine"}\n{"prompt": ""}\n')
     run_job(config_of(tmp_path, f"data.path={tmp_path}/rows.jsonl"), load_fake(Words()))
-    lengths = lengths_of_run(str(tmp_path / "out"))
+    lengths = read_lengths(str(tmp_path / "out"))
     assert len(lengths) == 1
     assert lengths.expected([]) is None
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"^data\.lengths_from=.*nowhere holds no run"):
-        lengths_of_run(str(tmp_path / "nowhere"))
+        read_lengths(str(tmp_path / "nowhere"))
 
 
 def test_a_broken_shard_is_named(tmp_path: Path):
     run_job(config_of(tmp_path, *JOB), load_fake(Words()))
     (tmp_path / "out" / "shards" / "00002.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"data\.lengths_from=.*00002\.parquet cannot be read"):
-        lengths_of_run(str(tmp_path / "out"))
+        read_lengths(str(tmp_path / "out"))

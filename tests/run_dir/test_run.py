@@ -11,7 +11,15 @@ import pytest
 from rollout.errors import InputError
 from rollout.run_dir.fingerprint import Fingerprint
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.run import RunDir, earlier_run, open_run, prepare, read_row_ids, read_run, rows_per_shard
+from rollout.run_dir.run import (
+    RunDir,
+    choose_rows_per_shard,
+    existing_run,
+    open_run,
+    prepare_folder,
+    read_row_ids,
+    read_run,
+)
 from tests.support.jobs import config_of
 
 IDS = [f"row {i}" for i in range(10)]
@@ -20,13 +28,21 @@ FINGERPRINT = Fingerprint({"seed": 0, "sampling.temperature": 1.0})
 
 def opened(folder: Path, *overrides: str, fingerprint: Fingerprint = FINGERPRINT, workers: int = 1) -> RunDir:
     config = config_of(folder, *overrides)
-    return open_run(prepare(config.output.dir), config, fingerprint, IDS, "float32", "gather", workers)
+    return open_run(
+        prepare_folder(config.output.dir),
+        config,
+        fingerprint,
+        IDS,
+        dtype="float32",
+        attention="gather",
+        workers=workers,
+    )
 
 
 def test_what_is_written_first(tmp_path: Path) -> None:
     run = opened(tmp_path, "sampling.n=3", "output.rows_per_shard=4")
     assert (run.rows, run.samples, run.rows_per_shard, run.shards, run.attempt) == (10, 3, 4, 3, 0)
-    assert [list(run.span(shard)) for shard in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [list(run.shard_rows(shard)) for shard in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert read_row_ids(run.paths).to_pylist() == IDS
     stored = json.loads(run.paths.run.read_text())
     assert stored["fingerprint"] == FINGERPRINT.values
@@ -53,7 +69,17 @@ def test_workers_that_start_together_agree(tmp_path: Path) -> None:
     config = config_of(tmp_path)
 
     def start() -> None:
-        runs.append(open_run(prepare(config.output.dir), config, FINGERPRINT, IDS, "float32", "gather", 2))
+        runs.append(
+            open_run(
+                prepare_folder(config.output.dir),
+                config,
+                FINGERPRINT,
+                IDS,
+                dtype="float32",
+                attention="gather",
+                workers=2,
+            )
+        )
 
     threads = [threading.Thread(target=start) for _ in range(6)]
     for thread in threads:
@@ -70,14 +96,14 @@ def test_workers_that_start_together_agree(tmp_path: Path) -> None:
     [(10_000, 1024, 1, 1024), (10, 1024, 1, 1024), (64, 1024, 2, 4), (10_000, 1024, 2, 625), (10_000, 100, 2, 100)],
 )
 def test_several_workers_get_eight_shards_each_or_more(rows: int, wanted: int, workers: int, expected: int) -> None:
-    assert rows_per_shard(rows, wanted, workers) == expected
+    assert choose_rows_per_shard(rows, wanted, workers) == expected
 
 
 def test_another_fingerprint_is_refused_with_what_differs(tmp_path: Path) -> None:
     run = opened(tmp_path)
     before = run.paths.run.read_bytes()
     other = Fingerprint({"seed": 1, "sampling.temperature": 0.5})
-    for attempt in (lambda: earlier_run(run.paths, other), lambda: opened(tmp_path, fingerprint=other)):
+    for attempt in (lambda: existing_run(run.paths, other), lambda: opened(tmp_path, fingerprint=other)):
         with pytest.raises(InputError) as refused:
             attempt()
         assert "seed was 0 and is 1" in str(refused.value)
@@ -88,22 +114,22 @@ def test_another_fingerprint_is_refused_with_what_differs(tmp_path: Path) -> Non
 def test_another_dtype_is_refused(tmp_path: Path) -> None:
     run = opened(tmp_path)
     with pytest.raises(InputError, match=r"set model\.dtype=float32"):
-        open_run(run.paths, config_of(tmp_path), FINGERPRINT, IDS, "bfloat16", "gather", 1)
+        open_run(run.paths, config_of(tmp_path), FINGERPRINT, IDS, dtype="bfloat16", attention="gather", workers=1)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing/here")):
         with pytest.raises(InputError, match=r"^output\.dir=.* cannot be written \(.*\): choose another folder\.$"):
-            prepare(str(folder))
+            prepare_folder(str(folder))
 
 
 def test_shards_of_something_else_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
-    prepare(str(tmp_path))
+    prepare_folder(str(tmp_path))
     (tmp_path / "shards" / "00000.parquet").write_bytes(b"x")
     with pytest.raises(InputError, match=r"no run\.json"):
-        prepare(str(tmp_path))
+        prepare_folder(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', '{"format": 1}', '{"format": 1, "attempts": 3}'])
@@ -114,6 +140,6 @@ def test_a_run_that_cannot_be_read(tmp_path: Path, content: str) -> None:
 
 
 def test_no_run(tmp_path: Path) -> None:
-    assert earlier_run(RunPaths(tmp_path), FINGERPRINT) is None
+    assert existing_run(RunPaths(tmp_path), FINGERPRINT) is None
     with pytest.raises(InputError, match="holds no run"):
         read_run(RunPaths(tmp_path))

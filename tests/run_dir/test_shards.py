@@ -159,7 +159,7 @@ def test_other_schemas_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seed is int32"):
         read_shard(tmp_path / "b.parquet")
     (tmp_path / "c.jsonl").write_text(json.dumps({"row_id": "a"}) + "\n")
-    with pytest.raises(ValueError, match="line 1 has not the declared columns"):
+    with pytest.raises(ValueError, match="line 1 does not have the declared columns"):
         read_shard(tmp_path / "c.jsonl")
 
 

@@ -115,10 +115,10 @@ def report_of(step: int, **values: Any) -> StepReport:
 
 def load_fake(engine: FakeEngine | None = None) -> Callable[[Config, Prompts, Topology], Loaded]:
     """A function that loads a fake engine, as `run_job` takes it."""
-    return lambda config, prompts, place: Loaded(engine or FakeEngine(), "float32", "none")
+    return lambda config, prompts, topology: Loaded(engine or FakeEngine(), "float32", "none")
 
 
-def refuse_to_load(config: Config, prompts: Prompts, place: Topology) -> Loaded:
+def refuse_to_load(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
     """Fails a test in which no model may be loaded."""
     raise AssertionError("the model was loaded")
 

@@ -265,7 +265,7 @@ def test_a_job_refuses_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(load, "load_tokenizer", refuse)
     config = load_config(["output.dir=out", "model.device=cpu", "model.attention=varlen"])
     with pytest.raises(InputError, match=r"^model\.attention=varlen was requested, but it is for"):
-        load_engine(config, read_prompts(config.data), Topology.of({}))
+        load_engine(config, read_prompts(config.data), Topology())
 
 
 def test_a_name_that_is_none() -> None:
