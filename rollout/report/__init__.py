@@ -1,1 +1,1 @@
-"""A run as a picture."""
+"""The HTML report of a run."""

@@ -1,4 +1,4 @@
-"""``python -m rollout.report DIR``: draws a run from its metrics, as one HTML file that needs nothing else."""
+"""Draw a run from its metrics as one self-contained HTML file: ``python -m rollout.report DIR``."""
 
 from __future__ import annotations
 
@@ -17,40 +17,45 @@ from rollout.run_dir.summary import read_totals
 
 
 def report(folder: Path) -> str:
-    """The page of a run, which may be going on.
+    """Draw the page of a run, which may still be running.
 
     Raises:
-        InputError: the folder holds no run, or one without metrics.
+        InputError: the folder holds no run, or a run without metrics.
     """
     paths = RunPaths(folder)
     run, description = read_run(paths), read_run_json(paths)
     limits = {number: _limits(attempt) for number, attempt in enumerate(description["attempts"])}
-    return page(Subject(run, description, read_totals(run), limits), read_history(paths, limits))
+    subject = Subject(run=run, description=description, totals=read_totals(run), limits=limits)
+    return page(subject, read_history(paths, limits))
 
 
 def _limits(attempt: object) -> Limits:
-    """What an attempt in ``run.json`` was given."""
+    """Read the limits of an attempt in ``run.json``; none if they cannot be read."""
     try:
-        budget, most = attempt["batcher"]["latency_budget_ms"], attempt["memory"]["max_kv_bytes"]  # type: ignore[index]
-        return Limits(None if budget is None else float(budget), None if most is None else float(most))
+        budget = attempt["batcher"]["latency_budget_ms"]  # type: ignore[index]
+        max_kv_bytes = attempt["memory"]["max_kv_bytes"]  # type: ignore[index]
+        return Limits(
+            latency_budget_ms=None if budget is None else float(budget),
+            max_kv_bytes=None if max_kv_bytes is None else float(max_kv_bytes),
+        )
     except (KeyError, TypeError, ValueError):
         return Limits()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page, print its path, and return 0, or 2 if there is nothing to draw."""
+    """Write the page, print its path and return 0; return 2 if there is nothing to draw."""
     parser = argparse.ArgumentParser("python -m rollout.report", description=__doc__)
     parser.add_argument("dir", type=Path, help="the output.dir of a run")
-    parser.add_argument("--output", type=Path, help="the file to write (default: report.html in the folder)")
-    given = parser.parse_args(arguments)
-    path = given.output or RunPaths(given.dir).report
+    parser.add_argument("--output", type=Path, help="the file to write (default: DIR/report.html)")
+    options = parser.parse_args(arguments)
+    path = options.output or RunPaths(options.dir).report
     try:
-        text = report(given.dir)
+        text = report(options.dir)
         try:
-            path.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair, say
+            path.write_text(text, encoding="utf-8", errors="replace")  # "replace" for unpaired surrogates
         except OSError as error:
             raise InputError(
-                f"{path} cannot be written ({error.strerror}): name another file with --output."
+                f"{path} cannot be written ({error.strerror}): choose another file with --output."
             ) from error
     except InputError as error:
         print(error, file=sys.stderr)

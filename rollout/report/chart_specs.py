@@ -1,4 +1,4 @@
-"""Which charts show what a worker did, or all of them together, with the values for the pointer."""
+"""The charts of one worker or of all workers, with the values that the page shows under the pointer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 
 from rollout.report.charts import Lane, Series, chart, strip
 from rollout.report.history import History
-from rollout.report.series import Track, together
+from rollout.report.series import Track, sum_tracks
 from rollout.report.time_axis import TimeAxis, clock
 
 MOST_WORKERS = 64
-"""So many have charts of their own; the others are in those of all workers."""
+"""Most workers with charts of their own; the others appear only in the charts of all workers."""
 _COLOURS = {
     "memory": "blue",
     "latency": "orange",
@@ -32,40 +32,40 @@ _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("bytes", 1))
 
 
 def over_time(history: History) -> str:
-    """The charts of all workers together, with the reasons of each."""
+    """Draw the charts of all workers combined, with a lane of reasons per worker."""
     tracks = history.tracks
     if len(tracks) == 1:
-        return f"<h2>Over time</h2>\n{_alone(next(iter(tracks.values())), history)}"
+        return f"<h2>Over time</h2>\n{_single(next(iter(tracks.values())), history)}"
     lanes = {f"worker {worker}": track for worker, track in tracks.items()}
-    return f"<h2>Over time</h2>\n{_section(together(tracks.values()), lanes, history)}"
+    return f"<h2>Over time</h2>\n{_section(sum_tracks(tracks.values()), lanes, history)}"
 
 
 def each_worker(history: History) -> str:
-    """The charts of each worker, folded; nothing of an only one."""
+    """Draw the charts of each worker, folded; empty if there is only one worker."""
     if len(history.tracks) == 1:
         return ""
     parts = [
-        f"<details><summary>Worker {worker}</summary>\n{_alone(track, history)}</details>\n"
+        f"<details><summary>Worker {worker}</summary>\n{_single(track, history)}</details>\n"
         for worker, track in list(history.tracks.items())[:MOST_WORKERS]
     ]
     rest = len(history.tracks) - MOST_WORKERS
     if rest > 0:
-        parts.append(f'<p class="note">{rest} more workers are only in the charts of all of them.</p>\n')
+        parts.append(f'<p class="note">{rest} more workers appear only in the charts of all workers.</p>\n')
     return f"<h2>Each worker</h2>\n{''.join(parts)}"
 
 
-def _alone(track: Track, history: History) -> str:
+def _single(track: Track, history: History) -> str:
     return _section(track, {"reasons": track}, history)
 
 
 def _section(track: Track, lanes: Mapping[str, Track], history: History) -> str:
-    """The charts of a track, with the reasons of one or more."""
+    """Draw the charts of a track, with a lane of reasons for each track of ``lanes``."""
     axis, bins = TimeAxis(history.spans), (history.starts, history.ends)
     starts = {number: activity.spans[0].start for number, activity in history.attempts.items()}
     named = starts if len(starts) > 1 else None
     marks = history.starts[track.out_of_memory > 0]
     paused = track.level("paused_rows")
-    held, room, cap = (track.level(name) for name in ("kv_bytes", "room_bytes", "max_kv_bytes"))
+    held, room, limit = (track.level(name) for name in ("kv_bytes", "room_bytes", "max_kv_bytes"))
     unit, factor = byte_unit(float(np.nanmax(held)))
     if any(track.step_ms_counts):
         times = [
@@ -75,17 +75,17 @@ def _section(track: Track, lanes: Mapping[str, Track], history: History) -> str:
     else:
         times = [Series("mean", track.step_ms_mean(), "blue", "area")]
     figures = [
-        ("Live rows", "", 170, [
+        ("Live samples", "", 170, [
             Series("live", track.level("live_rows"), "blue", "area"),
             Series("paused", paused if np.nansum(paused) else np.full_like(paused, np.nan), "purple", leading=False),
             Series("target", track.level("row_target"), "orange", "dashed", leading=False),
         ]),
         ("KV memory", unit, 150, [
             Series("held", held / factor, "blue", "area"),
-            Series("may be held (held and headroom)", room / factor, "green", leading=False),
-            Series("memory.max_kv_bytes", cap / factor, "red", "dashed", leading=False),
+            Series("available (held + headroom)", room / factor, "green", leading=False),
+            Series("memory.max_kv_bytes", limit / factor, "red", "dashed", leading=False),
         ]),
-        ("KV tokens", "in pages that rows hold", 110, [Series("tokens", track.level("kv_tokens"), "purple", "area")]),
+        ("KV tokens", "in pages held by samples", 110, [Series("tokens", track.level("kv_tokens"), "purple", "area")]),
         ("Step time", "ms", 150, [
             *times,
             Series("slowest", track.peak("step_ms_max"), "grey", "level", leading=False),
@@ -105,8 +105,8 @@ def _section(track: Track, lanes: Mapping[str, Track], history: History) -> str:
     preempted = Series("preempted", track.preempted_rows, "brown")
     events = preempted if preempted.values.any() or len(marks) else None
     strips = [Lane(name, one.reasons) for name, one in lanes.items()]
-    drawn.insert(1, strip("Why so many rows", axis, bins, strips, colours, counts=events, marks=marks))
-    values.insert(1, _reason_values(lanes, list(colours)) + ([_values(preempted, " rows")] if events else []))
+    drawn.insert(1, strip("Reasons for the target", axis, bins, strips, colours, counts=events, marks=marks))
+    values.insert(1, _reason_values(lanes, list(colours)) + ([_values(preempted, "")] if events else []))
     left, right = (np.round(axis.x(times), 1).tolist() for times in bins)
     data = {
         "left": left,
@@ -114,19 +114,19 @@ def _section(track: Track, lanes: Mapping[str, Track], history: History) -> str:
         "time": [f"{clock(t - axis.begin)}  ({datetime.fromtimestamp(t, UTC):%H:%M:%S} UTC)" for t in bins[0].tolist()],
         "figures": values,
     }
-    # In a script element nothing is an entity, and only "<" could end it.
+    # A script element has no entities, and only "<" could end it.
     stored = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return f'<section class="charts">\n{"".join(drawn)}<script type="application/json">{stored}</script>\n</section>\n'
 
 
 def _values(series: Series, unit: str) -> list[Any]:
-    """Name, unit and values of a series for the page's script."""
+    """Return the name, unit and values of a series for the page's script."""
     unit = f" {unit}" if unit in ("ms", "tokens/s", "GiB", "MiB", "KiB", "bytes") else ""
-    return [series.name, unit, [None if math.isnan(v) else _short(v) for v in series.values.tolist()]]
+    return [series.name, unit, [None if math.isnan(v) else _rounded(v) for v in series.values.tolist()]]
 
 
 def _reason_values(lanes: Mapping[str, Track], reasons: Sequence[str]) -> list[list[Any]]:
-    """Of one lane the share of each reason in percent, of several the most frequent reason of each."""
+    """Return the share of each reason in percent for one lane, the most frequent reason of each for several."""
     if len(lanes) == 1:
         (track,) = lanes.values()
         total = np.sum(list(track.reasons.values()), axis=0)
@@ -145,7 +145,7 @@ def _reason_values(lanes: Mapping[str, Track], reasons: Sequence[str]) -> list[l
 
 
 def _reason_colours(tracks: Iterable[Track]) -> dict[str, str]:
-    """Those that occur, most frequent first."""
+    """Assign a colour to each reason that occurs, the most frequent first."""
     steps: Counter[str] = Counter()
     for track in tracks:
         steps.update({name: float(values.sum()) for name, values in track.reasons.items()})
@@ -155,10 +155,10 @@ def _reason_colours(tracks: Iterable[Track]) -> dict[str, str]:
 
 
 def byte_unit(value: float) -> tuple[str, int]:
-    """The name and bytes of the unit that so many bytes are told in."""
+    """Return the name and the size in bytes of the unit to show ``value`` bytes in."""
     return next(((name, factor) for name, factor in _UNITS if value >= factor), _UNITS[-1])
 
 
-def _short(value: float) -> float | int:
+def _rounded(value: float) -> float | int:
     rounded = float(f"{value:.5g}")
     return int(rounded) if rounded.is_integer() else rounded

@@ -1,4 +1,4 @@
-"""Charts over the time of a run as inline SVG. All text that comes in is escaped; colours are classes of the page."""
+"""Charts over time as inline SVG. All text from outside is escaped; colours are CSS classes of the page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOP, _BOTTOM = 16, 20
 _LANE = 18
 _LEAST_LANE = 4
 _MOST_LANES = 240
-"""Height of the lanes of all workers together."""
+"""Most height in pixels of all lanes of a strip."""
 _LEAST_TOP = 1e-9
 
 
@@ -28,21 +28,21 @@ class Series:
 
     name: str
     values: FloatArray
-    """[bins]; NaN: not known."""
+    """[bins]; NaN where unknown."""
     colour: str
     shape: Literal["line", "area", "dashed", "level"] = "line"
-    """``level``: a dash a bin, for values that jump."""
+    """``level``: one dash per bin, for values that jump."""
     leading: bool = True
-    """Whether the scale must show it; one that does not lead is cut off where the others would look flat."""
+    """Whether the scale must cover it; a series that does not lead is cut off where the others would look flat."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """Shares of kinds in each bin, as one row of a strip."""
+    """Shares of kinds in each bin, as one lane of a strip."""
 
     name: str
     shares: Mapping[str, FloatArray]
-    """[bins] by kind, of any sum."""
+    """[bins] per kind; normalised when drawn."""
 
 
 def chart(
@@ -56,12 +56,12 @@ def chart(
     starts: Mapping[int, float] | None = None,
     marks: FloatArray | None = None,
 ) -> str:
-    """A figure of one or more series on one scale.
+    """Draw one or more series on one scale.
 
     Args:
-        bins: starts and ends of the bins that the series have values for.
-        starts: when attempts began, by their number.
-        marks: times at which rows ran out of memory.
+        bins: starts and ends of the bins.
+        starts: start times of attempts, by number.
+        marks: times of allocation failures.
     """
     top = _top(series)
     step, top = _steps(top)
@@ -104,12 +104,12 @@ def strip(
     counts: Series | None = None,
     marks: FloatArray | None = None,
 ) -> str:
-    """A figure of lanes in which each bin shows the shares of its kinds.
+    """Draw lanes in which each bin shows the shares of its kinds.
 
     Args:
         colours: by kind, in the order of the legend.
         counts: bars below the lanes.
-        marks: times to mark there.
+        marks: times of allocation failures, marked among the bars.
     """
     lane_height = max(_LEAST_LANE, min(_LANE, _MOST_LANES // len(lanes)))
     left, right = axis.x(bins[0]), axis.x(bins[1])
@@ -131,7 +131,7 @@ def strip(
         most = float(counts.values.max())
         heights = 18 * counts.values / max(most, 1)
         parts.append(_label(counts.name, y + 14))
-        # Wide enough to be seen, however short the bin.
+        # At least two pixels wide, so that short bins are visible.
         bars = _bars(left, np.maximum(right, left + 2), y + 20 - heights, heights)
         parts.append(f'<path class="fill {counts.colour}" d="{bars}"/>')
         legend.append((counts.colour, "fill", f"{counts.name} (at most {rounded(most)} in a bin)"))
@@ -159,7 +159,7 @@ def _figure(title: str, unit: str, legend: Sequence[tuple[str, str, str]], conte
 
 
 def _frame(axis: TimeAxis, top: float, foot: float, starts: Mapping[int, float] | None) -> str:
-    """Pauses, the time below, and the starts of attempts, as far as their names find room."""
+    """Draw pauses, the time axis, and the starts of attempts, with labels where there is room."""
     parts = []
     for left, right, seconds in axis.pauses():
         parts.append(
@@ -197,7 +197,7 @@ Point = tuple[float, float, float]
 
 
 def _runs(left: FloatArray, right: FloatArray, ys: FloatArray) -> Iterator[list[Point]]:
-    """Neighbouring bins that have values; those of one height become one."""
+    """Yield runs of neighbouring bins with values; bins of equal height are merged."""
     run: list[Point] = []
     for x0, x1, y in zip(left.tolist(), right.tolist(), np.round(ys, 1).tolist(), strict=True):
         if run and (math.isnan(y) or x0 > run[-1][1] + 0.01):
@@ -214,13 +214,13 @@ def _runs(left: FloatArray, right: FloatArray, ys: FloatArray) -> Iterator[list[
 
 
 def _stairs(run: Sequence[Point]) -> str:
-    """A path along the bins."""
+    """Return a path along the tops of the bins."""
     x0, x1, y = run[0]
     return f"M{x0:.1f} {y:g}H{x1:.1f}" + "".join(f"V{y:g}H{x1:.1f}" for _, x1, y in run[1:])
 
 
 def _bars(left: FloatArray, right: FloatArray, tops: FloatArray, heights: FloatArray) -> str:
-    """A path of rectangles; neighbours alike become one."""
+    """Return a path of rectangles; equal neighbours are merged."""
     bars = zip(*(np.round(a, 1).tolist() for a in (tops, heights, left, right)), strict=True)
     path = []
     for (top, height), same in groupby((bar for bar in bars if bar[1] > 0), key=lambda bar: bar[:2]):
@@ -238,9 +238,9 @@ def _bars(left: FloatArray, right: FloatArray, tops: FloatArray, heights: FloatA
 
 
 def _top(series: Sequence[Series]) -> float:
-    """The highest value to show.
+    """Return the highest value to show.
 
-    A few outliers, such as a first step that compiles, do not flatten the rest, nor does a series that does not lead.
+    A few outliers, such as a first step that compiles, or a series that does not lead must not flatten the rest.
     """
     finite = [(one.leading, one.values[np.isfinite(one.values)]) for one in series]
     leading = [values for leads, values in finite if leads and len(values)]
@@ -254,7 +254,7 @@ def _top(series: Sequence[Series]) -> float:
 
 
 def _steps(top: float) -> tuple[float, float]:
-    """A round distance of grid lines, three to six of which reach ``top``, and the value of the last."""
+    """Return a round spacing of three to six grid lines that reach ``top``, and the value of the last line."""
     top = top if top > _LEAST_TOP else 1.0
     unit = 10.0 ** math.floor(math.log10(top / 3))
     step = next(unit * m for m in (1, 2, 2.5, 5, 10, 20) if unit * m * 6 >= top * 1.04)
@@ -262,5 +262,5 @@ def _steps(top: float) -> tuple[float, float]:
 
 
 def rounded(value: float) -> str:
-    """Four digits, or all before the point."""
+    """Format a number with four significant digits, or as a whole number from 1000."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

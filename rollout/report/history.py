@@ -1,4 +1,4 @@
-"""What the metrics of a run say over time: all workers and attempts, cut into bins of the time in which any ran."""
+"""The metrics of a run over time: all workers and attempts, in bins of the time in which any worker ran."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rollout.run_dir.metrics import LINE_SECONDS
 from rollout.run_dir.paths import RunPaths
 
 MOST_BINS = 480
-"""A bin is two pixels of a picture, or a line of metrics where there are fewer."""
+"""A bin is at least two pixels of a chart, and at least one line of metrics."""
 PAUSE_SECONDS = 5.0
-"""When no worker wrote for so long, none ran: a worker writes each second, and its next line covers a longer step."""
+"""A gap this long between lines is a pause: workers write every second, and a line covers all of a longer step."""
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class Activity:
     """Totals of one attempt."""
 
     spans: list[Span] = field(default_factory=list)
-    """When any of its workers ran."""
+    """The times in which any of its workers ran."""
     workers: set[int] = field(default_factory=set)
     steps: float = 0.0
     new_tokens: float = 0.0
@@ -39,7 +39,7 @@ class Activity:
         return sum(span.seconds for span in self.spans)
 
     def add(self, line: Line) -> None:
-        """One line of the attempt."""
+        """Add one line of the attempt."""
         self.workers.add(line.worker)
         self.steps += line.steps
         self.new_tokens += line.new_tokens
@@ -54,28 +54,28 @@ class History:
     """The metrics of a run."""
 
     spans: list[Span]
-    """When any worker ran; between them, none did."""
+    """The times in which any worker ran."""
     starts: FloatArray
-    """[bins] seconds since 1970; a bin is in one span, and all of a span is in bins."""
+    """[bins] seconds since 1970; each bin lies in one span, and bins cover each span."""
     ends: FloatArray
     tracks: dict[int, Track]
     """By worker."""
     attempts: dict[int, Activity]
     unreadable: int
-    """Lines that were torn, or are no metrics."""
+    """Number of lines that are torn or not metrics."""
 
 
 def read_history(paths: RunPaths, limits: Mapping[int, Limits]) -> History:
-    """The metrics of a run, which may be going on.
+    """Read the metrics of a run, which may still be running.
 
-    They are read twice, once for the times and once for the rest, and never held whole: a day of eight workers is a
-    gigabyte in memory.
+    The files are read twice, once for the times and once for the values, and never held in memory: a day of eight
+    workers would take a gigabyte.
 
     Args:
         limits: by attempt.
 
     Raises:
-        InputError: there are none.
+        InputError: the run has no metrics.
     """
     spans: defaultdict[tuple[int, int], list[Span]] = defaultdict(list)
     attempts: defaultdict[int, Activity] = defaultdict(Activity)
@@ -88,8 +88,8 @@ def read_history(paths: RunPaths, limits: Mapping[int, Limits]) -> History:
         attempts[line.attempt].add(line)
     if not spans:
         raise InputError(
-            f"{paths.root} holds a run without metrics: there is no whole line in metrics/rank-*.jsonl, where a worker "
-            "writes one a second."
+            f"{paths.root} holds a run without metrics: no complete line in metrics/rank-*.jsonl, to which each worker "
+            "appends one per second."
         )
     for attempt, activity in attempts.items():
         activity.spans = _union(span for key, own in spans.items() if key[1] == attempt for span in own)
@@ -99,11 +99,18 @@ def read_history(paths: RunPaths, limits: Mapping[int, Limits]) -> History:
     for line in lines_of(paths):
         if line is not None and line.worker in tracks:
             tracks[line.worker].add(line, limits.get(line.attempt, Limits()), starts, ends)
-    return History(ran, starts, ends, tracks, dict(sorted(attempts.items())), unreadable)
+    return History(
+        spans=ran,
+        starts=starts,
+        ends=ends,
+        tracks=tracks,
+        attempts=dict(sorted(attempts.items())),
+        unreadable=unreadable,
+    )
 
 
 def _join(spans: list[Span], new: Span) -> None:
-    """Adds a span to those of one worker and attempt, whose lines are in order unless its clock was set."""
+    """Append a span, or merge it into the last one if no pause lies between; spans come in order of time."""
     if spans and spans[-1].start <= new.start <= spans[-1].end + PAUSE_SECONDS:
         spans[-1] = Span(spans[-1].start, max(spans[-1].end, new.end))
     else:
@@ -118,7 +125,7 @@ def _union(spans: Iterable[Span]) -> list[Span]:
 
 
 def _bins(spans: list[Span]) -> tuple[FloatArray, FloatArray]:
-    """Starts and ends."""
+    """Return the starts and ends of the bins, each [bins]."""
     width = max(LINE_SECONDS, sum(span.seconds for span in spans) / MOST_BINS)
     edges = [np.linspace(span.start, span.end, max(1, round(span.seconds / width)) + 1) for span in spans]
     return np.concatenate([edge[:-1] for edge in edges]), np.concatenate([edge[1:] for edge in edges])

@@ -1,4 +1,4 @@
-// Values under the pointer. Each section's figures share one time axis; their values stand in the page as JSON.
+// Show values under the pointer. The figures of a section share one time axis; the page holds their values as JSON.
 const tip = document.getElementById("tip");
 for (const section of document.querySelectorAll("section.charts")) {
   const { left, right, time, figures } = JSON.parse(section.querySelector("script").textContent);
@@ -15,9 +15,9 @@ for (const section of document.querySelectorAll("section.charts")) {
       const x = ((event.clientX - box.left) * picture.viewBox.baseVal.width) / box.width;
       const bin = right.findIndex((edge) => x <= edge);
       if (bin < 0 || x < left[bin]) return show(false);
-      const said = ([name, unit, values, kinds]) =>
+      const lines = ([name, unit, values, kinds]) =>
         values[bin] === null ? [] : [`${name}  ${kinds ? kinds[values[bin]] : values[bin].toLocaleString("en")}${unit}`];
-      tip.textContent = [time[bin], ...figures[f].flatMap(said)].join("\n");
+      tip.textContent = [time[bin], ...figures[f].flatMap(lines)].join("\n");
       for (const cross of crosses) {
         cross.setAttribute("x1", x);
         cross.setAttribute("x2", x);

@@ -1,4 +1,4 @@
-"""Lines of metrics as they are read back: whatever a file holds, a line is right or it is none."""
+"""Parse lines of metrics: a line is either valid or rejected, whatever the file holds."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rollout.run_dir.paths import RunPaths
 
 _LARGEST = 1e15
 _LATEST = 1e11
-"""Seconds since 1970; beyond it, dates cannot be told."""
+"""Seconds since 1970; later times cannot be converted to dates."""
 _LEAST_SECONDS = 0.001
-"""Lines are rounded to it, and the last one of a short run may say 0."""
+"""Times are rounded to it, so the last line of a short run may have 0 seconds."""
 
 _NUMBERS = (
     *("time", "seconds", "worker", "attempt", "steps", "live_rows", "row_target", "kv_tokens", "kv_bytes"),
@@ -23,12 +23,12 @@ _NUMBERS = (
 
 
 _LATER_NUMBERS = ("paused_rows", "out_of_memory_events")
-"""0 in lines of earlier versions."""
+"""Missing in lines of earlier versions, and then 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Time, in seconds since 1970."""
+    """An interval of time, in seconds since 1970."""
 
     start: float
     end: float
@@ -40,12 +40,12 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of metrics. Numbers are finite and, but for ``headroom_bytes``, not negative."""
+    """One valid line of metrics: numbers are finite and, except ``headroom_bytes``, not negative."""
 
     worker: int
     attempt: int
     span: Span
-    """The time that it is about; those of one worker and attempt follow each other without gaps."""
+    """The time it covers; the lines of one worker and attempt follow each other without gaps."""
     steps: float
     live_rows: float
     paused_rows: float
@@ -63,11 +63,11 @@ class Line:
     """Mean."""
     step_ms_max: float
     step_ms_counts: dict[float, float]
-    """Steps by the time that they took at most; empty in lines of earlier versions."""
+    """Steps by step time in milliseconds, rounded up; empty in lines of earlier versions."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Line | None:
-        """A line as it was read; None if it is not one that `rollout.run_dir.metrics.MetricsWriter` would write."""
+        """Parse a line; None if `rollout.run_dir.metrics.MetricsWriter` would not have written it."""
         try:
             number = {name: _number(values[name]) for name in _NUMBERS}
             number |= {name: _number(values.get(name, 0)) for name in _LATER_NUMBERS}
@@ -98,5 +98,5 @@ def _number(value: Any) -> float:
 
 
 def lines_of(paths: RunPaths) -> Iterator[Line | None]:
-    """The lines of all workers of a run; None for one that is torn, or no line of metrics."""
+    """Yield the lines of all workers of a run; None for a line that is torn or not metrics."""
     return (None if values is None else Line.of(values) for values in read_lines(paths))

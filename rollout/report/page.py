@@ -1,4 +1,4 @@
-"""The page that shows a run: what it is, its figures, and its charts. Everything that was read is escaped."""
+"""The page of a run: its settings, numbers and charts. Everything read from the run is escaped."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ _ATTEMPT_COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The run that is shown."""
+    """The run that the page shows."""
 
     run: RunDir
     description: Mapping[str, Any]
-    """What ``run.json`` says."""
+    """The contents of ``run.json``."""
     totals: Totals
     limits: Mapping[int, Limits]
     """By attempt."""
 
     def attempt(self, number: int) -> dict[str, Any]:
-        """What ``run.json`` says of an attempt; nothing of one that it does not know."""
+        """Return an attempt as ``run.json`` describes it; empty if it does not."""
         stored = self.description["attempts"]
         return _mapping(stored[number]) if isinstance(stored, list) and number < len(stored) else {}
 
 
 def page(subject: Subject, history: History) -> str:
-    """The whole HTML document. It loads nothing, and its policy forbids it to."""
+    """Draw the whole HTML document; it loads nothing, and its content security policy forbids it."""
     style, script = (_resource(name) for name in ("page.css", "hover.js"))
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}"
     name = escape(subject.run.paths.root.resolve().name)
     content = "".join(
         (
-            f'<h1>{name}</h1>\n<p class="under">{escape(" · ".join(_under(subject, history)))}</p>\n',
+            f'<h1>{name}</h1>\n<p class="under">{escape(" · ".join(_subtitle(subject, history)))}</p>\n',
             _tiles(subject, history),
             _facts(subject),
             over_time(history),
@@ -77,7 +77,7 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _under(subject: Subject, history: History) -> list[str]:
+def _subtitle(subject: Subject, history: History) -> list[str]:
     began = datetime.fromtimestamp(history.spans[0].start, UTC)
     return [
         "complete" if subject.run.complete() else "not complete",
@@ -99,13 +99,13 @@ def _tiles(subject: Subject, history: History) -> str:
     oom = round(sum(activity.out_of_memory_events for activity in history.attempts.values()))
     tiles = [
         ("samples", f"{totals.samples:,}", f"of {run.rows * run.samples:,}; {totals.shards} of {run.shards} shards"),
-        ("tokens generated", f"{totals.completion_tokens:,}", f"{totals.prompt_tokens:,} of prompts"),
-        ("tokens/s", f"{tokens / seconds:,.1f}", f"in {clock(seconds)} of running"),
-        ("live rows", f"{live:,.1f}", "on average" + (", all workers" if len(history.tracks) > 1 else "")),
+        ("tokens generated", f"{totals.completion_tokens:,}", f"{totals.prompt_tokens:,} in prompts"),
+        ("tokens/s", f"{tokens / seconds:,.1f}", f"over {clock(seconds)} of running"),
+        ("live samples", f"{live:,.1f}", "on average" + (", all workers" if len(history.tracks) > 1 else "")),
         ("step time p50", p50, f"p95 {p95}, p99 {p99}"),
         ("steps over budget", _percent(over), of) if of else None,
-        ("preempted rows", f"{preempted:,.0f}", f"out of memory {_plural(oom, 'time')}"),
-        ("error rows", f"{totals.error_rows:,}", format_counts(totals.errors)) if totals.errors else None,
+        ("preempted samples", f"{preempted:,.0f}", f"out of memory {_plural(oom, 'time')}"),
+        ("prompts with errors", f"{totals.error_rows:,}", format_counts(totals.errors)) if totals.errors else None,
         ("mean reward", f"{totals.mean_reward:.4f}", "") if totals.mean_reward is not None else None,
     ]  # fmt: skip
     cells = (
@@ -120,8 +120,8 @@ def _facts(subject: Subject) -> str:
     config = _mapping(description.get("config"))
     last = subject.attempt(run.attempt)
     facts = {
-        "model": _pairs(_given(config.get("model")) | {"dtype": run.dtype}),
-        "data": _pairs({"rows": run.rows} | _given(config.get("data"))),
+        "model": _pairs(_not_null(config.get("model")) | {"dtype": run.dtype}),
+        "data": _pairs({"prompts": run.rows} | _not_null(config.get("data"))),
         "sampling": _pairs(_mapping(config.get("sampling")) | {"seed": config.get("seed")}),
         "batcher": _pairs(last.get("batcher")),
         "memory": _pairs(last.get("memory")),
@@ -165,13 +165,13 @@ def _attempts(subject: Subject, history: History) -> str:
 
 def _notes(history: History) -> str:
     notes = [
-        "Times count from the start; pauses, in which no worker ran, are not to scale.",
+        "Times count from the start of the run; pauses, in which no worker ran, are not to scale.",
         "Step times are rounded up to two digits.",
-        "Of several workers, rows, memory and tokens are added up.",
+        "Samples, memory and tokens of several workers are summed.",
     ]
     if history.unreadable:
         lines = _plural(history.unreadable, "line")
-        notes.append(f"Not in the picture: {lines} of metrics that cannot be read, as a kill may leave them.")
+        notes.append(f"Not shown: {lines} of metrics that cannot be read, for example torn by a kill.")
     return f'<p class="note">{" ".join(notes)}</p>\n'
 
 
@@ -183,7 +183,7 @@ def _step_times(attempts: Iterable[Activity]) -> Counts:
 
 
 def _over_budget(attempts: Mapping[int, Activity], limits: Mapping[int, Limits]) -> tuple[float, str]:
-    """The share of steps over the budget of their attempt, and what the budgets were; no word when there was none."""
+    """Return the share of steps over their attempt's budget, and the budgets as text; no text without a budget."""
     over = total = 0.0
     budgets = []
     for number, attempt in attempts.items():
@@ -196,19 +196,19 @@ def _over_budget(attempts: Mapping[int, Activity], limits: Mapping[int, Limits])
     return over / total if total else math.nan, f"of {' or '.join(dict.fromkeys(budgets))}" if budgets else ""
 
 
-# -- words for values ------------------------------------------------------------------------------------
+# -- formatting ------------------------------------------------------------------------------------------
 
 
 def _plural(count: int, name: str) -> str:
-    return f"{count:,} {name}{'s' * (count != 1)}"
+    return f"{count:,} {name}" if count == 1 else f"{count:,} {name}s"
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _given(values: Any) -> dict[str, Any]:
-    """Those that are not null."""
+def _not_null(values: Any) -> dict[str, Any]:
+    """Return the values that are not null."""
     return {name: value for name, value in _mapping(values).items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""What workers did over time: lines of metrics summed up in bins."""
+"""Lines of metrics summed into bins of time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rollout.report.metric_lines import Line
 
 FloatArray = NDArray[np.float64]
 Counts = dict[float, float]
-"""Steps by the milliseconds that they took at most. A step may be shared out over bins."""
+"""Steps by step time in milliseconds, rounded up. Counts may be fractions of a step that spans several bins."""
 
 _LEVELS = ("live_rows", "paused_rows", "row_target", "kv_tokens", "kv_bytes", "room_bytes", "max_kv_bytes")
 _AMOUNTS = ("steps", "busy_ms", "new_tokens", "prefill_tokens")
@@ -22,7 +22,7 @@ _PEAKS = ("step_ms_max", "latency_budget_ms")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the user set for an attempt; None: nothing."""
+    """The limits that the user set for an attempt; None where there is no limit."""
 
     latency_budget_ms: float | None = None
     max_kv_bytes: float | None = None
@@ -30,16 +30,16 @@ class Limits:
 
 @dataclass(slots=True)
 class Track:
-    """What one worker, or all of them together, did in each bin. All arrays are [bins], or have bins last."""
+    """The activity of one worker, or of all workers, in each bin. All arrays are [bins], or have bins last."""
 
     covered: FloatArray
-    """Seconds that lines are about."""
+    """Seconds that lines cover."""
     levels: FloatArray
-    """What there was at a time, multiplied by seconds."""
+    """Quantities at a time, multiplied by seconds."""
     amounts: FloatArray
-    """What was done. A line that reaches over several bins is shared out, so parts of a token may be in one."""
+    """Work done. A line over several bins is split between them, so a bin may hold a fraction of a token."""
     peaks: FloatArray
-    """NaN where there is none."""
+    """NaN where unknown."""
     preempted_rows: FloatArray
     out_of_memory: FloatArray
     """Failures of the allocator."""
@@ -49,7 +49,7 @@ class Track:
 
     @classmethod
     def empty(cls, bins: int) -> Track:
-        """Nothing yet."""
+        """Create a track without lines."""
         return cls(
             covered=np.zeros(bins),
             levels=np.zeros((len(_LEVELS), bins)),
@@ -62,51 +62,54 @@ class Track:
         )
 
     def level(self, name: str) -> FloatArray:
-        """Mean while it ran: ``live_rows``, ``paused_rows`` of these, ``row_target``, ``kv_tokens``, ``kv_bytes``,
-        ``room_bytes`` (what the pool may hold: what it holds and headroom, up to the user's limit) or ``max_kv_bytes``;
-        NaN where it did not run."""
-        return self._a_second(self.levels[_LEVELS.index(name)])
+        """Return the mean of a level in each bin; NaN where the worker did not run.
+
+        Args:
+            name: ``live_rows``, ``paused_rows``, ``row_target``, ``kv_tokens``, ``kv_bytes``, ``room_bytes`` (held and
+                headroom, up to the user's limit) or ``max_kv_bytes``.
+        """
+        return self._per_second(self.levels[_LEVELS.index(name)])
 
     def level_seconds(self, name: str) -> float:
-        """A level summed over time."""
+        """Return a level integrated over time."""
         return float(self.levels[_LEVELS.index(name)].sum())
 
     def rate(self, name: str) -> FloatArray:
-        """``steps``, ``busy_ms``, ``new_tokens`` or ``prefill_tokens`` a second; NaN where it did not run."""
-        return self._a_second(self.amounts[_AMOUNTS.index(name)])
+        """Return ``steps``, ``busy_ms``, ``new_tokens`` or ``prefill_tokens`` per second; NaN while not running."""
+        return self._per_second(self.amounts[_AMOUNTS.index(name)])
 
     def peak(self, name: str) -> FloatArray:
-        """``step_ms_max`` or ``latency_budget_ms``; NaN where there is none."""
+        """Return ``step_ms_max`` or ``latency_budget_ms`` in each bin; NaN where unknown."""
         peaks: FloatArray = self.peaks[_PEAKS.index(name)]
         return peaks
 
     def step_ms(self, q: float) -> FloatArray:
-        """Quantile of the step time; NaN where it is not known."""
+        """Return a quantile of the step time in each bin; NaN where unknown."""
         return np.array([quantile(counts, q) for counts in self.step_ms_counts])
 
     def step_ms_mean(self) -> FloatArray:
         return _ratio(self.amounts[_AMOUNTS.index("busy_ms")], self.amounts[_AMOUNTS.index("steps")])
 
-    def _a_second(self, values: FloatArray) -> FloatArray:
+    def _per_second(self, values: FloatArray) -> FloatArray:
         return _ratio(values, self.covered)
 
     def add(self, line: Line, limits: Limits, starts: FloatArray, ends: FloatArray) -> None:
-        """One line, into bins that start and end then. A line later than all of them is left out."""
+        """Add one line to the bins that it overlaps; a line after the last bin is ignored."""
         at = slice(np.searchsorted(ends, line.span.start, "right"), np.searchsorted(starts, line.span.end, "left"))
         overlap = np.minimum(ends[at], line.span.end) - np.maximum(starts[at], line.span.start)
         if not len(overlap):
             return
         share = overlap / overlap.sum()
-        cap = math.nan if limits.max_kv_bytes is None else limits.max_kv_bytes
-        room = np.fmin(max(0.0, line.kv_bytes + line.headroom_bytes), cap)
-        levels = (line.live_rows, line.paused_rows, line.row_target, line.kv_tokens, line.kv_bytes, room, cap)
+        limit = math.nan if limits.max_kv_bytes is None else limits.max_kv_bytes
+        room = np.fmin(max(0.0, line.kv_bytes + line.headroom_bytes), limit)
+        levels = (line.live_rows, line.paused_rows, line.row_target, line.kv_tokens, line.kv_bytes, room, limit)
         amounts = (line.steps, line.steps * line.step_ms, line.new_tokens, line.prefill_tokens)
         budget = math.nan if limits.latency_budget_ms is None else limits.latency_budget_ms
         self.covered[at] += overlap
         self.levels[:, at] += np.outer(levels, overlap)
         self.amounts[:, at] += np.outer(amounts, share)
         self.peaks[:, at] = np.fmax(self.peaks[:, at], np.array([[line.step_ms_max], [budget]]))
-        self.preempted_rows[at.stop - 1] += line.preempted_rows  # whole rows
+        self.preempted_rows[at.stop - 1] += line.preempted_rows  # not split, to stay whole
         self.out_of_memory[at.stop - 1] += line.out_of_memory_events
         for reason, steps in line.reasons.items():
             self.reasons.setdefault(reason, np.zeros(len(starts)))[at] += steps * share
@@ -114,8 +117,8 @@ class Track:
             add_counts(counts, line.step_ms_counts, part)
 
 
-def together(tracks: Iterable[Track]) -> Track:
-    """All workers as one: levels and amounts are added up, of peaks the highest stays."""
+def sum_tracks(tracks: Iterable[Track]) -> Track:
+    """Combine workers: sum levels and amounts, take the maximum of peaks."""
     tracks = list(tracks)
     total = Track.empty(len(tracks[0].covered))
     for track in tracks:
@@ -133,27 +136,27 @@ def together(tracks: Iterable[Track]) -> Track:
 
 
 def add_counts(total: Counts, more: Mapping[float, float], share: float = 1.0) -> None:
-    """Adds a share of each count."""
+    """Add a share of each count to ``total``."""
     for value, count in more.items():
         total[value] = total.get(value, 0.0) + count * share
 
 
 def quantile(counts: Mapping[float, float], q: float) -> float:
-    """The least value that a share ``q`` of what was counted does not exceed; NaN of nothing."""
+    """Return the smallest value that at least a share ``q`` of the counts does not exceed; NaN without counts."""
     left = q * sum(counts.values())
     value = math.nan
     for value in sorted(counts):
         left -= counts[value]
-        if left <= 1e-9:  # shares of a step do not add up exactly
+        if left <= 1e-9:  # fractions of steps do not sum exactly
             break
     return value
 
 
 def share_above(counts: Mapping[float, float], bound: float) -> float:
-    """The share of what was counted that is above a bound; NaN of nothing."""
+    """Return the share of the counts above a bound; NaN without counts."""
     total = sum(counts.values())
     return sum(count for value, count in counts.items() if value > bound) / total if total else math.nan
 
 
-def _ratio(above: FloatArray, below: FloatArray) -> FloatArray:
-    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
+    return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)

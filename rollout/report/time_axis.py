@@ -1,4 +1,4 @@
-"""The time of a run from left to right, without the time in which nothing ran."""
+"""The time axis of a run, in which pauses are narrow."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rollout.report.metric_lines import Span
 from rollout.report.series import FloatArray
 
 WIDTH = 960
-"""Of a chart."""
+"""Width of a chart in pixels."""
 LEFT, RIGHT = 74, 950
-"""The plot's edges; the other axis stands left of it."""
+"""Edges of the plot; the vertical axis is to the left of it."""
 _GAP = 24
-"""Width of a pause, which is not to scale."""
+"""Width in pixels of a pause, which is not to scale."""
 _MOST_GAPS = 0.35
-"""Share of the plot that pauses may take together."""
+"""Largest share of the plot's width that all pauses may take."""
 _TICK_SECONDS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800] + [3600 * h for h in (1, 2, 3, 6, 12, 24, 48, 168)]
 
 
 class TimeAxis:
-    """The time in which a run ran, from left to right; pauses are narrow and grey.
+    """Maps times of a run to horizontal positions; pauses are narrow and grey.
 
     Args:
-        spans: when it ran, in order and apart from each other.
+        spans: the times in which the run ran, in order and disjoint.
     """
 
     def __init__(self, spans: Sequence[Span]) -> None:
@@ -44,22 +44,22 @@ class TimeAxis:
         self._scale = scale
 
     def x(self, times: FloatArray | float) -> FloatArray:
-        """Where times are."""
+        """Return the positions of times, in pixels."""
         xs: FloatArray = np.interp(times, self._times, self._xs)
         return xs
 
     def pauses(self) -> Iterator[tuple[float, float, float]]:
-        """Left and right edge of each, and its seconds."""
+        """Yield the left and right edge of each pause, and its seconds."""
         for i in range(1, len(self.spans)):
             yield self._xs[2 * i - 1], self._xs[2 * i], self.spans[i].start - self.spans[i - 1].end
 
     def ticks(self) -> Iterator[tuple[float, str]]:
-        """Where round times since the start are, and what they are called; so many as can be read."""
+        """Yield the position and label of round times since the start, as many as are readable."""
         step = next((s for s in _TICK_SECONDS if s * self._scale >= 80), _TICK_SECONDS[-1])
         last = -math.inf
         for span in self.spans:
             first, until = (math.ceil((t - self.begin) / step) for t in (span.start, span.end))
-            # A run of years at a second a tick would take as long to list.
+            # Bounds the loop for a run whose clock jumped by years.
             for k in range(first, min(until, first + WIDTH)):
                 x = float(self.x(self.begin + k * step))
                 if x - last >= 60:
@@ -68,6 +68,6 @@ class TimeAxis:
 
 
 def clock(seconds: float) -> str:
-    """A duration as days, hours, minutes and seconds, e.g. ``1:05`` or ``2 days, 3:00:00``."""
+    """Format a duration as days, hours, minutes and seconds, e.g. ``1:05`` or ``2 days, 3:00:00``."""
     text = str(timedelta(seconds=round(seconds)))
     return text.removeprefix("0:").removeprefix("0") if seconds < 3600 else text

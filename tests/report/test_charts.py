@@ -15,7 +15,7 @@ from rollout.run_dir.paths import RunPaths
 from tests.support.report import figure, history_of
 
 
-def test_what_does_not_lead_or_stands_out_is_cut_off(paths: RunPaths) -> None:
+def test_outliers_and_series_that_do_not_lead_are_cut_off(paths: RunPaths) -> None:
     history = history_of(paths)
     steady, spike = np.full(100, 10.0), np.full(100, 10.0)
     spike[0] = 5000
@@ -29,7 +29,7 @@ def test_what_does_not_lead_or_stands_out_is_cut_off(paths: RunPaths) -> None:
 
 
 @pytest.mark.parametrize("top", [0.0, 5e-324, 0.013, 1.0, 3.0, 7.0, 39.0, 41.0, 99.0, 100.0, 12345.0, 1e15])
-def test_scales_have_few_round_steps_and_hold_all(paths: RunPaths, top: float) -> None:
+def test_scale_has_few_round_steps_and_covers_all_values(paths: RunPaths, top: float) -> None:
     text = figure(history_of(paths), Series("a", np.full(100, top), "blue", "area"))
     labels = [float(label.replace(",", "")) for label in re.findall(r'text-anchor="end">([^<]*)</text>', text)]
     assert 3 <= len(labels) <= 7
@@ -41,7 +41,7 @@ def test_scales_have_few_round_steps_and_hold_all(paths: RunPaths, top: float) -
     assert all(0 <= y <= 170 for y in heights)
 
 
-def test_lines_are_broken_where_nothing_is_known(paths: RunPaths) -> None:
+def test_lines_are_broken_at_unknown_values(paths: RunPaths) -> None:
     history = history_of(paths)
     values = np.full(100, 10.0)
     values[40:60] = math.nan
@@ -49,7 +49,7 @@ def test_lines_are_broken_where_nothing_is_known(paths: RunPaths) -> None:
     assert path.count("M") == 2
 
 
-def test_pauses_are_narrow_and_times_can_be_read() -> None:
+def test_pauses_are_narrow_and_ticks_readable() -> None:
     spans = [Span(0, 100), Span(10_000, 10_300), Span(10_310, 10_311)]
     axis = TimeAxis(spans)
     xs = axis.x(np.array([0, 100, 10_000, 10_300, 10_310, 10_311]))
@@ -63,7 +63,7 @@ def test_pauses_are_narrow_and_times_can_be_read() -> None:
     assert [name for _, name in ticks[:4]] == ["0:00", "1:00", "2:47:00", "2:48:00"]
 
 
-def test_many_attempts_leave_room_for_what_ran() -> None:
+def test_many_pauses_take_a_limited_share() -> None:
     axis = TimeAxis([Span(100.0 * i, 100.0 * i + 10) for i in range(500)])
     widths = [right - left for left, right, _ in axis.pauses()]
     assert sum(widths) == pytest.approx(0.35 * (RIGHT - LEFT))
@@ -73,5 +73,5 @@ def test_many_attempts_leave_room_for_what_ran() -> None:
     ("seconds", "text"),
     [(0, "0:00"), (9.6, "0:10"), (65, "1:05"), (3599, "59:59"), (3600, "1:00:00"), (180_000, "2 days, 2:00:00")],
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_clock_formats_durations(seconds: float, text: str) -> None:
     assert clock(seconds) == text

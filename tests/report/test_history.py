@@ -11,13 +11,13 @@ import pytest
 
 from rollout.report.history import MOST_BINS, read_history
 from rollout.report.metric_lines import Line, Span
-from rollout.report.series import Limits, quantile, share_above, together
+from rollout.report.series import Limits, quantile, share_above, sum_tracks
 from rollout.run_dir.metrics import read_metrics
 from rollout.run_dir.paths import RunPaths
 from tests.support.report import BEGAN, a_line, drawn, write_metrics
 
 
-def test_a_line_is_read_back() -> None:
+def test_line_is_parsed() -> None:
     line = Line.of(a_line(worker=3, attempt=2))
     assert line is not None
     assert (line.worker, line.attempt, line.span, line.headroom_bytes) == (3, 2, Span(BEGAN - 1, BEGAN), -12)
@@ -25,7 +25,7 @@ def test_a_line_is_read_back() -> None:
     assert line.step_ms_counts == {250.0: 3, 310.0: 1}
 
 
-def test_a_line_without_counts_is_read_too() -> None:
+def test_line_of_an_earlier_version_is_parsed() -> None:
     values = a_line()
     del values["reasons"], values["step_ms_counts"]
     line = Line.of(values)
@@ -57,19 +57,19 @@ def test_a_line_without_counts_is_read_too() -> None:
         {"step_ms_counts": [250.0]},
     ],
 )
-def test_a_line_that_is_none(values: dict[str, Any]) -> None:
+def test_line_with_an_invalid_value_is_rejected(values: dict[str, Any]) -> None:
     assert Line.of(a_line()) is not None
     assert Line.of(a_line(**values)) is None
 
 
-def test_a_line_that_lacks_a_number_is_none() -> None:
+def test_line_without_a_number_is_rejected() -> None:
     for name in ("time", "seconds", "steps", "headroom_bytes", "new_tokens", "step_ms"):
         values = a_line()
         del values[name]
         assert Line.of(values) is None
 
 
-def test_torn_lines_are_left_out_and_counted(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torn_lines_are_skipped_and_counted(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     write_metrics(paths, 0, 0, BEGAN, [{"new_tokens": 5}] * 6)
     with open(paths.metrics(0), "ab") as file:
         file.write(b'{"time":170000\n\xff\xfe\n' + b"[" * 100_000 + b"\nnull\n" + b'{"time": "late"}\n')
@@ -82,7 +82,7 @@ def test_torn_lines_are_left_out_and_counted(paths: RunPaths, capsys: pytest.Cap
     assert "cannot be read" not in drawn(paths, capsys).text
 
 
-def test_workers_attempts_and_pauses(paths: RunPaths) -> None:
+def test_history_sums_workers_and_separates_attempts_and_pauses(paths: RunPaths) -> None:
     for worker, rows in ((0, 4), (1, 6)):
         steps = [{"live_rows": rows, "row_target": rows + 1, "new_tokens": rows, "kv_bytes": 100 * rows}] * 20
         write_metrics(paths, worker, 0, BEGAN, steps)
@@ -90,7 +90,7 @@ def test_workers_attempts_and_pauses(paths: RunPaths) -> None:
     history = read_history(paths, {0: Limits(max_kv_bytes=450)})
     assert history.spans == [Span(BEGAN, BEGAN + 10), Span(BEGAN + 3610, BEGAN + 3615)]
     assert len(history.starts) == 15
-    both = together(history.tracks.values())
+    both = sum_tracks(history.tracks.values())
     np.testing.assert_allclose(both.level("live_rows"), [10] * 10 + [2] * 5)
     np.testing.assert_allclose(both.level("row_target"), [12] * 10 + [6] * 5)
     np.testing.assert_allclose(both.rate("new_tokens"), [20] * 10 + [10] * 5)
@@ -104,14 +104,14 @@ def test_workers_attempts_and_pauses(paths: RunPaths) -> None:
     assert (second.seconds, second.workers, second.preempted_rows) == (5, {0}, 10)
 
 
-def test_headroom_that_is_taken_away_leaves_less_room_than_is_held(paths: RunPaths) -> None:
+def test_negative_headroom_leaves_less_room_than_is_held(paths: RunPaths) -> None:
     steps = [{"kv_bytes": 1000, "headroom_bytes": headroom} for headroom in (500, 500, -300, -300, -2000, -2000)]
     write_metrics(paths, 0, 0, BEGAN, steps)
     (track,) = read_history(paths, {}).tracks.values()
     np.testing.assert_allclose(track.level("room_bytes"), [1500, 700, 0])
 
 
-def test_nothing_is_lost_in_bins(paths: RunPaths) -> None:
+def test_bins_preserve_totals(paths: RunPaths) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -127,7 +127,7 @@ def test_nothing_is_lost_in_bins(paths: RunPaths) -> None:
         began += rng.choice([1000, 5000])
     lines = list(read_metrics(paths))
     history = read_history(paths, {})
-    both = together(history.tracks.values())
+    both = sum_tracks(history.tracks.values())
     # Spans of many attempts end in bins of their own.
     assert len(history.starts) <= MOST_BINS + len(history.spans)
     seconds = history.ends - history.starts
@@ -144,14 +144,14 @@ def test_nothing_is_lost_in_bins(paths: RunPaths) -> None:
     )
 
 
-def test_a_line_of_no_time_counts(paths: RunPaths) -> None:
+def test_line_of_zero_seconds_counts(paths: RunPaths) -> None:
     write_metrics(paths, 0, 0, BEGAN, [{"new_tokens": 3}], step_s=0.0)
     history = read_history(paths, {})
     assert history.attempts[0].new_tokens == 3
     assert len(history.starts) == 1
 
 
-def test_quantiles() -> None:
+def test_quantile_and_share_above_of_counts() -> None:
     counts = {10.0: 50.0, 20.0: 45.0, 30.0: 4.0, 1000.0: 1.0}
     assert [quantile(counts, q) for q in (0.0, 0.5, 0.51, 0.95, 0.99, 1.0)] == [10, 10, 20, 20, 30, 1000]
     assert quantile({2.0: 0.1, 1.0: 0.7, 3.0: 0.2}, 1.0) == 3  # as shares of steps add up

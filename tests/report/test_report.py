@@ -1,4 +1,4 @@
-"""The picture of a run: what it adds up, what it says, and that it is one safe file."""
+"""The HTML report: its totals, its text, and that it is one safe file."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ from tests.support.report import BEGAN, Page, a_line, change_run, drawn, hover, 
 # -- the command -----------------------------------------------------------------------------------------
 
 
-def test_a_run_as_a_job_leaves_it(tmp_path: Path) -> None:
+def test_report_of_a_complete_run(tmp_path: Path) -> None:
     config = config_of(tmp_path, "data.limit=30", "sampling.max_new_tokens=77", "batcher.latency_budget_ms=50")
     assert run_job(config, load_fake()) == Exit.COMPLETE
     command = [sys.executable, "-m", "rollout.report", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"{tmp_path / 'out' / 'report.html'}\n"
     text = Page((tmp_path / "out" / "report.html").read_text()).text
-    for said in (
+    for expected in (
         "30 of 30; 1 of 1 shards",
         "max_new_tokens 77",
         "latency_budget_ms 50.0",
         "name predictive",
         "complete ·",
     ):
-        assert said in text
+        assert expected in text
     assert verify(tmp_path / "out").complete
 
 
-@pytest.mark.parametrize("lacking", ["folder", "run", "metrics", "whole lines"])
-def test_nothing_to_draw_is_said_in_one_sentence(
-    paths: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str], lacking: str
+@pytest.mark.parametrize("missing", ["folder", "run", "metrics", "whole lines"])
+def test_run_without_metrics_is_refused_in_one_sentence(
+    paths: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
     folder = paths.root
-    if lacking == "folder":
+    if missing == "folder":
         folder = tmp_path / "elsewhere"
-    elif lacking == "run":
+    elif missing == "run":
         folder = tmp_path / "empty"
         folder.mkdir()
-    elif lacking == "whole lines":
+    elif missing == "whole lines":
         paths.metrics(0).write_text('{"time": 1, "wor\n[1]\n')
     capsys.readouterr()
     assert main([str(folder)]) == 2
@@ -64,20 +64,20 @@ def test_nothing_to_draw_is_said_in_one_sentence(
     assert not (folder / "report.html").exists()
 
 
-def test_another_file(paths: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_option_chooses_the_file(paths: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_metrics(paths, 0, 0, BEGAN, [{}])
     capsys.readouterr()
     assert main([str(paths.root), "--output", str(tmp_path / "picture.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'picture.html'}\n"
     assert not paths.report.exists()
     assert main([str(paths.root), "--output", str(tmp_path / "no" / "picture.html")]) == 2
-    assert "name another file with --output" in capsys.readouterr().err
+    assert "choose another file with --output" in capsys.readouterr().err
 
 
 # -- one safe file ---------------------------------------------------------------------------------------
 
 
-def test_the_page_needs_nothing_else(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_page_is_self_contained(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     for worker in range(2):
         write_metrics(paths, worker, 0, BEGAN, [{"reason": "oom", "preempted_rows": 1}] * 30)
     page, text = drawn(paths, capsys), paths.report.read_text()
@@ -91,7 +91,7 @@ def test_the_page_needs_nothing_else(paths: RunPaths, capsys: pytest.CaptureFixt
     assert "unsafe" not in policy
 
 
-def test_all_that_is_read_is_escaped(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_read_is_escaped(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     evil = "</script></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\ud800"
     stored = json.loads(paths.run.read_text())
     config = {group: {evil: evil, "path": evil} for group in ("model", "data", "sampling", "output", "reward")}
@@ -114,7 +114,7 @@ def test_all_that_is_read_is_escaped(paths: RunPaths, capsys: pytest.CaptureFixt
 # -- what is drawn ---------------------------------------------------------------------------------------
 
 
-def test_the_pointer_finds_all_values(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_page_holds_all_values_for_the_pointer(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     change_run(paths, attempts=[{"batcher": {"latency_budget_ms": 400}, "memory": {"max_kv_bytes": None}}])
     steps = [{"live_rows": 5 + i // 2, "reason": "cap" if i % 2 else "memory", "kv_bytes": 3 << 20} for i in range(8)]
     write_metrics(paths, 0, 0, BEGAN, steps)
@@ -126,7 +126,7 @@ def test_the_pointer_finds_all_values(paths: RunPaths, capsys: pytest.CaptureFix
     assert all(len(values) == 4 for figure in data["figures"] for _, _, values, *_ in figure)
     assert hover(page, 0)["live"] == [5, 6, 7, 8]
     assert hover(page, 1) == {"memory": [50] * 4, "cap": [50] * 4}
-    assert hover(page, 2) == {"held": [3] * 4, "may be held (held and headroom)": [4] * 4} | {
+    assert hover(page, 2) == {"held": [3] * 4, "available (held + headroom)": [4] * 4} | {
         "memory.max_kv_bytes": [None] * 4
     }
     assert hover(page, 4) == {"median": [500] * 4, "p95": [500] * 4, "slowest": [500] * 4, "budget": [400] * 4}
@@ -134,7 +134,7 @@ def test_the_pointer_finds_all_values(paths: RunPaths, capsys: pytest.CaptureFix
     assert "steps over budget 100 %" in page.text
 
 
-def test_several_workers_have_a_lane_and_charts_each(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_worker_has_a_lane_and_charts(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     for worker in range(3):
         write_metrics(paths, worker, 0, BEGAN, [{"reason": ("hold", "cap", "new")[worker], "live_rows": 2}] * 6)
     page = drawn(paths, capsys)
@@ -146,7 +146,7 @@ def test_several_workers_have_a_lane_and_charts_each(paths: RunPaths, capsys: py
     assert hover(page, 1, section=2) == {"cap": [100] * 3}
 
 
-def test_attempts_are_named_and_pauses_told(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attempts_and_pauses_are_labelled(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     execution = {"host": "node7", "started": "2023-11-14T22:13:00+00:00"}
     attempts = [
         {"batcher": {"name": "sla", "latency_budget_ms": budget}, "memory": {"max_kv_bytes": 2 << 30}} | execution
@@ -167,10 +167,10 @@ def test_attempts_are_named_and_pauses_told(paths: RunPaths, capsys: pytest.Capt
     assert hover(page, 4)["budget"] == [450] * 5 + [800] * 5 + [None] * 5
 
 
-def test_preemption_and_running_out_of_memory_are_marked(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preemption_and_allocation_failures_are_marked(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     write_metrics(paths, 0, 0, BEGAN, [{"reason": "memory"}] * 8)
     page = drawn(paths, capsys)
-    assert "preempted rows 0 out of memory 0 times" in page.text
+    assert "preempted samples 0 out of memory 0 times" in page.text
     assert not [value for _, value in page.attributes if value in ("mark red", "diamond red")]
     reasons = ["memory"] * 4 + ["oom"] * 4 + ["hold"] * 4 + ["oom"] * 2
     steps = [{"reason": reason, "preempted_rows": 3 * (reason == "hold")} for reason in reasons]
@@ -179,13 +179,13 @@ def test_preemption_and_running_out_of_memory_are_marked(paths: RunPaths, capsys
     write_metrics(paths, 0, 0, BEGAN + 4, steps)
     page = drawn(paths, capsys)
     text = page.text
-    assert "preempted rows 12 out of memory 3 times" in text
+    assert "preempted samples 12 out of memory 3 times" in text
     assert "preempted (at most 6 in a bin)" in text
     assert [value for _, value in page.attributes].count("mark red") == 2
     assert hover(page, 1)["preempted"] == [0] * 8 + [6, 6, 0]
 
 
-def test_a_run_that_goes_on(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_an_unfinished_run_counts_part_files(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     write_metrics(paths, 0, 0, BEGAN, [{}] * 4)
     records = read_shard(paths.shard(1, "parquet")).to_pylist()
     for shard in (1, 3):
@@ -198,7 +198,7 @@ def test_a_run_that_goes_on(paths: RunPaths, capsys: pytest.CaptureFixture[str])
     assert "samples 16 of 20; 2 of 4 shards" in text
 
 
-def test_step_times_that_were_not_counted(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_without_step_time_counts_show_the_mean(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [a_line(time=BEGAN + i) for i in range(3)]
     for line in lines:
         del line["step_ms_counts"]
@@ -208,7 +208,7 @@ def test_step_times_that_were_not_counted(paths: RunPaths, capsys: pytest.Captur
     assert "step time p50 ? p95 ?, p99 ?" in page.text
 
 
-def test_odd_values_in_run_json_are_no_limits(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_limits_in_run_json_are_ignored(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     attempts: list[Any] = ["x", None, {"batcher": 3}, {"batcher": {"latency_budget_ms": "fast"}, "memory": {}}]
     change_run(paths, attempts=attempts, config=[], packages=None)
     for attempt in range(6):

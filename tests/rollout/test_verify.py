@@ -1,4 +1,4 @@
-"""Verification from the disk alone: complete runs pass, and everything else is named."""
+"""Verification of a run from its directory: complete runs pass, every other finding is listed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.jobs import config_of, load_fake
 
 @pytest.fixture(params=["parquet", "jsonl"])
 def paths(request: pytest.FixtureRequest, tmp_path: Path) -> RunPaths:
-    """A complete run of ten rows, two samples each, in four shards."""
+    """A complete run of ten prompts, two samples each, in four shards."""
     form = f"output.format={request.param}"
     config = config_of(tmp_path, "data.limit=10", "sampling.n=2", "output.rows_per_shard=3", form)
     assert run_job(config, load_fake()) == Exit.COMPLETE
@@ -46,51 +46,51 @@ def rewrite(paths: RunPaths, index: int, change: Callable[[pa.Table], pa.Table])
     paths.manifest(index).write_text(json.dumps(values))
 
 
-def said(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+def run_verify(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     status = main([str(paths.root)])
     return status, capsys.readouterr().out
 
 
-def test_a_complete_run(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_complete_run_passes(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert said(paths, capsys) == (0, "complete: 20 of 20 samples\n")
+    assert run_verify(paths, capsys) == (0, "complete: 20 of 20 samples\n")
 
 
-def test_a_missing_sample_is_named(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_sample_is_listed(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     gone = read_shard(shard_path(paths, 1)).column("row_id")[2].as_py()
     rewrite(paths, 1, lambda table: pa.concat_tables([table.slice(0, 2), table.slice(3)]))
-    status, out = said(paths, capsys)
+    status, out = run_verify(paths, capsys)
     assert status == 1
     assert verify(paths.root).missing == [(gone, 0)]
     assert f"samples missing: 1\n  {gone} sample 0\n" in out
     assert "INCOMPLETE: 19 of 20 samples" in out
 
 
-def test_a_doubled_sample_is_named(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_duplicated_sample_is_listed(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     table = read_shard(shard_path(paths, 0))
     twice = (table.column("row_id")[3].as_py(), table.column("sample")[3].as_py())
     rewrite(paths, 2, lambda other: pa.concat_tables([other, table.slice(3, 1)]))
-    status, out = said(paths, capsys)
+    status, out = run_verify(paths, capsys)
     assert status == 1
-    assert verify(paths.root).doubled == [twice]
-    assert f"samples doubled: 1\n  {twice[0]} sample {twice[1]}\n" in out
+    assert verify(paths.root).duplicated == [twice]
+    assert f"samples duplicated: 1\n  {twice[0]} sample {twice[1]}\n" in out
 
 
-def test_a_sample_of_no_row_is_named(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_of_an_unknown_prompt_is_listed(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     def other_row(table: pa.Table) -> pa.Table:
         ids = ["stranger", *table.column("row_id").to_pylist()[1:]]
         return table.set_column(0, SCHEMA.field("row_id"), pa.array(ids))
 
     rewrite(paths, 3, other_row)
-    status, out = said(paths, capsys)
+    status, out = run_verify(paths, capsys)
     assert status == 1
     assert verify(paths.root).foreign == ["stranger sample 0"]
     assert len(verify(paths.root).missing) == 1
-    assert "not of this run: 1\n  stranger sample 0\n" in out
+    assert "files and samples of no prompt of this run: 1\n  stranger sample 0\n" in out
 
 
 @pytest.mark.parametrize("sample", [2, -1])
-def test_a_sample_that_no_row_has_is_named(paths: RunPaths, sample: int) -> None:
+def test_sample_with_an_invalid_number_is_listed(paths: RunPaths, sample: int) -> None:
     def other_sample(table: pa.Table) -> pa.Table:
         samples = [sample, *table.column("sample").to_pylist()[1:]]
         return table.set_column(1, SCHEMA.field("sample"), pa.array(samples, pa.int32()))
@@ -101,38 +101,38 @@ def test_a_sample_that_no_row_has_is_named(paths: RunPaths, sample: int) -> None
 
 
 @pytest.mark.parametrize("size", [0, 10, -1])
-def test_a_torn_shard_is_named(paths: RunPaths, capsys: pytest.CaptureFixture[str], size: int) -> None:
+def test_torn_shard_is_listed(paths: RunPaths, capsys: pytest.CaptureFixture[str], size: int) -> None:
     path = shard_path(paths, 2)
     path.write_bytes(path.read_bytes()[:size])
-    status, out = said(paths, capsys)
+    status, out = run_verify(paths, capsys)
     assert status == 1
     assert f"shards torn: 1\n  {path.name}: it has" in out
     assert "samples missing: 6" in out
     assert "remove its manifest" in out
 
 
-def test_a_flipped_bit_is_found(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flipped_bit_is_found(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     path = shard_path(paths, 2)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
-    assert said(paths, capsys)[0] == 1
-    assert verify(paths.root).torn == [f"{path.name}: its sha256 is not that of the manifest"]
+    assert run_verify(paths, capsys)[0] == 1
+    assert verify(paths.root).torn == [f"{path.name}: its sha256 differs from its manifest's"]
 
 
-def test_a_removed_shard_is_named(paths: RunPaths) -> None:
+def test_removed_shard_is_listed(paths: RunPaths) -> None:
     path = shard_path(paths, 0)
     path.unlink()
     assert verify(paths.root).torn == [f"{path.name}: the file is missing"]
 
 
-def test_a_shard_of_another_fingerprint_is_named(paths: RunPaths) -> None:
+def test_shard_with_another_fingerprint_is_listed(paths: RunPaths) -> None:
     values = asdict(read_manifest(paths.manifest(0))) | {"fingerprint": "other"}
     paths.manifest(0).write_text(json.dumps(values))
-    assert verify(paths.root).torn == [f"{shard_path(paths, 0).name}: its manifest is of another fingerprint"]
+    assert verify(paths.root).torn == [f"{shard_path(paths, 0).name}: its manifest has another fingerprint"]
 
 
-def test_a_shard_of_another_schema_is_named(tmp_path: Path) -> None:
+def test_shard_with_another_schema_is_listed(tmp_path: Path) -> None:
     config = config_of(tmp_path, "data.limit=4")
     run_job(config, load_fake())
     paths = RunPaths(tmp_path / "out")
@@ -144,21 +144,21 @@ def test_a_shard_of_another_schema_is_named(tmp_path: Path) -> None:
     assert "reward is absent" in verify(paths.root).torn[0]
 
 
-def test_counts_must_be_those_of_the_manifest(paths: RunPaths) -> None:
+def test_shard_whose_counts_differ_from_its_manifest_is_listed(paths: RunPaths) -> None:
     values = asdict(read_manifest(paths.manifest(0))) | {"samples": 7}
     paths.manifest(0).write_text(json.dumps(values))
-    assert "the manifest says 7 of 3" in verify(paths.root).torn[0]
+    assert "its manifest declares 7 samples of 3" in verify(paths.root).torn[0]
 
 
-def test_an_uncommitted_shard_is_named(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_uncommitted_shard_is_listed(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     paths.manifest(3).unlink()
-    status, out = said(paths, capsys)
+    status, out = run_verify(paths, capsys)
     assert status == 1
     assert f"shards not committed: 1\n  {shard_path(paths, 3).name}\n" in out
     assert "run the same command again" in out
 
 
-def test_files_that_a_loader_would_take_for_shards_are_named(paths: RunPaths) -> None:
+def test_foreign_files_among_the_shards_are_listed(paths: RunPaths) -> None:
     (paths.shards / "00099.parquet").write_bytes(b"x")
     assert verify(paths.root).foreign == ["00099.parquet"]
     assert not verify(paths.root).complete
@@ -168,32 +168,32 @@ def test_error_records_are_reported_in_a_complete_run(tmp_path: Path, capsys: py
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ["a", "", None, "b", ""]))
     assert run_job(config_of(tmp_path, f"data.path={tmp_path}/rows.jsonl"), load_fake()) == Exit.ERROR_ROWS
     capsys.readouterr()
-    status, out = said(RunPaths(tmp_path / "out"), capsys)
+    status, out = run_verify(RunPaths(tmp_path / "out"), capsys)
     assert status == 0
     assert "samples in error: 3\n" in out
     assert "errors by class: empty_prompt 2, bad_prompt 1\ncomplete: 5 of 5 samples\n" in out
 
 
-def test_no_more_than_twenty_of_a_kind_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_at_most_twenty_items_of_a_kind_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_job(config_of(tmp_path, "data.limit=30"), load_fake())
     paths = RunPaths(tmp_path / "out")
     paths.manifest(0).unlink()
     capsys.readouterr()
-    out = said(paths, capsys)[1]
+    out = run_verify(paths, capsys)[1]
     assert "samples missing: 30\n" in out
     assert out.count(" sample 0\n") == 20
     assert "  and 10 more\n" in out
 
 
-@pytest.mark.parametrize("break_it", ["nothing", "run", "rows", "fewer rows"])
-def test_a_folder_that_holds_no_run(
-    paths: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str], break_it: str
+@pytest.mark.parametrize("broken", ["nothing", "run", "rows", "fewer rows"])
+def test_folder_without_a_readable_run_is_refused(
+    paths: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: str
 ) -> None:
-    if break_it == "nothing":
+    if broken == "nothing":
         paths = RunPaths(tmp_path / "elsewhere")
-    elif break_it == "run":
+    elif broken == "run":
         paths.run.write_text("{")
-    elif break_it == "rows":
+    elif broken == "rows":
         paths.rows.write_bytes(b"x")
     else:
         pq.write_table(pq.read_table(paths.rows).slice(1), paths.rows)

@@ -1,4 +1,4 @@
-"""Metrics of a run that are made up, and the page that is drawn of them."""
+"""Invented metrics of a run, and the page drawn from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOID = {"meta"}
 def write_metrics(
     paths: RunPaths, worker: int, attempt: int, began: float, steps: list[dict[str, Any]], step_s: float = 0.5
 ) -> None:
-    """Metrics of a worker whose steps take ``step_s`` each."""
+    """Write the metrics of a worker whose steps take ``step_s`` each."""
     now = began
     with MetricsWriter(paths.metrics(worker), worker, attempt, lambda: now, lambda: now) as metrics:
         for number, values in enumerate(steps):
@@ -37,7 +37,7 @@ def change_run(paths: RunPaths, **values: Any) -> None:
 
 
 class Page(HTMLParser):
-    """Elements and text of a page that is well-formed."""
+    """The elements and the text of a well-formed page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -80,12 +80,12 @@ def drawn(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> Page:
 
 
 def hover(page: Page, figure: int, section: int = 0) -> dict[str, list[Any]]:
-    """The values of a figure's series."""
+    """Return the values of a figure's series, by name."""
     return {name: values for name, _, values, *_ in page.data[section]["figures"][figure]}
 
 
 def a_line(**values: Any) -> dict[str, Any]:
-    """A line as `MetricsWriter` writes it."""
+    """Return a line as `MetricsWriter` writes it."""
     line: dict[str, Any] = dict.fromkeys(("live_rows", "row_target", "kv_tokens", "kv_bytes", "prefill_tokens"), 7)
     line |= dict.fromkeys(("worker", "attempt", "preempted_rows"), 0)
     line |= {"time": BEGAN, "seconds": 1.0, "steps": 4, "new_tokens": 28, "step_ms": 250.0, "step_ms_max": 300.5}
@@ -99,4 +99,4 @@ def history_of(paths: RunPaths) -> History:
 
 
 def figure(history: History, *series: Series) -> str:
-    return chart("Rows", "", TimeAxis(history.spans), (history.starts, history.ends), series)
+    return chart("Samples", "", TimeAxis(history.spans), (history.starts, history.ends), series)
