@@ -1,4 +1,4 @@
-"""Reading prompts: every format, the ids of rows, and what is wrong with a file or a row."""
+"""Reading prompts: every format, the ids of input rows, and errors of files and prompts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_all_formats_give_the_same_prompts(tmp_path: Path) -> None:
     assert len(plain) == 1
 
 
-def test_ids_are_the_content_and_an_ordinal_among_equals(tmp_path: Path) -> None:
+def test_id_is_the_hash_of_the_prompt_and_an_ordinal(tmp_path: Path) -> None:
     ids = read_prompts(data(write(tmp_path / "a.jsonl", ROWS))).row_ids
     turned = read_prompts(data(write(tmp_path / "b.jsonl", ROWS[::-1]))).row_ids
     assert ids[0][:-2] == ids[2][:-2] != ids[1][:-2]
@@ -74,7 +74,7 @@ def test_ids_are_the_content_and_an_ordinal_among_equals(tmp_path: Path) -> None
     assert sorted(ids) == sorted(turned)
 
 
-def test_messages_have_the_id_they_have_alone(tmp_path: Path) -> None:
+def test_id_of_messages_ignores_fields_of_other_rows(tmp_path: Path) -> None:
     plain = {"prompt": [{"role": "user", "content": "a"}]}
     named = {"prompt": [{"role": "user", "content": "b", "name": "x"}]}
     alone = read_prompts(data(write(tmp_path / "a.jsonl", [plain])))
@@ -84,32 +84,32 @@ def test_messages_have_the_id_they_have_alone(tmp_path: Path) -> None:
     assert together.chat_row == together.row_ids[0]
 
 
-def test_id_column(tmp_path: Path) -> None:
+def test_id_column_gives_the_ids(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "key": 7}, {"prompt": "a", "key": 8}])
     assert read_prompts(data(path, "data.id_column=key")).row_ids == ["7", "8"]
 
 
-def test_limit_and_split(tmp_path: Path) -> None:
+def test_limit_and_split_select_input_rows(tmp_path: Path) -> None:
     paths = files(tmp_path)
     assert len(read_prompts(data(paths["rows.parquet"], "data.limit=2"))) == 2
     assert len(read_prompts(data(paths["rows.parquet"], "data.limit=99"))) == 3
     assert len(read_prompts(data(paths["saved_dict"], "data.split=test"))) == 1
 
 
-def test_builtin_problems() -> None:
+def test_builtin_arithmetic_has_ids_and_answers() -> None:
     prompts = read_prompts(data("builtin:arithmetic", "data.limit=5", "data.id_column=id"), with_columns=True)
     assert prompts.row_ids == [f"arithmetic-{i:05d}" for i in range(5)]
     assert set(rows_of(prompts)[0].columns) == {"id", "prompt", "answer"}
     assert len(read_prompts(data("builtin:arithmetic"))) == 1024
 
 
-def test_rows_are_read_by_range() -> None:
+def test_input_rows_are_read_by_range() -> None:
     prompts = read_prompts(data("builtin:arithmetic", "data.limit=9"))
     assert [row.index for row in prompts.rows(3, 6)] == [3, 4, 5]
     assert [row.row_id for row in prompts.rows(3, 6)] == prompts.row_ids[3:6]
 
 
-def test_content_changes_with_what_results_depend_on(tmp_path: Path) -> None:
+def test_content_digest_covers_what_results_depend_on(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", ROWS)
     other_answer = write(tmp_path / "b.jsonl", [*ROWS[:2], {"prompt": "one", "answer": "9"}])
     other_prompt = write(tmp_path / "c.jsonl", [*ROWS[:2], {"prompt": "One", "answer": "3"}])
@@ -124,7 +124,7 @@ def test_content_changes_with_what_results_depend_on(tmp_path: Path) -> None:
 # Chat
 
 
-def test_as_chat_and_system_prompt(tmp_path: Path) -> None:
+def test_as_chat_wraps_text_and_system_prompt_goes_first(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "hi"}])
     user = {"role": "user", "content": "hi"}
     assert rows_of(read_prompts(data(path)))[0].prompt == "hi"
@@ -135,7 +135,7 @@ def test_as_chat_and_system_prompt(tmp_path: Path) -> None:
         read_prompts(data(path, "data.system_prompt=Be brief"))
 
 
-def test_a_system_message_of_the_row_is_kept(tmp_path: Path) -> None:
+def test_system_message_of_the_prompt_is_kept(tmp_path: Path) -> None:
     own = [{"role": "system", "content": "own"}, {"role": "user", "content": "hi"}]
     path = write(tmp_path / "a.jsonl", [{"prompt": own}])
     assert rows_of(read_prompts(data(path, "data.system_prompt=other")))[0].prompt == own
@@ -144,7 +144,7 @@ def test_a_system_message_of_the_row_is_kept(tmp_path: Path) -> None:
 # Bad rows: error records of their own
 
 
-def test_bad_rows_are_told_apart_from_the_rest(tmp_path: Path) -> None:
+def test_bad_prompts_get_an_error_class(tmp_path: Path) -> None:
     values = ["fine", None, 5, "", [], [1, 2], [1, -2], [1, "a"], [{"content": "no role"}], {"role": "user"}]
     read = rows_of(read_prompts(data(write(tmp_path / "a.jsonl", [{"prompt": value} for value in values]))))
     assert [row.error_class for row in read] == [
@@ -163,13 +163,13 @@ def test_bad_rows_are_told_apart_from_the_rest(tmp_path: Path) -> None:
 # Bad input: refused at start
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_missing_file_is_refused(tmp_path: Path) -> None:
     for name in ("no.jsonl", "no.parquet", "no/such", "no*.csv"):
         with pytest.raises(InputError, match=r"does not exist|matches no file"):
             read_prompts(data(tmp_path / name))
 
 
-def test_missing_column_lists_those_there(tmp_path: Path) -> None:
+def test_missing_column_is_refused_with_the_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(InputError, match=r"data\.prompt_column=question is not a column .* which has prompt, answer\."):
         read_prompts(data(path, "data.prompt_column=question"))
@@ -178,13 +178,13 @@ def test_missing_column_lists_those_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])
-def test_empty_file(tmp_path: Path, content: str) -> None:
+def test_empty_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(InputError, match=r"is empty|holds no input rows"):
         read_prompts(data(tmp_path / "a.jsonl"))
 
 
-def test_empty_dataset(tmp_path: Path) -> None:
+def test_empty_dataset_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"prompt": []}).save_to_disk(tmp_path / "saved")
     with pytest.raises(InputError, match="holds no input rows"):
         read_prompts(data(tmp_path / "saved"))
@@ -200,21 +200,21 @@ def test_empty_dataset(tmp_path: Path) -> None:
         ('[{"prompt": "a"},\n{"prompt": }]', 2),
     ],
 )
-def test_an_unreadable_line_is_named(tmp_path: Path, bad: str, line: int) -> None:
+def test_unreadable_line_is_named(tmp_path: Path, bad: str, line: int) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(bad)
     with pytest.raises(InputError, match=rf"^Line {line} of {path} "):
         read_prompts(data(path))
 
 
-def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+def test_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff\xfe"}\n')
     with pytest.raises(InputError, match=rf"^Line 2 of {path} .*UTF-8"):
         read_prompts(data(path))
 
 
-def test_a_torn_parquet_file(tmp_path: Path) -> None:
+def test_torn_parquet_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_list(ROWS).to_parquet(path)
     path.write_bytes(path.read_bytes()[:-9])
@@ -222,39 +222,39 @@ def test_a_torn_parquet_file(tmp_path: Path) -> None:
         read_prompts(data(path))
 
 
-def test_duplicate_ids(tmp_path: Path) -> None:
+def test_duplicate_ids_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "key": k} for k in ("x", "y", "x")])
     with pytest.raises(InputError, match=r"Input rows 0 and 2 \(counted from 0\) have the same id 'x'"):
         read_prompts(data(path, "data.id_column=key"))
 
 
-def test_missing_id(tmp_path: Path) -> None:
+def test_missing_id_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "key": "x"}, {"prompt": "b", "key": None}])
     with pytest.raises(InputError, match=r"Input row 1 .* no value in data\.id_column=key"):
         read_prompts(data(path, "data.id_column=key"))
 
 
 @pytest.mark.parametrize("values", [[1.5, 2.5], [True, False], [None, None], [["a"], ["b"]], [{"role": "x"}] * 2])
-def test_a_column_that_holds_no_prompts(tmp_path: Path, values: list[Any]) -> None:
+def test_column_without_prompts_is_refused(tmp_path: Path, values: list[Any]) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": value} for value in values])
     with pytest.raises(InputError, match=r"data\.prompt_column=prompt holds .* but prompts are text"):
         read_prompts(data(path))
 
 
 @pytest.mark.parametrize("path", ["builtin:nothing", "a.txt", "no_such_owner/no_such_dataset"])
-def test_paths_that_are_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+def test_path_without_a_dataset_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(InputError, match=r"^data\.path"):
         read_prompts(data(path))
 
 
-def test_a_folder_that_is_no_saved_dataset(tmp_path: Path) -> None:
+def test_folder_without_a_saved_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="save_to_disk did not write"):
         read_prompts(data(tmp_path))
 
 
-def test_an_unknown_split(tmp_path: Path) -> None:
+def test_unknown_split_is_refused_with_the_splits(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.split=nope .* has test, train"):
         read_prompts(data(files(tmp_path)["saved_dict"], "data.split=nope"))
 
@@ -262,7 +262,7 @@ def test_an_unknown_split(tmp_path: Path) -> None:
 # Length hints
 
 
-def test_hints_are_read_and_what_is_no_number_of_tokens_is_unknown(tmp_path: Path) -> None:
+def test_length_hints_are_read_and_invalid_ones_unknown(tmp_path: Path) -> None:
     rows = [{"prompt": str(i), "tokens": value, "other": i} for i, value in enumerate([5, None, 0, -3, 2.5])]
     path = write(tmp_path / "rows.jsonl", rows)
     hinted = read_prompts(data(path, "data.length_hint_column=tokens"))
@@ -275,7 +275,7 @@ def test_hints_are_read_and_what_is_no_number_of_tokens_is_unknown(tmp_path: Pat
     assert plain.content == hinted.content, "hints change no result"
 
 
-def test_a_hint_of_nan_is_unknown(tmp_path: Path) -> None:
+def test_length_hint_of_nan_or_infinity_is_unknown(tmp_path: Path) -> None:
     table = {"prompt": ["a", "b", "c"], "tokens": [float("nan"), float("inf"), 7.0]}
     datasets.Dataset.from_dict(table).to_parquet(tmp_path / "rows.parquet")
     prompts = read_prompts(data(tmp_path / "rows.parquet", "data.length_hint_column=tokens"))
@@ -283,7 +283,7 @@ def test_a_hint_of_nan_is_unknown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [["5", "6"], [True, False], [[5], [6]], [None, None]])
-def test_a_column_that_holds_no_hints(tmp_path: Path, values: list[Any]) -> None:
+def test_column_without_length_hints_is_refused(tmp_path: Path, values: list[Any]) -> None:
     rows = [{"prompt": str(i), "tokens": value} for i, value in enumerate(values)]
     path = write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(InputError, match=r"^data\.length_hint_column=tokens holds .* .* length hints are numbers"):

@@ -1,4 +1,4 @@
-"""Threads of a process: no more than it may use, and shared with the ranks beside it."""
+"""The number of CPU threads: limited by affinity and quotas, and shared among local ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}
         (2, TORCHRUN | {"OMP_NUM_THREADS": "3"}, None),
     ],
 )
-def test_ranks_share_the_cores_unless_the_user_says_otherwise(
+def test_ranks_share_cores_unless_the_user_chose_threads(
     ranks: int, environment: dict[str, str], wanted: int | None
 ) -> None:
     assert choose_threads(ranks, environment, cores=12) == wanted
@@ -55,36 +55,36 @@ def write(folder: Path, **files: str) -> None:
         (folder / name.replace("__", ".")).write_text(text)
 
 
-def test_two_threads_of_a_core_are_one(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hardware_threads_of_a_core_count_once(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cores(machine) == 4
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 4}, raising=False)
     assert cores(machine) == 2
 
 
-def test_without_a_topology_each_cpu_counts(machine: Path) -> None:
+def test_each_cpu_counts_without_topology_files(machine: Path) -> None:
     (machine / "cgroup").write_text("")
     assert usable_cores(machine / "cgroup", machine / "fs", machine / "nowhere") == 8
 
 
 @pytest.mark.parametrize(("quota", "wanted"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1)])
-def test_a_container_s_quota_binds(machine: Path, quota: str, wanted: int) -> None:
+def test_cgroup_quota_limits_the_cores(machine: Path, quota: str, wanted: int) -> None:
     write(machine / "fs/pod/task", cpu__max=quota)
     write(machine / "fs/pod", cpu__max="max 100000")
     write(machine / "fs")
     assert cores(machine, "0::/pod/task\n") == wanted
 
 
-def test_an_outer_quota_binds_when_it_is_tighter(machine: Path) -> None:
+def test_tighter_quota_of_an_outer_cgroup_limits_the_cores(machine: Path) -> None:
     write(machine / "fs/pod/task", cpu__max="300000 100000")
     write(machine / "fs/pod", cpu__max="100000 100000")
     assert cores(machine, "0::/pod/task\n") == 1
 
 
 @pytest.mark.parametrize(("quota", "wanted"), [("-1", 4), ("200000", 2)])
-def test_version_1(machine: Path, quota: str, wanted: int) -> None:
+def test_quota_of_cgroups_version_1_limits_the_cores(machine: Path, quota: str, wanted: int) -> None:
     write(machine / "fs/cpu/job", cpu__cfs_quota_us=quota + "\n", cpu__cfs_period_us="100000\n")
     assert cores(machine, "4:cpu,cpuacct:/job\n3:memory:/other\n") == wanted
 
 
-def test_on_this_machine() -> None:
+def test_usable_cores_of_this_machine() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)

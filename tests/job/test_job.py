@@ -1,4 +1,4 @@
-"""Jobs on a fake engine: exactly once, through failures, kills and other workers."""
+"""Jobs on a fake engine: every sample exactly once, despite failures, kills and other workers."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from tests.support.jobs import (
 )
 
 
-def test_every_sample_once_in_order(uninterrupted: list[dict[str, Any]]) -> None:
+def test_job_writes_every_sample_once_in_order(uninterrupted: list[dict[str, Any]]) -> None:
     assert keys(uninterrupted) == EXPECTED
 
 
-def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_complete_run_has_files_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_job(config_of(tmp_path, *JOB, "reward._target_=rollout.arithmetic.exact_match"), load_fake())
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == ["metrics", "rows.parquet", "run.json", "shards"]
@@ -49,13 +49,13 @@ def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert f"python -m rollout.verify {out}" in lines
 
 
-def test_the_live_batch_does_not_drain_between_shards(tmp_path: Path) -> None:
+def test_live_batch_does_not_drain_between_shards(tmp_path: Path) -> None:
     engine = FakeEngine()
     run_job(config_of(tmp_path, *JOB), load_fake(engine))
     assert engine.live_counts[: -LIVE + 1] == [LIVE] * (60 - LIVE + 1)
 
 
-def test_the_stream_is_read_only_as_rows_are_admitted(tmp_path: Path) -> None:
+def test_requests_are_read_only_as_samples_are_admitted(tmp_path: Path) -> None:
     """A worker that stops must not sit on shards that it has not begun."""
     engine = FakeEngine(fail_after=1)
     with pytest.raises(RuntimeError, match="the engine fails here"):
@@ -65,7 +65,7 @@ def test_the_stream_is_read_only_as_rows_are_admitted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("records", [0, 1, 11, 12, 13, 40, 59])
-def test_a_failed_engine_loses_only_what_was_in_flight(
+def test_failed_engine_loses_only_unfinished_samples(
     tmp_path: Path, uninterrupted: list[dict[str, Any]], records: int
 ) -> None:
     config = config_of(tmp_path, *JOB)
@@ -80,7 +80,7 @@ def test_a_failed_engine_loses_only_what_was_in_flight(
     assert verify(tmp_path / "out").complete
 
 
-def test_a_complete_run_is_left_alone(
+def test_complete_run_is_not_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = config_of(tmp_path, *JOB)
@@ -94,7 +94,7 @@ def test_a_complete_run_is_left_alone(
     assert "complete already" in caplog.text
 
 
-def test_what_a_kill_after_the_last_commit_left_is_cleared(tmp_path: Path) -> None:
+def test_work_folder_left_by_a_kill_is_removed(tmp_path: Path) -> None:
     config = config_of(tmp_path, *JOB)
     run_job(config, load_fake())
     (tmp_path / "out" / "work").mkdir()
@@ -103,7 +103,7 @@ def test_what_a_kill_after_the_last_commit_left_is_cleared(tmp_path: Path) -> No
     assert not (tmp_path / "out" / "work").exists()
 
 
-def test_a_shard_without_its_manifest_is_committed_again(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
+def test_shard_without_manifest_is_generated_again(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     config = config_of(tmp_path, *JOB)
     run_job(config, load_fake())
     paths = RunPaths(tmp_path / "out")
@@ -114,14 +114,14 @@ def test_a_shard_without_its_manifest_is_committed_again(tmp_path: Path, uninter
     assert without_attempt(read_records(paths.root)) == without_attempt(uninterrupted)
 
 
-def test_a_finished_part_is_committed_without_the_engine(tmp_path: Path) -> None:
+def test_complete_part_file_is_committed_without_the_engine(tmp_path: Path) -> None:
     """Killed between the last record of a shard and its commit."""
     config = config_of(tmp_path, *JOB)
     run_job(config, load_fake())
     paths = RunPaths(tmp_path / "out")
     whole = read_records(paths.root)
     paths.manifest(1).unlink()
-    part = PartFile(_made(paths.part(1)))
+    part = PartFile(_with_folder(paths.part(1)))
     for record in whole[12:24]:
         part.append(_record(record))
     part.close()
@@ -131,7 +131,7 @@ def test_a_finished_part_is_committed_without_the_engine(tmp_path: Path) -> None
     assert read_records(paths.root) == whole
 
 
-def _made(path: Path) -> Path:
+def _with_folder(path: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     return path
 
@@ -142,7 +142,7 @@ def _record(values: dict[str, Any]) -> Any:
     return Record(**values)
 
 
-def test_another_batcher_or_partition_may_go_on(tmp_path: Path) -> None:
+def test_run_resumes_with_other_execution_settings(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         run_job(config_of(tmp_path, *JOB), load_fake(FakeEngine(fail_after=9)))
     config = config_of(tmp_path, *JOB, "batcher=static", "memory.reserve_fraction=0.2", "output.rows_per_shard=7")
@@ -169,7 +169,7 @@ def test_an_unwritable_output_is_refused_before_the_model_loads(tmp_path: Path) 
         run_job(config_of(tmp_path, f"output.dir={tmp_path}/file/out"), refuse_to_load)
 
 
-def test_a_model_that_fails_to_load_leaves_the_folder_free(tmp_path: Path) -> None:
+def test_model_that_fails_to_load_leaves_no_run(tmp_path: Path) -> None:
     """Another model may then be tried with the same output directory."""
 
     def fail(*arguments: object) -> Any:
@@ -180,7 +180,7 @@ def test_a_model_that_fails_to_load_leaves_the_folder_free(tmp_path: Path) -> No
     assert run_job(config_of(tmp_path, *JOB, "seed=5"), load_fake()) == Exit.COMPLETE
 
 
-def test_a_run_keeps_its_dtype(tmp_path: Path) -> None:
+def test_run_keeps_its_dtype(tmp_path: Path) -> None:
     seen = []
 
     def load(dtype: str, fail_after: int | None = None) -> Any:
@@ -206,7 +206,7 @@ def write_rows(folder: Path, *prompts: object) -> str:
     return f"data.path={folder}/rows.jsonl"
 
 
-def test_bad_rows_become_error_records_and_the_job_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_prompts_become_error_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_rows(tmp_path, "fine", "", None, 5, "unencodable", [1, 2])
     assert run_job(config_of(tmp_path, data, "sampling.n=2"), load_fake()) == Exit.ERROR_ROWS
     records = read_records(tmp_path / "out")
@@ -223,7 +223,7 @@ def test_bad_rows_become_error_records_and_the_job_goes_on(tmp_path: Path, capsy
     assert run_job(config_of(tmp_path, data, "sampling.n=2"), refuse_to_load) == Exit.ERROR_ROWS
 
 
-def test_a_shard_of_bad_rows_alone_is_committed(tmp_path: Path) -> None:
+def test_shard_of_bad_prompts_is_committed(tmp_path: Path) -> None:
     data = write_rows(tmp_path, "fine", None, "", "fine too")
     config = config_of(tmp_path, data, "output.rows_per_shard=1")
     assert run_job(config, load_fake()) == Exit.ERROR_ROWS
@@ -236,7 +236,7 @@ def failing_reward(prompt_row: dict[str, Any], completion_text: str) -> float:
     return float(prompt_row["answer"])
 
 
-def test_a_reward_that_raises_is_an_error_record(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
+def test_reward_that_raises_makes_an_error_record(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     config = config_of(tmp_path, *JOB, "reward._target_=tests.job.test_job.failing_reward")
     assert run_job(config, load_fake()) == Exit.ERROR_ROWS
     records = read_records(tmp_path / "out")
@@ -249,6 +249,6 @@ def test_a_reward_that_raises_is_an_error_record(tmp_path: Path, uninterrupted: 
     assert [r["completion_ids"] for r in records] == [r["completion_ids"] for r in uninterrupted]
 
 
-def test_a_reward_that_cannot_be_imported_is_refused_at_start(tmp_path: Path) -> None:
+def test_reward_that_cannot_be_imported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^reward\._target_=no\.such\.reward "):
         run_job(config_of(tmp_path, "reward._target_=no.such.reward"), refuse_to_load)

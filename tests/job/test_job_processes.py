@@ -1,4 +1,4 @@
-"""Several workers on one folder, and kills at any time."""
+"""Several workers on one run, and kills at any time."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_workers_on_one_folder_share_the_work(tmp_path: Path, uninterrupted: lis
     assert not (tmp_path / "out" / "work").exists()
 
 
-def test_two_processes_on_one_folder(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
+def test_array_tasks_on_one_folder_share_the_work(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     config_of(tmp_path)
     array = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "0"}
     workers = [start(tmp_path, 0.02, **array, SLURM_ARRAY_TASK_ID=str(task)) for task in range(2)]
@@ -68,7 +68,7 @@ def test_two_processes_on_one_folder(tmp_path: Path, uninterrupted: list[dict[st
     assert {line["worker"] for line in read_metrics(RunPaths(tmp_path / "out"))} == {0, 1}
 
 
-def test_the_work_of_a_dead_worker_is_taken_over(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
+def test_survivor_finishes_the_shards_of_a_dead_worker(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     config_of(tmp_path)
     doomed = start(tmp_path, 0.2)
     paths = RunPaths(tmp_path / "out")
@@ -84,7 +84,7 @@ def test_the_work_of_a_dead_worker_is_taken_over(tmp_path: Path, uninterrupted: 
     assert verify(tmp_path / "out").complete
 
 
-def test_a_job_killed_at_any_time_goes_on(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
+def test_job_killed_at_any_time_resumes(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -136,11 +136,11 @@ def _tear(paths: RunPaths, rng: random.Random) -> None:
 def _until(true: Any, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, "it does not come true"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.01)
 
 
-def test_ranks_of_one_launch(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
+def test_ranks_of_one_launch_share_the_work(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     config_of(tmp_path)
     arguments = [f"model.path={tmp_path / 'model'}", f"output.dir={tmp_path / 'out'}", *JOB]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -1,23 +1,23 @@
-"""Where a process stands: ranks of a launch, tasks of an array."""
+"""The topology of a process: ranks of a launch, tasks of an array."""
 
 from __future__ import annotations
 
 from rollout.job.ranks import Ranks, Topology
 
 
-def test_alone() -> None:
+def test_single_process_is_its_own_worker() -> None:
     topology = Topology.from_environment({})
     assert (topology.rank, topology.world_size, topology.workers, topology.worker) == (0, 1, 1, 0)
     assert Ranks(topology).broadcast("x") == "x"
 
 
-def test_a_rank_of_a_launch() -> None:
+def test_rank_of_a_launch_is_a_worker() -> None:
     topology = Topology.from_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
     assert (topology.rank, topology.workers, topology.worker) == (3, 4, 3)
     assert topology.local_world_size == 2
 
 
-def test_a_launch_in_an_array() -> None:
+def test_ranks_of_array_tasks_are_numbered_without_gaps() -> None:
     array = {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_STEP": "5"}
     workers = [
         Topology.from_environment({**array, "SLURM_ARRAY_TASK_ID": task, "WORLD_SIZE": "2", "RANK": rank}).worker

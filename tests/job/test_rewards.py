@@ -1,4 +1,4 @@
-"""Rewards: named by the configuration, failing for a record alone."""
+"""Rewards: loaded by name; a failure concerns one record only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Scorer:
 NOT_CALLABLE = 3
 
 
-def test_functions_and_classes() -> None:
+def test_reward_is_a_function_or_an_instance_of_a_class() -> None:
     assert load_reward(None) is None
     function = load_reward({"_target_": "rollout.arithmetic.exact_match"})
     assert function is not None
@@ -67,18 +67,18 @@ def test_functions_and_classes() -> None:
         {"_target_": ""},
     ],
 )
-def test_what_cannot_be_a_reward_is_refused_at_start(config: dict[str, Any]) -> None:
+def test_invalid_reward_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=rf"^reward\._target_={config['_target_']} "):
         load_reward(config)
 
 
-def test_records_are_score() -> None:
+def test_score_adds_the_reward() -> None:
     reward = load_reward({"_target_": f"{HERE}.length"})
     assert score(RECORD, {}, reward).reward == len(RECORD.text)
     assert score(RECORD, {}, None) is RECORD
 
 
-def test_a_reward_that_raises_keeps_the_completion() -> None:
+def test_reward_that_raises_keeps_the_completion() -> None:
     result = score(RECORD, {}, failing)
     assert (result.error_class, result.error) == ("reward_failed", "KeyError: 'answer'")
     assert result.reward is None
@@ -86,11 +86,11 @@ def test_a_reward_that_raises_keeps_the_completion() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "many"])
-def test_what_is_no_finite_number_failed(value: Any) -> None:
+def test_reward_that_is_not_finite_is_an_error(value: Any) -> None:
     result = score(RECORD, {}, lambda row, text: value)
     assert (result.error_class, result.reward) == ("reward_failed", None)
 
 
-def test_error_records_are_not_score() -> None:
+def test_error_records_are_not_scored() -> None:
     record = Record("row", 0, [], [], "", [], [], "error", "empty_prompt", "Empty.")
     assert score(record, {}, failing) is record

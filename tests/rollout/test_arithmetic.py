@@ -10,7 +10,7 @@ import pytest
 from rollout.arithmetic import exact_match, last_number, problem, problems
 
 
-def test_problems_do_not_depend_on_how_many_are_asked_for() -> None:
+def test_problems_do_not_depend_on_their_number() -> None:
     assert problems(50)[:7] == problems(7)
     assert problems(50)[33] == problem(33)
 
@@ -22,7 +22,7 @@ def test_problems_differ_and_have_ids() -> None:
     assert all(int(row["answer"]) > 0 for row in made)
 
 
-def test_answers_follow_from_the_numbers_of_the_problem() -> None:
+def test_answers_follow_from_the_numbers_in_the_problem() -> None:
     checked = 0
     for row in problems(400):
         numbers = [int(n) for n in re.findall(r"\d+", row["prompt"])]
@@ -58,11 +58,11 @@ def test_answers_follow_from_the_numbers_of_the_problem() -> None:
         ("", None),
     ],
 )
-def test_last_number(text: str, number: str | None) -> None:
+def test_last_number_of_a_text(text: str, number: str | None) -> None:
     assert last_number(text) == (None if number is None else Decimal(number))
 
 
-def test_exact_match() -> None:
+def test_exact_match_compares_the_last_numbers() -> None:
     assert exact_match({"answer": "12"}, "So there are 12.0 apples") == 1.0
     assert exact_match({"answer": "12"}, "12 apples, or 13") == 0.0
     assert exact_match({"answer": 12}, "12") == 1.0
@@ -71,6 +71,6 @@ def test_exact_match() -> None:
 
 
 @pytest.mark.parametrize("row", [{}, {"answer": "many"}])
-def test_rows_without_an_answer_are_an_error(row: dict[str, str]) -> None:
+def test_input_row_without_an_answer_is_an_error(row: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="answer"):
         exact_match(row, "3")

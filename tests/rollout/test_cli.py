@@ -1,4 +1,4 @@
-"""``python -m rollout`` as a user meets it: bad input in one sentence, and a job on a tiny real model."""
+"""The command line: bad input is refused in one sentence, and jobs run on a tiny model."""
 
 from __future__ import annotations
 
@@ -129,13 +129,13 @@ def test_bad_input_is_refused_before_a_model_loads(
     assert not (folder / "out" / "run.json").exists()
 
 
-def test_a_missing_output_directory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_output_directory_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "model.path=model").startswith("output.dir must be given, e.g. output.dir=")
     sentence = refused(capsys, "model.path=model", "+experiment=bulk_inference")
     assert sentence.startswith("data.path and output.dir must be given")
 
 
-def test_a_crash_shows_its_traceback(
+def test_crash_shows_its_traceback(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(*arguments: object) -> Any:
@@ -147,13 +147,13 @@ def test_a_crash_shows_its_traceback(
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 
-def test_nothing_is_written_but_the_output(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_writes_only_to_the_output_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout.job.job, "load_engine", load_fake())
     assert main([*BASE, "data.limit=3", "reward=null"]) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["model", "out"]
 
 
-def test_a_sweep_ends_with_the_worst_status(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_ends_with_the_worst_status(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout.job.job, "load_engine", load_fake())
     write_rows(folder / "bad.jsonl", {"prompt": ""})
     write_rows(folder / "good.jsonl", {"prompt": "a"})
@@ -183,7 +183,7 @@ def test_chat_messages_need_a_template(
     assert "has no chat template" in refused(capsys, *job(tiny, "data.as_chat=true"))
 
 
-def test_an_unsupported_model(
+def test_unsupported_model_is_refused(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -199,7 +199,7 @@ def test_an_unsupported_model(
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-def test_error_records_of_the_engine(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_prompts_become_error_records(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     prompts = ["w1 w2 w3", "", " ", "w1 " * 60, [1, 2, 3], [99]]
     write_rows(tmp_path / "rows.jsonl", *({"prompt": prompt} for prompt in prompts))
@@ -211,14 +211,14 @@ def test_error_records_of_the_engine(tiny: Path, tmp_path: Path, monkeypatch: py
     assert verify(tmp_path / "out").complete
 
 
-def test_a_sample_too_large_for_memory(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_too_large_for_memory_is_an_error(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", {"prompt": "w1"})
     assert main(job(tiny, "memory.max_kv_bytes=1")) == 4
     assert {record["error_class"] for record in read_records(tmp_path / "out")} == {"too_large"}
 
 
-def test_results_do_not_depend_on_the_execution(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_execution_settings_do_not_change_results(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", *({"prompt": f"w{i} w{i + 1}"} for i in range(1, 8)))
     variants = {
@@ -234,7 +234,7 @@ def test_results_do_not_depend_on_the_execution(tiny: Path, tmp_path: Path, monk
     assert len(results[0]) == 14
 
 
-def test_a_job_as_a_user_starts_it(tiny: Path, tmp_path: Path) -> None:
+def test_job_in_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:
     """A process of its own, in a folder with packages of the same names as those of this project."""
     for name in ("conf", "models", "batcher"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""The configuration: its keys and defaults, and what it refuses."""
+"""The configuration: its keys, its defaults and its validation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rollout.sampling_params import SamplingParams
 OUT = "output.dir=out"
 
 
-def test_defaults_are_those_of_the_contract() -> None:
+def test_defaults_match_the_contract() -> None:
     config = load_config([OUT])
     assert asdict(config.model) == {
         "path": "packaged:SmolLM2-135M-Instruct",
@@ -47,12 +47,12 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert (config.reward, config.seed) == (None, 0)
 
 
-def test_sampling_has_the_fields_of_the_library() -> None:
+def test_sampling_config_has_the_fields_of_sampling_params() -> None:
     assert [f.name for f in fields(SamplingConfig)] == [f.name for f in fields(SamplingParams)]
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_policies_have_the_parameters_and_defaults_of_their_classes(name: str) -> None:
+def test_policy_configs_match_the_parameters_of_policies(name: str) -> None:
     config = load_config([OUT, f"batcher={name}"]).batcher
     own = {key: value for key, value in asdict(config).items() if key not in {f.name for f in fields(BatcherConfig)}}
     assert own == (asdict(PARAMETERS[name]()) if name in PARAMETERS else {})
@@ -67,7 +67,7 @@ def test_policies_have_the_parameters_and_defaults_of_their_classes(name: str) -
         ("bulk_inference", 1, 0.0, None),
     ],
 )
-def test_experiments(experiment: str, n: int, temperature: float, reward: object) -> None:
+def test_experiments_set_their_values(experiment: str, n: int, temperature: float, reward: object) -> None:
     config = load_config([f"+experiment={experiment}", OUT, "data.path=prompts.jsonl"])
     assert (config.sampling.n, config.sampling.temperature, config.reward) == (n, temperature, reward)
 
@@ -126,12 +126,12 @@ def test_added_keys_are_refused(override: str) -> None:
         load_config([OUT, override])
 
 
-def test_a_reward_takes_further_keys() -> None:
+def test_reward_accepts_further_keys() -> None:
     config = load_config([OUT, "reward._target_=package.score", "+reward.scale=2"])
     assert config.reward == {"_target_": "package.score", "scale": 2}
 
 
-def test_nearest_takes_the_same_last_part_before_the_spelling() -> None:
+def test_nearest_prefers_the_same_last_part() -> None:
     keys = dotted_keys(load_config([OUT]))
     assert nearest("temperature", keys) == "sampling.temperature"
     assert nearest("sampler.max_new_token", keys) == "sampling.max_new_tokens"

@@ -1,4 +1,4 @@
-"""Sampling parameters: every value that cannot work is refused by name."""
+"""Sampling parameters: values out of range are refused by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rollout.sampling_params import SamplingParams
         ("stop", ""),
     ],
 )
-def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
+def test_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=rf"^{name} is .*, but must be .+\.$") as error:
         SamplingParams(**{name: value})
     shown = ("",) if value == "" else tuple(value) if isinstance(value, list) else value
@@ -47,18 +47,18 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
         {"n": 1000, "temperature": 100.0, "top_p": 1e-9, "top_k": 1 << 40, "min_p": 1.0, "max_new_tokens": 1 << 20},
     ],
 )
-def test_the_ends_of_the_ranges_are_right(values: dict[str, Any]) -> None:
+def test_ends_of_ranges_are_allowed(values: dict[str, Any]) -> None:
     params = SamplingParams(**values)
     assert all(getattr(params, name) == value for name, value in values.items())
 
 
-def test_defaults_are_those_of_the_command_line() -> None:
+def test_defaults_match_the_command_line() -> None:
     params = SamplingParams()
     assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (1, 1.0, 1.0, 0, 0.0)
     assert (params.max_new_tokens, params.stop, params.stop_token_ids, params.ignore_eos) == (256, (), (), False)
 
 
-def test_lists_become_values_that_can_be_compared_and_hashed() -> None:
+def test_lists_become_tuples() -> None:
     one = SamplingParams(stop=["a", "b"], stop_token_ids=[1, 2])  # type: ignore[arg-type]
     other = SamplingParams(stop=("a", "b"), stop_token_ids=(1, 2))
     assert one == other
@@ -66,10 +66,10 @@ def test_lists_become_values_that_can_be_compared_and_hashed() -> None:
     assert one != SamplingParams(stop=("a",), stop_token_ids=(1, 2))
 
 
-def test_one_stop_string_is_one_string_not_its_letters() -> None:
+def test_single_stop_string_is_not_split() -> None:
     assert SamplingParams(stop="END").stop == ("END",)  # type: ignore[arg-type]
 
 
-def test_parameters_cannot_be_changed() -> None:
+def test_sampling_params_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         SamplingParams().n = 2  # type: ignore[misc]

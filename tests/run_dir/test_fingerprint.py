@@ -1,4 +1,4 @@
-"""What a fingerprint covers, and what it does not."""
+"""The settings and files that a fingerprint covers, and those it does not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def made(folder: Path, *overrides: str, content: str = "c") -> Fingerprint:
         ("output.format=jsonl", ["output.format"]),
     ],
 )
-def test_what_changes_results_differs(tmp_path: Path, override: str, keys: list[str]) -> None:
+def test_settings_that_change_results_differ(tmp_path: Path, override: str, keys: list[str]) -> None:
     assert differences(made(tmp_path), made(tmp_path, override)) == keys
 
 
@@ -59,7 +59,7 @@ def test_what_changes_results_differs(tmp_path: Path, override: str, keys: list[
         "data.lengths_from=elsewhere",
     ],
 )
-def test_execution_settings_do_not(tmp_path: Path, override: str) -> None:
+def test_execution_settings_do_not_differ(tmp_path: Path, override: str) -> None:
     assert made(tmp_path).digest == made(tmp_path, override).digest
 
 
@@ -67,7 +67,7 @@ def test_data_content_differs(tmp_path: Path) -> None:
     assert differences(made(tmp_path), made(tmp_path, content="other")) == ["data.content"]
 
 
-def test_a_moved_model_is_the_same(tmp_path: Path) -> None:
+def test_moved_model_has_the_same_digest(tmp_path: Path) -> None:
     fake_model(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert weights_digest(tmp_path / "a") == weights_digest(tmp_path / "b")
@@ -89,7 +89,7 @@ def test_a_moved_model_is_the_same(tmp_path: Path) -> None:
         ("tokenizer.model", True),
     ],
 )
-def test_every_file_that_counts_is_covered_by_one_of_the_digests(tmp_path: Path, name: str, of_tokenizer: bool) -> None:
+def test_each_model_file_is_in_one_of_the_digests(tmp_path: Path, name: str, of_tokenizer: bool) -> None:
     model = fake_model(tmp_path / "m")
     (model / name).write_text("{}")
     before = weights_digest(model), tokenizer_digest(model)
@@ -98,7 +98,7 @@ def test_every_file_that_counts_is_covered_by_one_of_the_digests(tmp_path: Path,
     assert (before[0] == after[0], before[1] == after[1]) == (of_tokenizer, not of_tokenizer)
 
 
-def test_files_that_no_one_reads_do_not_count(tmp_path: Path) -> None:
+def test_unused_files_are_in_no_digest(tmp_path: Path) -> None:
     model = fake_model(tmp_path / "m")
     before = weights_digest(model), tokenizer_digest(model)
     (model / "README.md").write_text("x")
@@ -107,7 +107,7 @@ def test_files_that_no_one_reads_do_not_count(tmp_path: Path) -> None:
     assert (weights_digest(model), tokenizer_digest(model)) == before
 
 
-def test_a_gguf_file_is_weights_and_tokenizer(tmp_path: Path) -> None:
+def test_gguf_file_is_in_both_digests(tmp_path: Path) -> None:
     file = tmp_path / "a.gguf"
     file.write_bytes(b"one")
     before = weights_digest(file), tokenizer_digest(file)
@@ -126,7 +126,7 @@ def safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(t.tobytes() for t in tensors.values()))
 
 
-def test_of_large_files_every_tensor_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_every_tensor_of_large_files_are_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_HASHED_WHOLE_BYTES", 1000)
     model = fake_model(tmp_path / "m")
     tensors = {f"layer{i}": np.arange(50_000, dtype=np.float32) + i for i in range(5)}
@@ -141,7 +141,7 @@ def test_of_large_files_every_tensor_is_sampled(tmp_path: Path, monkeypatch: pyt
     assert len(digests) == 7
 
 
-def test_large_files_of_other_kinds_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_other_large_files_are_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_HASHED_WHOLE_BYTES", 1000)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 100)
     file = tmp_path / "a.gguf"
@@ -164,7 +164,7 @@ def test_differences_are_described_with_short_values() -> None:
     assert "a" * 20 not in text
 
 
-def test_values_survive_json() -> None:
+def test_fingerprint_survives_json() -> None:
     fingerprint = Fingerprint({"x": (1, 2), "y": 0.1})
     again = Fingerprint(json.loads(json.dumps(fingerprint.values)))
     assert (again.values, again.digest) == (fingerprint.values, fingerprint.digest)

@@ -29,7 +29,7 @@ def lines_of(paths: RunPaths, worker: int = 0) -> list[dict[str, object]]:
     return [json.loads(line) for line in paths.metrics(worker).read_text().splitlines()]
 
 
-def test_a_line_sums_up_a_second(tmp_path: Path) -> None:
+def test_line_sums_up_a_second(tmp_path: Path) -> None:
     paths, clock = RunPaths(tmp_path), Clock()
     with MetricsWriter(paths.metrics(2), worker=2, attempt=1, clock=clock, now=lambda: 1000.0) as metrics:
         for step in range(20):
@@ -86,14 +86,14 @@ def test_step_times_are_counted_by_two_digits_rounded_up(tmp_path: Path) -> None
     assert lines_of(paths)[0]["step_ms_counts"] == counts
 
 
-def test_a_worker_without_steps_writes_no_line(tmp_path: Path) -> None:
+def test_worker_without_steps_writes_no_line(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     with MetricsWriter(paths.metrics(0), 0, 0):
         pass
     assert lines_of(paths) == []
 
 
-def test_attempts_append_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+def test_attempts_append_and_torn_lines_are_skipped(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     for attempt in range(3):
         with MetricsWriter(paths.metrics(0), 0, attempt) as metrics:
@@ -105,7 +105,7 @@ def test_attempts_append_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
     assert [line and line["attempt"] for line in read_lines(paths)] == [0, None, 2]
 
 
-def test_the_last_line_is_written_when_the_engine_fails(tmp_path: Path) -> None:
+def test_last_line_is_written_when_the_engine_fails(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
 
     def fail() -> None:
@@ -129,20 +129,20 @@ def drawn(terminal: bool, seconds: float) -> str:
     return out.getvalue()
 
 
-def test_a_plain_line_every_ten_seconds() -> None:
+def test_progress_prints_a_plain_line_every_ten_seconds() -> None:
     lines = drawn(terminal=False, seconds=35).splitlines()
     assert len(lines) == 3
     assert all("\x1b" not in line for line in lines)
     assert lines[-1].startswith("59/100 samples · live 7/9 (latency) · 24 tok/s · 0:2")
 
 
-def test_a_live_line_on_a_terminal() -> None:
+def test_progress_draws_a_live_line_on_a_terminal() -> None:
     text = drawn(terminal=True, seconds=3)
     assert text.count("samples · live 7/9 (latency)") > 5
     assert "\x1b[2K" in text
 
 
-def test_time_left_follows_the_rate_of_the_last_while() -> None:
+def test_time_left_follows_the_rate_of_the_last_seconds() -> None:
     clock, done = Clock(), 0
     progress = Progress(1000, lambda: done, Console(file=io.StringIO()), clock)
     progress.step(report_of(0))

@@ -1,4 +1,4 @@
-"""Part files: what was appended is there again, whatever a kill tore off."""
+"""Part files: appended records are read again, whatever a kill tore off."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def records(count: int) -> list[Record]:
     return [record_of(Request(f"row {i // 2}", [1, 2, i], SamplingParams(n=2)), i % 2) for i in range(count)]
 
 
-def test_records_survive_exactly() -> None:
+def test_record_survives_encoding_exactly() -> None:
     rng = np.random.default_rng(7)
     bits = rng.integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)
     values = bits[np.isfinite(bits)].tolist()
@@ -65,7 +65,7 @@ def test_line_of_a_fixed_record_never_changes() -> None:
     )
 
 
-def test_what_was_appended_is_there_again(tmp_path: Path) -> None:
+def test_appended_records_are_read_again(tmp_path: Path) -> None:
     made = records(6)
     part = PartFile(tmp_path / "a")
     for record in made[:4]:
@@ -79,14 +79,14 @@ def test_what_was_appended_is_there_again(tmp_path: Path) -> None:
     part.close()
 
 
-def test_a_kill_loses_no_record_that_was_appended(tmp_path: Path) -> None:
+def test_kill_loses_no_appended_record(tmp_path: Path) -> None:
     part = PartFile(tmp_path / "a")
     part.append(records(1)[0])
     # Neither closed nor synced: what another process sees is what a kill leaves.
     assert len(PartFile(tmp_path / "a").done) == 1
 
 
-def test_a_tail_torn_at_any_byte_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tail_torn_at_any_byte_is_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rollout.run_dir.part_file.os.fsync", lambda descriptor: None)
     made = records(3)
     lines = [encode_record(record) for record in made]
@@ -106,7 +106,7 @@ def test_a_tail_torn_at_any_byte_is_cut_off(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("junk", [b"\0" * 100, b"{}\n", b"[1]\n", b'{"row_id": "x"}\n', b"\xff\xfe\n", b"\n"])
-def test_junk_is_cut_off_with_all_that_follows(tmp_path: Path, junk: bytes) -> None:
+def test_junk_is_truncated_with_all_that_follows(tmp_path: Path, junk: bytes) -> None:
     made = records(3)
     path = tmp_path / "a"
     path.write_bytes(encode_record(made[0]) + junk + encode_record(made[1]))
@@ -115,7 +115,7 @@ def test_junk_is_cut_off_with_all_that_follows(tmp_path: Path, junk: bytes) -> N
     part.close()
 
 
-def test_a_record_that_is_there_twice_counts_once(tmp_path: Path) -> None:
+def test_repeated_record_counts_once(tmp_path: Path) -> None:
     made = records(2)
     path = tmp_path / "a"
     path.write_bytes(encode_record(made[0]) + encode_record(replace(made[0], attempt=9)) + encode_record(made[1]))
@@ -126,7 +126,7 @@ def test_a_record_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     part.close()
 
 
-def test_it_is_synced_about_every_second_and_when_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_part_file_is_synced_every_second_and_when_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     synced: list[float] = []
     monkeypatch.setattr("rollout.run_dir.part_file.os.fsync", lambda descriptor: synced.append(now))

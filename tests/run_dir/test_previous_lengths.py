@@ -1,4 +1,4 @@
-"""Lengths that the outputs of a former run had, complete or not."""
+"""Lengths of a previous run's completions, complete or not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def means(records: list[tuple[list[int], list[int]]]) -> dict[tuple[int, ...], f
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
-def test_a_complete_run(tmp_path: Path, form: str):
+def test_lengths_of_a_complete_run(tmp_path: Path, form: str):
     run_job(config_of(tmp_path, *JOB, f"output.format={form}"), load_fake(Words()))
     records = read_records(tmp_path / "out")
     expected = means([(record["prompt_ids"], record["completion_ids"]) for record in records])
@@ -42,7 +42,7 @@ def test_a_complete_run(tmp_path: Path, form: str):
     assert [lengths.expected(prompt) for prompt in expected] == pytest.approx(list(expected.values()))
 
 
-def test_a_run_that_was_killed(tmp_path: Path):
+def test_lengths_of_a_killed_run_include_its_part_files(tmp_path: Path):
     with pytest.raises(RuntimeError):
         run_job(config_of(tmp_path, *JOB), load_fake(Words(fail_after=33)))
     paths = RunPaths(tmp_path / "out")
@@ -59,7 +59,7 @@ def test_a_run_that_was_killed(tmp_path: Path):
     assert len(lengths) == len(expected)
 
 
-def test_errors_are_no_lengths(tmp_path: Path):
+def test_error_records_have_no_length(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "fine"}\n{"prompt": ""}\n')
     run_job(config_of(tmp_path, f"data.path={tmp_path}/rows.jsonl"), load_fake(Words()))
     lengths = read_lengths(str(tmp_path / "out"))
@@ -67,12 +67,12 @@ def test_errors_are_no_lengths(tmp_path: Path):
     assert lengths.expected([]) is None
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path):
+def test_folder_without_a_run_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"^data\.lengths_from=.*nowhere holds no run"):
         read_lengths(str(tmp_path / "nowhere"))
 
 
-def test_a_broken_shard_is_named(tmp_path: Path):
+def test_broken_shard_is_named(tmp_path: Path):
     run_job(config_of(tmp_path, *JOB), load_fake(Words()))
     (tmp_path / "out" / "shards" / "00002.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"data\.lengths_from=.*00002\.parquet cannot be read"):

@@ -1,4 +1,4 @@
-"""A run's folder: begun once, gone on with, refused for another job."""
+"""The directory of a run: created once, resumed, refused for another job."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def opened(folder: Path, *overrides: str, fingerprint: Fingerprint = FINGERPRINT
     )
 
 
-def test_what_is_written_first(tmp_path: Path) -> None:
+def test_first_attempt_writes_run_json_and_ids(tmp_path: Path) -> None:
     run = opened(tmp_path, "sampling.n=3", "output.rows_per_shard=4")
     assert (run.rows, run.samples, run.rows_per_shard, run.shards, run.attempt) == (10, 3, 4, 3, 0)
     assert [list(run.shard_rows(shard)) for shard in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -64,7 +64,7 @@ def test_later_attempts_keep_the_partition(tmp_path: Path) -> None:
     assert [attempt["workers"] for attempt in attempts] == [1, 5, 1]
 
 
-def test_workers_that_start_together_agree(tmp_path: Path) -> None:
+def test_workers_starting_at_once_agree_on_one_run(tmp_path: Path) -> None:
     runs = []
     config = config_of(tmp_path)
 
@@ -99,7 +99,7 @@ def test_several_workers_get_eight_shards_each_or_more(rows: int, wanted: int, w
     assert choose_rows_per_shard(rows, wanted, workers) == expected
 
 
-def test_another_fingerprint_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_other_fingerprint_is_refused_with_the_differences(tmp_path: Path) -> None:
     run = opened(tmp_path)
     before = run.paths.run.read_bytes()
     other = Fingerprint({"seed": 1, "sampling.temperature": 0.5})
@@ -111,20 +111,20 @@ def test_another_fingerprint_is_refused_with_what_differs(tmp_path: Path) -> Non
     assert run.paths.run.read_bytes() == before
 
 
-def test_another_dtype_is_refused(tmp_path: Path) -> None:
+def test_other_dtype_is_refused(tmp_path: Path) -> None:
     run = opened(tmp_path)
     with pytest.raises(InputError, match=r"set model\.dtype=float32"):
         open_run(run.paths, config_of(tmp_path), FINGERPRINT, IDS, dtype="bfloat16", attention="gather", workers=1)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing/here")):
         with pytest.raises(InputError, match=r"^output\.dir=.* cannot be written \(.*\): choose another folder\.$"):
             prepare_folder(str(folder))
 
 
-def test_shards_of_something_else_are_left_alone(tmp_path: Path) -> None:
+def test_shards_without_a_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     prepare_folder(str(tmp_path))
     (tmp_path / "shards" / "00000.parquet").write_bytes(b"x")
@@ -133,13 +133,13 @@ def test_shards_of_something_else_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', '{"format": 1}', '{"format": 1, "attempts": 3}'])
-def test_a_run_that_cannot_be_read(tmp_path: Path, content: str) -> None:
+def test_unreadable_run_json_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(InputError, match=r"run\.json"):
         read_run(RunPaths(tmp_path))
 
 
-def test_no_run(tmp_path: Path) -> None:
+def test_folder_without_a_run_has_no_existing_run(tmp_path: Path) -> None:
     assert existing_run(RunPaths(tmp_path), FINGERPRINT) is None
     with pytest.raises(InputError, match="holds no run"):
         read_run(RunPaths(tmp_path))

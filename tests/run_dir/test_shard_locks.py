@@ -1,4 +1,4 @@
-"""Claims on shards: one worker each, freed by death, gone with the commit."""
+"""Locks on shards: one worker each, released by its death, removed with the commit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_committed_shards_are_not_claimed(paths: RunPaths) -> None:
     assert not paths.lock(0).exists()
 
 
-def test_a_shard_given_back_can_be_claimed_again(paths: RunPaths) -> None:
+def test_released_shard_can_be_claimed_again(paths: RunPaths) -> None:
     one, two = FileLocks(paths, 1), FileLocks(paths, 1)
     assert one.claim() == 0
     one.release(0, committed=False)
@@ -45,7 +45,7 @@ def test_a_shard_given_back_can_be_claimed_again(paths: RunPaths) -> None:
     assert one.claim() == 0
 
 
-def test_a_committed_shard_leaves_no_lock(paths: RunPaths) -> None:
+def test_committed_shard_leaves_no_lock(paths: RunPaths) -> None:
     one, two = FileLocks(paths, 1), FileLocks(paths, 1)
     assert one.claim() == 0
     paths.manifest(0).write_text("{}")
@@ -54,9 +54,7 @@ def test_a_committed_shard_leaves_no_lock(paths: RunPaths) -> None:
     assert (one.claim(), two.claim()) == (None, None)
 
 
-def test_a_shard_committed_between_look_and_lock_is_left_alone(
-    paths: RunPaths, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shard_committed_before_the_lock_is_not_claimed(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     claims = FileLocks(paths, 1)
 
     def commit_first(path: Path) -> int | None:
@@ -68,7 +66,7 @@ def test_a_shard_committed_between_look_and_lock_is_left_alone(
     assert not paths.lock(0).exists()
 
 
-def test_a_worker_holds_no_more_than_its_share(paths: RunPaths) -> None:
+def test_worker_holds_at_most_its_share(paths: RunPaths) -> None:
     claims = FileLocks(paths, 8, workers=2)
     assert [claims.claim() for _ in range(5)] == [0, 1, 2, 3, None]
     for shard in (4, 5, 6, 7):
@@ -79,11 +77,11 @@ def test_a_worker_holds_no_more_than_its_share(paths: RunPaths) -> None:
     assert claims.claim() is None
 
 
-def test_the_share_is_never_nothing(paths: RunPaths) -> None:
+def test_share_is_at_least_one_shard(paths: RunPaths) -> None:
     assert FileLocks(paths, 1, workers=9).claim() == 0
 
 
-def test_a_lock_on_a_removed_file_is_none(paths: RunPaths) -> None:
+def test_removed_lock_file_can_be_locked_anew(paths: RunPaths) -> None:
     first = try_lock(paths.lock(0))
     assert first is not None
     unlock(paths.lock(0), first, remove=True)
@@ -93,7 +91,7 @@ def test_a_lock_on_a_removed_file_is_none(paths: RunPaths) -> None:
     unlock(paths.lock(0), second, remove=False)
 
 
-def test_a_waiter_gets_the_lock_of_the_file_that_has_the_name(paths: RunPaths) -> None:
+def test_waiter_locks_the_file_that_has_the_name(paths: RunPaths) -> None:
     """A lock removed by its holder while another waits for it must keep a third one out."""
     held = try_lock(paths.run_lock)
     assert held is not None
@@ -114,7 +112,7 @@ def test_a_waiter_gets_the_lock_of_the_file_that_has_the_name(paths: RunPaths) -
     waiter.join()
 
 
-def test_the_death_of_a_process_frees_its_claims(paths: RunPaths) -> None:
+def test_death_of_a_process_releases_its_locks(paths: RunPaths) -> None:
     code = """
 import sys, time
 from pathlib import Path

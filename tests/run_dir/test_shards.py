@@ -39,7 +39,7 @@ def records() -> list[Record]:
     return made
 
 
-def test_the_schema_is_that_of_the_contract() -> None:
+def test_schema_matches_the_contract() -> None:
     floats, ints = pa.list_(pa.float32()), pa.list_(pa.int32())
     assert {field.name: field.type for field in SCHEMA} == {
         "row_id": pa.string(),
@@ -61,7 +61,7 @@ def test_the_schema_is_that_of_the_contract() -> None:
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
-def test_what_is_committed_is_read_again(paths: RunPaths, form: str) -> None:
+def test_committed_shard_is_read_again(paths: RunPaths, form: str) -> None:
     made = records()
     manifest = commit(paths, 3, form, made, "fingerprint")
     path = paths.shard(3, form)
@@ -92,13 +92,13 @@ def test_shards_load_with_datasets(paths: RunPaths, tmp_path: Path) -> None:
     assert loaded.features["logprobs"].feature.dtype == "float32"
 
 
-def test_a_shard_of_errors_alone_has_the_schema(paths: RunPaths) -> None:
+def test_shard_of_errors_has_the_schema(paths: RunPaths) -> None:
     commit(paths, 0, "parquet", [records()[5]], "f")
     assert pq.read_schema(paths.shard(0, "parquet")).equals(SCHEMA)
 
 
 @pytest.mark.parametrize("crash_at", [1, 2])
-def test_a_crash_before_the_manifest_leaves_nothing_committed(
+def test_crash_before_the_manifest_commits_nothing(
     paths: RunPaths, monkeypatch: pytest.MonkeyPatch, crash_at: int
 ) -> None:
     replaced = 0
@@ -121,7 +121,7 @@ def test_a_crash_before_the_manifest_leaves_nothing_committed(
     assert read_shard(paths.shard(0, "parquet")).num_rows == 6
 
 
-def test_files_and_folders_are_on_disk_before_the_manifest_is(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_is_on_disk_before_its_manifest(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of what a power cut may interrupt: data, its name, the manifest's data, its name."""
     events: list[str] = []
     replace_file, sync_file, sync_folder = (

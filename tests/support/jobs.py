@@ -1,7 +1,7 @@
-"""A job without a model: a fake engine whose records depend on row, sample and seed alone.
+"""A job without a model: a fake engine whose records depend only on the prompt's id, the sample and the seed.
 
 ``python -m tests.support.jobs OVERRIDES`` runs one, for tests that kill it or run several; ``ROLLOUT_TEST_DELAY`` is
-what a record takes in seconds.
+the seconds that a record takes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LIVE = 5
 
 
 def record_of(request: Request, sample: int) -> Record:
-    """The one record that a request's sample has."""
+    """Return the record of a request's sample."""
     rng = random.Random(f"{request.seed}/{request.row_id}/{sample}")
     count = rng.randint(1, 12)
     logprobs = np.array([-rng.expovariate(1) for _ in range(count)], np.float32)
@@ -49,15 +49,15 @@ def record_of(request: Request, sample: int) -> Record:
 
 
 class FakeEngine:
-    """Keeps `LIVE` rows live, reads the stream as rows are admitted, and finishes them in a mixed order."""
+    """Keeps `LIVE` samples live, reads requests as samples are admitted, and finishes them in mixed order."""
 
     def __init__(self, delay: float = 0.0, fail_after: int | None = None) -> None:
         self.delay = delay
         self.fail_after = fail_after
         self.asked: list[tuple[str, int]] = []
-        """Every (row, sample) that was asked for, in order."""
+        """Every requested (row_id, sample), in order."""
         self.live_counts: list[int] = []
-        """Live rows at each step."""
+        """Live samples at each step."""
 
     def encode(self, prompt: Prompt) -> list[int]:
         if prompt == "unencodable":
@@ -93,7 +93,7 @@ class FakeEngine:
 
 
 def report_of(step: int, **values: Any) -> StepReport:
-    """A step report with some value in every field."""
+    """Return a step report with a value in every field."""
     report = StepReport(
         step=step,
         live_rows=5,
@@ -114,42 +114,37 @@ def report_of(step: int, **values: Any) -> StepReport:
 
 
 def load_fake(engine: FakeEngine | None = None) -> Callable[[Config, Prompts, Topology], Loaded]:
-    """A function that loads a fake engine, as `run_job` takes it."""
+    """Return a function that loads a fake engine, for `run_job`."""
     return lambda config, prompts, topology: Loaded(engine or FakeEngine(), "float32", "none")
 
 
 def refuse_to_load(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
-    """Fails a test in which no model may be loaded."""
+    """Fail a test in which no model may be loaded."""
     raise AssertionError("the model was loaded")
 
 
 def fake_model(folder: Path, content: str = "{}") -> Path:
-    """A folder that is enough to be fingerprinted as a model."""
+    """Create a folder that can be fingerprinted as a model."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(content)
     return folder
 
 
 def config_of(folder: Path, *overrides: str) -> Config:
-    """The configuration of a job in a folder: its model is ``folder/model``, its output ``folder/out``."""
+    """Load the configuration of a job in a folder: its model is ``folder/model``, its output ``folder/out``."""
     fake_model(folder / "model")
     return load_config([f"model.path={folder / 'model'}", f"output.dir={folder / 'out'}", *overrides])
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
-    """All committed records of a run, in the order of its shards."""
+    """Read all committed records of a run, in the order of its shards."""
     files = sorted(path for path in (out / "shards").iterdir() if path.suffix != ".json")
     return pa.concat_tables([read_shard(path) for path in files]).to_pylist() if files else []
 
 
 def without_attempt(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records as they are whenever and by whomever they were made."""
+    """Return records without the attempt, which differs between interrupted and uninterrupted runs."""
     return [{key: value for key, value in record.items() if key != "attempt"} for record in records]
-
-
-if __name__ == "__main__":
-    engine = FakeEngine(delay=float(os.environ.get("ROLLOUT_TEST_DELAY", "0")))
-    sys.exit(run_job(load_config(sys.argv[1:]), load_fake(engine)))
 
 
 JOB = ("data.limit=20", "sampling.n=3", "output.rows_per_shard=4", "data.id_column=id")
@@ -160,3 +155,8 @@ def keys(records: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 
 EXPECTED = [(f"arithmetic-{row:05d}", sample) for row in range(20) for sample in range(3)]
+
+
+if __name__ == "__main__":
+    engine = FakeEngine(delay=float(os.environ.get("ROLLOUT_TEST_DELAY", "0")))
+    sys.exit(run_job(load_config(sys.argv[1:]), load_fake(engine)))
