@@ -111,7 +111,7 @@ class Timers:
     def installed(self) -> Iterator[None]:
         """Install the timers inside this block."""
         loop: Any = rollout.engine.loop
-        form: Any = linears._Form
+        form: Any = linears._WeightForm
         originals = nn.Linear.forward, form.product, PagedAttention.attend_tokens, loop.sample
         forward, attend = self.timed("linears", originals[0]), self.timed("attention", originals[2])
 

@@ -1,4 +1,4 @@
-"""Linear layers on a CPU: computed from copies of their weights, laid out and wide enough for its products."""
+"""Linear layers on a CPU: compute from copies of the weights, packed for oneDNN and in a dtype the CPU multiplies."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rollout.models.arrays import ceil_div
 from rollout.models.device import cpu_multiplies
 from rollout.models.patches.patching import patched
 from rollout.models.patches.shared_inputs import LinearGroup, version
@@ -23,139 +24,153 @@ logger = logging.getLogger(__name__)
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
-#: Rows that oneDNN lays weights out for. Whatever the hint, from 16 rows on it chooses kernels that give a row the same
-#: bits in any company (seen on x86-64 with AVX2 and AVX512_BF16 for 2 to 2048 rows), which plain products do not.
+#: Rows that oneDNN packs weights for. Whatever the hint, from 16 rows on it chooses kernels that give a row the same
+#: bits in any batch (seen on x86-64 with AVX2 and AVX512_BF16 for 2 to 2048 rows), which plain products do not.
 _ROWS_HINT = 128
 
-#: Models of which the log says already that others have replaced forwards in them.
-_told: WeakSet[nn.Module] = WeakSet()
+#: Models already warned about patched linear layers.
+_warned: WeakSet[nn.Module] = WeakSet()
 
 
 class PackedLinears:
-    """Copies of a module's linear weights, used in place of them while `applied`.
+    """Packed copies of a module's linear weights, which replace the originals inside `applied`.
 
-    oneDNN lays them out as its kernels read them: faster for few rows and for large vocabularies, and a row's result
-    does not depend on how many rows there are. Half precision that the CPU does not multiply itself is computed in
-    float32 and rounded, as hardware does, from float32 copies.
+    oneDNN packs weights in the order in which its kernels read them. This is faster for few rows and for large
+    vocabularies, and a row's result does not depend on the number of rows. Half precision that the CPU cannot multiply
+    is computed from float32 copies and rounded, as hardware would.
 
-    Layers that are given the same input become one product, computed when the first of them is called.
+    Layers that receive the same input run as one product, computed when the first of them is called.
 
-    Copies are taken when this is made, so it is made anew after weights change. They cost as much as the weights
-    (float32 ones 4 bytes a parameter) and go with it. On a GPU nothing is copied.
+    Copies are made by the constructor, so create a new instance after weights change. They take as much memory as the
+    weights (4 bytes per parameter in float32). Nothing is copied on a GPU.
 
     Args:
         model: the module.
-        room_bytes: what copies may take; layers that do not fit compute as ever.
-        groups: layers of the model that are given the same input.
+        room_bytes: memory limit of the copies; layers that do not fit keep their own forward.
+        groups: layers of the model that receive the same input.
     """
 
     def __init__(self, model: nn.Module, room_bytes: int, groups: Sequence[LinearGroup] = ()) -> None:
-        self._products: list[tuple[nn.Linear, Product]] = []
-        self._sync: list[_Together] = []
         self.bytes_held = 0
-        shared: dict[int, Product] = {}
-        left_out = 0
+        """Memory of the copies."""
+        self._room_bytes = room_bytes
+        self._products: list[tuple[nn.Linear, Product]] = []
+        self._merged: list[_MergedProduct] = []
         layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _is_plain(layer)]
-        for group in _mergeable(groups, layers):
-            form = _Form.of(group[0])
-            if form is None or not self._take(group, form, room_bytes):
-                continue
-            weight, bias = torch.cat([layer.weight.detach() for layer in group]), _joined_bias(group)
-            together = _Together(form.product(weight, bias), [layer.out_features for layer in group])
-            self._sync.append(together)
-            self._products.extend((layer, together.part(i)) for i, layer in enumerate(group))
-        merged = {id(layer) for layer, _ in self._products}
-        for layer in layers:
-            if id(layer) in merged:
-                continue
-            if _key(layer) not in shared:
-                form = _Form.of(layer)
-                if form is None:
-                    continue
-                if not self._take((layer,), form, room_bytes):
-                    left_out += 1
-                    continue
-                shared[_key(layer)] = form.product(layer.weight.detach(), layer.bias)
-            self._products.append((layer, shared[_key(layer)]))
+        self._pack_groups(_mergeable(groups, layers))
+        grouped = {id(layer) for layer, _ in self._products}
+        left_out = self._pack_single([layer for layer in layers if id(layer) not in grouped])
         if self._products:
-            logger.info("Linear weights are packed: %.2f GB besides the model's own.", self.bytes_held / 1e9)
+            logger.info("Linear weights are packed: %.2f GB on top of the model's own.", self.bytes_held / 1e9)
         if left_out:
             logger.warning(
-                "%d linear layers are not packed, since memory is short; they are slower, and in half precision "
-                "results may depend on the batch.",
+                "%d linear layers are not packed, since the copies may take %.2f GB; these layers are slower, and in "
+                "half precision results may depend on the batch.",
                 left_out,
+                room_bytes / 1e9,
             )
-        patched = sum(isinstance(layer, nn.Linear) and _is_patched(layer) for layer in model.modules())
-        if patched and model not in _told:
-            _told.add(model)
+        patched_layers = sum(isinstance(layer, nn.Linear) and _is_patched(layer) for layer in model.modules())
+        if patched_layers and model not in _warned:
+            _warned.add(model)
             logger.warning(
-                "%d linear layers are not packed, since others have replaced their forward, as accelerate's hooks and "
-                "tensor parallelism do; they are slower, and in half precision results may depend on the batch.",
-                patched,
+                "%d linear layers are not packed, since their forward is patched, as accelerate's hooks and tensor "
+                "parallelism do; these layers are slower, and in half precision results may depend on the batch.",
+                patched_layers,
             )
 
-    def _take(self, layers: LinearGroup, form: _Form, room_bytes: int) -> bool:
-        """Counts the copies of some layers; False, and nothing is counted, where there is no room for them."""
-        size = sum(layer.weight.numel() for layer in layers) * form.kept.itemsize
-        fits = self.bytes_held + size <= room_bytes
-        self.bytes_held += size * fits
-        return fits
+    def _pack_groups(self, groups: Sequence[LinearGroup]) -> None:
+        """Pack each group that fits as one product."""
+        for group in groups:
+            form = _WeightForm.of(group[0])
+            if form is None or not self._reserve(group, form):
+                continue
+            weight = torch.cat([layer.weight.detach() for layer in group])
+            merged = _MergedProduct(form.product(weight, _joined_bias(group)), [layer.out_features for layer in group])
+            self._merged.append(merged)
+            self._products.extend((layer, merged.part(index)) for index, layer in enumerate(group))
+
+    def _pack_single(self, layers: Sequence[nn.Linear]) -> int:
+        """Pack each layer that fits; return the number of layers that do not."""
+        left_out = 0
+        shared: dict[int, Product] = {}
+        for layer in layers:
+            key = _copy_key(layer)
+            if key not in shared:
+                form = _WeightForm.of(layer)
+                if form is None:
+                    continue
+                if not self._reserve((layer,), form):
+                    left_out += 1
+                    continue
+                shared[key] = form.product(layer.weight.detach(), layer.bias)
+            self._products.append((layer, shared[key]))
+        return left_out
+
+    def _reserve(self, layers: LinearGroup, form: _WeightForm) -> bool:
+        """Count the copies of some layers if they fit; return whether they do."""
+        size = sum(layer.weight.numel() for layer in layers) * form.compute_dtype.itemsize
+        if self.bytes_held + size > self._room_bytes:
+            return False
+        self.bytes_held += size
+        return True
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The layers compute from their copies inside this block."""
+        """Make the layers compute from their copies inside the block."""
         try:
             with patched(self._products):
                 yield
         finally:
-            for together in self._sync:
-                together.forget()
+            for merged in self._merged:
+                merged.clear()
 
 
-class _Together:
-    """Several layers as one product.
+class _MergedProduct:
+    """Computes the products of several layers at once.
 
     Args:
-        product: of the layers' weights, one below the other.
+        product: of the layers' weights, concatenated by rows.
         sizes: outputs of each layer.
     """
 
     def __init__(self, product: Product, sizes: list[int]) -> None:
-        self._product, self._sizes = product, sizes
-        self.forget()
+        self._product = product
+        self._sizes = sizes
+        self.clear()
 
-    def forget(self) -> None:
-        """Drops what was computed for layers that were not called."""
-        self._given: torch.Tensor | None = None
+    def clear(self) -> None:
+        """Drop the input and the parts of layers that were not called."""
+        self._input: torch.Tensor | None = None
         self._version = 0
         self._parts: dict[int, torch.Tensor] = {}
 
     def part(self, index: int) -> Product:
-        """The product of one layer."""
+        """Return the product of one layer."""
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            # A part is handed out once: it is the caller's then, who may have changed it.
-            if x is not self._given or version(x) != self._version or index not in self._parts:
+            # Each part is handed out once: the caller may change it in place.
+            if x is not self._input or version(x) != self._version or index not in self._parts:
                 self._parts = dict(enumerate(torch.split_with_sizes(self._product(x), self._sizes, -1)))
-                self._given, self._version = x, version(x)
+                self._input = x
+                self._version = version(x)
             part = self._parts.pop(index)
             if not self._parts:
-                self.forget()
+                self.clear()
             return part
 
         return forward
 
 
 def _mergeable(groups: Sequence[LinearGroup], layers: Sequence[nn.Linear]) -> list[LinearGroup]:
-    """Groups without the layers that are not among ``layers``, or whose weights stand in other places too."""
+    """Return the groups without layers that are not in ``layers`` or that share their weight with another layer."""
     counts = Counter(layer.weight.data_ptr() for layer in layers)
-    own = {id(layer) for layer in layers if counts[layer.weight.data_ptr()] == 1}
-    merged = [tuple(layer for layer in group if id(layer) in own) for group in groups]
-    return [group for group in merged if len(group) > 1]
+    unshared = {id(layer) for layer in layers if counts[layer.weight.data_ptr()] == 1}
+    reduced = [tuple(layer for layer in group if id(layer) in unshared) for group in groups]
+    return [group for group in reduced if len(group) > 1]
 
 
 def _joined_bias(group: LinearGroup) -> torch.Tensor | None:
-    """The biases of a group, one after another, zeros where a layer has none; None where none has."""
+    """Return the concatenated biases of a group, zeros for layers without; None if no layer has a bias."""
     if all(layer.bias is None for layer in group):
         return None
     return torch.cat(
@@ -164,7 +179,7 @@ def _joined_bias(group: LinearGroup) -> torch.Tensor | None:
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer is on a CPU, that nobody has patched, with an ordinary weight."""
+    """Return whether a layer is an unpatched ``nn.Linear`` on a CPU with an ordinary weight."""
     return (
         type(layer) is nn.Linear
         and not _is_patched(layer)
@@ -176,86 +191,88 @@ def _is_plain(layer: nn.Linear) -> bool:
 
 
 def _is_patched(layer: nn.Linear) -> bool:
-    """Whether a layer on a CPU computes what somebody has put in place of its forward."""
+    """Return whether a layer is on a CPU and its forward was replaced."""
     return "forward" in vars(layer) and layer.weight.device.type == "cpu"
 
 
-def _key(layer: nn.Linear) -> int:
-    """Layers that share a weight, and have no bias of their own, share its copy."""
+def _copy_key(layer: nn.Linear) -> int:
+    """Return the key of a layer's copy; layers without bias that share a weight share its copy."""
     return layer.weight.data_ptr() if layer.bias is None else id(layer)
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
-    """How a layer's weight is kept and multiplied."""
+class _WeightForm:
+    """How a layer's weight is stored and multiplied."""
 
-    rounded: torch.dtype
-    """What inputs, weights and results are rounded to: autocast's dtype where it is on."""
-    kept: torch.dtype
-    """What products are computed in."""
+    rounding_dtype: torch.dtype
+    """Dtype that inputs, weights and results are rounded to: autocast's, or the weight's."""
+    compute_dtype: torch.dtype
+    """Dtype of the copies and products."""
     packed: bool
-    """Whether oneDNN lays the weight out."""
+    """True if oneDNN packs the weight."""
 
     @classmethod
-    def of(cls, layer: nn.Linear) -> _Form | None:
-        """None where the layer is best left alone."""
-        rounded = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else layer.weight.dtype
-        kept = rounded if cpu_multiplies(rounded) else torch.float32
-        packed = _packs(kept)
-        return cls(rounded, kept, packed) if packed or kept != layer.weight.dtype else None
+    def of(cls, layer: nn.Linear) -> _WeightForm | None:
+        """Return the form of a layer's copy, None if a copy would not help."""
+        rounding = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else layer.weight.dtype
+        compute = rounding if cpu_multiplies(rounding) else torch.float32
+        packed = _can_pack(compute)
+        if not packed and compute == layer.weight.dtype:
+            return None
+        return cls(rounding_dtype=rounding, compute_dtype=compute, packed=packed)
 
     def product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-        """Computes what a layer with this weight and bias does, from copies of them."""
-        rounded, kept = self.rounded, self.kept
-        weight = weight.to(rounded).to(kept)
-        bias = None if bias is None else bias.detach().to(rounded).to(kept)
+        """Return a function that computes a layer with this weight and bias from copies of them."""
+        rounding, compute = self.rounding_dtype, self.compute_dtype
+        weight = weight.to(rounding).to(compute)
+        bias = None if bias is None else bias.detach().to(rounding).to(compute)
         multiply = _packed(weight, bias) if self.packed else lambda x: F.linear(x, weight, bias)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            if x.dtype == rounded == kept:
+            if x.dtype == rounding == compute:
                 return multiply(x)
-            return multiply(x.to(rounded).to(kept)).to(rounded)
+            return multiply(x.to(rounding).to(compute)).to(rounding)
 
         return forward
 
 
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    """Return a product with a weight that oneDNN has packed."""
     mkldnn: Any = torch.ops.mkldnn
     linear = mkldnn._linear_pointwise.default
     weight = mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
         count = x.numel() // x.shape[-1]
-        size = _rounded_up(count)
+        size = _padded_rows(count)
         rows = x if size == count else F.pad(x.reshape(count, -1), (0, 0, 0, size - count))
-        # The result as it is: no pointwise function after it.
+        # "none": no pointwise function is fused after the product.
         product: torch.Tensor = linear(rows, weight, bias, "none", [], "")
         return product if size == count else product[:count].view(*x.shape[:-1], -1)
 
     return multiply
 
 
-def _rounded_up(rows: int) -> int:
-    """Gives how many rows are multiplied in place of so many: one of eight numbers between two powers of two.
+def _padded_rows(rows: int) -> int:
+    """Round the rows of a product up to one of eight numbers between two powers of two.
 
-    oneDNN makes a kernel for each number of rows of each product. A kernel takes some milliseconds to make and about a
-    megabyte to keep, and oneDNN keeps up to a thousand. A step that prefills has nearly always another number of rows.
-    The rows that are added cost at most an eighth of a product. A single row may take another way, which rounds
-    differently, so it is multiplied as two.
+    oneDNN builds a kernel for each number of rows of each product. Building takes some milliseconds and a kernel about
+    a megabyte, and oneDNN keeps up to a thousand. Nearly every step that prefills has a new number of rows. The padding
+    costs at most an eighth of a product. A single row may use a kernel that rounds differently, so it is padded to two.
     """
     unit = 1 << max(0, (rows - 1).bit_length() - 4)
-    return max(2, -(-rows // unit) * unit) if rows else 0
+    return max(2, ceil_div(rows, unit) * unit) if rows else 0
 
 
 @cache
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether this build of torch packs linear weights; the operators are private, so they are tried."""
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Return whether this build of torch packs linear weights, by a trial: the operators are private."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
         return False
     x, weight = torch.ones(3, 32, dtype=dtype), torch.ones(16, 32, dtype=dtype)
     try:
         y = _packed(weight, None)(x)
-    except (RuntimeError, AttributeError) as reason:
-        logger.info("Linear weights in %s are not packed: %s", dtype, reason)
+    except (RuntimeError, AttributeError) as error:
+        logger.info("Linear weights in %s are not packed: %s", dtype, error)
         return False
     return bool((y == 32).all())

@@ -1,8 +1,8 @@
-"""Attention and MLP modules of llama's kind on a CPU: what they compute, in fewer calls between their products.
+"""Forwards of llama-like attention and MLP modules on a CPU with fewer Python calls between the matrix products.
 
-What transformers' modules do around their products (views and transposes of heads, a rotary function, the look-up of an
-attention function, a call of a module for each) takes longer than the arithmetic in it when few rows decode. A module
-whose own forward is one of those below, instruction by instruction, is known to compute the same.
+Around their products transformers' modules make views and transposes of heads, call a rotary function, look up an
+attention function and call a module for each layer. When few rows decode, that takes longer than the arithmetic. Only
+modules whose forward has the same bytecode as one of those below are replaced, so the result is known to be the same.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 Forward = Callable[..., Any]
 
 
-def shorter_attention(module: nn.Module, kernel: Pointwise) -> Forward | None:
-    """The forward of an attention module in fewer calls; None where its own is none of those known.
+def fast_attention(module: nn.Module, kernel: Pointwise) -> Forward | None:
+    """Return a faster forward for an attention module, None if its own forward is unknown.
 
-    The module's family must rotate halves of heads, as `Pointwise.rotate` does.
+    The module's family must rotate the halves of heads, as `Pointwise.rotate` does.
     """
     layers = _plain_layers(module, _ATTENTIONS, "q_proj", "k_proj", "v_proj", "o_proj")
     if layers is None:
         return None
     own: Forward = module.forward
-    *inputs, result = layers
+    *input_layers, output_layer = layers
     dim, scores = int(module.head_dim), ScoreParams(float(module.scaling))  # type: ignore[arg-type]
 
     def forward(
@@ -46,27 +46,27 @@ def shorter_attention(module: nn.Module, kernel: Pointwise) -> Forward | None:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        step = current_attention()
+        attention = current_attention()
         batch, tokens, _ = hidden_states.shape
         if (
-            not isinstance(step, PagedAttention)
+            not isinstance(attention, PagedAttention)
             or batch != 1
             or position_embeddings is None
             or past_key_values is not None
         ):
             return own(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         cosines, sines = position_embeddings
-        q, k, v = (layer.forward(hidden_states).view(tokens, -1, dim) for layer in inputs)
+        q, k, v = (layer.forward(hidden_states).view(tokens, -1, dim) for layer in input_layers)
         if not q.dtype == k.dtype == cosines.dtype or cosines.shape != (1, tokens, dim) or q.dtype not in kernel.dtypes:
             return own(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         q, k = kernel.rotate(q, k, cosines[0], sines[0])
-        return result.forward(step.attend_tokens(module, q, k, v, scores).view(1, tokens, -1)), None
+        return output_layer.forward(attention.attend_tokens(module, q, k, v, scores).view(1, tokens, -1)), None
 
     return forward
 
 
-def shorter_mlp(module: nn.Module) -> Forward | None:
-    """The forward of a gated MLP in fewer calls; None where its own is not the known one."""
+def fast_mlp(module: nn.Module) -> Forward | None:
+    """Return a faster forward for a gated MLP, None if its own forward is unknown."""
     layers = _plain_layers(module, _MLPS, "gate_proj", "up_proj", "down_proj")
     if layers is None:
         return None
@@ -80,19 +80,21 @@ def shorter_mlp(module: nn.Module) -> Forward | None:
 
 
 def _plain_layers(module: nn.Module, known: frozenset[object], *names: str) -> list[nn.Linear] | None:
-    """The module's linear layers of these names; None where its forward is not known, or someone listens to a layer."""
+    """Return the linear layers of these names, None if the module's forward is unknown or a layer has hooks."""
     if "forward" in vars(module) or not inspect.isfunction(type(module).forward):
         return None
     layers = [layer for name in names if isinstance(layer := getattr(module, name, None), nn.Linear)]
-    watched = any(getattr(layer, hooks) for layer in layers for hooks in _HOOKS)
-    return layers if len(layers) == len(names) and not watched and _instructions(type(module)) in known else None
+    hooked = any(getattr(layer, hooks) for layer in layers for hooks in _HOOKS)
+    if len(layers) != len(names) or hooked or _bytecode(type(module)) not in known:
+        return None
+    return layers
 
 
-def _instructions(kind: type[nn.Module]) -> object:
-    """What tells two forwards apart: instructions, names, and constants but texts."""
+def _bytecode(kind: type[nn.Module]) -> object:
+    """Return what identifies a forward: instructions, names, and constants other than strings."""
     code: CodeType = inspect.unwrap(kind.forward).__code__
     return code.co_code, code.co_names, code.co_varnames, tuple(c for c in code.co_consts if not isinstance(c, str))
 
 
-_ATTENTIONS = frozenset(_instructions(kind) for kind in (LlamaAttention, MistralAttention, Qwen2Attention))
-_MLPS = frozenset([_instructions(LlamaMLP)])
+_ATTENTIONS = frozenset(_bytecode(kind) for kind in (LlamaAttention, MistralAttention, Qwen2Attention))
+_MLPS = frozenset([_bytecode(LlamaMLP)])

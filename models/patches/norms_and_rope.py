@@ -1,7 +1,7 @@
-"""Norms, rotary embeddings, and on a CPU attention and MLP modules, in place of transformers' many small operations.
+"""Fuse norms and rotary embeddings, and on a CPU attention and MLP modules, in place of many small operations.
 
-Nothing is known by its name alone: a norm and a family's rotary function are replaced where they give the kernel's
-numbers on a trial, an attention or MLP module where its code is known, and all stay what they are elsewhere.
+Names alone do not decide: a norm or a family's rotary function is replaced only if it matches the kernel on a test
+input, an attention or MLP module only if its bytecode is known. Everything else stays as it is.
 """
 
 from __future__ import annotations
@@ -13,36 +13,45 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from rollout.models.patches.llama_blocks import shorter_attention, shorter_mlp
+from rollout.models.patches.llama_blocks import fast_attention, fast_mlp
 from rollout.models.patches.patching import patched
-from rollout.models.patches.pointwise_cpu import NormFactors, Pointwise, pointwise
+from rollout.models.patches.pointwise import NormFactors, PointwiseKernel
+from rollout.models.patches.pointwise_cpu import Pointwise, pointwise
 
 _ROTARY = "apply_rotary_pos_emb"
 _EPSILONS = ("variance_epsilon", "eps")
-#: Share of the numbers of a trial in which both round alike; where they do not, they are neighbours.
-_ALIKE = 0.98
+#: Share of a test's numbers that must be equal in half precision; the others may differ by rounding.
+_MIN_EQUAL = 0.98
 
-_on_loan: ContextVar[bool] = ContextVar("rollout_fused_parts", default=False)
+_applied: ContextVar[bool] = ContextVar("rollout_fused_modules", default=False)
+
+
+class _RotaryPatch(NamedTuple):
+    """A rotary function of a family's Python module and its replacement."""
+
+    source: ModuleType
+    own: Callable[..., Any]
+    fused: Callable[..., Any]
 
 
 class FusedModules:
-    """Replacements of parts of a module, used while `applied`.
+    """Faster forwards for parts of a module, in force inside `applied`.
 
-    On a CPU they hold copies of the norms' weights, on a GPU the memory of those, so this is made anew after weights
-    change, or on a GPU after they move.
+    On a CPU they hold copies of the norms' weights, on a GPU references to them. So create a new instance after weights
+    change on a CPU or move on a GPU.
 
     Args:
-        model: the module. Where it lies on several devices, nothing of it is replaced.
+        model: the module; nothing is replaced if it spans several devices.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
-        self._rotary: list[tuple[ModuleType, Callable[..., Any], Callable[..., Any]]] = []
+        self._rotary: list[_RotaryPatch] = []
         devices = {weight.device for weight in model.parameters()} - {torch.device("meta")}
         if len(devices) != 1:
             return
@@ -51,60 +60,48 @@ class FusedModules:
         if kernel is None:
             return
         for module in model.modules():
-            fused = _norm(module, kernel, device)
-            if fused is not None:
-                self._forwards.append((module, fused))
+            norm = _fused_norm(module, kernel, device)
+            if norm is not None:
+                self._forwards.append((module, norm))
         for name in {type(module).__module__ for module in model.modules()}:
             source = sys.modules.get(name)
             own = getattr(source, _ROTARY, None)
-            if isinstance(own, _Rotary):  # inside a block of another thread
+            if isinstance(own, _FusedRotary):  # another thread is inside `applied`
                 own = own.own
             if source is not None and own is not None and _rotates_halves(own, kernel, device):
-                self._rotary.append((source, own, _Rotary(own, kernel)))
-        if not isinstance(kernel, Pointwise):
-            return
-        rotating = {source.__name__ for source, _, _ in self._rotary}
+                self._rotary.append(_RotaryPatch(source=source, own=own, fused=_FusedRotary(own, kernel)))
+        if isinstance(kernel, Pointwise):
+            self._add_llama_blocks(model, kernel)
+
+    def _add_llama_blocks(self, model: nn.Module, kernel: Pointwise) -> None:
+        """Add faster forwards of attention and MLP modules."""
+        rotating = {patch.source.__name__ for patch in self._rotary}
         for module in model.modules():
-            rotates = type(module).__module__ in rotating
-            shorter = (shorter_attention(module, kernel) if rotates else None) or shorter_mlp(module)
-            if shorter is not None:
-                self._forwards.append((module, shorter))
+            attention = fast_attention(module, kernel) if type(module).__module__ in rotating else None
+            forward = attention or fast_mlp(module)
+            if forward is not None:
+                self._forwards.append((module, forward))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """They are in place of the model's own inside this block, for this thread."""
-        token = _on_loan.set(True)
+        """Replace the model's forwards and rotary functions inside the block, rotary functions for this thread only."""
+        token = _applied.set(True)
         try:
             with patched(self._forwards):
-                for source, _, function in self._rotary:
-                    setattr(source, _ROTARY, function)
+                for patch in self._rotary:
+                    setattr(patch.source, _ROTARY, patch.fused)
                 yield
         finally:
-            for source, own, _ in self._rotary:
-                setattr(source, _ROTARY, own)
-            _on_loan.reset(token)
+            for patch in self._rotary:
+                setattr(patch.source, _ROTARY, patch.own)
+            _applied.reset(token)
 
 
-class Kernel(Protocol):
-    """What `rollout.models.patches.pointwise_cpu.Pointwise` computes; says what each is."""
-
-    @property
-    def dtypes(self) -> frozenset[torch.dtype]: ...
-
-    def norm_factors(self, weight: torch.Tensor, dtype: torch.dtype, plus: float = 0.0) -> NormFactors: ...
-
-    def rms_norm(self, x: torch.Tensor, factors: NormFactors, eps: float, late: bool) -> torch.Tensor: ...
-
-    def rotate(
-        self, query: torch.Tensor, key: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-def _kernel(device: torch.device) -> Kernel | None:
-    """For tensors on a device; None where there is none."""
+def _kernel(device: torch.device) -> PointwiseKernel | None:
+    """Return the kernel for tensors on a device, None if there is none."""
     if device.type == "cpu":
         return pointwise()
-    # Comes with torch's builds for GPUs, and with no other.
+    # Only torch's GPU builds ship Triton.
     if device.type != "cuda" or find_spec("triton") is None:
         return None
     from rollout.models.patches.pointwise_triton import triton_pointwise
@@ -115,37 +112,39 @@ def _kernel(device: torch.device) -> Kernel | None:
 # -- norms -----------------------------------------------------------------------------------------------
 
 
-def _norm(module: nn.Module, kernel: Kernel, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What computes the root mean square norm that ``module`` is; None where it is none that the kernel has."""
-    weight, eps = _weight(module, device), next((getattr(module, n) for n in _EPSILONS if hasattr(module, n)), None)
+def _fused_norm(module: nn.Module, kernel: PointwiseKernel, device: torch.device) -> Callable[..., torch.Tensor] | None:
+    """Return a fused forward for a root mean square norm, None if the kernel does not match the module."""
+    weight = _norm_weight(module, device)
+    eps = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), None)
     if weight is None or not isinstance(eps, float) or weight.dtype not in kernel.dtypes:
         return None
-    trial = _trial(3, len(weight)).mul(torch.tensor([[1.0], [1e-3], [30.0]])).to(device, weight.dtype)
+    x = _test_input(3, len(weight)).mul(torch.tensor([[1.0], [1e-3], [30.0]])).to(device, weight.dtype)
     with torch.no_grad():
-        wanted = module.forward(trial)  # without its hooks: they stay, and are for the model's own calls
-    for plus in (0.0, 1.0):  # some families keep what the factor is above 1
+        expected = module.forward(x)  # not module(x), so that the caller's hooks do not run
+    for plus in (0.0, 1.0):  # some families store the factor minus 1
         for late in (False, True):
             factors = kernel.norm_factors(weight, weight.dtype, plus)
-            if _same(kernel.rms_norm(trial, factors, eps, late), wanted):
-                return _fused_norm(module.forward, kernel, factors, eps, late)
+            if _equal_up_to_rounding(kernel.rms_norm(x, factors, eps, late), expected):
+                return _norm_forward(own=module.forward, kernel=kernel, factors=factors, eps=eps, late=late)
     return None
 
 
-def _weight(module: nn.Module, device: torch.device) -> torch.Tensor | None:
-    """The weight of what may be a norm: a module with one vector and nothing else, that nobody has patched."""
-    own = [*module.named_parameters(), *module.named_buffers()]
-    if len(own) != 1 or own[0][0] != "weight" or "forward" in vars(module):
+def _norm_weight(module: nn.Module, device: torch.device) -> torch.Tensor | None:
+    """Return the weight of a possible norm: an unpatched module whose only tensor is one vector."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if len(tensors) != 1 or tensors[0][0] != "weight" or "forward" in vars(module):
         return None
-    weight = own[0][1]
+    weight = tensors[0][1]
     plain = type(weight.data) is torch.Tensor and weight.dim() == 1 and weight.device == device
-    # Others take a gate, or what to add, besides.
+    # Other norms also take a gate or a residual.
     takes_one = len(inspect.signature(module.forward).parameters) == 1
     return weight if plain and takes_one and "RMSNorm" in type(module).__name__ else None
 
 
-def _fused_norm(
-    own: Callable[..., torch.Tensor], kernel: Kernel, factors: NormFactors, eps: float, late: bool
+def _norm_forward(
+    own: Callable[..., torch.Tensor], kernel: PointwiseKernel, factors: NormFactors, eps: float, late: bool
 ) -> Callable[..., torch.Tensor]:
+    """Return a forward that calls the kernel, or ``own`` for rows of another dtype or width."""
     width = len(factors.values)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -159,35 +158,40 @@ def _fused_norm(
 # -- rotary embeddings -----------------------------------------------------------------------------------
 
 
-def _rotates_halves(own: Callable[..., Any], kernel: Kernel, device: torch.device) -> bool:
-    """Whether a family's function rotates the halves of heads, as the kernel does."""
+def _rotates_halves(own: Callable[..., Any], kernel: PointwiseKernel, device: torch.device) -> bool:
+    """Return whether a family's rotary function rotates the halves of heads, as the kernel does."""
     if list(inspect.signature(own).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     tokens, dim = 3, 8
     for dtype in kernel.dtypes:
-        query, key = (_trial(heads * tokens, dim).view(1, heads, tokens, dim).to(device, dtype) for heads in (4, 2))
-        angles = [_trial(tokens, dim).mul(step).cos().view(1, tokens, dim).to(device, dtype) for step in (2.0, 3.0)]
+        query, key = (
+            _test_input(heads * tokens, dim).view(1, heads, tokens, dim).to(device, dtype) for heads in (4, 2)
+        )
+        angles = [
+            _test_input(tokens, dim).mul(step).cos().view(1, tokens, dim).to(device, dtype) for step in (2.0, 3.0)
+        ]
         try:
-            wanted = own(query, key, *angles)
-        except RuntimeError:  # it takes angles of another shape
+            expected = own(query, key, *angles)
+        except RuntimeError:  # the function expects angles of another shape
             return False
-        got = _rotated(kernel, query, key, *angles)
-        if not all(torch.equal(ours, theirs) for ours, theirs in zip(got, wanted, strict=True)):
+        found = _rotated(kernel, query, key, *angles)
+        if not all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
             return False
     return True
 
 
-class _Rotary:
-    """Takes the place of a family's function: computes what the kernel can, for threads in a block, by the kernel."""
+class _FusedRotary:
+    """Replaces a family's rotary function: calls the kernel in threads inside `FusedModules.applied`."""
 
-    def __init__(self, own: Callable[..., Any], kernel: Kernel) -> None:
-        self.own, self._kernel = own, kernel
+    def __init__(self, own: Callable[..., Any], kernel: PointwiseKernel) -> None:
+        self.own = own
+        self._kernel = kernel
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any, **named: Any
     ) -> Any:
-        served = (
-            _on_loan.get()
+        supported = (
+            _applied.get()
             and q.dtype == k.dtype == cos.dtype == sin.dtype
             and q.dtype in self._kernel.dtypes
             and q.dim() == k.dim() == 4
@@ -195,34 +199,34 @@ class _Rotary:
             and q.stride(3) == k.stride(3) == 1
             and not (others or named)
         )
-        if not served:
+        if not supported:
             return self.own(q, k, cos, sin, *others, **named)
         return _rotated(self._kernel, q, k, cos, sin)
 
 
 def _rotated(
-    kernel: Kernel, query: torch.Tensor, key: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
+    kernel: PointwiseKernel, query: torch.Tensor, key: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Heads [b, heads, t, dim] by angles [b, t, dim]; like the others, but laid out token by token."""
-    given = (x.transpose(1, 2).flatten(0, 1) for x in (query, key))
+    """Rotate heads [b, heads, t, dim] by angles [b, t, dim]; the result is laid out token by token."""
+    by_token = (x.transpose(1, 2).flatten(0, 1) for x in (query, key))
     angles = (x.flatten(0, 1).contiguous() for x in (cosines, sines))
-    rotated = kernel.rotate(*given, *angles)
+    rotated = kernel.rotate(*by_token, *angles)
     return tuple(x.unflatten(0, (query.shape[0], query.shape[2])).transpose(1, 2) for x in rotated)
 
 
-# -- trials ----------------------------------------------------------------------------------------------
+# -- comparison with the model's own results -----------------------------------------------------------
 
 
-def _trial(rows: int, width: int) -> torch.Tensor:
-    """[rows, width] numbers that do not repeat; no generator of the process is used."""
+def _test_input(rows: int, width: int) -> torch.Tensor:
+    """Return [rows, width] distinct numbers without using the process's random generators."""
     return torch.arange(rows * width).mul(0.7368).sin().mul(2.0).view(rows, width)
 
 
-def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether two results are one up to rounding."""
+def _equal_up_to_rounding(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Return whether two results are equal up to rounding."""
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return False
     if ours.dtype == torch.float32:
         return torch.allclose(ours, theirs, rtol=2e-6, atol=0.0)
     near = torch.allclose(ours.float(), theirs.float(), rtol=2**-7, atol=0.0)
-    return near and float((ours == theirs).float().mean()) >= _ALIKE
+    return near and float((ours == theirs).float().mean()) >= _MIN_EQUAL

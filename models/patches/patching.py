@@ -1,4 +1,4 @@
-"""Forwards of modules that others take the place of for a while."""
+"""Replace the forward methods of modules for a while."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import nn
 
 @contextmanager
 def patched(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Modules compute by these functions inside the block.
+    """Replace the forwards of modules by these functions inside the block.
 
-    A module whose forward its owner has patched by then, or patches meanwhile, goes by that, and keeps it afterwards.
+    A forward that the caller patches, before the block or inside it, takes precedence and stays in place afterwards.
     """
-    set_here: list[tuple[nn.Module, Callable[..., Any]]] = []
+    replaced: list[tuple[nn.Module, Callable[..., Any]]] = []
     try:
         for module, function in forwards:
             if "forward" not in vars(module):
                 module.forward = function
-                set_here.append((module, function))
+                replaced.append((module, function))
         yield
     finally:
-        for module, function in set_here:
+        for module, function in replaced:
             if vars(module).get("forward") is function:
                 del module.forward

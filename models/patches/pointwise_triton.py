@@ -1,7 +1,7 @@
-"""The parts between matrix products on a GPU by Triton kernels: norms and rotary embeddings, each in one launch.
+"""Norms and rotary embeddings on a GPU, each in one launch of a Triton kernel.
 
-As transformers computes them they are some thirty launches a layer, each over little. Numbers are rounded where theirs
-are. A program computes a row, or a token, by itself: its company changes no bit.
+In transformers they are some thirty small launches per layer. The kernels round where transformers rounds. Each program
+computes one row or token alone, so results do not depend on batch composition.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from functools import cache
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from rollout.models.device import failure_of, launching_on
-from rollout.models.patches.pointwise_cpu import NormFactors
+from rollout.models.patches.pointwise import NormFactors, disagreement_with_torch
 
 logger = logging.getLogger(__name__)
 
 
 @triton.jit
 def norm(x, factors, out, x_row, width, eps, plus, LATE: tl.constexpr, BLOCK: tl.constexpr):
-    """One row of x [rows, width] over the root of its mean square, times factors [width] plus a constant."""
+    """Norm one row of x [rows, width] and multiply it by the factors [width] plus a constant."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -41,20 +40,20 @@ def _rotate_heads(x, out, cosines, sines, x_token, x_head, HEADS, HALF, BLOCK_HE
     head, at = tl.arange(0, BLOCK_HEADS)[:, None], tl.arange(0, BLOCK_HALF)[None]
     inside = (head < HEADS) & (at < HALF)
     dtype = out.dtype.element_ty
-    place = x + token * x_token + head * x_head + at
-    left = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
+    source = x + token * x_token + head * x_head + at
+    left = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
     angles = token * 2 * HALF + at
     left_cos = tl.load(cosines + angles, mask=at < HALF, other=0.0).to(tl.float32)
     left_sin = tl.load(sines + angles, mask=at < HALF, other=0.0).to(tl.float32)
     right_cos = tl.load(cosines + angles + HALF, mask=at < HALF, other=0.0).to(tl.float32)
     right_sin = tl.load(sines + angles + HALF, mask=at < HALF, other=0.0).to(tl.float32)
-    # Rounded after each operation, as torch does.
-    turned_left = (left * left_cos).to(dtype).to(tl.float32) + (-right * left_sin).to(dtype).to(tl.float32)
-    turned_right = (right * right_cos).to(dtype).to(tl.float32) + (left * right_sin).to(dtype).to(tl.float32)
+    # Round after each operation, as torch does.
+    rotated_left = (left * left_cos).to(dtype).to(tl.float32) + (-right * left_sin).to(dtype).to(tl.float32)
+    rotated_right = (right * right_cos).to(dtype).to(tl.float32) + (left * right_sin).to(dtype).to(tl.float32)
     target = out + (token * HEADS + head) * 2 * HALF + at
-    tl.store(target, turned_left.to(dtype), mask=inside)
-    tl.store(target + HALF, turned_right.to(dtype), mask=inside)
+    tl.store(target, rotated_left.to(dtype), mask=inside)
+    tl.store(target + HALF, rotated_right.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -75,7 +74,7 @@ def rotate(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    """One token: heads [HEADS, 2 * HALF] of the query, or of the key, by angles [2 * HALF]."""
+    """Rotate one token's heads [HEADS, 2 * HALF] of the query or the key by angles [2 * HALF]."""
     if tl.program_id(1) == 0:
         _rotate_heads(query, query_out, cosines, sines, query_token, query_head, HEADS, HALF, BLOCK_HEADS, BLOCK_HALF)
     else:
@@ -83,16 +82,16 @@ def rotate(
 
 
 class TritonPointwise:
-    """As `rollout.models.patches.pointwise_cpu.Pointwise`, for tensors on a GPU."""
+    """Implements `PointwiseKernel` for tensors on a GPU."""
 
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
     def norm_factors(self, weight: torch.Tensor, dtype: torch.dtype, plus: float = 0.0) -> NormFactors:
-        """See `Pointwise.norm_factors`; no copy, so that changes of a contiguous weight in its place are followed."""
+        """See `PointwiseKernel.norm_factors`; not a copy, so in-place changes of a contiguous weight take effect."""
         return NormFactors(weight.detach().contiguous(), dtype, plus)
 
     def rms_norm(self, x: torch.Tensor, factors: NormFactors, eps: float, late: bool) -> torch.Tensor:
-        """See `Pointwise.rms_norm`."""
+        """See `PointwiseKernel.rms_norm`."""
         x, width = x.contiguous(), x.shape[-1]
         out = torch.empty_like(x)
         if x.numel():
@@ -114,7 +113,7 @@ class TritonPointwise:
     def rotate(
         self, query: torch.Tensor, key: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Pointwise.rotate`."""
+        """See `PointwiseKernel.rotate`."""
         tokens, heads, dim = query.shape
         outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
         if tokens:
@@ -134,7 +133,7 @@ class TritonPointwise:
                     HALF=dim // 2,
                     BLOCK_HEADS=triton.next_power_of_2(max(heads, key.shape[1])),
                     BLOCK_HALF=triton.next_power_of_2(dim // 2),
-                    # A product and a sum in one are rounded once; torch rounds twice.
+                    # A fused multiply-add rounds once, torch rounds twice.
                     enable_fp_fusion=False,
                 )
         return outs[0], outs[1]
@@ -142,29 +141,13 @@ class TritonPointwise:
 
 @cache
 def triton_pointwise(device: torch.device) -> TritonPointwise | None:
-    """The kernels, if they compile for a device and agree with torch there; else None, with one warning."""
-    reason = failure_of(lambda: _disagreement(device))
+    """Return the kernels if they compile for a device and agree with torch there; else None, with one warning."""
+    kernel = TritonPointwise()
+    reason = failure_of(lambda: disagreement_with_torch(kernel, device))
     if reason is None:
-        return TritonPointwise()
+        return kernel
     name = torch.cuda.get_device_name(device)
-    logger.warning("Norms and rotary embeddings are not fused on %s, which is slower: %s.", name, reason)
-    return None
-
-
-def _disagreement(device: torch.device) -> str | None:
-    kernel, width = TritonPointwise(), 74
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        # No random numbers: the process's generators stay as they are.
-        x, y = (torch.arange(4 * width).mul(s).sin().mul(3).view(4, width).to(device, dtype) for s in (0.37, 0.61))
-        factors = kernel.norm_factors(y[0], dtype)
-        pairs = [(kernel.rms_norm(x, factors, 1e-6, late=False), F.rms_norm(x, (width,), y[0], 1e-6))]
-        heads = torch.stack((x, y), 1)
-        for part in kernel.rotate(heads, heads[:, 1:], y, x):
-            given, half = heads[:, -part.shape[1] :], width // 2
-            halves = torch.cat((-given[..., half:], given[..., :half]), -1)
-            pairs.append((part, given * y[:, None] + halves * x[:, None]))
-        for ours, theirs in pairs:
-            distance = float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
-            if not distance <= tolerance:
-                return f"they compute something else in {dtype} (by {distance:.2g})"
+    logger.warning(
+        "Norms and rotary embeddings run unfused and slower on %s, since the Triton kernel failed: %s.", name, reason
+    )
     return None

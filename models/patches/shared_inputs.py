@@ -1,9 +1,10 @@
-"""Linear layers that are given the same input, one after another: their products can be computed as one."""
+"""Find linear layers that receive the same input in succession, so that their products can run as one."""
 
 from __future__ import annotations
 
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,46 +14,65 @@ from rollout.models.module.inspect import output_device
 
 LinearGroup = tuple[nn.Linear, ...]
 
-#: What is looked at is a forward of so many tokens; what flows does not matter.
+#: Tokens of the observed forward; their values do not matter.
 _TOKENS = 4
 
 
-def layers_with_shared_inputs(model: nn.Module) -> list[LinearGroup]:
-    """Groups of linear layers, each in the order of calls, as one forward of the model's own shows them.
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One observed call of a linear layer."""
 
-    Those of a group have inputs and dtype in common and are called once a forward. On a GPU none are looked for.
+    layer: nn.Linear
+    x: torch.Tensor
+    """The input; held, so that no other tensor reuses its memory."""
+    version: int
+
+    def shares_input(self, other: _Call) -> bool:
+        """Return whether both calls received the same unchanged tensor."""
+        return self.x is other.x and self.version == other.version
+
+
+def layers_with_shared_inputs(model: nn.Module) -> list[LinearGroup]:
+    """Return groups of linear layers, each in call order, observed in one forward of the model.
+
+    The layers of a group share input and dtype and are called once per forward. Returns no groups on a GPU.
     """
     if output_device(model).type != "cpu":
         return []
-    calls: list[tuple[nn.Linear, torch.Tensor, int]] = []
+    calls = _calls_in_forward(model)
+    groups: list[list[nn.Linear]] = []
+    previous: _Call | None = None
+    for call in calls:
+        shared = previous is not None and call.shares_input(previous)
+        if shared and call.layer.weight.dtype == groups[-1][0].weight.dtype:
+            groups[-1].append(call.layer)
+        else:
+            groups.append([call.layer])
+        previous = call
+    counts = Counter(id(call.layer) for call in calls)
+    return [tuple(group) for group in groups if len(group) > 1 and all(counts[id(layer)] == 1 for layer in group)]
 
-    def saw(layer: nn.Module, given: tuple[object, ...]) -> None:
+
+def _calls_in_forward(model: nn.Module) -> list[_Call]:
+    """Return the calls of linear layers in one forward of the model."""
+    calls: list[_Call] = []
+
+    def record(layer: nn.Module, inputs: tuple[object, ...]) -> None:
         assert isinstance(layer, nn.Linear)
-        if given and isinstance(given[0], torch.Tensor):
-            # Held, so that no other tensor takes its place in memory.
-            calls.append((layer, given[0], version(given[0])))
+        if inputs and isinstance(inputs[0], torch.Tensor):
+            calls.append(_Call(layer=layer, x=inputs[0], version=version(inputs[0])))
 
     with ExitStack() as stack:
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
-                stack.callback(layer.register_forward_pre_hook(saw).remove)
-        # Also where the caller's is an inference mode, since its tensors do not tell changes in place.
+                stack.callback(layer.register_forward_pre_hook(record).remove)
+        # Tensors of a caller's inference mode would not count changes in place.
         with torch.inference_mode(False), BorrowedModule(model).borrow():
             ids = torch.arange(_TOKENS, device=output_device(model))[None]
             model(input_ids=ids, use_cache=False)
-    groups: list[list[nn.Linear]] = []
-    before: tuple[torch.Tensor, int] | None = None
-    for layer, given, changes in calls:
-        same = before is not None and given is before[0] and changes == before[1]
-        if same and layer.weight.dtype == groups[-1][0].weight.dtype:
-            groups[-1].append(layer)
-        else:
-            groups.append([layer])
-        before = given, changes
-    called = Counter(id(layer) for layer, _, _ in calls)
-    return [tuple(group) for group in groups if len(group) > 1 and all(called[id(layer)] == 1 for layer in group)]
+    return calls
 
 
 def version(x: torch.Tensor) -> int:
-    """Changes in place to a tensor until now. Those of inference mode do not count them: always 0."""
+    """Return the number of in-place changes to a tensor; always 0 for tensors of inference mode, which count none."""
     return 0 if x.is_inference() else x._version

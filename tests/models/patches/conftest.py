@@ -1,4 +1,4 @@
-"""What tests of norms, rotary functions and linear layers share."""
+"""Fixtures shared by the tests of norms, rotary functions and linear layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def kernel() -> None:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Calls of the kernel by its entry point."""
+    """Count calls of the kernel by entry point."""
     calls: Counter[str] = Counter()
 
     def counting(name: str, own: Callable[..., Any]) -> Callable[..., Any]:

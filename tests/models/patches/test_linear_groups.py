@@ -1,4 +1,4 @@
-"""Linear layers of one input computed as one product."""
+"""Linear layers with the same input computed as one product."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
     "biases", [(True, False, True), (False, False, False), (True, True, True), (False, False, True)]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_group_computes_what_its_layers_do(
+def test_group_matches_the_forwards_of_its_layers(
     dtype: torch.dtype, biases: tuple[bool, ...], products: list[torch.Size]
 ) -> None:
     model, x = one_input(dtype, biases), torch.randn(3, 7, 48).to(dtype)
@@ -40,8 +40,8 @@ def test_a_group_computes_what_its_layers_do(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_group_has_the_bits_of_its_layers_packed_one_by_one(dtype: torch.dtype) -> None:
-    """What does not fit as a group, or is called alone, computes the same."""
+def test_group_has_the_bits_of_its_layers_packed_one_by_one(dtype: torch.dtype) -> None:
+    """So layers that do not fit as a group, or are called alone, compute the same."""
     model, x = one_input(dtype), torch.randn(300, 48).to(dtype)
     for rows in (0, 1, 2, 3, 16, 17, 64, 300):
         with PackedLinears(model, PLENTY).applied():
@@ -53,8 +53,8 @@ def test_a_group_has_the_bits_of_its_layers_packed_one_by_one(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_of_a_group_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
-    """Alone too, in whatever shape: a product of one row takes another way if it is let."""
+def test_a_row_of_a_group_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+    """Also alone and in any shape: without padding, a product of one row would use another kernel."""
     model, x = one_input(dtype, sizes=(192, 64, 64)), torch.randn(300, 48).to(dtype)
     with as_group(model).applied():
         together = each(model, x)
@@ -67,8 +67,8 @@ def test_a_row_of_a_group_has_the_same_bits_in_any_company(dtype: torch.dtype) -
             assert torch.equal(ours, theirs[5])
 
 
-def test_one_row_is_multiplied_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN may take another way for one, and round it differently; here it is told whatever the CPU."""
+def test_one_row_is_padded_to_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN may use a kernel for one row that rounds differently; this test does not depend on the CPU."""
     given: list[torch.Size] = []
     mkldnn: Any = torch.ops.mkldnn
     own = mkldnn._linear_pointwise.default
@@ -81,20 +81,20 @@ def test_one_row_is_multiplied_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
     model = one_input()
     monkeypatch.setattr(mkldnn, "_linear_pointwise", SimpleNamespace(default=multiply))
     with as_group(model).applied():
-        given.clear()  # of trials
+        given.clear()  # drop the calls of the self-test
         for shape in ((48,), (1, 48), (1, 1, 48), (2, 48), (1, 2, 48), (0, 48)):
             assert [out.shape for out in each(model, torch.ones(shape))] == [(*shape[:-1], n) for n in (64, 32, 7)]
     assert given == [(2, 48), (2, 48), (2, 48), (2, 48), (1, 2, 48), (0, 48)]
 
 
 @torch.no_grad()
-def test_layers_of_a_group_called_alone_or_in_another_order(products: list[torch.Size]) -> None:
+def test_layers_of_a_group_may_be_called_alone_or_in_another_order(products: list[torch.Size]) -> None:
     model, (x, y) = one_input(), torch.randn(2, 5, 48)
     first, second, third = model
     calls = [
         *((third, x), (first, x), (second, x)),  # another order
         *((second, x), (second, x)),  # one of them alone, twice
-        *((first, x), (first, y), (second, x), (second, y)),  # inputs in turn
+        *((first, x), (first, y), (second, x), (second, y)),  # alternating inputs
         *((third, y), (third, y.clone()), (first, y)),
     ]
     own = [layer(given) for layer, given in calls]
@@ -106,7 +106,7 @@ def test_layers_of_a_group_called_alone_or_in_another_order(products: list[torch
 
 
 @torch.no_grad()
-def test_an_input_changed_in_place_between_the_calls() -> None:
+def test_input_changed_in_place_between_calls_is_multiplied_again() -> None:
     model, x = one_input(), torch.randn(5, 48)
     with as_group(model).applied():
         before = model[0](x)
@@ -120,18 +120,18 @@ def test_an_input_changed_in_place_between_the_calls() -> None:
 
 
 @torch.no_grad()
-def test_results_are_the_caller_s_to_change() -> None:
+def test_caller_may_change_results_in_place() -> None:
     model, x = one_input(), torch.randn(5, 48)
     first, second, third = each(model, x)
     with as_group(model).applied():
         model[0](x).fill_(torch.nan)
         assert torch.allclose(model[1](x), second, atol=1e-6)
-        assert torch.allclose(model[0](x), first, atol=1e-6)  # not what was made of the last one
+        assert torch.allclose(model[0](x), first, atol=1e-6)  # not the changed result
         assert torch.allclose(model[2](x), third, atol=1e-6)
 
 
-def test_groups_in_inference_mode(products: list[torch.Size]) -> None:
-    """Its tensors do not count changes."""
+def test_groups_work_in_inference_mode(products: list[torch.Size]) -> None:
+    """Tensors of inference mode do not count in-place changes."""
     model, x = one_input(), torch.randn(5, 48)
     own = each(model, x)
     with torch.inference_mode(), as_group(model).applied():
@@ -143,7 +143,7 @@ def test_groups_in_inference_mode(products: list[torch.Size]) -> None:
 
 
 @torch.no_grad()
-def test_groups_obey_autocast() -> None:
+def test_groups_follow_autocast() -> None:
     model, x = one_input(), torch.randn(5, 48)
     with torch.autocast("cpu", torch.bfloat16):
         wanted = each(model, x)
@@ -155,7 +155,7 @@ def test_groups_obey_autocast() -> None:
 
 
 @torch.no_grad()
-def test_nothing_of_a_step_is_held() -> None:
+def test_groups_hold_no_tensors_of_a_step() -> None:
     model = one_input()
 
     with as_group(model).applied():
@@ -163,7 +163,7 @@ def test_nothing_of_a_step_is_held() -> None:
         inner = weakref.ref(x)
         each(model, x)
         del x
-        assert inner() is None  # once all of the group were called
+        assert inner() is None  # once all layers of the group were called
     held, x, y = as_group(model), torch.randn(5, 48), torch.randn(5, 48)
     with held.applied():
         model[0](x)
@@ -172,10 +172,10 @@ def test_nothing_of_a_step_is_held() -> None:
     outer = [weakref.ref(x), weakref.ref(y)]
     del x, y
     assert [reference() for reference in outer] == [None, None]
-    assert not any(together._parts for together in held._sync)
+    assert not any(merged._parts for merged in held._merged)
 
 
-def test_nothing_of_a_group_stays_on_its_layers() -> None:
+def test_layers_of_a_group_are_restored() -> None:
     model = one_input()
     before = [dict(vars(module)) for module in model.modules()]
     with as_group(model).applied():
@@ -184,7 +184,7 @@ def test_nothing_of_a_group_stays_on_its_layers() -> None:
 
 
 @torch.no_grad()
-def test_changed_weights_of_a_group_are_seen_by_the_next_copies() -> None:
+def test_new_instance_uses_changed_weights_of_a_group() -> None:
     model, x = one_input(), torch.randn(5, 48)
     held = as_group(model)
     with held.applied():
@@ -199,8 +199,10 @@ def test_changed_weights_of_a_group_are_seen_by_the_next_copies() -> None:
 
 
 @torch.no_grad()
-def test_room_too_small_for_a_group(caplog: pytest.LogCaptureFixture, products: list[torch.Size]) -> None:
-    """Its layers are then packed one by one, as far as they fit; a later group may fit still."""
+def test_layers_of_a_group_that_does_not_fit_are_packed_one_by_one(
+    caplog: pytest.LogCaptureFixture, products: list[torch.Size]
+) -> None:
+    """As many of its layers are packed as fit; a later group may still fit."""
     model, x = one_input(sizes=(64, 32, 8)), torch.randn(5, 48)
     own = each(model, x)
     room = 4 * 48 * (64 + 8)
@@ -220,8 +222,8 @@ def test_room_too_small_for_a_group(caplog: pytest.LogCaptureFixture, products: 
 
 
 @torch.no_grad()
-def test_shared_weights_are_not_merged(products: list[torch.Size]) -> None:
-    """A copy of their own would be a second one of the same weight."""
+def test_layers_with_shared_weights_are_not_merged(products: list[torch.Size]) -> None:
+    """Merging them would copy the same weight twice."""
     model, x = one_input(biases=(False,) * 4, sizes=(32, 32, 32, 32)), torch.randn(5, 48)
     elsewhere = nn.Linear(48, 32, bias=False)
     elsewhere.weight = model[1].weight
@@ -242,9 +244,9 @@ def test_shared_weights_are_not_merged(products: list[torch.Size]) -> None:
 
 
 @torch.no_grad()
-def test_layers_that_are_not_plain_leave_the_group(products: list[torch.Size]) -> None:
+def test_subclasses_of_linear_leave_their_group(products: list[torch.Size]) -> None:
     class Own(nn.Linear):
-        """Multiplies in its own way."""
+        """A subclass with its own forward."""
 
     model, x = one_input(), torch.randn(5, 48)
     model[1].__class__ = Own
@@ -257,8 +259,8 @@ def test_layers_that_are_not_plain_leave_the_group(products: list[torch.Size]) -
 
 
 @torch.no_grad()
-def test_groups_without_packing_get_wide_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_packs", lambda dtype: False)
+def test_groups_get_float32_copies_without_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "_can_pack", lambda dtype: False)
     monkeypatch.setattr(linears, "cpu_multiplies", lambda dtype: dtype == torch.float32)
     assert as_group(one_input()).bytes_held == 0
     model, x = one_input(torch.bfloat16), torch.randn(5, 48).bfloat16()

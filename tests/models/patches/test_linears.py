@@ -1,4 +1,4 @@
-"""Linear layers computed from copies: the same numbers, for any rows, and no trace afterwards."""
+"""Linear layers computed from packed copies: same results for any number of rows, and the module is restored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_numbers_are_the_layers_own(dtype: torch.dtype) -> None:
+def test_packed_layers_match_their_own_forward(dtype: torch.dtype) -> None:
     model, x = layers(dtype), torch.randn(3, 7, 48).to(dtype)
     out = computed(model, x)
     assert out.dtype == dtype
@@ -29,7 +29,7 @@ def test_numbers_are_the_layers_own(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
     model, x = layers(dtype), torch.randn(1, 300, 48).to(dtype)
     together = computed(model, x)
     for rows in (1, 2, 3, 5, 8, 16, 31, 64, 129):
@@ -37,8 +37,8 @@ def test_a_row_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
         assert torch.equal(computed(model, x[0, -rows:]), together[0, -rows:])
 
 
-def test_rows_are_rounded_up_to_few_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel is made for each of them."""
+def test_rows_are_padded_to_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN builds a kernel for each size."""
     given: list[int] = []
     mkldnn: Any = torch.ops.mkldnn
     own = mkldnn._linear_pointwise.default
@@ -60,15 +60,15 @@ def test_rows_are_rounded_up_to_few_numbers(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @torch.no_grad()
-def test_half_precision_is_rounded_once_a_product() -> None:
-    """As hardware with such instructions does, and not to a wider result."""
+def test_half_precision_is_rounded_once_per_product() -> None:
+    """Hardware with half-precision instructions rounds the same way."""
     layer, x = nn.Linear(400, 30).to(torch.bfloat16), torch.randn(5, 400).to(torch.bfloat16)
     exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
     assert (computed(layer, x) == exact.bfloat16()).float().mean() > 0.99
 
 
 @torch.no_grad()
-def test_autocast_is_obeyed() -> None:
+def test_packed_layers_follow_autocast() -> None:
     model, x = layers(), torch.randn(4, 48)
     with torch.autocast("cpu", torch.bfloat16):
         wanted, got = model[0](x), computed(model[0], x)
@@ -78,7 +78,7 @@ def test_autocast_is_obeyed() -> None:
 
 
 @torch.no_grad()
-def test_changed_weights_are_seen_by_the_next_copies() -> None:
+def test_new_instance_uses_changed_weights() -> None:
     model, x = layers(), torch.randn(4, 48)
     before = computed(model, x)
     model[0].weight.data.mul_(2.0)
@@ -86,7 +86,7 @@ def test_changed_weights_are_seen_by_the_next_copies() -> None:
     assert not torch.allclose(computed(model, x), before, atol=1e-3)
 
 
-def test_nothing_stays_on_the_module() -> None:
+def test_module_is_restored_after_applied() -> None:
     model = layers()
     before = [dict(vars(module)) for module in model.modules()]
     with PackedLinears(model, PLENTY).applied():
@@ -96,7 +96,7 @@ def test_nothing_stays_on_the_module() -> None:
     assert [dict(vars(module)) for module in model.modules()] == before
 
 
-def test_a_shared_weight_is_copied_once() -> None:
+def test_shared_weight_is_copied_once() -> None:
     model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
     one = PackedLinears(model, PLENTY).bytes_held
     assert one == 2 * 4 * 32 * 32
@@ -105,14 +105,14 @@ def test_a_shared_weight_is_copied_once() -> None:
 
 
 @torch.no_grad()
-def test_layers_that_share_a_weight_keep_their_own_bias() -> None:
+def test_layers_with_a_shared_weight_keep_their_own_bias() -> None:
     model, x = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), torch.randn(3, 32)
     model[1].weight = model[0].weight
     assert torch.allclose(computed(model, x), model(x), atol=1e-6)
 
 
 @torch.no_grad()
-def test_what_does_not_fit_computes_as_ever(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_that_do_not_fit_keep_their_own_forward(caplog: pytest.LogCaptureFixture) -> None:
     model, x = layers(), torch.randn(3, 48)
     first = 4 * 48 * 160
     held = PackedLinears(model, first)
@@ -125,7 +125,7 @@ def test_what_does_not_fit_computes_as_ever(caplog: pytest.LogCaptureFixture) ->
 
 
 @torch.no_grad()
-def test_patched_layers_and_subclasses_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_patched_layers_and_subclasses_are_not_packed(caplog: pytest.LogCaptureFixture) -> None:
     class Own(nn.Linear):
         pass
 
@@ -133,8 +133,8 @@ def test_patched_layers_and_subclasses_are_left_alone(caplog: pytest.LogCaptureF
     model[0].forward = lambda x: x + 1  # type: ignore[method-assign, assignment]
     with caplog.at_level(logging.WARNING):
         held = [PackedLinears(model, PLENTY) for _ in range(2)][-1]
-    said = "1 linear layers are not packed, since others have replaced their forward"
-    assert caplog.text.count(said) == 1, "it is said once a model"
+    message = "1 linear layers are not packed, since their forward is patched"
+    assert caplog.text.count(message) == 1
     assert held.bytes_held == 0
     with held.applied():
         assert torch.equal(model[0](torch.zeros(8)), torch.ones(8))
@@ -142,8 +142,8 @@ def test_patched_layers_and_subclasses_are_left_alone(caplog: pytest.LogCaptureF
 
 
 @torch.no_grad()
-def test_without_packing_half_precision_still_gets_wide_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_packs", lambda dtype: False)
+def test_half_precision_gets_float32_copies_without_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "_can_pack", lambda dtype: False)
     monkeypatch.setattr(linears, "cpu_multiplies", lambda dtype: dtype == torch.float32)
     assert PackedLinears(layers(), PLENTY).bytes_held == 0
     model, x = layers(torch.bfloat16), torch.randn(3, 48).bfloat16()

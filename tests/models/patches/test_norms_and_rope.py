@@ -1,4 +1,4 @@
-"""Norms and rotary functions in place of a model's own: which, with the same numbers, and no trace afterwards."""
+"""Fused norms and rotary functions: where they apply, and that they match the model's own."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from tests.support.tiny_models import tiny
 
 pytestmark = pytest.mark.usefixtures("kernel")
 
-# -- which, and their numbers ----------------------------------------------------------------------------
+# -- replaced parts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_replaced_computes_the_same(family: str, dtype: torch.dtype, served: Counter[str]) -> None:
+def test_replaced_parts_match_the_models_own(family: str, dtype: torch.dtype, served: Counter[str]) -> None:
     wanted_norms, wanted_function, serves = FAMILIES[family]
     model = model_of(family, dtype)
     own, normed = logits_and_norms(model, set(wanted_norms))
     functions = [names.get(ROTARY) for names in namespaces(model)]
     parts = FusedModules(model)
-    served.clear()  # of trials
+    served.clear()  # drop the calls of the tests on construction
     with parts.applied():
         names_of_replaced = [type(module).__name__ for module in model.modules() if "forward" in vars(module)]
-        norms = Counter(name for name in names_of_replaced if "Norm" in name)  # test_known_forwards.py has the others
+        norms = Counter(name for name in names_of_replaced if "Norm" in name)  # test_llama_blocks.py covers the others
         replaced = [names.get(ROTARY) for names in namespaces(model)] != functions
         fused = logits_of(model)
         calls = Counter(served)
@@ -51,13 +51,13 @@ def test_what_is_replaced_computes_the_same(family: str, dtype: torch.dtype, ser
     assert fused.dtype == own.dtype
     if not norms:  # rotary functions alone
         assert torch.equal(fused, own)
-    elif dtype == torch.bfloat16:  # where one number is rounded to a neighbour, many of the logits are too
+    elif dtype == torch.bfloat16:  # one number rounded to its neighbour moves many logits
         assert torch.cat([same.flatten() for same in alike]).float().mean() > 0.9995
     assert float((fused - own).abs().max() / own.abs().max()) < (3e-6 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_of_other_layouts_and_shapes(dtype: torch.dtype, served: Counter[str]) -> None:
+def test_norms_take_other_layouts_and_shapes(dtype: torch.dtype, served: Counter[str]) -> None:
     norm = nn.Sequential(LlamaRMSNorm(40)).to(dtype)
     norm[0].weight.data.copy_(torch.linspace(-1, 2, 40))
     x = torch.randn(3, 4, 7, 40, generator=torch.Generator().manual_seed(4)).to(dtype)
@@ -81,7 +81,7 @@ def test_rotary_functions_take_heads_of_any_layout(dtype: torch.dtype, served: C
             (q, k, cos, sin),
             (q[:1], k[:1], cos[:1], sin[:1]),
             (q[..., :1, :], k[..., :1, :], cos[:, :1], sin[:, :1]),
-            # as attention modules have them: token by token, of one product
+            # as in attention modules: token by token, views of one product
             (*torch.cat([q, k], 1).transpose(1, 2).contiguous().transpose(1, 2).split([4, 2], 1), cos, sin),
             (q, k, cos[:1].expand(2, -1, -1), sin.transpose(0, 1).contiguous().transpose(0, 1)),
         ):
@@ -91,7 +91,7 @@ def test_rotary_functions_take_heads_of_any_layout(dtype: torch.dtype, served: C
         assert served["rotate"] == 5
 
 
-def test_calls_that_the_kernel_does_not_serve_are_the_family_s_own(served: Counter[str]) -> None:
+def test_unsupported_calls_use_the_familys_own_function(served: Counter[str]) -> None:
     q, k, cos, sin = heads()
     across = (q.transpose(1, 2), k.transpose(1, 2))
     spread = torch.stack([q, q], -1)[..., 0]
@@ -103,7 +103,7 @@ def test_calls_that_the_kernel_does_not_serve_are_the_family_s_own(served: Count
         for arguments, named in (
             ((*across, cos, sin), {"unsqueeze_dim": 2}),
             ((*across, cos, sin, 2), {}),
-            ((q, k, cos[:1], sin[:1]), {}),  # one text's angles for both
+            ((q, k, cos[:1], sin[:1]), {}),  # one sequence's angles for both
             ((q, k[:, :, :1], cos[:, :1], sin[:, :1]), {}),
             ((q, k, cos, sin.double()), {}),
             ((q.bfloat16(), k.bfloat16(), cos, sin), {}),
@@ -121,8 +121,8 @@ def test_calls_that_the_kernel_does_not_serve_are_the_family_s_own(served: Count
         assert served["rotate"] == 1
 
 
-def test_autocast_is_obeyed(served: Counter[str]) -> None:
-    """Norms of float32 weights are given bfloat16 there; what they make of it is their own business."""
+def test_fused_modules_follow_autocast(served: Counter[str]) -> None:
+    """Under autocast norms with float32 weights receive bfloat16 and use their own forward."""
     for family in ("llama", "qwen3", "gemma3_text"):
         model = model_of(family)
         with torch.autocast("cpu", torch.bfloat16):
@@ -135,7 +135,7 @@ def test_autocast_is_obeyed(served: Counter[str]) -> None:
         assert float((fused - own).abs().max() / own.abs().max()) < 2e-2
 
 
-def test_inference_mode_is_served_too(served: Counter[str]) -> None:
+def test_fused_modules_work_in_inference_mode(served: Counter[str]) -> None:
     model = model_of("llama")
     own = logits_of(model)
     with torch.inference_mode(), FusedModules(model).applied():
@@ -145,11 +145,11 @@ def test_inference_mode_is_served_too(served: Counter[str]) -> None:
     assert torch.allclose(fused, own, atol=1e-5)
 
 
-# -- what is left alone ----------------------------------------------------------------------------------
+# -- parts left alone ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_rows_of_another_dtype_or_width_are_the_norm_s_own_business(served: Counter[str]) -> None:
+def test_rows_of_another_dtype_or_width_use_the_norms_own_forward(served: Counter[str]) -> None:
     for kept, given in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.half)):
         norm = LlamaRMSNorm(40).to(kept)
         norm.weight.copy_(torch.linspace(-1, 2, 40))

@@ -22,14 +22,14 @@ pytestmark = pytest.mark.usefixtures("kernel")
 
 
 class Plus(LlamaRMSNorm):
-    """Has the name of a norm, and one weight, but computes something else."""
+    """Looks like a norm with one weight but adds a constant."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return super().forward(hidden_states) + 0.01
 
 
 class LaterRMSNorm(LlamaRMSNorm):
-    """Adds what it is given besides, if it is."""
+    """Adds an optional residual."""
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         normal: torch.Tensor = super().forward(hidden_states)
@@ -37,7 +37,7 @@ class LaterRMSNorm(LlamaRMSNorm):
 
 
 class BiasedRMSNorm(LlamaRMSNorm):
-    """Has a bias, of zeros until training."""
+    """Has a bias, which is zero before training."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -56,7 +56,7 @@ class BufferedRMSNorm(LlamaRMSNorm):
 
 
 class Quantized(torch.Tensor):
-    """A tensor that is more than its numbers."""
+    """A tensor subclass, as quantization libraries use."""
 
 
 PlusRMSNorm = type("PlusRMSNorm", (Plus,), {})
@@ -83,19 +83,19 @@ def quantized(size: int) -> nn.Module:
         quantized,
         lambda size: LlamaRMSNorm(size).half(),
         lambda size: LlamaRMSNorm(size).to("meta"),
-        nn.RMSNorm,  # its epsilon is None: by dtype
+        nn.RMSNorm,  # its epsilon is None and depends on the dtype
         lambda size: nn.RMSNorm(size, elementwise_affine=False),
         lambda size: nn.RMSNorm((3, size)),
     ],
 )
-def test_other_norms_are_left_alone(make: Callable[[int], nn.Module]) -> None:
+def test_other_norms_are_not_replaced(make: Callable[[int], nn.Module]) -> None:
     model = nn.Sequential(LlamaRMSNorm(32), make(32))
     with FusedModules(model).applied():
         assert "forward" in vars(model[0])
         assert "forward" not in vars(model[1])
 
 
-def test_torch_s_own_norm_is_replaced_where_its_epsilon_is_known() -> None:
+def test_norm_of_torch_with_a_stated_epsilon_is_replaced() -> None:
     norm, x = nn.RMSNorm(32, eps=1e-3), torch.linspace(-0.1, 0.2, 96).view(3, 32)
     with FusedModules(norm).applied():
         assert "forward" in vars(norm)
@@ -104,7 +104,7 @@ def test_torch_s_own_norm_is_replaced_where_its_epsilon_is_known() -> None:
 
 
 @torch.no_grad()
-def test_patched_norms_stay_patched() -> None:
+def test_patched_norms_are_not_replaced() -> None:
     model, x = nn.Sequential(LlamaRMSNorm(8), LlamaRMSNorm(8)), torch.ones(8)
 
     def patch(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ def test_patched_norms_stay_patched() -> None:
 
 
 @torch.no_grad()
-def test_hooks_stay_in_force_and_see_no_trial() -> None:
+def test_hooks_run_on_fused_norms_but_not_on_construction() -> None:
     model, x = nn.Sequential(LlamaRMSNorm(8)), torch.linspace(1, 2, 8)
     seen: list[torch.Size] = []
 
@@ -137,7 +137,7 @@ def test_hooks_stay_in_force_and_see_no_trial() -> None:
     assert seen == [x.shape]
 
 
-def test_a_rotary_function_that_somebody_else_put_there_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patched_rotary_function_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     own = modeling_llama.apply_rotary_pos_emb
 
     def slower(
@@ -151,7 +151,7 @@ def test_a_rotary_function_that_somebody_else_put_there_is_not_replaced(monkeypa
     assert modeling_llama.apply_rotary_pos_emb is slower
 
 
-def test_half_precision_that_the_kernel_has_not_is_left_alone(served: Counter[str]) -> None:
+def test_models_in_an_unsupported_dtype_are_not_replaced(served: Counter[str]) -> None:
     model = tiny("llama", torch.float16)
     own = logits_of(model)
     with FusedModules(model).applied():

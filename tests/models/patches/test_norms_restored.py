@@ -1,4 +1,4 @@
-"""Norms and rotary functions that are put back: after failures, beside other threads and other models."""
+"""Norms and rotary functions are restored, after failures and with other threads and models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.tiny_models import tiny
 pytestmark = pytest.mark.usefixtures("kernel")
 
 
-def test_without_a_compiler_nothing_is_replaced(
+def test_nothing_is_replaced_without_a_compiler(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny("llama")
@@ -39,7 +39,7 @@ def test_without_a_compiler_nothing_is_replaced(
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
-def test_nothing_stays_on_modules_or_in_namespaces(family: str) -> None:
+def test_modules_and_namespaces_are_restored(family: str) -> None:
     model = tiny(family).train()
     before, generator = traces(model), torch.get_rng_state()
     parts = FusedModules(model)
@@ -55,7 +55,7 @@ def test_nothing_stays_on_modules_or_in_namespaces(family: str) -> None:
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-def test_nothing_stays_when_a_block_cannot_be_entered() -> None:
+def test_everything_is_restored_when_applied_fails_on_entry() -> None:
     class Sealed(LlamaRMSNorm):
         def __setattr__(self, name: str, value: Any) -> None:
             if name == "forward":
@@ -71,7 +71,7 @@ def test_nothing_stays_when_a_block_cannot_be_entered() -> None:
 
 
 @torch.no_grad()
-def test_changed_weights_are_seen_when_made_anew() -> None:
+def test_new_instance_uses_changed_weights() -> None:
     model = model_of("llama")
     parts = FusedModules(model)
     with parts.applied():
@@ -85,13 +85,13 @@ def test_changed_weights_are_seen_when_made_anew() -> None:
 
 @pytest.fixture
 def other_thread() -> Iterator[Callable[..., Any]]:
-    """Calls a function there, and returns what it returns."""
+    """Call a function in another thread and return its result."""
     with ThreadPoolExecutor(1) as executor:
         yield lambda function, *arguments: executor.submit(function, *arguments).result()
 
 
-def test_other_threads_get_the_family_s_own_function(other_thread: Callable[..., Any], served: Counter[str]) -> None:
-    """A trainer's thread needs what it computes with for its gradients."""
+def test_other_threads_use_the_familys_own_function(other_thread: Callable[..., Any], served: Counter[str]) -> None:
+    """A trainer's thread needs a differentiable function."""
 
     def grow() -> list[torch.Tensor]:
         q, k, cos, sin = heads()
@@ -111,10 +111,10 @@ def test_other_threads_get_the_family_s_own_function(other_thread: Callable[...,
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
-def test_a_second_model_s_parts_made_inside_another_thread_s_block(
+def test_instance_made_while_another_thread_applies_restores_the_original(
     other_thread: Callable[..., Any], served: Counter[str]
 ) -> None:
-    """They put back the family's own function, not what stood in its place when they were made."""
+    """It restores the family's own function, not the fused one that was in place at construction."""
     own = modeling_llama.apply_rotary_pos_emb
     first, second = FusedModules(tiny("llama")), tiny("llama")
     with first.applied():
@@ -126,7 +126,7 @@ def test_a_second_model_s_parts_made_inside_another_thread_s_block(
     assert modeling_llama.apply_rotary_pos_emb is own
 
 
-def test_blocks_of_two_threads_that_overlap(other_thread: Callable[..., Any]) -> None:
+def test_overlapping_blocks_of_two_threads_restore_everything(other_thread: Callable[..., Any]) -> None:
     own = modeling_llama.apply_rotary_pos_emb
     models = [tiny("llama"), tiny("llama")]
     wanted = logits_of(models[0])

@@ -1,4 +1,4 @@
-"""Forwards that are replaced for a while: nothing of their owners' is lost."""
+"""Forwards that are replaced for a while; patches of the caller are kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.tiny_models import tiny
 ONE = torch.ones(1)
 
 
-def test_functions_are_there_inside_the_block_alone() -> None:
+def test_forwards_are_replaced_only_inside_the_block() -> None:
     first, second = nn.Identity(), nn.Identity()
     with patched([(first, lambda x: 2 * x), (second, lambda x: 3 * x)]):
         assert (first(ONE).item(), second(ONE).item()) == (2, 3)
@@ -21,7 +21,7 @@ def test_functions_are_there_inside_the_block_alone() -> None:
     assert "forward" not in vars(first) | vars(second)
 
 
-def test_what_was_patched_before_stays_and_computes() -> None:
+def test_forward_patched_before_the_block_is_used_and_kept() -> None:
     module = nn.Identity()
     module.forward = lambda x: 5 * x  # type: ignore[method-assign]
     with patched([(module, lambda x: 2 * x)]):
@@ -29,22 +29,22 @@ def test_what_was_patched_before_stays_and_computes() -> None:
     assert module(ONE).item() == 5
 
 
-def test_what_is_patched_inside_the_block_stays() -> None:
+def test_forward_patched_inside_the_block_is_kept() -> None:
     module = nn.Identity()
     with patched([(module, lambda x: 2 * x)]):
         module.forward = lambda x: 7 * x  # type: ignore[method-assign]
     assert module(ONE).item() == 7
 
 
-def test_a_block_that_fails_leaves_nothing() -> None:
+def test_forwards_are_restored_after_an_exception() -> None:
     module = nn.Identity()
     with pytest.raises(ZeroDivisionError), patched([(module, lambda x: 2 * x)]):
         raise ZeroDivisionError
     assert module(ONE).item() == 1
 
 
-def test_a_trainer_may_patch_a_layer_between_two_records() -> None:
-    """The layer then goes by the patch at once, and keeps it."""
+def test_layer_patched_between_two_records_uses_the_patch() -> None:
+    """The patch takes effect in the next step and stays."""
     model = tiny("llama")
     calls = 0
     layer = model.model.layers[0].mlp.down_proj

@@ -1,4 +1,4 @@
-"""The compiled norms and rotary embeddings against torch, transformers, and themselves bit for bit."""
+"""The compiled norms and rotary embeddings match torch, transformers, and themselves bit for bit."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from rollout.models.patches import pointwise_cpu as module
 from rollout.models.patches.pointwise_cpu import Pointwise, pointwise
 
 DTYPES = (torch.float32, torch.bfloat16)
-#: Below one vector, whole vectors and pairs of them, and remainders of each, for vectors of 4 to 16 numbers.
+#: Less than a vector, whole vectors, pairs of them, and remainders of each, for vectors of 4 to 16 numbers.
 WIDTHS = (1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 75, 96, 131, 576)
 DIMS = (2, 4, 6, 14, 16, 18, 30, 32, 34, 62, 64, 66, 80, 96, 126, 128)
-#: So many rows of `WIDE` are divided among threads, in portions with a remainder.
+#: This many rows of `WIDE` are split over threads, with a remainder.
 MANY, WIDE = 157, 200
 
 
@@ -45,14 +45,14 @@ def kernel() -> Pointwise:
 
 @pytest.fixture(autouse=True)
 def one_cache() -> Iterator[None]:
-    """A test that builds a wrong kernel must not leave it to the others."""
+    """Drop wrong kernels that a test has built."""
     yield
     pointwise.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """New memory holds NaN: what a kernel does not write cannot pass for a result."""
+    """Fill new memory with NaN, so that numbers which a kernel does not write fail the test."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -71,19 +71,19 @@ def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch
 
 
 def angles(seed: int, tokens: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Cosines and sines, those of the halves not the same: some models scale them."""
+    """Return cosines and sines that differ between the halves, as in models that scale them."""
     phases = numbers(seed, tokens, dim)
     return [phases.cos().to(dtype), phases.sin().to(dtype)]
 
 
 def exact_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, late: bool) -> torch.Tensor:
-    """In double precision, but for the roundings to the dtype that are meant."""
+    """Norm in double precision, except for the intended roundings to the dtype."""
     normal = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
     return ((normal if late else normal.to(x.dtype).double()) * weight.double()).to(x.dtype)
 
 
 def assert_norms_agree(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Up to the rounding of sums; in bfloat16 that moves only what lies between two neighbours."""
+    """Compare up to the rounding of sums, which moves few numbers in bfloat16."""
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
     half = ours.dtype == torch.bfloat16
@@ -93,14 +93,14 @@ def assert_norms_agree(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """The same bits, and NaN where there is NaN."""
+    """Compare bit for bit, with NaN equal to NaN."""
     torch.testing.assert_close(ours, theirs, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def rotated_by_transformers(
     query: torch.Tensor, key: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Heads [T, heads, dim], as `Pointwise.rotate` takes them."""
+    """Rotate heads [T, heads, dim], in the shape of `Pointwise.rotate`."""
     rotated = apply_rotary_pos_emb(query.transpose(0, 1)[None], key.transpose(0, 1)[None], cosines[None], sines[None])
     return [x[0].transpose(0, 1) for x in rotated]
 
@@ -110,7 +110,7 @@ def rotated_by_transformers(
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_are_the_definition_s(kernel: Pointwise, dtype: torch.dtype, late: bool) -> None:
+def test_norms_match_the_definition(kernel: Pointwise, dtype: torch.dtype, late: bool) -> None:
     for width in WIDTHS:
         x, weight = numbers(width, 40, width, dtype=dtype), numbers(1, width)
         for eps in (1e-6, 0.3):
@@ -122,7 +122,7 @@ def test_norms_are_the_definition_s(kernel: Pointwise, dtype: torch.dtype, late:
 @pytest.mark.parametrize(
     ("family", "plus", "late"), [(LlamaRMSNorm, 0, False), (GemmaRMSNorm, 1, True), (Olmo2RMSNorm, 0, True)]
 )
-def test_norms_are_those_of_transformers(
+def test_norms_match_transformers(
     kernel: Pointwise, family: type[nn.Module], plus: float, late: bool, dtype: torch.dtype
 ) -> None:
     for width in (40, 576):
@@ -131,18 +131,18 @@ def test_norms_are_those_of_transformers(
         x = numbers(3, MANY, width, dtype=dtype)
         factors = kernel.norm_factors(norm.weight.detach().float() + plus, dtype)
         assert_norms_agree(kernel.rms_norm(x, factors, 1e-5, late), norm(x).detach())
-        if dtype == torch.bfloat16:  # rounding at another place shows
+        if dtype == torch.bfloat16:  # rounding at the other place makes a difference
             other = kernel.rms_norm(x, factors, 1e-5, not late)
             assert (other == norm(x)).float().mean() < 0.9
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_of_rows_of_any_shape_and_strides(kernel: Pointwise, dtype: torch.dtype) -> None:
+def test_norms_take_rows_of_any_shape_and_strides(kernel: Pointwise, dtype: torch.dtype) -> None:
     width = 75
     factors = kernel.norm_factors(numbers(4, width), dtype)
     x = numbers(5, 6, width, dtype=dtype)
     wanted = kernel.rms_norm(x, factors, 1e-6, late=False)
-    odd = torch.empty(1 + x.numel(), dtype=dtype)[1:].view_as(x)  # not where vectors are aligned
+    odd = torch.empty(1 + x.numel(), dtype=dtype)[1:].view_as(x)  # not aligned to vectors
     wide, columns = torch.empty(6, width + 9, dtype=dtype)[:, 4:-5], torch.empty(width, 6, dtype=dtype).t()
     for place in (odd, wide, columns):
         place.copy_(x)
@@ -152,7 +152,7 @@ def test_norms_of_rows_of_any_shape_and_strides(kernel: Pointwise, dtype: torch.
     assert kernel.rms_norm(x[:0], factors, 1e-6, late=False).shape == (0, width)
 
 
-def test_factors_are_read_from_weights_of_any_dtype_and_strides(kernel: Pointwise) -> None:
+def test_factors_take_weights_of_any_dtype_and_strides(kernel: Pointwise) -> None:
     weight = numbers(6, 75, dtype=torch.bfloat16)
     x = numbers(7, 4, 75, dtype=torch.bfloat16)
     wanted = kernel.rms_norm(x, kernel.norm_factors(weight, x.dtype), 1e-6, late=True)
@@ -161,7 +161,7 @@ def test_factors_are_read_from_weights_of_any_dtype_and_strides(kernel: Pointwis
         assert_same(kernel.rms_norm(x, kernel.norm_factors(same, x.dtype), 1e-6, late=True), wanted)
 
 
-def test_factors_are_copies(kernel: Pointwise) -> None:
+def test_factors_are_copies_of_the_weight(kernel: Pointwise) -> None:
     weight, x = torch.ones(40), numbers(8, 3, 40)
     factors = kernel.norm_factors(weight, x.dtype)
     wanted = kernel.rms_norm(x, factors, 1e-6, late=False)
@@ -171,7 +171,7 @@ def test_factors_are_copies(kernel: Pointwise) -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_normed_row_has_the_same_bits_in_any_company(kernel: Pointwise, dtype: torch.dtype, late: bool) -> None:
+def test_a_normed_row_has_the_same_bits_in_any_batch(kernel: Pointwise, dtype: torch.dtype, late: bool) -> None:
     x, factors = numbers(9, MANY, WIDE, dtype=dtype), kernel.norm_factors(numbers(10, WIDE), dtype)
     together = kernel.rms_norm(x, factors, 1e-6, late)
     for threads in (2, 3, 8):
@@ -184,8 +184,8 @@ def test_a_normed_row_has_the_same_bits_in_any_company(kernel: Pointwise, dtype:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_of_numbers_that_are_not_finite(kernel: Pointwise, dtype: torch.dtype) -> None:
-    """NaN takes its row, an infinity leaves NaN where it stood and zeros beside it; other rows are as they were."""
+def test_non_finite_numbers_change_only_the_norms_of_their_rows(kernel: Pointwise, dtype: torch.dtype) -> None:
+    """NaN fills its row; infinity becomes NaN and zeroes the rest of its row; other rows do not change."""
     width = 75
     norm = LlamaRMSNorm(width).to(dtype)
     norm.weight.data.copy_(numbers(11, width))
@@ -208,7 +208,7 @@ def test_norms_of_numbers_that_are_not_finite(kernel: Pointwise, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rotations_are_those_of_transformers_bit_for_bit(kernel: Pointwise, dtype: torch.dtype) -> None:
+def test_rotations_match_transformers_bit_for_bit(kernel: Pointwise, dtype: torch.dtype) -> None:
     for dim in DIMS:
         for heads, kv_heads in ((4, 2), (3, 1), (1, 3)):
             query, key = numbers(dim, 5, heads, dim, dtype=dtype), numbers(dim + 1, 5, kv_heads, dim, dtype=dtype)
@@ -218,8 +218,8 @@ def test_rotations_are_those_of_transformers_bit_for_bit(kernel: Pointwise, dtyp
                 assert_same(ours, theirs)
 
 
-def test_rotations_are_the_definition_s(kernel: Pointwise) -> None:
-    """A pair of numbers, one of each half, is turned by its angle: as complex numbers are multiplied."""
+def test_rotations_match_the_definition(kernel: Pointwise) -> None:
+    """A pair of numbers, one of each half, rotates like a complex number times ``exp(i * angle)``."""
     x, phases = numbers(13, 7, 3, 80), numbers(14, 7, 40)
     doubled = torch.cat([phases, phases], -1)
     turned = torch.complex(x[..., :40], x[..., 40:]) * torch.polar(torch.ones(7, 1, 40), phases[:, None])
@@ -228,7 +228,7 @@ def test_rotations_are_the_definition_s(kernel: Pointwise) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_of_any_strides_are_rotated(kernel: Pointwise, dtype: torch.dtype) -> None:
+def test_rotations_take_heads_of_any_strides(kernel: Pointwise, dtype: torch.dtype) -> None:
     tokens, dim = 5, 34
     query, key = numbers(15, tokens, 4, dim, dtype=dtype), numbers(16, tokens, 2, dim, dtype=dtype)
     turns = angles(17, tokens, dim, dtype)
@@ -239,7 +239,7 @@ def test_heads_of_any_strides_are_rotated(kernel: Pointwise, dtype: torch.dtype)
         assert place.stride(2) == 1
         return place
 
-    side_by_side = torch.cat([query, key], 1)  # of one product
+    side_by_side = torch.cat([query, key], 1)  # views of one product
     across = [placed(x, torch.empty(x.shape[1], tokens, dim, dtype=dtype).transpose(0, 1)) for x in (query, key)]
     apart = [placed(x, torch.empty(tokens, 2 * x.shape[1], dim + 3, dtype=dtype)[:, 1::2, 2:-1]) for x in (query, key)]
     odd = [placed(x, torch.empty(1 + x.numel(), dtype=dtype)[1:].view_as(x)) for x in (query, key)]
@@ -255,7 +255,7 @@ def test_heads_of_any_strides_are_rotated(kernel: Pointwise, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_rotated_token_has_the_same_bits_in_any_company(kernel: Pointwise, dtype: torch.dtype) -> None:
+def test_a_rotated_token_has_the_same_bits_in_any_batch(kernel: Pointwise, dtype: torch.dtype) -> None:
     query, key = numbers(18, MANY, 4, 50, dtype=dtype), numbers(19, MANY, 2, 50, dtype=dtype)
     turns = angles(20, MANY, 50, dtype)
     together = kernel.rotate(query, key, *turns)
@@ -268,7 +268,7 @@ def test_a_rotated_token_has_the_same_bits_in_any_company(kernel: Pointwise, dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rotations_of_numbers_that_are_not_finite(kernel: Pointwise, dtype: torch.dtype) -> None:
+def test_non_finite_numbers_change_only_their_own_pair_in_rotations(kernel: Pointwise, dtype: torch.dtype) -> None:
     query, key = numbers(21, 3, 2, 74, dtype=dtype), numbers(22, 3, 1, 74, dtype=dtype)
     turns = angles(23, 3, 74, dtype)
     for at in (0, 1, 31, 36, 37, 38, 73):
@@ -285,8 +285,8 @@ def test_rotations_of_numbers_that_are_not_finite(kernel: Pointwise, dtype: torc
 # -- threads and building --------------------------------------------------------------------------------
 
 
-def test_much_work_is_divided_among_torch_s_threads(kernel: Pointwise) -> None:
-    """By the runtime's function that torch's own threads are started with; little work is not."""
+def test_large_inputs_are_split_over_the_threads_of_torch(kernel: Pointwise) -> None:
+    """The kernel starts threads by the same OpenMP function as torch; small inputs use one thread."""
     if kernel._parallel is None:
         pytest.skip("torch has no OpenMP here")
     torch.set_num_threads(2)
@@ -313,7 +313,7 @@ def test_much_work_is_divided_among_torch_s_threads(kernel: Pointwise) -> None:
     assert asked == [2, 2]
 
 
-def test_it_compiles_without_warnings(tmp_path: Path) -> None:
+def test_kernel_compiles_without_warnings(tmp_path: Path) -> None:
     needs_compiler()
     native = "-mcpu=native" if os.uname().machine == "aarch64" else "-march=native"
     warnings = ["-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-Wno-unused-command-line-argument"]
@@ -333,7 +333,7 @@ def test_it_compiles_without_warnings(tmp_path: Path) -> None:
         ("factors[i + W + j] = weight[i + 2 * j + 1]", "factors[i + W + j] = weight[i + 2 * j]"),
     ],
 )
-def test_a_kernel_that_computes_something_else_is_not_used(
+def test_wrong_kernel_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, right: str, wrong: str
 ) -> None:
     needs_compiler()
@@ -346,5 +346,5 @@ def test_a_kernel_that_computes_something_else_is_not_used(
     monkeypatch.setattr(module, "_SOURCE", tmp_path / "pointwise.c")
     pointwise.cache_clear()
     assert pointwise() is None
-    assert "computes something else" in caplog.text
+    assert "the compiled kernel is wrong: it differs from torch in torch." in caplog.text
     assert not list(tmp_path.rglob("*.so"))

@@ -1,4 +1,4 @@
-"""Norms and rotary embeddings by Triton, in its interpreter where there is no GPU, against transformers' own."""
+"""Triton's norms and rotary embeddings match transformers' own, in the interpreter if there is no GPU."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def numbers(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) ->
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "late"), [(64, False), (75, False), (48, True), (1, False)])
-def test_a_norm_is_the_model_s(dtype: torch.dtype, width: int, late: bool, device: torch.device) -> None:
+def test_norm_matches_transformers(dtype: torch.dtype, width: int, late: bool, device: torch.device) -> None:
     own = (GemmaRMSNorm(width, 1e-6) if late else LlamaRMSNorm(width, 1e-6)).to(device, dtype)
     own.weight.data = numbers(width, dtype=dtype, device=device, seed=1)
     x = numbers(2, 5, width, dtype=dtype, device=device, seed=2)
     factors = KERNEL.norm_factors(own.weight, dtype, float(late))
-    # As a trainer does between two records.
+    # A trainer may do this between two records.
     own.weight.data.mul_(-1.5)
     found, wanted = KERNEL.rms_norm(x, factors, 1e-6, late), own(x)
     assert found.dtype == dtype
@@ -50,11 +50,11 @@ def test_a_norm_is_the_model_s(dtype: torch.dtype, width: int, late: bool, devic
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "key_heads", "dim"), [(6, 2, 16), (3, 3, 10), (2, 5, 8)])
-def test_rotary_embeddings_are_the_model_s_bit_for_bit(
+def test_rotary_embeddings_match_transformers_bit_for_bit(
     dtype: torch.dtype, heads: int, key_heads: int, dim: int, device: torch.device
 ) -> None:
     tokens = 4
-    # As layers make them: views of [tokens, heads * dim].
+    # As in attention layers: views of [tokens, heads * dim].
     query, key = (
         numbers(1, tokens, count, dim, dtype=dtype, device=device, seed=count).transpose(1, 2)
         for count in (heads, key_heads)
@@ -67,7 +67,7 @@ def test_rotary_embeddings_are_the_model_s_bit_for_bit(
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_a_model_with_parts_replaced_gives_its_own_numbers(
+def test_model_with_fused_parts_matches_its_own_logits(
     family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     monkeypatch.setattr(norms_and_rope, "_kernel", lambda device: KERNEL)
@@ -76,13 +76,13 @@ def test_a_model_with_parts_replaced_gives_its_own_numbers(
     calls = {"norm": 0, "rotary": 0}
     rms_norm, rotate = TritonPointwise.rms_norm, TritonPointwise.rotate
 
-    def counted_norm(self: TritonPointwise, *about: object) -> torch.Tensor:
+    def counted_norm(self: TritonPointwise, *arguments: object) -> torch.Tensor:
         calls["norm"] += 1
-        return rms_norm(self, *about)  # type: ignore[arg-type]
+        return rms_norm(self, *arguments)  # type: ignore[arg-type]
 
-    def counted_rotate(self: TritonPointwise, *about: object) -> tuple[torch.Tensor, ...]:
+    def counted_rotate(self: TritonPointwise, *arguments: object) -> tuple[torch.Tensor, ...]:
         calls["rotary"] += 1
-        return rotate(self, *about)  # type: ignore[arg-type]
+        return rotate(self, *arguments)  # type: ignore[arg-type]
 
     parts = FusedModules(model)
     monkeypatch.setattr(TritonPointwise, "rms_norm", counted_norm)
@@ -98,7 +98,7 @@ def test_a_model_with_parts_replaced_gives_its_own_numbers(
     assert distance < {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
 
 
-def test_kernels_that_do_not_agree_are_not_used(
+def test_kernels_that_disagree_with_torch_are_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: torch.device
 ) -> None:
     pointwise_triton.triton_pointwise.cache_clear()
@@ -106,8 +106,8 @@ def test_kernels_that_do_not_agree_are_not_used(
     pointwise_triton.triton_pointwise.cache_clear()
     rotate = TritonPointwise.rotate
 
-    def wrong(self: TritonPointwise, *about: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(x + 1 for x in rotate(self, *about))
+    def wrong(self: TritonPointwise, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x + 1 for x in rotate(self, *arguments))
 
     monkeypatch.setattr(TritonPointwise, "rotate", wrong)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
@@ -115,4 +115,5 @@ def test_kernels_that_do_not_agree_are_not_used(
         assert [pointwise_triton.triton_pointwise(device) for _ in range(2)] == [None, None]
     pointwise_triton.triton_pointwise.cache_clear()
     assert len(caplog.records) == 1
-    assert "not fused on some GPU, which is slower: they compute something else in torch.float32" in caplog.text
+    assert "run unfused and slower on some GPU" in caplog.text
+    assert "it differs from torch in torch.float32 by" in caplog.text

@@ -1,4 +1,4 @@
-"""Groups of linear layers that are given the same input: which, and no trace of having looked."""
+"""Groups of linear layers with the same input, and the module is unchanged by the search."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MLP = ("gate_proj", "up_proj")
 
 
 def groups_of(model: nn.Module) -> list[tuple[str, ...]]:
-    """The names of each group's layers, in order."""
+    """Return the names of each group's layers, in order."""
     names = {id(module): name for name, module in model.named_modules()}
     return [tuple(names[id(layer)] for layer in group) for group in layers_with_shared_inputs(model)]
 
 
 def in_layers(groups: dict[str, Iterable[str]], layers: int = 4, prefix: str = "model.layers") -> list[tuple[str, ...]]:
-    """The same groups in each layer; of each, the folder of its names and the last parts."""
+    """Return the same groups in each layer; ``groups`` maps a module to the names of its linear layers."""
     return [
         tuple(f"{prefix}.{layer}.{folder}.{last}" for last in lasts)
         for layer in range(layers)
@@ -43,7 +43,7 @@ def adapted(model: PreTrainedModel, targets: Any = ("q_proj", "v_proj")) -> nn.M
 
 
 def everything(model: nn.Module) -> list[dict[str, Any]]:
-    """What hangs on each module, with its hooks and its training flag."""
+    """Return the attributes of each module, with hooks and training flag."""
     return [
         {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
         for module in model.modules()
@@ -57,32 +57,32 @@ def logits_of(model: nn.Module) -> torch.Tensor:
     return logits
 
 
-# -- which -----------------------------------------------------------------------------------------------
+# -- groups ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "olmo2", "smollm3"])
-def test_of_attention_and_of_the_gated_mlp(family: str) -> None:
+def test_attention_and_gated_mlp_form_groups(family: str) -> None:
     assert groups_of(tiny(family)) == in_layers({"self_attn": ATTENTION, "mlp": MLP})
 
 
 @pytest.mark.parametrize("family", ["phi3", "gpt_neox", "falcon", "gpt2", "mamba2"])
-def test_families_whose_layers_are_one_already(family: str) -> None:
+def test_families_with_merged_layers_have_no_groups(family: str) -> None:
     assert groups_of(tiny(family)) == []
 
 
-def test_layers_of_a_mixture_of_experts() -> None:
-    """Experts are no linear layers of their own, but what all tokens go through is."""
+def test_shared_experts_form_groups() -> None:
+    """Routed experts are not linear layers; shared experts are."""
     assert groups_of(tiny("mixtral")) == in_layers({"self_attn": ATTENTION})
     shared = groups_of(tiny("qwen2_moe"))
     assert [group for group in shared if "mlp.shared_expert." in group[0]] == [
         tuple(f"model.layers.{layer}.mlp.shared_expert.{last}" for last in MLP) for layer in (1, 3)
     ]
-    # What is given the same input later, not at once, is not of the group.
+    # A layer that receives the same input later is not part of the group.
     assert in_layers({"mlp.shared_experts": MLP})[2:] == groups_of(tiny("deepseek_v3"))[2:]
 
 
-def test_a_group_with_a_router_of_another_class_keeps_it() -> None:
-    """Who multiplies decides what it can merge."""
+def test_group_includes_a_router_of_another_class() -> None:
+    """`PackedLinears` decides which layers it can merge."""
     model = tiny("llama4_text")
     (_, first, *_) = layers_with_shared_inputs(model)
     assert type(first[0]) is not nn.Linear
@@ -91,7 +91,7 @@ def test_a_group_with_a_router_of_another_class_keeps_it() -> None:
         assert torch.allclose(logits_of(model), own, atol=1e-5)
 
 
-def test_adapters_are_among_the_groups() -> None:
+def test_adapter_layers_form_groups() -> None:
     base = "base_model.model.model.layers"
     assert groups_of(adapted(tiny("llama"))) == [
         group
@@ -110,7 +110,7 @@ def test_adapters_are_among_the_groups() -> None:
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adapted_models_compute_the_same_from_groups(targets: Any, dtype: torch.dtype) -> None:
+def test_adapted_models_compute_the_same_with_groups(targets: Any, dtype: torch.dtype) -> None:
     model = adapted(tiny("llama", dtype), targets).eval()
     own, groups = logits_of(model), layers_with_shared_inputs(model)
     assert groups
@@ -124,7 +124,7 @@ def test_adapted_models_compute_the_same_from_groups(targets: Any, dtype: torch.
     ]
 
 
-def test_modules_called_twice_a_forward_are_left_out() -> None:
+def test_modules_called_twice_per_forward_form_no_group() -> None:
     model = tiny("llama")
     model.model.layers[2].mlp = model.model.layers[0].mlp
     assert groups_of(model) == [
@@ -134,16 +134,16 @@ def test_modules_called_twice_a_forward_are_left_out() -> None:
     ]
 
 
-def test_one_layer_that_is_called_twice_leaves_out_its_group() -> None:
+def test_group_with_a_layer_called_twice_is_dropped() -> None:
     model = tiny("llama")
     first = model.model.layers[0].self_attn
     first.register_forward_hook(lambda module, given, out: (out[0] + 0 * module.k_proj(out[0]).sum(), *out[1:]))
     assert groups_of(model) == in_layers({"self_attn": ATTENTION, "mlp": MLP})[1:]
 
 
-def test_weights_of_another_dtype_divide_a_group() -> None:
+def test_weight_of_another_dtype_leaves_its_group() -> None:
     class Own(nn.Linear):
-        """Multiplies in its own dtype."""
+        """A layer that multiplies in the dtype of its weight."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
@@ -156,7 +156,7 @@ def test_weights_of_another_dtype_divide_a_group() -> None:
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_an_input_changed_between_the_calls_is_another(inference: bool) -> None:
+def test_input_changed_between_calls_is_not_shared(inference: bool) -> None:
     model = tiny("llama")
 
     def change(module: nn.Module, given: tuple[torch.Tensor], out: torch.Tensor) -> None:
@@ -170,25 +170,25 @@ def test_an_input_changed_between_the_calls_is_another(inference: bool) -> None:
     ]
 
 
-def test_equal_inputs_that_are_not_one_are_no_group() -> None:
+def test_equal_but_distinct_inputs_are_not_shared() -> None:
     model = tiny("llama")
     model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda module, given: (given[0].clone(),))
     assert ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj") not in groups_of(model)
     assert len(groups_of(model)) == 7
 
 
-def test_other_devices_are_not_looked_at() -> None:
+def test_models_on_other_devices_have_no_groups() -> None:
     model = tiny("llama").to("meta")
     model.forward = None
     assert layers_with_shared_inputs(model) == []
 
 
-def test_what_is_no_model_is_refused() -> None:
+def test_module_without_a_transformers_model_is_refused() -> None:
     with pytest.raises(UnsupportedModel):
         layers_with_shared_inputs(nn.Linear(2, 2))
 
 
-def test_versions_count_changes_where_they_are_counted() -> None:
+def test_version_counts_in_place_changes_outside_inference_mode() -> None:
     x = torch.ones(2)
     before = version(x)
     x.mul_(2.0)
@@ -197,12 +197,12 @@ def test_versions_count_changes_where_they_are_counted() -> None:
         assert version(torch.ones(2).mul_(2.0)) == 0
 
 
-# -- no trace --------------------------------------------------------------------------------------------
+# -- unchanged -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, adapted])
 @pytest.mark.parametrize("training", [False, True])
-def test_the_module_stays_as_it_is(wrap: Any, training: bool) -> None:
+def test_search_leaves_the_module_unchanged(wrap: Any, training: bool) -> None:
     inner = tiny("llama", attention_dropout=0.5)
     model = wrap(inner).train(training)
     inner.model.layers[1].train(not training)
@@ -213,13 +213,13 @@ def test_the_module_stays_as_it_is(wrap: Any, training: bool) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_dropout_is_off_while_looking() -> None:
-    """It would make another tensor of what adapters are given."""
+def test_dropout_is_off_during_the_search() -> None:
+    """Dropout would create another input tensor for adapters."""
     model = adapted(tiny("llama"))
     assert groups_of(model.train()) == groups_of(model.eval())
 
 
-def test_nothing_stays_after_an_exception() -> None:
+def test_hooks_are_removed_after_an_exception() -> None:
     model = tiny("llama").train()
 
     def stop(module: nn.Module, given: Any) -> None:
@@ -235,7 +235,7 @@ def test_nothing_stays_after_an_exception() -> None:
     assert len(layers_with_shared_inputs(model)) == 8
 
 
-def test_what_flowed_is_not_held() -> None:
+def test_search_holds_no_tensors() -> None:
     model = tiny("llama")
     seen: list[weakref.ref[torch.Tensor]] = []
     handle = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
@@ -247,7 +247,7 @@ def test_what_flowed_is_not_held() -> None:
     assert [reference() for reference in seen] == [None]
 
 
-def test_no_gradients_are_recorded() -> None:
+def test_search_records_no_gradients() -> None:
     model = tiny("llama")
     recorded: list[bool] = []
     model.model.layers[0].register_forward_hook(lambda module, given, out: recorded.append(torch.is_grad_enabled()))
