@@ -1,52 +1,60 @@
-"""How long the completions of a prompt were before."""
+"""Mean completion length of each prompt seen so far."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from rollout.batcher.types import IntArray
 from rollout.records import Record
 
-#: A mean follows what is new: the last completion weighs at least one in so many.
-_MEMORY = 32
+#: The newest completion weighs at least 1/32 of the mean, so the mean follows a changing policy.
+_MEAN_WINDOW = 32
+
+
+class _Mean(NamedTuple):
+    count: int
+    """Completions averaged, at most `_MEAN_WINDOW`."""
+    tokens: float
+    """Mean completion length."""
 
 
 class LengthHistory:
-    """The mean length of a prompt's completions, by a hash of its token ids.
+    """Mean length of each prompt's completions, keyed by a hash of its token ids.
 
     Args:
-        most_prompts: to remember; those that were completed longest ago are forgotten. None: all of them.
+        most_prompts: prompts to remember; the least recently completed are forgotten first. None: no limit.
     """
 
     def __init__(self, most_prompts: int | None = None) -> None:
-        self._most = most_prompts
-        self._known: dict[bytes, tuple[int, float]] = {}
-        """Completions seen and their mean, the prompt completed last at the end."""
+        self._most_prompts = most_prompts
+        self._known: dict[bytes, _Mean] = {}
+        """Keyed by prompt hash; the most recently completed prompt comes last."""
 
     def __len__(self) -> int:
         return len(self._known)
 
     def add(self, prompt_ids: Sequence[int] | IntArray, tokens: int) -> None:
-        """A completion of so many tokens."""
+        """Add a completion of ``tokens`` tokens."""
         key = _key(prompt_ids)
-        count, mean = self._known.pop(key, (0, 0.0))
-        count = min(count + 1, _MEMORY)
-        self._known[key] = count, mean + (tokens - mean) / count
-        if self._most is not None and len(self._known) > self._most:
+        known = self._known.pop(key, _Mean(count=0, tokens=0.0))
+        count = min(known.count + 1, _MEAN_WINDOW)
+        self._known[key] = _Mean(count=count, tokens=known.tokens + (tokens - known.tokens) / count)
+        if self._most_prompts is not None and len(self._known) > self._most_prompts:
             del self._known[next(iter(self._known))]
 
     def learn(self, record: Record) -> None:
-        """The same of a record, unless it is an error."""
+        """Add a record's completion, unless the record is an error."""
         if record.finish_reason != "error":
             self.add(record.prompt_ids, len(record.completion_ids))
 
     def expected(self, prompt_ids: Sequence[int] | IntArray) -> float | None:
-        """The mean length of the prompt's completions, None where there were none."""
+        """Return the mean length of the prompt's completions, or None before the first one."""
         known = self._known.get(_key(prompt_ids)) if self._known else None
-        return None if known is None else known[1]
+        return None if known is None else known.tokens
 
 
 def _key(prompt_ids: Sequence[int] | IntArray) -> bytes:

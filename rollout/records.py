@@ -1,4 +1,4 @@
-"""What comes out: one record a (row, sample), and the batch that ``generate`` returns."""
+"""Records, one per (dataset row, sample), and the batch that ``generate`` returns."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One completion, or the reason why there is none.
+    """One completion, or the error that prevented it.
 
-    ``logprobs`` are ``log_softmax(logits / temperature)`` over the full vocabulary in fp32 (raw logits
-    when greedy), one a completion token; ``sampler_logprobs`` the same after top-k, top-p and min-p
-    renormalisation. ``completion_ids`` keep the end-of-sequence id. ``error_class`` and ``error`` are
-    empty unless ``finish_reason`` is ``error``, or a reward function failed (``reward_failed``).
+    ``logprobs`` has one number per completion token: ``log_softmax(logits / temperature)`` over the full vocabulary
+    in fp32 (raw logits when greedy). ``sampler_logprobs`` is the same after top-k, top-p and min-p renormalisation.
+    ``completion_ids`` keeps the end-of-sequence id. ``error_class`` and ``error`` are empty unless ``finish_reason``
+    is ``error`` or a reward function failed (``reward_failed``).
     """
 
     row_id: str
@@ -51,7 +51,7 @@ class Padded:
     completion_ids: torch.Tensor
     """[B, R] int64."""
     completion_mask: torch.Tensor
-    """[B, R] int64, 1 on completion tokens, the end-of-sequence id included."""
+    """[B, R] int64, 1 on completion tokens, including the end-of-sequence id."""
     logprobs: torch.Tensor
     """[B, R] float32, 0 on padding."""
     sampler_logprobs: torch.Tensor
@@ -75,25 +75,28 @@ class Batch:
         return iter(self.records)
 
     def to_padded(self, pad_token_id: int) -> Padded:
-        """The batch as tensors on the CPU; error records are rows like others, with what they have."""
+        """Return the records as padded CPU tensors; an error record contributes the tokens it has."""
         import torch
 
         prompts = [record.prompt_ids for record in self.records]
         completions = [record.completion_ids for record in self.records]
 
         def padded(
-            rows: list[list[int]] | list[list[float]], fill: float, dtype: torch.dtype, side: Literal["left", "right"]
+            sequences: list[list[int]] | list[list[float]],
+            fill: float,
+            dtype: torch.dtype,
+            side: Literal["left", "right"],
         ) -> torch.Tensor:
-            tensors = [torch.tensor(row, dtype=dtype) for row in rows]
+            tensors = [torch.tensor(sequence, dtype=dtype) for sequence in sequences]
             if not tensors:
                 return torch.zeros(0, 0, dtype=dtype)
-            return torch.nn.utils.rnn.pad_sequence(tensors, True, fill, padding_side=side)
+            return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
 
         return Padded(
             prompt_ids=padded(prompts, pad_token_id, torch.int64, "left"),
-            prompt_mask=padded([[1] * len(row) for row in prompts], 0, torch.int64, "left"),
+            prompt_mask=padded([[1] * len(ids) for ids in prompts], 0, torch.int64, "left"),
             completion_ids=padded(completions, pad_token_id, torch.int64, "right"),
-            completion_mask=padded([[1] * len(row) for row in completions], 0, torch.int64, "right"),
+            completion_mask=padded([[1] * len(ids) for ids in completions], 0, torch.int64, "right"),
             logprobs=padded([record.logprobs for record in self.records], 0.0, torch.float32, "right"),
             sampler_logprobs=padded([record.sampler_logprobs for record in self.records], 0.0, torch.float32, "right"),
         )

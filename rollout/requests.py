@@ -1,4 +1,4 @@
-"""What goes in: one prompt, tokenised, with all that its samples depend on."""
+"""Requests that enter the engine, and the reports of its steps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rollout.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt and the samples wanted of it.
+    """One tokenised prompt and the samples wanted of it.
 
-    A sample's noise depends on ``seed``, ``row_id``, its index and the position alone.
+    The sampling noise of a token depends only on ``seed``, ``row_id``, the sample's index and the token's position.
     """
 
     row_id: str
@@ -21,11 +21,11 @@ class Request:
     params: SamplingParams
     seed: int = 0
     samples: Sequence[int] | None = None
-    """Which samples to draw; all ``params.n`` of them when None. A resumed job asks for the missing ones."""
+    """Indices of the samples to generate; None: all ``params.n``. A resumed job asks for the missing ones."""
     expected_tokens: float | None = None
-    """How long its completions are expected to be; None: nobody knows. Nothing but the order of work depends on it."""
+    """Expected length of a completion, None if unknown. Affects only the order of admission."""
     ahead: int = 0
-    """How many of the requests that follow are at hand, so that they may be read at once and put in another order."""
+    """Number of following requests that can be read without waiting, so that they may be reordered together."""
 
     @property
     def wanted_samples(self) -> Sequence[int]:
@@ -33,7 +33,7 @@ class Request:
 
 
 def in_windows(requests: Iterable[Request], size: int) -> Iterator[Request]:
-    """The same requests, up to ``size`` of them read at a time and marked as at hand together."""
+    """Yield the requests unchanged but for ``ahead``, reading up to ``size`` of them at a time."""
     rest = iter(requests)
     while window := list(islice(rest, size)):
         for number, request in enumerate(window, 1):
@@ -42,12 +42,12 @@ def in_windows(requests: Iterable[Request], size: int) -> Iterator[Request]:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step of the engine as seen from outside: what metrics and progress lines are made of."""
+    """One step of the engine, as reported to metrics and progress lines. Rows are batch rows."""
 
     step: int
     live_rows: int
     paused_rows: int
-    """Of these, rows that could decode and did not."""
+    """Live rows that could decode but were paused in this step."""
     waiting_rows: int
     row_target: int
     reason: str
@@ -57,6 +57,7 @@ class StepReport:
     prefill_tokens: int
     new_tokens: int
     preempted_rows: int
-    """Since the last report, as the next."""
+    """Rows preempted since the previous report."""
     out_of_memory_events: int
+    """Allocator failures since the previous report."""
     step_ms: float

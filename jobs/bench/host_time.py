@@ -37,8 +37,8 @@ POINTS: tuple[tuple[str, Any, str], ...] = (
     ("pages", _LOOP.Scheduler, "admit"),
     ("pages", _LOOP.Scheduler, "make_room"),
     ("pages", _LOOP.Scheduler, "go_live"),
-    ("packing", _LOOP.Scheduler, "prefill_parts"),
-    ("packing", _LOOP.Scheduler, "packed"),
+    ("packing", _LOOP.Scheduler, "prefill_chunks"),
+    ("packing", _LOOP, "build_forward_batch"),
     ("records", _LOOP.Loop, "_settle"),
     ("queue", _LOOP.Loop, "refill"),
 )

@@ -1,10 +1,11 @@
-"""Samples on their way through the engine, before and between their lives in the batch."""
+"""Batch rows: samples waiting, in prefill or preempted, and the groups that share a prompt."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ Float32Array = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a sample has generated so far; arrays of equal length."""
+    """Tokens that a sample has generated so far, with their log-probabilities; arrays of equal length."""
 
     tokens: IntArray
     logprobs: Float32Array
@@ -27,26 +28,26 @@ class Completion:
         return len(self.tokens)
 
 
-NOTHING = Completion(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32))
+NO_COMPLETION = Completion(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32))
 
 
 @dataclass(eq=False, slots=True)
 class Group:
-    """Rows with the same prompt: the samples of one request, and of equal requests that follow it.
+    """Rows with the same prompt: the samples of one request, and of requests with an equal prompt right after it.
 
-    While any of them lives, the group itself holds the prompt's full pages, for others to join.
+    While any of its rows is live, the group holds a reference to the prompt's full pages, for further rows to share.
     """
 
     number: int
-    """No other group of the queue has it."""
+    """Unique within the queue, in order of arrival."""
     prompt_ids: IntArray
     pages: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     holders: int = 0
-    """Rows of the group that live."""
+    """Rows of the group in the live batch."""
     waiting: int = 0
     """Rows of the group in the queue."""
     prefill: Prefill | None = None
-    """The prefill of the prompt that is under way, which further samples may join."""
+    """The running prefill of the prompt, which further samples may join."""
 
 
 @dataclass(eq=False, slots=True)
@@ -57,44 +58,44 @@ class BatchRow:
     sample: int
     group: Group
     limit: int
-    """Most tokens that it may generate: ``max_new_tokens``, or what the context leaves."""
-    completion: Completion = NOTHING
-    """What it had generated when it was preempted."""
+    """Maximum tokens to generate: ``max_new_tokens``, or fewer if the context limit is reached first."""
+    completion: Completion = NO_COMPLETION
+    """Tokens that it had generated when it was preempted."""
 
     @property
     def expected_tokens(self) -> float:
-        """Tokens that it is expected to generate in all, NaN where nobody knows."""
+        """Expected length of the completion, NaN if unknown."""
         expected = self.request.expected_tokens
         return math.nan if expected is None else min(expected, float(self.limit))
 
     @property
     def ends_at_limit(self) -> bool:
-        """Whether nothing but ``limit`` ends it."""
+        """Whether only ``limit`` can end the row."""
         params = self.request.params
         return params.ignore_eos and not (params.stop or params.stop_token_ids)
 
     @property
     def begun(self) -> bool:
-        """Whether it has tokens, or its prompt is in memory or on its way there."""
+        """Whether the row has tokens, or its prompt is in memory or in prefill."""
         return len(self.completion) > 0 or self.group.holders > 0 or self.group.prefill is not None
 
     @property
     def context(self) -> IntArray:
-        """The tokens whose keys and values it needs before its next token."""
+        """Tokens whose keys and values must be computed before the next token."""
         return np.concatenate([self.group.prompt_ids, self.completion.tokens])
 
 
 @dataclass(eq=False, slots=True)
 class Prefill:
-    """A context whose keys and values are being computed, for the rows that will go on from it."""
+    """A context being prefilled, and the rows that will decode from it."""
 
     group: Group
     context: IntArray
     pages: IntArray
     states: IntArray
-    """[rows] the page that each row has for its recurrent state, the first of which is computed; [0] without such."""
+    """[rows] page of each row's recurrent state; the prefill computes the first. [0] in models without."""
     computed: int
-    """Tokens whose keys and values are in ``pages`` already."""
+    """Tokens whose keys and values are already in ``pages``."""
     rows: list[BatchRow]
 
     @property
@@ -102,7 +103,15 @@ class Prefill:
         return len(self.context) - self.computed
 
 
+class PrefillChunk(NamedTuple):
+    """The next tokens of one prefill."""
+
+    prefill: Prefill
+    tokens: int
+    """Tokens to compute, at least one."""
+
+
 def noise_key(seed: int, row_id: str) -> tuple[int, int]:
-    """Two 32-bit words that stand for (seed, row id); samples and positions go into the counter."""
+    """Hash (seed, row id) to the two 32-bit words of a Philox key; sample and position form the counter."""
     digest = hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

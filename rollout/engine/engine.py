@@ -1,4 +1,4 @@
-"""The library: generation on a live transformers module."""
+"""The library: generate with a live transformers module."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from typing import Any, cast
 
@@ -27,6 +26,7 @@ from rollout.errors import InputError, check_all
 from rollout.headroom.headroom import Headroom, after_reserve, headroom_over
 from rollout.length_history import LengthHistory
 from rollout.models.attention.names import AUTO
+from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.module.inspect import context_limit, output_device, unwrap_model, vocabulary_size
 from rollout.models.patches.linears import PackedLinears
 from rollout.models.patches.norms_and_rope import FusedModules
@@ -37,14 +37,15 @@ from rollout.requests import Request, StepReport, in_windows
 from rollout.sampling_params import SamplingParams
 from rollout.stats import Stats
 
-#: Rows that are read before the first decision; their size sets the size of a slab.
+#: Rows read before the first decision; their lengths set the slab size.
 _FIRST_ROWS = 64
 
-#: Prompts whose lengths are remembered from call to call, and how many of a list are put in order together.
-_REMEMBERED = 1 << 16
+#: Prompts whose completion lengths are remembered between calls.
+_REMEMBERED_PROMPTS = 1 << 16
+#: Prompts of a sequence that are ordered together.
 _WINDOW = 1 << 12
 
-#: Of the headroom, what packed copies of linear weights may take; the rest is for keys and values.
+#: Share of the headroom for packed copies of linear weights; the rest is left to the KV cache.
 _COPIES_SHARE = 0.5
 
 logger = logging.getLogger(__name__)
@@ -54,25 +55,25 @@ Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
 
 class Engine:
-    """Generates with a live module: its own weights, no copy, and it is given back as it was.
+    """Generates with a live module: uses its weights without a copy and leaves the module unchanged.
 
     Args:
-        model: a transformers causal LM, PEFT-wrapped or not, on one device, or on several as accelerate places it; or,
-            with transformers' tensor parallelism, a share of one: then all processes that hold it make an engine, call
-            the same methods in the same order with the same arguments, and get the same records.
-        tokenizer: for text prompts, chat messages and the text of completions; None when prompts are
-            token ids and no text is wanted.
-        policy: how many rows live, by name or as an object of your own. With tensor parallelism each process has
-            one, which must decide by what it observes alone.
-        latency_budget_ms: what a step may take; None is no budget.
-        max_rows, min_rows: bounds on live rows.
-        max_kv_bytes: never more KV bytes than this; None uses all headroom.
-        reserve_fraction: share of the device's total memory that is always left free.
-        attention: a backend by name (`rollout.models.attention.names`); ``auto`` is the fastest of the engine's own.
-        headroom: telemetry to follow instead of that of the devices.
+        model: a transformers causal LM, PEFT-wrapped or not, on one device or on several as accelerate places it. With
+            transformers' tensor parallelism, every rank creates an engine, calls the same methods in the same order
+            with the same arguments, and gets the same records.
+        tokenizer: encodes text prompts and chat messages, and decodes completions; None if prompts are token ids and
+            no text is wanted.
+        policy: decides how many rows may live; a name, or a `Policy` of your own. With tensor parallelism, every rank
+            has its own, which must depend only on its observations.
+        latency_budget_ms: time limit of a step; None: no limit.
+        max_rows, min_rows: bounds on live rows, i.e. samples generated at the same time.
+        max_kv_bytes: limit on KV bytes; None: all headroom.
+        reserve_fraction: share of the device's total memory to leave free.
+        attention: name of a backend (`rollout.models.attention.names`); ``auto``: the engine's fastest for this model.
+        headroom: free memory to follow instead of the devices' own.
 
     Raises:
-        UnsupportedModel: the model cannot be served, or not by that attention; the message says why.
+        UnsupportedModel: the model, or the model with that attention, is not supported; the message says why.
         InputError: an argument is out of range.
     """
 
@@ -103,16 +104,16 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.weight_version = 0
-        """Stamped on records; set it when the weights change."""
+        """Stamped on records; set it whenever the weights change."""
         base = unwrap_model(model)
         self._device = output_device(model)
         self._sync = sync_for(model)
         self._strategy = select_strategy(model, attention)
         self.attention = self._strategy.attention()
-        """What attends: triton, compiled, gather; varlen or flash_attn to prefills, and after a + what attends to rows
-        that decode; own: the model itself; none: nothing."""
-        logger.info("The %s tier serves the model; attention: %s.", self._strategy.name, self.attention)
-        bounds = Bounds(min_rows, max_rows, latency_budget_ms)
+        """Attention backend: triton, compiled or gather; varlen or flash_attn for prefills, then + and the backend for
+        decoding; own: the model's code; none: the model has no attention."""
+        logger.info("Running the model's own modules with %s.", _describe(self._strategy.name, self.attention))
+        bounds = Bounds(min_rows=min_rows, max_rows=max_rows, latency_budget_ms=latency_budget_ms)
         self._policy = make_policy(policy, bounds) if isinstance(policy, str) else policy
         self._max_kv_bytes = max_kv_bytes
         self._reserve_fraction = reserve_fraction
@@ -122,15 +123,15 @@ class Engine:
             )
         self._headroom = self._sync.headroom(headroom)
         self.context_limit = context_limit(base.config)
-        """Most tokens of prompt and completion together; None when the model states none."""
-        self._vocabulary = vocabulary_size(model)
-        self._text = Detokenizer(tokenizer)
-        self._eos = _eos_ids(base.generation_config)
-        _warn_of_unapplied(base.generation_config)
-        self._lengths = LengthHistory(_REMEMBERED)
+        """Maximum tokens of prompt and completion together; None if the model states no limit."""
+        self._vocab_size = vocabulary_size(model)
+        self._detokenizer = Detokenizer(tokenizer)
+        self._eos_ids = _eos_ids(base.generation_config)
+        _warn_about_unapplied_processors(base.generation_config)
+        self._lengths = LengthHistory(_REMEMBERED_PROMPTS)
         self._ordering = Ordering()
         self.stats: Stats | None = None
-        """Totals of the last call that ran to its end or was closed."""
+        """Totals of the last call that finished or was closed early."""
 
     def generate(
         self,
@@ -140,13 +141,13 @@ class Engine:
         seed: int = 0,
         row_ids: Sequence[str] | None = None,
     ) -> Batch:
-        """Completions of all prompts: records in prompt order, then sample order.
+        """Generate completions of all prompts; records come in prompt order, then sample order.
 
         Args:
             prompts: texts, chat message lists or token-id lists.
-            params: one for all, or one a prompt.
-            seed: with the row id, the sample and the position, all that a draw depends on.
-            row_ids: strings that key the draws; the prompt's index by default.
+            params: one for all prompts, or one per prompt.
+            seed: the noise of a token depends only on the seed, the row id, the sample and the position.
+            row_ids: one string per prompt that keys its noise; by default the prompt's index.
 
         Raises:
             InputError: lists differ in length, ids repeat, or a prompt cannot be tokenised.
@@ -161,7 +162,7 @@ class Engine:
         records = list(self.stream(prompts, params, seed=seed, row_ids=ids))
         records.sort(key=lambda record: (order[record.row_id], record.sample))
         assert self.stats is not None
-        return Batch(tuple(records), self.stats)
+        return Batch(records=tuple(records), stats=self.stats)
 
     def stream(
         self,
@@ -171,68 +172,77 @@ class Engine:
         seed: int = 0,
         row_ids: Iterable[str] | None = None,
     ) -> Iterator[Record]:
-        """Like `generate`, but yields records as they finish, and reads ``prompts`` only as rows are admitted.
+        """Generate like `generate`, but yield records as they finish and read ``prompts`` only as rows are admitted.
 
-        A sequence of prompts is at hand anyway, so that prompts that an earlier call completed can be put in order: up
-        to 4096 of them are looked at together, and those that were long then start early enough.
+        If ``prompts`` is a sequence, up to 4096 of them are ordered together by the lengths that earlier calls
+        observed, so that long completions start early.
         """
-        many = params if isinstance(params, Sequence) else None
-        if many is not None and isinstance(prompts, Sequence) and len(many) != len(prompts):
-            raise InputError(f"params has {len(many)} entries, but there are {len(prompts)} prompts.")
-        one = params if isinstance(params, SamplingParams) else SamplingParams()
-        ids = (str(i) for i in count()) if row_ids is None else iter(row_ids)
-        requests = (
-            self._expecting(Request(next(ids), self.encode(prompt), one if many is None else many[i], seed))
-            for i, prompt in enumerate(prompts)
-        )
-        return self.run(in_windows(requests, _WINDOW) if isinstance(prompts, Sequence) and self._lengths else requests)
+        if isinstance(params, Sequence) and isinstance(prompts, Sequence) and len(params) != len(prompts):
+            raise InputError(f"params has {len(params)} entries, but there are {len(prompts)} prompts.")
+        requests = self._requests(prompts, SamplingParams() if params is None else params, seed=seed, row_ids=row_ids)
+        if isinstance(prompts, Sequence) and self._lengths:
+            requests = in_windows(requests, _WINDOW)
+        return self.run(requests)
 
-    def _expecting(self, request: Request) -> Request:
-        """With the length that earlier calls' completions of the prompt had."""
-        return replace(request, expected_tokens=self._lengths.expected(request.prompt_ids))
+    def _requests(
+        self,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        seed: int,
+        row_ids: Iterable[str] | None,
+    ) -> Iterator[Request]:
+        """Yield a request per prompt, with the completion length that earlier calls observed for it."""
+        ids = (str(i) for i in count()) if row_ids is None else iter(row_ids)
+        for i, prompt in enumerate(prompts):
+            row_id, prompt_ids = next(ids), self.encode(prompt)
+            yield Request(
+                row_id=row_id,
+                prompt_ids=prompt_ids,
+                params=params if isinstance(params, SamplingParams) else params[i],
+                seed=seed,
+                expected_tokens=self._lengths.expected(prompt_ids),
+            )
 
     def run(
         self, requests: Iterable[Request], *, on_step: Callable[[StepReport], None] | None = None
     ) -> Iterator[Record]:
-        """Generates for a stream of requests; records come as they finish.
+        """Generate for a stream of requests and yield records as they finish.
 
-        Between records the module is its owner's: it is switched to the engine only while steps run.
+        The module is borrowed only while steps run, so between records it is as its owner left it.
         """
-        started = time.perf_counter()
+        start = time.perf_counter()
         self.stats = None
         layout = self._strategy.kv_layout()
-        # Before memory is read: the copies take their share.
-        room = after_reserve(self._headroom, self._reserve_fraction) * _COPIES_SHARE
-        linears = PackedLinears(self.model, int(room), layers_with_shared_inputs(self.model))
-        # Recurrent states carry differences of rounding on and on, so those models keep their own arithmetic.
-        fused = nullcontext if layout.states else FusedModules(self.model).applied
-        queue = WaitingQueue(requests, self.context_limit, self._vocabulary, self._ordering)
+        patches = self._make_patches(layout)  # before the KV budget: the packed weights take their share of memory
+        queue = WaitingQueue(
+            requests, context_limit=self.context_limit, vocab_size=self._vocab_size, ordering=self._ordering
+        )
         queue.fill(_FIRST_ROWS)
-        memory = KVMemory(
+        kv = KVMemory(
             layout,
             self._headroom,
             self._device,
-            self._max_kv_bytes,
-            self._reserve_fraction,
-            queue.demand,
-            max(1, len(queue)),
-            self._sync,
+            max_kv_bytes=self._max_kv_bytes,
+            reserve_fraction=self._reserve_fraction,
+            expected_tokens=queue.max_tokens,
+            expected_rows=max(1, len(queue)),
+            sync=self._sync,
         )
         loop = Loop(
-            self._strategy.runner(memory.pool),
-            memory,
-            self._policy,
-            self._text,
-            self._eos,
-            queue,
-            self.weight_version,
-            on_step,
-            together=self._sync,
+            runner=self._strategy.runner(kv.pool),
+            kv=kv,
+            policy=self._policy,
+            queue=queue,
+            detokenizer=self._detokenizer,
+            eos_ids=self._eos_ids,
+            weight_version=self.weight_version,
+            on_step=on_step,
+            sync=self._sync,
         )
         try:
             while True:
                 loop.refill()
-                with self._strategy.borrow(), linears.applied(), fused():
+                with self._strategy.borrow(), patches():
                     records = loop.advance()
                 if records is None:
                     return
@@ -241,18 +251,33 @@ class Engine:
                 yield from records
         finally:
             loop.close()
-            seconds = time.perf_counter() - started
-            self.stats = loop.tally.stats(memory.peak_bytes, memory.bytes_held, seconds)
+            self.stats = loop.tally.stats(
+                peak_kv_bytes=kv.peak_bytes, kv_bytes_held=kv.bytes_held, seconds=time.perf_counter() - start
+            )
+
+    def _make_patches(self, layout: KVLayout) -> Callable[[], AbstractContextManager[None]]:
+        """Pack linear weights within the headroom, and return a context manager that applies all patches."""
+        free_bytes = after_reserve(self._headroom, self._reserve_fraction)
+        linears = PackedLinears(self.model, int(free_bytes * _COPIES_SHARE), layers_with_shared_inputs(self.model))
+        # Recurrent states accumulate rounding differences, so these models keep their own kernels.
+        fused = nullcontext if layout.states else FusedModules(self.model).applied
+
+        @contextmanager
+        def applied() -> Iterator[None]:
+            with linears.applied(), fused():
+                yield
+
+        return applied
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: chat messages go through the chat template, text is used as it is.
+        """Return the token ids of a prompt; chat messages go through the chat template, text is used unchanged.
 
         Raises:
-            InputError: there is no tokenizer, or no chat template for messages.
+            InputError: the engine has no tokenizer, or the tokenizer has no chat template for messages.
         """
         if isinstance(prompt, str):
             return list(self._tokenizer_for("texts")(prompt)["input_ids"])
-        # `Mapping` is slow to ask for, and a prompt may have thousands of ids.
+        # Test for int first: isinstance with Mapping is slow, and a prompt may have thousands of ids.
         if any(not isinstance(item, int) and isinstance(item, Mapping) for item in prompt):
             tokenizer = self._tokenizer_for("chat messages")
             if tokenizer.chat_template is None:
@@ -263,21 +288,35 @@ class Engine:
 
     def _tokenizer_for(self, kind: str) -> Any:
         if self.tokenizer is None:
-            raise InputError(f"The engine has no tokenizer for {kind}: give it one, or give lists of token ids.")
+            raise InputError(f"The engine has no tokenizer for {kind}: create it with one, or pass lists of token ids.")
         return self.tokenizer
 
 
+def _describe(strategy: str, attention: str) -> str:
+    """Return attention and run strategy in words, e.g. ``compiled attention (packed batches)``."""
+    unnamed = {"own": "their own attention", "none": "no attention"}
+    return f"{unnamed.get(attention, f'{attention} attention')} ({strategy} batches)"
+
+
 def _eos_ids(generation_config: Any) -> list[int]:
-    """End-of-sequence ids; a model may have several."""
+    """Return the end-of-sequence ids, of which a model may have several."""
     eos = getattr(generation_config, "eos_token_id", None)
     return [] if eos is None else [int(i) for i in (eos if isinstance(eos, list | tuple) else [eos])]
 
 
-def _warn_of_unapplied(generation_config: Any) -> None:
-    """Says which of the model's default logits processors ``generate`` would apply and this engine does not."""
-    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None, "bad_words_ids": None}
-    neutral |= {"begin_suppress_tokens": None, "min_length": 0, "min_new_tokens": None, "forced_eos_token_id": None}
-    for name, value in neutral.items():
-        found = getattr(generation_config, name, value)
-        if found not in (None, value):
-            logger.warning("The model's generation_config has %s=%r, which is not applied.", name, found)
+def _warn_about_unapplied_processors(generation_config: Any) -> None:
+    """Warn about default logits processors that transformers' ``generate`` would apply and this engine does not."""
+    defaults = {
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+        "bad_words_ids": None,
+        "min_length": 0,
+        "min_new_tokens": None,
+        "forced_eos_token_id": None,
+    }
+    for name, default in defaults.items():
+        value = getattr(generation_config, name, default)
+        if value not in (None, default):
+            logger.warning("The model's generation_config sets %s=%r, which this engine does not apply.", name, value)

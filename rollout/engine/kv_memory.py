@@ -1,4 +1,4 @@
-"""How much KV memory the engine may hold now: the pool's size follows the headroom and the user's cap."""
+"""KV memory of the engine: a page pool whose size follows the headroom and the user's limit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from rollout.engine.tp_sync import SingleProcess
 from rollout.headroom.headroom import Headroom, after_reserve
-from rollout.models.arrays import IntArray
+from rollout.models.arrays import IntArray, ceil_div
 from rollout.models.device import is_out_of_memory
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
@@ -17,21 +17,22 @@ from rollout.models.kv_cache.state_pool import StatePool
 
 logger = logging.getLogger(__name__)
 
-_MOST_SLAB_BYTES = 1 << 30
-#: The pool at its largest is about so many slabs: a slab is the step by which it follows headroom.
+_MAX_SLAB_BYTES = 1 << 30
+#: The pool grows to about this many slabs, so it follows the headroom in steps of a sixteenth.
 _SLABS = 16
 
 
 class KVMemory:
-    """Grows and shrinks a page pool, and its pool of recurrent states, within headroom.
+    """Grows and shrinks a page pool and its pool of recurrent states within the headroom.
 
     Args:
-        layout: what one token and one row store.
-        headroom: telemetry of the device.
-        max_kv_bytes: never more bytes than this in both pools; None is no cap.
-        reserve_fraction: share of the device's total memory that is always left free.
-        demand_tokens, demand_rows: what the first rows will hold at most; slabs are no larger than they ask for.
-        together: whose pools grow together.
+        layout: bytes per token and per row.
+        headroom: free memory of the device.
+        device: where the pool's tables live.
+        max_kv_bytes: limit on the bytes of both pools together; None: no limit.
+        reserve_fraction: share of the device's total memory to leave free.
+        expected_tokens, expected_rows: most that the first rows will hold; slabs are no larger than that.
+        sync: agrees with the other ranks of a tensor-parallel model, whose pools grow together.
     """
 
     def __init__(
@@ -41,38 +42,40 @@ class KVMemory:
         device: torch.device,
         max_kv_bytes: int | None,
         reserve_fraction: float,
-        demand_tokens: int,
-        demand_rows: int = 1,
-        together: SingleProcess | None = None,
+        expected_tokens: int,
+        expected_rows: int = 1,
+        sync: SingleProcess | None = None,
     ) -> None:
-        self._sync = together or SingleProcess()
+        self._sync = sync or SingleProcess()
         self._headroom = headroom
         self._max_kv_bytes = max_kv_bytes
         self._reserve_fraction = reserve_fraction
         self.headroom_bytes = 0
         self.peak_bytes = 0
-        self.read()
-        most = max(0, self.headroom_bytes) if max_kv_bytes is None else min(max(0, self.headroom_bytes), max_kv_bytes)
-        slab_bytes = min(most // _SLABS, _MOST_SLAB_BYTES)
+        self.read_headroom()
+        max_bytes = max(0, self.headroom_bytes)
+        if max_kv_bytes is not None:
+            max_bytes = min(max_bytes, max_kv_bytes)
+        slab_bytes = min(max_bytes // _SLABS, _MAX_SLAB_BYTES)
 
-        def slab_pages(demand_bytes: int, page_bytes: int) -> int:
-            return max(1, min(slab_bytes, demand_bytes) // page_bytes) if page_bytes else 1
+        def pages_per_slab(expected_bytes: int, page_bytes: int) -> int:
+            return max(1, min(slab_bytes, expected_bytes) // page_bytes) if page_bytes else 1
 
         self.pool = PagePool(
             layout,
-            slab_pages(demand_tokens * layout.bytes_per_token, layout.bytes_per_page),
-            device,
-            slab_pages(demand_rows * layout.bytes_per_row, layout.bytes_per_row),
+            slab_pages=pages_per_slab(expected_tokens * layout.bytes_per_token, layout.bytes_per_page),
+            device=device,
+            slab_states=pages_per_slab(expected_rows * layout.bytes_per_row, layout.bytes_per_row),
         )
 
-    def read(self, kept_bytes: int = 0) -> None:
-        """Reads telemetry: what may still be taken after the reserve; negative when others took too much.
+    def read_headroom(self, kept_bytes: int = 0) -> None:
+        """Read the memory that may still be taken after the reserve; negative if other processes took too much.
 
-        ``kept_bytes`` count as free there and are not: `rollout.models.runners.base.Runner.bytes_kept`.
+        The headroom counts ``kept_bytes`` as free, but a runner holds them (`Runner.bytes_kept`).
         """
         self.headroom_bytes = after_reserve(self._headroom, self._reserve_fraction) - kept_bytes
 
-    # -- how much there is -----------------------------------------------------------------------------
+    # -- amounts -----------------------------------------------------------------------------
 
     @property
     def bytes_held(self) -> int:
@@ -80,40 +83,40 @@ class KVMemory:
 
     @property
     def bytes_used(self) -> int:
-        """Bytes of the pages and states that rows hold."""
+        """Bytes of the pages and states in use."""
         return sum(pool.used_pages * pool.page_bytes for pool in self._pools)
 
     @property
     def obtainable_bytes(self) -> int:
-        """Bytes of pages and states that are free, and of slabs that may be added."""
+        """Bytes of free pages and states, and of slabs that may be added."""
         slab_bytes = max(pool.slab_bytes for pool in self._pools)
         free = sum(pool.free_pages * pool.page_bytes for pool in self._pools)
         return free + self._growable_bytes // slab_bytes * slab_bytes
 
     @property
     def obtainable_pages(self) -> int:
-        """Pages for keys and values that are free or may be grown, if no more rows come."""
+        """Free KV pages, and those of slabs that may be added if no new row needs a state."""
         pool = self.pool
         grown = self._growable_bytes // pool.slab_bytes * pool.slab_pages if pool.page_bytes else 0
         return pool.free_pages + grown
 
     @property
     def excess_bytes(self) -> int:
-        """Bytes to give back for headroom to be what was reserved."""
+        """Bytes to free so that the reserve is free again."""
         return min(self.bytes_held, max(0, -self.headroom_bytes))
 
     @property
-    def wants_rows_back(self) -> bool:
-        """Whether giving back `excess_bytes` takes more than what is free."""
+    def must_evict(self) -> bool:
+        """Whether `excess_bytes` exceeds the free pages, so that rows must be preempted."""
         return self.excess_bytes > sum(pool.free_pages * pool.page_bytes for pool in self._pools)
 
     def could_hold(self, pages: int, states: int = 0) -> bool:
-        """Whether so much would fit if nobody but this process used the device."""
+        """Return whether the pages and states would fit if no other process used the device."""
         room = int((1 - self._reserve_fraction) * self._headroom.total_bytes)
         if self._max_kv_bytes is not None:
             room = min(room, self._max_kv_bytes)
         counts = zip(self._pools, (pages, states), strict=True)
-        return sum(-(-count // pool.slab_pages) * pool.slab_bytes for pool, count in counts) <= room
+        return sum(ceil_div(count, pool.slab_pages) * pool.slab_bytes for pool, count in counts) <= room
 
     @property
     def _pools(self) -> tuple[PagePool | StatePool, ...]:
@@ -126,22 +129,21 @@ class KVMemory:
             room = min(room, self._max_kv_bytes - self.bytes_held)
         return max(0, room)
 
-    # -- taking and giving back ------------------------------------------------------------------------
+    # -- growing and shrinking -------------------------------------------------------------------------
 
-    def reserve(self, pages: int, states: int = 0, leaving: int = 0) -> bool:
-        """Sees to it that so many pages and states are free, growing as allowed; False when they cannot be.
+    def reserve(self, pages: int, states: int = 0, keep_free: int = 0) -> bool:
+        """Grow the pools until the pages and states are free. Return False if memory does not allow it.
 
-        ``leaving`` more pages must be obtainable besides, but the pool does not grow for them yet.
+        ``keep_free`` further pages must be obtainable, but the pool does not grow for them yet.
         """
-
-        def lacking_slabs(pool: PagePool | StatePool, count: int) -> int:
-            return max(0, -((pool.free_pages - count) // pool.slab_pages))
-
-        wanted = ((self.pool, pages, leaving), (self.pool.states, states, 0))
-        lacking = sum(lacking_slabs(pool, count + besides) * pool.slab_bytes for pool, count, besides in wanted)
-        if lacking > self._growable_bytes:
+        page_pool, state_pool = self.pool, self.pool.states
+        missing_bytes = _missing_slabs(page_pool, pages + keep_free) * page_pool.slab_bytes
+        missing_bytes += _missing_slabs(state_pool, states) * state_pool.slab_bytes
+        if missing_bytes > self._growable_bytes:
             return False
-        return all(self._grow(pool, lacking_slabs(pool, count)) for pool, count, _ in wanted)
+        return self._grow(page_pool, _missing_slabs(page_pool, pages)) and self._grow(
+            state_pool, _missing_slabs(state_pool, states)
+        )
 
     def _grow(self, pool: PagePool | StatePool, slabs: int) -> bool:
         for _ in range(slabs):
@@ -151,18 +153,18 @@ class KVMemory:
                 if not is_out_of_memory(error):
                     raise
                 grown = False
-                logger.warning("The allocator refused a slab of %d bytes; going on without.", pool.slab_bytes)
+                logger.warning("Could not allocate a KV slab of %d bytes; keeping the current pool.", pool.slab_bytes)
             if not grown:
-                self.headroom_bytes = 0  # until the next reading
+                self.headroom_bytes = 0  # do not grow again before the next reading
                 return False
             self.headroom_bytes -= pool.slab_bytes
             self.peak_bytes = max(self.peak_bytes, self.bytes_held)
         return True
 
     def shrink(self, held_pages: Iterable[IntArray], held_states: Iterable[IntArray]) -> bool:
-        """Gives back a slab of the pool that has more to spare; what rows hold is moved and renamed in place.
+        """Free a slab, first of the pool with more free bytes; pages in it move, and their ids change in place.
 
-        Returns False, with nothing changed, when no slab can be emptied.
+        Returns False, with nothing changed, if no slab can be emptied.
         """
         pools = zip(self._pools, (held_pages, held_states), strict=True)
         return any(
@@ -171,15 +173,15 @@ class KVMemory:
         )
 
     def shrink_free(self, held_pages: Iterable[IntArray], held_states: Iterable[IntArray]) -> bool:
-        """Gives back all that is free, as far as it makes up slabs. Returns whether there was any."""
+        """Free as many slabs as the free pages make up. Return whether any slab was freed."""
         before = self.bytes_held
         for pool, held in zip(self._pools, (list(held_pages), list(held_states)), strict=True):
             while pool.free_pages >= pool.slab_pages and self._shrink(pool, held):
                 pass
         return self.bytes_held < before
 
-    def hand_back(self) -> None:
-        """Lets other processes have what was given back: torch keeps it for this one until it is told not to."""
+    def release_cached(self) -> None:
+        """Return freed slabs to the driver; torch's allocator would cache them for this process."""
         if self.pool.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -188,3 +190,8 @@ class KVMemory:
         if shrunk:
             self.headroom_bytes += pool.slab_bytes
         return shrunk
+
+
+def _missing_slabs(pool: PagePool | StatePool, pages: int) -> int:
+    """Return the slabs to add so that ``pages`` are free."""
+    return ceil_div(max(0, pages - pool.free_pages), pool.slab_pages)

@@ -1,4 +1,4 @@
-"""The live batch: one slot for each row that decodes, as arrays, so that a step costs no Python per row."""
+"""The live batch: arrays with one slot per decoding row, so that a step runs no Python per row."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _T = TypeVar("_T", bound=np.generic)
 
 
 class LiveBatch:
-    """Rows that decode, oldest first. Arrays are indexed by slot.
+    """Rows that decode. Arrays are indexed by slot; lists of slots are oldest row first.
 
-    Tokens may be drawn ahead of what the host has of them: ``generated`` counts those drawn, ``arrived`` those whose
-    values are here. A row that has ended keeps its slot, and what it holds, until all that was drawn for it is here.
+    Tokens are sampled on the device before the host reads them: ``generated`` counts the sampled tokens of a row,
+    ``received`` those that the host has read. A row that has ended keeps its slot and pages until all of its sampled
+    tokens have been read.
     """
 
     def __init__(self, page_size: int, device: torch.device, states_per_row: int = 0) -> None:
@@ -31,32 +32,36 @@ class LiveBatch:
         self._rows: list[BatchRow | None] = []
         self._free: list[int] = []
         self._sampling: RowSampling | None = None
-        self._sampled: IntArray = np.zeros(0, np.int64)
-        """The slots that this is of."""
+        """Cached sampling parameters of `_sampling_slots`."""
+        self._sampling_slots: IntArray = np.zeros(0, np.int64)
         self.active: IntArray = np.zeros(0, np.int64)
-        """Slots of the rows that go on."""
-        self.held: IntArray = np.zeros(0, np.int64)
-        """Slots in use: those, and of rows that have ended."""
-        self.tables: IntArray = np.zeros((0, _GROWTH), np.int64)
+        """Slots of the rows that still decode."""
+        self.occupied: IntArray = np.zeros(0, np.int64)
+        """All slots in use: the active ones, and those of rows that only wait for their last tokens to be read."""
+
+        # One entry per slot; `_grow_slots` lists all of them.
+        self.page_tables: IntArray = np.zeros((0, _GROWTH), np.int64)
         """[slots, pages] page ids."""
         self.page_counts: IntArray = np.zeros(0, np.int64)
         self.states: IntArray = np.zeros((0, states_per_row), np.int64)
         """[slots, 1] page of each row's recurrent state; [slots, 0] in models without."""
         self.prompt_lengths: IntArray = np.zeros(0, np.int64)
         self.generated: IntArray = np.zeros(0, np.int64)
-        self.arrived: IntArray = np.zeros(0, np.int64)
+        """Sampled tokens, including those not read yet."""
+        self.received: IntArray = np.zeros(0, np.int64)
+        """Sampled tokens that the host has read."""
         self.limits: IntArray = np.zeros(0, np.int64)
         self.ends_at_limit: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.groups: IntArray = np.zeros(0, np.int64)
-        """The number of each row's group."""
+        """Number of each row's group."""
         self.ignore_eos: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.has_stops: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Whether the row has stop strings or stop ids of its own."""
-        self.over: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Whether the row ended with a token that is here; what was drawn after that is nothing of its."""
-        self.broken: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Whether any number drawn for the row was not finite."""
-        self._joined_with: IntArray = np.zeros(0, np.int64)
+        """Whether the row's own parameters name stop strings or stop ids."""
+        self.ended: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """True once the row has finished; tokens sampled after its last one are discarded."""
+        self.non_finite: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Whether any log-probability of the row was not finite."""
+        self._tokens_at_join: IntArray = np.zeros(0, np.int64)
         self._temperature: NDArray[np.float32] = np.zeros(0, np.float32)
         self._top_k: IntArray = np.zeros(0, np.int64)
         self._top_p: NDArray[np.float32] = np.zeros(0, np.float32)
@@ -64,7 +69,7 @@ class LiveBatch:
         self._keys: IntArray = np.zeros((0, 2), np.int64)
         self._samples: IntArray = np.zeros(0, np.int64)
         self._last = torch.zeros(0, dtype=torch.int64, device=device)
-        """[slots] the token drawn last."""
+        """[slots] the most recently sampled token, on the device."""
         self._tokens: IntArray = np.zeros((0, _GROWTH), np.int64)
         self._logprobs: NDArray[np.float32] = np.zeros((0, _GROWTH), np.float32)
         self._sampler_logprobs: NDArray[np.float32] = np.zeros((0, _GROWTH), np.float32)
@@ -73,156 +78,187 @@ class LiveBatch:
         return len(self.active)
 
     def row(self, slot: int) -> BatchRow:
-        """The row in ``slot``."""
+        """Return the row in ``slot``."""
         row = self._rows[slot]
         assert row is not None, f"slot {slot} is free"
         return row
 
     def lengths(self, slots: IntArray) -> IntArray:
-        """[slots] tokens drawn of each row, with its prompt; the last one is not in its pages yet."""
+        """Return [slots] prompt plus sampled tokens; the last token is not in the row's pages yet."""
         lengths: IntArray = self.prompt_lengths[slots] + self.generated[slots]
         return lengths
 
     def last_tokens(self, slots: IntArray) -> torch.Tensor:
-        """[slots] int64 on the device: the token that each row decodes from."""
+        """Return [slots] int64 on the device: the token that each row decodes from."""
         return self._last[uploaded(slots, self._device)]
 
     def pages(self, slot: int) -> IntArray:
-        """The pages that a row holds, in order."""
-        pages: IntArray = self.tables[slot, : self.page_counts[slot]]
+        """Return the row's pages, in order."""
+        pages: IntArray = self.page_tables[slot, : self.page_counts[slot]]
         return pages
 
     def all_rows(self) -> list[BatchRow]:
-        """The rows in all slots, oldest first."""
-        return [self.row(slot) for slot in self.held.tolist()]
+        """Return the rows in all occupied slots, oldest first."""
+        return [self.row(slot) for slot in self.occupied.tolist()]
 
     def all_pages(self) -> list[IntArray]:
-        """The pages of every row, as views that may be rewritten."""
-        return [self.pages(slot) for slot in self.held.tolist()]
+        """Return the pages of every row, as views that may be rewritten."""
+        return [self.pages(slot) for slot in self.occupied.tolist()]
 
     def all_states(self) -> list[IntArray]:
-        """The same for the pages of recurrent states."""
-        return [self.states[slot] for slot in self.held.tolist()]
+        """Return the state pages of every row, as views that may be rewritten."""
+        return [self.states[slot] for slot in self.occupied.tolist()]
 
-    # -- coming and going ----------------------------------------------------------------------------
+    # -- adding and removing rows --------------------------------------------------------------------
 
     def add(self, row: BatchRow, pages: IntArray, state: IntArray = _NO_STATE) -> int:
-        """Gives ``row`` a slot; it goes on after the tokens of ``row.completion``."""
+        """Give ``row`` a slot; it continues after the tokens of ``row.completion``."""
         if not self._free:
             self._grow_slots()
         slot = self._free.pop()
         done = len(row.completion)
-        self._widen(len(pages), done + 1)
+        self._widen(pages=len(pages), tokens=done + 1)
         self._rows[slot] = row
-        self.tables[slot, : len(pages)] = pages
+        self.page_tables[slot, : len(pages)] = pages
         self.page_counts[slot] = len(pages)
         self.states[slot] = state
         self.prompt_lengths[slot] = len(row.group.prompt_ids)
-        self.generated[slot] = self.arrived[slot] = done
-        self.over[slot] = self.broken[slot] = False
-        self._joined_with[slot] = done
+        self.generated[slot] = done
+        self.received[slot] = done
         self.limits[slot] = row.limit
-        self.ends_at_limit[slot], self.groups[slot] = row.ends_at_limit, row.group.number
+        self.ends_at_limit[slot] = row.ends_at_limit
+        self.groups[slot] = row.group.number
+        self.ended[slot] = False
+        self.non_finite[slot] = False
+        self._tokens_at_join[slot] = done
         params = row.request.params
         self.ignore_eos[slot] = params.ignore_eos
         self.has_stops[slot] = bool(params.stop or params.stop_token_ids)
         self._temperature[slot] = params.temperature
-        self._top_k[slot], self._top_p[slot], self._min_p[slot] = params.top_k, params.top_p, params.min_p
+        self._top_k[slot] = params.top_k
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
         self._keys[slot] = noise_key(row.request.seed, row.request.row_id)
         self._samples[slot] = row.sample
         self._tokens[slot, :done] = row.completion.tokens
         self._logprobs[slot, :done] = row.completion.logprobs
         self._sampler_logprobs[slot, :done] = row.completion.sampler_logprobs
-        self.active, self.held = np.append(self.active, slot), np.append(self.held, slot)
+        self.active = np.append(self.active, slot)
+        self.occupied = np.append(self.occupied, slot)
         self._sampling = None
         return slot
 
     def remove(self, slot: int) -> None:
-        """Frees a slot; the caller has released its pages."""
-        self._go_on_with(self.active != slot)
-        self.held = self.held[self.held != slot]
+        """Free a slot whose pages have been released."""
+        self.active = self.active[self.active != slot]
+        self.occupied = self.occupied[self.occupied != slot]
         self._rows[slot] = None
-        self.tables[slot] = 0
+        self.page_tables[slot] = 0
         self._free.append(slot)
 
     def _grow_slots(self) -> None:
+        """Double the number of slots, with zeros in the new ones."""
         old = len(self._rows)
         new = max(_GROWTH, 2 * old)
         self._rows.extend([None] * (new - old))
         self._free.extend(range(new - 1, old - 1, -1))
-        for name, array in list(vars(self).items()):
-            if isinstance(array, np.ndarray) and name not in ("active", "held", "_sampled"):
-                grown = np.zeros((new, *array.shape[1:]), array.dtype)
-                grown[:old] = array
-                setattr(self, name, grown)
+        self.page_tables = _longer(self.page_tables, new)
+        self.page_counts = _longer(self.page_counts, new)
+        self.states = _longer(self.states, new)
+        self.prompt_lengths = _longer(self.prompt_lengths, new)
+        self.generated = _longer(self.generated, new)
+        self.received = _longer(self.received, new)
+        self.limits = _longer(self.limits, new)
+        self.ends_at_limit = _longer(self.ends_at_limit, new)
+        self.groups = _longer(self.groups, new)
+        self.ignore_eos = _longer(self.ignore_eos, new)
+        self.has_stops = _longer(self.has_stops, new)
+        self.ended = _longer(self.ended, new)
+        self.non_finite = _longer(self.non_finite, new)
+        self._tokens_at_join = _longer(self._tokens_at_join, new)
+        self._temperature = _longer(self._temperature, new)
+        self._top_k = _longer(self._top_k, new)
+        self._top_p = _longer(self._top_p, new)
+        self._min_p = _longer(self._min_p, new)
+        self._keys = _longer(self._keys, new)
+        self._samples = _longer(self._samples, new)
+        self._tokens = _longer(self._tokens, new)
+        self._logprobs = _longer(self._logprobs, new)
+        self._sampler_logprobs = _longer(self._sampler_logprobs, new)
         self._last = torch.cat([self._last, self._last.new_zeros(new - old)])
 
-    def _widen(self, pages: int, tokens: int) -> None:
-        """Makes room for so many pages and tokens a row."""
-        self.tables = _widened(self.tables, pages)
-        self._tokens = _widened(self._tokens, tokens)
-        self._logprobs = _widened(self._logprobs, tokens)
-        self._sampler_logprobs = _widened(self._sampler_logprobs, tokens)
+    def _widen(self, pages: int = 0, tokens: int = 0) -> None:
+        """Make room for at least ``pages`` pages and ``tokens`` tokens per row."""
+        self.page_tables = _wider(self.page_tables, pages)
+        self._tokens = _wider(self._tokens, tokens)
+        self._logprobs = _wider(self._logprobs, tokens)
+        self._sampler_logprobs = _wider(self._sampler_logprobs, tokens)
 
     # -- a step --------------------------------------------------------------------------------------
 
     def without_page(self, slots: IntArray) -> IntArray:
-        """Those of ``slots`` whose next token needs a page that they do not hold."""
-        lacking: IntArray = slots[self.page_counts[slots] * self._page_size < self.lengths(slots)]
-        return lacking
+        """Return those of ``slots`` that hold no page for their next token."""
+        missing: IntArray = slots[self.page_counts[slots] * self._page_size < self.lengths(slots)]
+        return missing
 
     def without_token(self) -> IntArray:
-        """Slots of rows whose first token since they joined was not drawn yet."""
-        slots: IntArray = self.active[self.generated[self.active] == self._joined_with[self.active]]
+        """Return the slots of rows that have sampled no token since they joined."""
+        slots: IntArray = self.active[self.generated[self.active] == self._tokens_at_join[self.active]]
         return slots
 
-    def give_pages(self, slots: IntArray, pages: IntArray) -> None:
-        """One more page for each of ``slots``."""
-        self._widen(int(self.page_counts[slots].max()) + 1, 0)
-        self.tables[slots, self.page_counts[slots]] = pages
+    def add_pages(self, slots: IntArray, pages: IntArray) -> None:
+        """Append one page to each of ``slots``."""
+        self._widen(pages=int(self.page_counts[slots].max()) + 1)
+        self.page_tables[slots, self.page_counts[slots]] = pages
         self.page_counts[slots] += 1
 
     def advance(self, slots: IntArray, tokens: torch.Tensor) -> None:
-        """One more token, on the device, was drawn for each of ``slots``; rows that have all they may have end."""
+        """Count one sampled token, still on the device, per slot; rows at their limit stop being active."""
         self._last[uploaded(slots, self._device)] = tokens
         self.generated[slots] += 1
-        going_on = self.generated[self.active] < self.limits[self.active]
-        if not going_on.all():
-            self._go_on_with(going_on)
+        below_limit = self.generated[self.active] < self.limits[self.active]
+        if not below_limit.all():
+            self.active = self.active[below_limit]
 
     def receive(
-        self, slots: IntArray, positions: IntArray, tokens: IntArray, logprobs: Float32Array, sampler: Float32Array
+        self,
+        slots: IntArray,
+        positions: IntArray,
+        tokens: IntArray,
+        logprobs: Float32Array,
+        sampler_logprobs: Float32Array,
     ) -> None:
-        """The next token of each of ``slots`` is here, the one at ``positions`` of its completion."""
-        self._widen(0, int(positions.max(initial=-1)) + 1)
+        """Store the next token of each slot, at ``positions`` of its completion."""
+        self._widen(tokens=int(positions.max(initial=-1)) + 1)
         self._tokens[slots, positions] = tokens
         self._logprobs[slots, positions] = logprobs
-        self._sampler_logprobs[slots, positions] = sampler
-        self.arrived[slots] = positions + 1
+        self._sampler_logprobs[slots, positions] = sampler_logprobs
+        self.received[slots] = positions + 1
 
     def end(self, slot: int) -> None:
-        """The row has ended with its last token that is here."""
-        self.over[slot] = True
-        self._go_on_with(self.active != slot)
+        """Mark the row as finished with its last received token."""
+        self.ended[slot] = True
+        self.active = self.active[self.active != slot]
 
-    def _go_on_with(self, some: NDArray[np.bool_]) -> None:
-        """Takes the others out of ``active``."""
-        self.active = self.active[some]
-
-    def completed(self, slot: int) -> IntArray:
-        """The tokens of the row that are here, as a view that the next one may leave behind."""
-        tokens: IntArray = self._tokens[slot, : self.arrived[slot]]
+    def received_tokens(self, slot: int) -> IntArray:
+        """Return the row's received tokens, as a view that is valid until the next token."""
+        tokens: IntArray = self._tokens[slot, : self.received[slot]]
         return tokens
 
     def completion(self, slot: int) -> Completion:
-        """All of the row that is here, copied."""
-        done = (slot, slice(0, int(self.arrived[slot])))
-        return Completion(self._tokens[done].copy(), self._logprobs[done].copy(), self._sampler_logprobs[done].copy())
+        """Return a copy of the row's received tokens and their log-probabilities."""
+        received = int(self.received[slot])
+        return Completion(
+            tokens=self._tokens[slot, :received].copy(),
+            logprobs=self._logprobs[slot, :received].copy(),
+            sampler_logprobs=self._sampler_logprobs[slot, :received].copy(),
+        )
 
     def sampling(self, slots: IntArray) -> RowSampling:
-        """Sampling parameters of the rows in ``slots``, kept until those are others."""
-        if self._sampling is None or not np.array_equal(self._sampled, slots):
-            self._sampling, self._sampled = self._make_sampling(slots), slots
+        """Return the sampling parameters of ``slots``, cached until the slots change."""
+        if self._sampling is None or not np.array_equal(self._sampling_slots, slots):
+            self._sampling = self._make_sampling(slots)
+            self._sampling_slots = slots
         return self._sampling
 
     def _make_sampling(self, slots: IntArray) -> RowSampling:
@@ -243,7 +279,15 @@ class LiveBatch:
         )
 
 
-def _widened(array: NDArray[_T], columns: int) -> NDArray[_T]:
+def _longer(array: NDArray[_T], length: int) -> NDArray[_T]:
+    """Return a copy with ``length`` entries, the new ones 0."""
+    longer = np.zeros((length, *array.shape[1:]), array.dtype)
+    longer[: len(array)] = array
+    return longer
+
+
+def _wider(array: NDArray[_T], columns: int) -> NDArray[_T]:
+    """Return the array with at least ``columns`` columns, the new ones 0; widths double."""
     if columns <= array.shape[1]:
         return array
     wider = np.zeros((array.shape[0], max(columns, 2 * array.shape[1])), array.dtype)

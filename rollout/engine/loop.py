@@ -1,4 +1,4 @@
-"""The generation loop: each step decides how many rows may live, fits memory, admits, decodes and retires."""
+"""The generation loop: each step decides how many rows may live, fits memory, preempts, admits, decodes and retires."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rollout.batcher.types import Decision, FinishedRow, IntArray, Observation, Policy, StepSample
+from rollout.batcher.types import OVER_BUDGET, Decision, FinishedRow, IntArray, Observation, Policy, StepSample
+from rollout.engine.batch_builder import build_forward_batch
+from rollout.engine.batch_row import PrefillChunk
 from rollout.engine.detokenizer import Detokenizer
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.observation import observe
+from rollout.engine.oom_limits import OutOfMemoryLimits
 from rollout.engine.pending_tokens import PendingTokens
 from rollout.engine.record_builder import RecordBuilder
 from rollout.engine.scheduler import Scheduler
+from rollout.engine.step_reporter import StepReporter, StepResult
 from rollout.engine.tp_sync import SingleProcess
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.models.arrays import uploaded
@@ -27,329 +31,298 @@ from rollout.records import Record
 from rollout.requests import StepReport
 from rollout.stats import Tally
 
-logger = logging.getLogger("rollout.batcher")
+logger = logging.getLogger(__name__)
 
-#: Steps without an allocator failure after which the cap that one had set is doubled.
-_CALM_STEPS = 256
-#: How long an empty device may be squeezed by others before the next row is given up.
+#: Seconds to wait for other processes to free memory on a device that holds none of our rows.
 _PATIENCE_S = 60.0
 _RETRY_S = 0.05
 
 
 class Loop:
-    """Generates for the rows of a queue. Call `refill` and `advance` until that returns None, then `close`.
+    """Generates for the rows of a queue: call `refill` and `advance` until `advance` returns None, then `close`.
 
     Args:
-        runner, memory: the model on its pages.
+        runner: runs the model on the pages of ``kv``.
+        kv: the KV pages and the memory they may grow into.
         policy: decides how many rows may live.
-        text: detokenises and finds stop strings.
-        eos: end-of-sequence ids.
-        queue: rows that wait.
+        queue: waiting rows.
+        detokenizer: decodes completions and finds stop strings.
+        eos_ids: end-of-sequence ids.
         weight_version: stamped on records.
-        on_step: told of every step.
-        overlap: whether the tokens of a step are read only when the next one is on its way, so that the device need not
-            wait for the host; None where that is a GPU. Records are the same. A row that ends with a token that nobody
-            could foresee takes part in one step too many, whose token is dropped: steps and drawn tokens count it.
-        together: who decides.
+        on_step: called with a report of every step.
+        overlap: read each step's tokens one step later, so the device never waits for the host; None means: on a GPU.
+            Records are the same. A row that ends at a stop or end-of-sequence token runs one step more, and the token
+            of that step is discarded; steps and sampled tokens count it.
+        sync: agrees with the other ranks of a tensor-parallel model.
     """
 
     def __init__(
         self,
         runner: Runner,
-        memory: KVMemory,
+        kv: KVMemory,
         policy: Policy,
-        text: Detokenizer,
-        eos: Sequence[int],
         queue: WaitingQueue,
+        detokenizer: Detokenizer,
+        eos_ids: Sequence[int],
         weight_version: int = 0,
         on_step: Callable[[StepReport], None] | None = None,
         overlap: bool | None = None,
-        together: SingleProcess | None = None,
+        sync: SingleProcess | None = None,
     ) -> None:
-        self._runner, self._memory, self._policy, self._text, self._queue = runner, memory, policy, text, queue
-        self._eos = np.array(eos, np.int64)
-        self._on_step = on_step
-        self._sync = together or SingleProcess()
+        self._runner = runner
+        self._kv = kv
+        self._policy = policy
+        self._queue = queue
+        self._detokenizer = detokenizer
+        self._eos_ids = np.array(eos_ids, np.int64)
+        self._overlap = kv.pool.device.type == "cuda" if overlap is None else overlap
+        self._sync = sync or SingleProcess()
         self.tally = Tally()
-        self._record_builder = RecordBuilder(text, self.tally, weight_version)
-        self._scheduler = Scheduler(memory, queue, self.tally, self._settle)
-        self._overlap = memory.pool.device.type == "cuda" if overlap is None else overlap
+        self._reporter = StepReporter(tally=self.tally, kv=kv, queue=queue, on_step=on_step)
+        self._records = RecordBuilder(detokenizer=detokenizer, tally=self.tally, weight_version=weight_version)
+        self._scheduler = Scheduler(kv=kv, queue=queue, tally=self.tally, settle=self._settle)
         self._pending: PendingTokens | None = None
-        """What the last step drew, if that was not read yet."""
+        """Sampled tokens that have not been read yet."""
         self._steps: list[StepSample] = []
         self._finished: list[FinishedRow] = []
-        self._target: int | None = None
+        self._row_target: int | None = None
         self._reason = ""
-        self._oom_rows: int | None = None
-        self._oom_prefill: int | None = None
-        self._calm = 0
+        self._limits = OutOfMemoryLimits()
         self._stuck_since: float | None = None
-        self._told_over_budget = False
-        self._told = (0, 0, 0)
-        """Drawn tokens, preempted rows and allocator failures when the last step was reported."""
+        self._warned_over_budget = False
 
     # -- the loop ------------------------------------------------------------------------------------
 
     def refill(self) -> None:
-        """Reads on in the stream of requests, as far as the next steps may admit, and puts what waits in order."""
+        """Read as many requests as the next steps may admit, order the waiting rows, and reject invalid requests."""
         self._queue.fill(self._lookahead)
-        memory = self._memory
-        unit = max(1, memory.pool.layout.bytes_per_token)
-        self._queue.arrange((memory.bytes_used + memory.obtainable_bytes) // unit, self._target)
-        for request, error_class, error in self._queue.take_refused():
-            self._record_builder.refuse(request, error_class, error)
+        token_bytes = max(1, self._kv.pool.layout.bytes_per_token)
+        capacity = (self._kv.bytes_used + self._kv.obtainable_bytes) // token_bytes
+        self._queue.arrange(kv_tokens=capacity, most_rows=self._row_target)
+        for rejected in self._queue.take_rejected():
+            self._records.reject(rejected.request, rejected.error_class, rejected.error)
 
     def advance(self) -> list[Record] | None:
-        """Steps until records are finished or the stream should be read on; None when all is done."""
+        """Step until records are finished or more requests should be read; return None when all work is done."""
         while self._queue or self._scheduler.alive:
-            if self._record_builder or self._queue.wants(self._lookahead):
-                return self._record_builder.take()
-            self._step()
-        return self._record_builder.take() or None
+            if self._records or self._queue.wants(self._lookahead):
+                return self._records.take()
+            self._guarded_step()
+        return self._records.take() or None
 
-    def _step(self) -> None:
-        started, running, tokens = time.perf_counter(), self._scheduler, self.tally.drawn_tokens
+    def _step(self) -> StepResult:
+        """Decide, fit memory, preempt, admit, run one forward over prefill and decode, and retire finished rows."""
+        scheduler = self._scheduler
+        decision = self._decide()
+        scheduler.shrink(self._kv.excess_bytes)
+        scheduler.preempt_beyond(decision.rows)
+        missing_pages = scheduler.admit(decision.rows, decision.prefill_tokens)
+        live_rows = scheduler.alive
+        slots = scheduler.make_room(decision.decode_rows)
+        paused = len(scheduler.live) - len(slots)
+        chunks = scheduler.prefill_chunks(self._limits.prefill_tokens(decision.prefill_tokens))
+        ran = self._prefill_and_decode(slots, chunks)
+        return StepResult(
+            decision=decision, live_rows=live_rows, paused_rows=paused, sample=ran, missing_pages=missing_pages
+        )
+
+    def _guarded_step(self) -> None:
+        """Run and report one step; on an allocator failure, back off instead."""
+        start, tokens_before = time.perf_counter(), self.tally.sampled_tokens
         try:
-            decision = self._decide()
-            running.shrink(self._memory.excess_bytes)
-            running.preempt_beyond(decision.rows)
-            lacking = running.admit(decision.rows, decision.prefill_tokens)
-            alive = running.alive
-            done, paused = self._forward(decision)
+            step = self._step()
         except (RuntimeError, MemoryError) as error:
-            # The others wait in the middle of the forward for this one's part of it, and cannot be told.
+            # The other ranks are blocked in this forward's collectives and cannot be interrupted.
             if not is_out_of_memory(error) or not self._sync.alone:
                 raise
             self._back_off()
             return
         finally:
-            if self.tally.drawn_tokens > tokens:
+            if self.tally.sampled_tokens > tokens_before:
                 self._stuck_since = None
-        if lacking is not None:
-            self._wait_or_give_up(lacking)
-        self._calm_down()
-        step_ms = self._sync.measured(1e3 * (time.perf_counter() - started))
-        self._account(decision, replace(done, ms=step_ms), alive, paused)
+        if step.missing_pages is not None:
+            self._wait_or_give_up(step.missing_pages)
+        self._limits.relax()
+        step_ms = self._sync.first_rank_value(1e3 * (time.perf_counter() - start))
+        timed = replace(step.sample, ms=step_ms)
+        self._steps.append(timed)
+        self._reporter.report(replace(step, sample=timed))
 
     def close(self) -> None:
-        """Drops all rows and gives all memory back."""
+        """Drop all rows and free all memory."""
         self._pending = None
         self._scheduler.close()
         self._runner.close()
 
     @property
     def _lookahead(self) -> int:
-        """How many waiting rows must be known: those that may be admitted next, and one to see that any wait.
+        """Waiting rows to read: those that may be admitted next, and one more to know whether any is waiting.
 
-        No more are read, so that a worker leaves to others what it has no room for.
+        Reading no further leaves the rest of the dataset to other workers.
         """
-        if self._target is None:
+        if self._row_target is None:
             return 1
-        memory, layout = self._memory, self._memory.pool.layout
-        least = layout.bytes_per_page + layout.bytes_per_row
-        fitting = int(memory.obtainable_bytes / max(least, memory.bytes_used / max(1, self._scheduler.alive)))
-        return 1 + min(max(0, self._target - self._scheduler.alive), fitting)
+        kv, live_rows = self._kv, self._scheduler.alive
+        smallest_row = kv.pool.layout.bytes_per_page + kv.pool.layout.bytes_per_row
+        mean_row = kv.bytes_used / max(1, live_rows)
+        fitting = int(kv.obtainable_bytes / max(smallest_row, mean_row))
+        return 1 + min(max(0, self._row_target - live_rows), fitting)
 
     # -- deciding ------------------------------------------------------------------------------------
 
     def _decide(self) -> Decision:
-        started = time.perf_counter()
-        self._memory.read(self._runner.bytes_kept)
-        if self._memory.wants_rows_back and self._runner.shed():
-            self._memory.read(self._runner.bytes_kept)
-        decision = self._policy.decide(self._observe())
-        if self._oom_rows is not None and self._oom_rows < decision.rows:
-            decision = replace(decision, rows=self._oom_rows, reason="oom")
-        if decision.rows != self._target:
-            # A policy may change its mind with each row that ends; why, it changes seldom.
+        start = time.perf_counter()
+        self._kv.read_headroom(self._runner.bytes_kept)
+        if self._kv.must_evict and self._runner.shed():
+            self._kv.read_headroom(self._runner.bytes_kept)
+        decision = self._limits.apply(self._policy.decide(self._observe()))
+        if decision.rows != self._row_target:
+            # A target may change with every row that ends, its reason seldom does.
             level = logging.DEBUG if decision.reason == self._reason else logging.INFO
-            change = (self.tally.steps, self._target, decision.rows, decision.reason)
+            change = (self.tally.steps, self._row_target, decision.rows, decision.reason)
             logger.log(level, "step %d: row target %s -> %d: %s", *change)
-            self._target, self._reason = decision.rows, decision.reason
+            self._row_target = decision.rows
+            self._reason = decision.reason
             self.tally.target_changes += 1
-        if decision.reason == "over_budget" and not self._told_over_budget:
-            self._told_over_budget = True
-            logger.warning("A step of %d row(s) takes longer than the latency budget; going on so.", decision.rows)
-        self.tally.deciding_seconds += time.perf_counter() - started
+        if decision.reason == OVER_BUDGET and not self._warned_over_budget:
+            self._warned_over_budget = True
+            logger.warning("Even a step of %d row(s) exceeds the latency budget; continuing there.", decision.rows)
+        self.tally.deciding_seconds += time.perf_counter() - start
         return decision
 
     def _observe(self) -> Observation:
-        observation = observe(self._scheduler, self._memory, self._queue, self._steps, self._finished)
+        observation = observe(
+            scheduler=self._scheduler, kv=self._kv, queue=self._queue, steps=self._steps, finished=self._finished
+        )
         self._steps.clear()
         self._finished.clear()
         return observation
 
     # -- computing -----------------------------------------------------------------------------------
 
-    def _forward(self, decision: Decision) -> tuple[StepSample, int]:
-        """One token for every live row that is not paused and the next part of the oldest prefills, in one forward.
-
-        Only when that is on its way are the tokens of the step before read.
-
-        Returns what ran, its time left open, and the rows that were paused.
-        """
-        running, prefill_tokens = self._scheduler, decision.prefill_tokens
-        slots = running.make_room(decision.decode_rows)
-        parts = running.prefill_parts(
-            prefill_tokens if self._oom_prefill is None else min(prefill_tokens, self._oom_prefill)
-        )
-        packed = running.packed(slots, parts)
-        if packed is None:
+    def _prefill_and_decode(self, slots: IntArray, chunks: Sequence[PrefillChunk]) -> StepSample:
+        """Run one forward over ``slots`` and ``chunks``, sample, and settle the tokens of the previous step."""
+        batch = build_forward_batch(self._scheduler.live, slots, chunks, layout=self._kv.pool.layout)
+        if batch is None:
             self._settle()
-            return StepSample(0, 0, 0, 0.0), 0
-        logits = self._runner.forward(packed)
+            return StepSample(rows=0, kv_tokens=0, prefill_tokens=0, ms=0.0)
+        logits = self._runner.forward(batch)
         rows = len(slots)
-        paused = len(running.live) - rows
-        for prefill, length in parts:
-            prefill.computed += length
-        sources = np.arange(rows)
-        ready = [i for i, (prefill, _) in enumerate(parts) if not prefill.remaining]
-        if ready:
-            joined = running.go_live([parts[i][0] for i in ready])
-            sources = np.concatenate([sources, rows + np.array(ready)[joined]])
-            slots = np.concatenate([slots, running.live.active[-len(joined) :]])
-        drawn = None
+        joined = self._scheduler.finish_chunks(chunks)
+        if len(joined.slots):
+            slots = np.concatenate([slots, joined.slots])
+        pending = None
         if len(slots):
-            drawn = self._draw(slots, logits[uploaded(sources, logits.device)] if parts else logits)
+            # Sequences of the batch: one per decoding slot, then one per chunk.
+            sequences = np.concatenate([np.arange(rows), rows + joined.chunks])
+            pending = self._sample(slots, logits[uploaded(sequences, logits.device)] if chunks else logits)
         self._settle()
-        self._pending = drawn
-        if not (self._overlap and running.alive):
+        self._pending = pending
+        if not (self._overlap and self._scheduler.alive):
             self._settle()
-        prefilled = int(packed.query_lens[rows:].sum())
+        prefilled = int(batch.query_lens[rows:].sum())
         self.tally.prefilled_tokens += prefilled
-        return StepSample(rows, int(packed.seq_lens[:rows].sum()), prefilled, 0.0), paused
+        return StepSample(rows=rows, kv_tokens=int(batch.seq_lens[:rows].sum()), prefill_tokens=prefilled, ms=0.0)
 
-    def _draw(self, slots: IntArray, logits: torch.Tensor) -> PendingTokens:
-        """Draws a token for the row in each of ``slots`` from its row of ``logits``, without waiting for it."""
-        live, positions = self._scheduler.live, self._scheduler.live.generated[slots]
-        sampled = self._sync.drawn(sample(logits, live.sampling(slots), uploaded(positions, logits.device)))
-        drawn = PendingTokens.of(slots, positions, sampled)
+    def _sample(self, slots: IntArray, logits: torch.Tensor) -> PendingTokens:
+        """Sample one token per slot from its row of ``logits``, without waiting for the device."""
+        live = self._scheduler.live
+        positions = live.generated[slots]
+        sampled = self._sync.first_rank_tokens(sample(logits, live.sampling(slots), uploaded(positions, logits.device)))
+        pending = PendingTokens.of(slots, positions, sampled)
         live.advance(slots, sampled.tokens)
-        self.tally.drawn_tokens += len(slots)
-        return drawn
+        self.tally.sampled_tokens += len(slots)
+        return pending
 
     def _settle(self) -> bool:
-        """Reads what is outstanding and finishes the rows that end with it. Returns whether anything was."""
-        drawn, self._pending = self._pending, None
-        if drawn is None:
+        """Read the pending tokens and finish the rows that end with them. Return whether any were pending."""
+        pending, self._pending = self._pending, None
+        if pending is None:
             return False
-        live, slots, positions = self._scheduler.live, drawn.slots, drawn.positions
-        tokens, logprobs, sampler = drawn.read()
-        live.broken[slots] |= ~np.isfinite(logprobs)
-        wanted = ~live.over[slots]
-        live.receive(slots[wanted], positions[wanted], tokens[wanted], logprobs[wanted], sampler[wanted])
-        stopped = np.isin(tokens, self._eos) & ~live.ignore_eos[slots]
+        live, slots, positions = self._scheduler.live, pending.slots, pending.positions
+        read = pending.read()
+        live.non_finite[slots] |= ~np.isfinite(read.logprobs)
+        wanted = ~live.ended[slots]
+        live.receive(
+            slots[wanted],
+            positions[wanted],
+            tokens=read.tokens[wanted],
+            logprobs=read.logprobs[wanted],
+            sampler_logprobs=read.sampler_logprobs[wanted],
+        )
+        stopped = np.isin(read.tokens, self._eos_ids) & ~live.ignore_eos[slots]
         for i in np.flatnonzero(live.has_stops[slots] & wanted & ~stopped).tolist():
-            stopped[i] = self._stops(int(slots[i]), int(tokens[i]))
-        ended = stopped | live.broken[slots] | (positions + 1 >= live.limits[slots])
+            stopped[i] = self._hits_stop(int(slots[i]), int(read.tokens[i]))
+        ended = stopped | live.non_finite[slots] | (positions + 1 >= live.limits[slots])
         for i in np.flatnonzero(wanted & ended).tolist():
             self._finish(int(slots[i]), bool(stopped[i]))
-        # A step that is under way still writes to what other rows that have ended hold, maybe numbers not finite.
-        for slot in slots[live.over[slots] & (positions + 1 == live.generated[slots])].tolist():
-            self._scheduler.leave(slot, scrub=bool(live.broken[slot]))
+        # Other ended rows keep their pages: a step in flight still writes to them, possibly non-finite numbers.
+        for slot in slots[live.ended[slots] & (positions + 1 == live.generated[slots])].tolist():
+            self._scheduler.leave(slot, scrub=bool(live.non_finite[slot]))
         return True
 
-    def _stops(self, slot: int, token: int) -> bool:
-        """Whether a stop id or stop string of the row's own ends it."""
+    def _hits_stop(self, slot: int, token: int) -> bool:
+        """Return whether the row ends at one of its own stop ids or stop strings."""
         params = self._scheduler.live.row(slot).request.params
         if token in params.stop_token_ids:
             return True
-        return bool(params.stop) and self._text.ends_at_stop(self._scheduler.live.completed(slot), params.stop)
+        completion_ids = self._scheduler.live.received_tokens(slot)
+        return bool(params.stop) and self._detokenizer.ends_at_stop(completion_ids, params.stop)
 
     def _finish(self, slot: int, stopped: bool) -> None:
-        """Makes the record of a row that ends with its last token that is here."""
+        """Build the record of a row that ends with its last received token."""
         live = self._scheduler.live
         row, completion = live.row(slot), live.completion(slot)
         live.end(slot)
-        if live.broken[slot]:
+        if live.non_finite[slot]:
             error = "The model's logits are not finite."
-            self._record_builder.fail(row.request, row.sample, completion, "not_finite", error)
+            self._records.fail(row.request, row.sample, completion, error_class="not_finite", error=error)
             return
         cut = not stopped and len(completion) >= row.limit
         self._queue.learn(row, len(completion))
-        self._finished.append(FinishedRow(len(row.group.prompt_ids), len(completion), cut))
-        self._record_builder.finish(row.request, row.sample, completion, "stop" if stopped else "length")
+        prompt_tokens = len(row.group.prompt_ids)
+        self._finished.append(FinishedRow(prompt_tokens=prompt_tokens, output_tokens=len(completion), cut=cut))
+        self._records.finish(row.request, row.sample, completion, "stop" if stopped else "length")
 
     # -- when memory runs out ------------------------------------------------------------------------
 
     def _back_off(self) -> None:
-        """After an allocator failure: fewer rows, then smaller prefills, then patience with the only row."""
-        running = self._scheduler
-        alive = running.alive  # before rows end, and those whose first token could not be drawn make way: maybe all
+        """Recover from an allocator failure: fewer rows, then smaller prefills, then waiting with the only row."""
+        scheduler = self._scheduler
+        alive = scheduler.alive  # counted before rows end or are preempted below
         self._settle()
         self.tally.out_of_memory_events += 1
-        self._calm = 0
-        for slot in running.live.without_token()[::-1].tolist():  # each goes before those that wait
-            running.preempt(slot)
-        logger.warning("Out of memory with %d rows alive; going on with fewer.", alive)
-        longest = 0 if running.recurrent else max((prefill.remaining for prefill in running.prefills), default=0)
+        # Rows of the failed step that have no token yet; youngest first, as each goes to the front of the queue.
+        for slot in scheduler.live.without_token()[::-1].tolist():
+            scheduler.preempt(slot)
+        logger.warning("Out of memory with %d live row(s); retrying with less.", alive)
+        longest = 0 if scheduler.recurrent else max((prefill.remaining for prefill in scheduler.prefills), default=0)
         if alive > 1:
-            self._oom_rows = alive // 2
-            running.preempt_beyond(self._oom_rows)
-        elif longest > 1 and self._oom_prefill != 1:
-            self._oom_prefill = min(longest, self._oom_prefill or longest) // 2
-        else:
-            running.preempt_youngest()
-        if running.recurrent:  # a state may hold the token already that its row would decode from again
-            for slot in running.live.active[::-1].tolist():
-                running.preempt(slot)
-        running.drop_free_slabs()
+            scheduler.preempt_beyond(self._limits.halve_rows(alive))
+        elif not self._limits.halve_prefill(longest):
+            scheduler.preempt_youngest()
+        if scheduler.recurrent:  # a state may already include the token that its row would decode from again
+            for slot in scheduler.live.active[::-1].tolist():
+                scheduler.preempt(slot)
+        scheduler.drop_free_slabs()
         self._runner.shed()
-        self._memory.hand_back()
-        if not running.alive and len(self._queue):
-            self._wait_or_give_up(self._memory.pool.layout.pages_for(1))
-
-    def _calm_down(self) -> None:
-        self._calm += 1
-        if self._calm % _CALM_STEPS == 0:
-            self._oom_rows = None if self._oom_rows is None else 2 * self._oom_rows
-            self._oom_prefill = None
+        self._kv.release_cached()
+        if not scheduler.alive and len(self._queue):
+            self._wait_or_give_up(self._kv.pool.layout.pages_for(1))
 
     def _wait_or_give_up(self, pages: int) -> None:
-        """When the next row, which wants ``pages``, lacks some of them or room to compute on an empty device.
+        """Wait for memory for the next row, which needs ``pages``; give it up if it can never fit or waited too long.
 
-        Others may give memory back; a row is given up when it could never fit, or when no token was drawn for long.
+        Called when the device holds no row of ours. Other processes may free memory; patience is `_PATIENCE_S` without
+        a sampled token.
         """
-        now = self._sync.measured(time.monotonic())
+        now = self._sync.first_rank_value(time.monotonic())
         self._stuck_since = self._stuck_since or now
-        if self._memory.could_hold(pages, int(self._scheduler.recurrent)) and now - self._stuck_since < _PATIENCE_S:
+        states = 1 if self._scheduler.recurrent else 0
+        if self._kv.could_hold(pages, states) and now - self._stuck_since < _PATIENCE_S:
             time.sleep(_RETRY_S)
             return
         self._stuck_since = None
-        self._give_up()
-
-    def _give_up(self) -> None:
         row = self._queue.pop()
         error = f"A sample of more than {len(row.context)} tokens does not fit into memory, even alone."
-        self._record_builder.fail(row.request, row.sample, row.completion, "too_large", error)
-
-    # -- telling -------------------------------------------------------------------------------------
-
-    def _account(self, decision: Decision, done: StepSample, alive: int, paused: int) -> None:
-        """One step more, with ``alive`` rows in it, in the books of the policy, the totals and whoever listens."""
-        waiting, pool, tally = len(self._queue), self._memory.pool, self.tally
-        told, self._told = self._told, (tally.drawn_tokens, tally.preempted_rows, tally.out_of_memory_events)
-        new_tokens, preempted, out_of_memory = (now - before for now, before in zip(self._told, told, strict=True))
-        self._steps.append(done)
-        tally.steps += 1
-        tally.paused_row_steps += paused
-        tally.saw_live_rows(alive, waiting)
-        if self._on_step is not None:
-            self._on_step(
-                StepReport(
-                    step=tally.steps,
-                    live_rows=alive,
-                    paused_rows=paused,
-                    waiting_rows=waiting,
-                    row_target=decision.rows,
-                    reason=decision.reason,
-                    kv_tokens=pool.used_pages * pool.layout.page_size,
-                    kv_bytes=self._memory.bytes_held,
-                    headroom_bytes=self._memory.headroom_bytes,
-                    prefill_tokens=done.prefill_tokens,
-                    new_tokens=new_tokens,
-                    preempted_rows=preempted,
-                    out_of_memory_events=out_of_memory,
-                    step_ms=done.ms,
-                )
-            )
+        self._records.fail(row.request, row.sample, row.completion, error_class="too_large", error=error)

@@ -1,8 +1,9 @@
-"""What a step draws, on its way from the device to the host."""
+"""Sampled tokens of a step, being copied from the device to the host."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,35 +12,49 @@ from rollout.engine.batch_row import Float32Array
 from rollout.models.sampling.sampler import Sampled
 
 
+class ReadTokens(NamedTuple):
+    """Tokens on the host, all of shape [B]."""
+
+    tokens: IntArray
+    logprobs: Float32Array
+    sampler_logprobs: Float32Array
+
+
 @dataclass(frozen=True, slots=True)
 class PendingTokens:
-    """One token for each of B rows. Made without waiting for the device, which has yet to compute them."""
+    """One token for each of B rows, which the device may still be computing."""
 
     slots: IntArray
-    """[B] of the rows."""
+    """[B] slots of the rows."""
     positions: IntArray
-    """[B] the place of each token in its row's completion."""
+    """[B] index of each token in its row's completion."""
     _sampled: Sampled
-    """On the host, once the copy is done."""
+    """Host tensors, valid once the copy has finished."""
     _copied: torch.cuda.Event | None
 
     @classmethod
     def of(cls, slots: IntArray, positions: IntArray, sampled: Sampled) -> PendingTokens:
-        """Begins the copy to the host."""
+        """Start the copy to the host, without waiting for the device."""
         on_host = Sampled(
-            *(x.to("cpu", non_blocking=True) for x in (sampled.tokens, sampled.logprobs, sampled.sampler_logprobs))
+            tokens=sampled.tokens.to("cpu", non_blocking=True),
+            logprobs=sampled.logprobs.to("cpu", non_blocking=True),
+            sampler_logprobs=sampled.sampler_logprobs.to("cpu", non_blocking=True),
         )
         if not sampled.tokens.is_cuda:
-            return cls(slots, positions, on_host, None)
-        # Of the stream that copies: with several devices it need not be the thread's current one.
+            return cls(slots=slots, positions=positions, _sampled=on_host, _copied=None)
+        # Record on the device that copies: with several devices, the current one may be another.
         with torch.cuda.device(sampled.tokens.device):
             copied = torch.cuda.Event()
             copied.record()
-        return cls(slots, positions, on_host, copied)
+        return cls(slots=slots, positions=positions, _sampled=on_host, _copied=copied)
 
-    def read(self) -> tuple[IntArray, Float32Array, Float32Array]:
-        """Waits for the device; tokens, log-probabilities and those of the sampler, [B] each."""
+    def read(self) -> ReadTokens:
+        """Wait for the device and return the tokens."""
         if self._copied is not None:
             self._copied.synchronize()
         sampled = self._sampled
-        return sampled.tokens.numpy(), sampled.logprobs.numpy(), sampled.sampler_logprobs.numpy()
+        return ReadTokens(
+            tokens=sampled.tokens.numpy(),
+            logprobs=sampled.logprobs.numpy(),
+            sampler_logprobs=sampled.sampler_logprobs.numpy(),
+        )

@@ -1,8 +1,8 @@
-"""Turns ended samples into records, and keeps count of them."""
+"""Build the records of finished samples, and count them."""
 
 from __future__ import annotations
 
-from rollout.engine.batch_row import NOTHING, Completion
+from rollout.engine.batch_row import NO_COMPLETION, Completion
 from rollout.engine.detokenizer import Detokenizer
 from rollout.records import FinishReason, Record
 from rollout.requests import Request
@@ -13,13 +13,13 @@ class RecordBuilder:
     """Collects records until they are taken.
 
     Args:
-        text: detokenises.
-        tally: counters to keep.
+        detokenizer: decodes completions.
+        tally: counters to update.
         weight_version: stamped on every record.
     """
 
-    def __init__(self, text: Detokenizer, tally: Tally, weight_version: int) -> None:
-        self._text = text
+    def __init__(self, detokenizer: Detokenizer, tally: Tally, weight_version: int) -> None:
+        self._detokenizer = detokenizer
         self._tally = tally
         self._weight_version = weight_version
         self._records: list[Record] = []
@@ -28,23 +28,23 @@ class RecordBuilder:
         return bool(self._records)
 
     def take(self) -> list[Record]:
-        """The records since the last call."""
+        """Return the records added since the last call."""
         taken, self._records = self._records, []
         return taken
 
     def finish(self, request: Request, sample: int, completion: Completion, reason: FinishReason) -> None:
-        """A completion that ended by itself."""
+        """Add the record of a completion that ended at a stop or at its length limit."""
         self._add(request, sample, completion, reason)
 
-    def refuse(self, request: Request, error_class: str, error: str) -> None:
-        """Every sample of a request that cannot run."""
+    def reject(self, request: Request, error_class: str, error: str) -> None:
+        """Add an error record for every sample of an invalid request."""
         for sample in request.wanted_samples:
-            self.fail(request, sample, NOTHING, error_class, error)
+            self.fail(request, sample, NO_COMPLETION, error_class=error_class, error=error)
 
     def fail(self, request: Request, sample: int, completion: Completion, error_class: str, error: str) -> None:
-        """A sample that cannot go on, with what it has."""
+        """Add the error record of a sample that cannot continue, with the tokens it has."""
         self._tally.error_samples += 1
-        self._add(request, sample, completion, "error", error_class, error)
+        self._add(request, sample, completion, "error", error_class=error_class, error=error)
 
     def _add(
         self,
@@ -65,7 +65,7 @@ class RecordBuilder:
                 sample=sample,
                 prompt_ids=list(request.prompt_ids),
                 completion_ids=ids,
-                text=self._text.before_stop(ids, request.params.stop),
+                text=self._detokenizer.before_stop(ids, request.params.stop),
                 logprobs=completion.logprobs.tolist(),
                 sampler_logprobs=completion.sampler_logprobs.tolist(),
                 finish_reason=finish_reason,

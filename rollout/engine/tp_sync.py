@@ -1,7 +1,7 @@
-"""Processes that hold one model together run one loop each, in lock step: all must decide alike.
+"""Agreement among the ranks of a tensor-parallel model, whose loops run in lock step.
 
-What they decide follows from what they are asked and from what they measure. Requests and weights are the same in all;
-what is measured is not, so all take the tightest headroom, and the first one's times and draws.
+Every rank must take the same decisions. Requests and weights are the same on all ranks; measurements are not, so every
+rank uses the smallest headroom, and the times and sampled tokens of rank 0.
 """
 
 from __future__ import annotations
@@ -18,92 +18,97 @@ from rollout.models.sampling.sampler import Sampled
 
 
 class SingleProcess:
-    """A process that holds the whole model, and so decides by itself."""
+    """A process that holds the whole model and need not agree with others."""
 
     alone = True
 
     def headroom(self, own: Headroom) -> Headroom:
-        """What all of them have room for."""
+        """Return the smallest headroom of all ranks."""
         return own
 
-    def measured(self, value: float) -> float:
-        """What the first one measured."""
+    def first_rank_value(self, value: float) -> float:
+        """Return the value that rank 0 measured."""
         return value
 
-    def drawn(self, own: Sampled) -> Sampled:
-        """What the first one drew."""
+    def first_rank_tokens(self, own: Sampled) -> Sampled:
+        """Return the tokens that rank 0 sampled."""
         return own
 
     def all(self, own: bool) -> bool:
-        """Whether it is true of all."""
+        """Return whether ``own`` is true on all ranks."""
         return own
 
 
 class TensorParallelSync(SingleProcess):
-    """One of several processes. Each must call the same methods in the same order.
+    """One of several ranks, which must all call the same methods in the same order.
 
     Args:
-        group: for tensors where the model is.
+        group: the ranks, with a backend for tensors on the model's device.
     """
 
     alone = False
 
     def __init__(self, group: ProcessGroup) -> None:
-        # Numbers of the host do not go by way of a GPU.
+        # Host numbers must not take the way over a GPU.
         host = distributed.new_group(
             distributed.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
         )
-        # torch holds them until they are destroyed. Nobody may for longer: the threads of a group end with it, and one
-        # that still lets go of a tensor when the interpreter ends takes the whole process down.
-        self._group, self._host = weakref.ref(group), weakref.ref(host)
+        # torch keeps the groups alive until they are destroyed, and we must not keep them longer: a group's threads end
+        # with it, and a thread that frees a tensor while the interpreter shuts down aborts the process.
+        self._group = weakref.ref(group)
+        self._host_group = weakref.ref(host)
 
     def headroom(self, own: Headroom) -> Headroom:
         """See `SingleProcess.headroom`."""
-        return _Tightest(own, self)
+        return _SmallestHeadroom(own, self)
 
-    def measured(self, value: float) -> float:
-        """See `SingleProcess.measured`."""
-        return float(broadcast_from_first(torch.tensor(value, dtype=torch.float64), _living(self._host)))
+    def first_rank_value(self, value: float) -> float:
+        """See `SingleProcess.first_rank_value`."""
+        return float(broadcast_from_first(torch.tensor(value, dtype=torch.float64), _alive(self._host_group)))
 
-    def drawn(self, own: Sampled) -> Sampled:
-        """See `SingleProcess.drawn`."""
-        tensors = (own.tokens, own.logprobs, own.sampler_logprobs)
-        group = _living(self._group)
-        return Sampled(*(broadcast_from_first(x.contiguous(), group) for x in tensors))
+    def first_rank_tokens(self, own: Sampled) -> Sampled:
+        """See `SingleProcess.first_rank_tokens`."""
+        group = _alive(self._group)
+        return Sampled(
+            tokens=broadcast_from_first(own.tokens.contiguous(), group),
+            logprobs=broadcast_from_first(own.logprobs.contiguous(), group),
+            sampler_logprobs=broadcast_from_first(own.sampler_logprobs.contiguous(), group),
+        )
 
     def all(self, own: bool) -> bool:
         """See `SingleProcess.all`."""
-        return bool(self.least(own))
+        return bool(self.smallest(own))
 
-    def least(self, value: int) -> int:
-        """The least of all values."""
-        least = torch.tensor(value, dtype=torch.int64)
-        distributed.all_reduce(least, distributed.ReduceOp.MIN, group=_living(self._host))
-        return int(least)
+    def smallest(self, value: int) -> int:
+        """Return the smallest value of all ranks."""
+        smallest = torch.tensor(value, dtype=torch.int64)
+        distributed.all_reduce(smallest, distributed.ReduceOp.MIN, group=_alive(self._host_group))
+        return int(smallest)
 
 
-def _living(group: weakref.ref[ProcessGroup]) -> ProcessGroup:
+def _alive(group: weakref.ref[ProcessGroup]) -> ProcessGroup:
     found = group()
     assert found is not None, "the process group was destroyed"
     return found
 
 
-class _Tightest:
-    """Headroom of the process that has least; each holds as much of the model and of its keys and values."""
+class _SmallestHeadroom:
+    """Headroom of the rank with the least; every rank holds an equal share of the model and of the KV cache."""
 
-    def __init__(self, own: Headroom, sync_for: TensorParallelSync) -> None:
-        self._own, self._sync = own, sync_for
-        self.total_bytes = sync_for.least(own.total_bytes)
+    def __init__(self, own: Headroom, sync: TensorParallelSync) -> None:
+        self._own = own
+        self._sync = sync
+        self.total_bytes = sync.smallest(own.total_bytes)
 
     def free_bytes(self) -> int:
-        return self._sync.least(self._own.free_bytes())
+        return self._sync.smallest(self._own.free_bytes())
 
 
 def sync_for(model: nn.Module) -> SingleProcess:
-    """Who decides for a model.
+    """Return the synchronisation that ``model`` needs.
 
     Raises:
-        UnsupportedModel: its weights are sharded in a way that is not served.
+        UnsupportedModel: the weights are sharded in an unsupported way.
     """
     group = tensor_parallel_group(model)
     return SingleProcess() if group is None else TensorParallelSync(group)

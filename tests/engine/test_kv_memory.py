@@ -32,11 +32,11 @@ class World:
         taken: int = 0,
         max_kv_bytes: int | None = None,
         reserve_fraction: float = 0.0,
-        demand_tokens: int = MANY,
+        expected_tokens: int = MANY,
     ) -> None:
         self.memory: KVMemory | None = None
         self.headroom = FakeHeadroom(total, taken, self.held)
-        self.memory = KVMemory(LAYOUT, self.headroom, CPU, max_kv_bytes, reserve_fraction, demand_tokens)
+        self.memory = KVMemory(LAYOUT, self.headroom, CPU, max_kv_bytes, reserve_fraction, expected_tokens)
 
     def held(self) -> int:
         return 0 if self.memory is None else self.memory.pool.bytes_held
@@ -59,8 +59,8 @@ def made(total: int, **options: object) -> KVMemory:
         ({"reserve_fraction": 0.5}, 50),
         ({"max_kv_bytes": 320 * PAGE}, 20),
         ({"max_kv_bytes": 9999 * PAGE}, 100),
-        ({"demand_tokens": 40 * PAGE_SIZE}, 40),
-        ({"demand_tokens": 1}, 1),
+        ({"expected_tokens": 40 * PAGE_SIZE}, 40),
+        ({"expected_tokens": 1}, 1),
         ({"taken": 1600 * PAGE}, 1),
         ({"taken": 2000 * PAGE}, 1),
         ({"max_kv_bytes": 5}, 1),
@@ -84,7 +84,7 @@ def fill(memory: KVMemory) -> None:
     while memory.reserve(memory.pool.free_pages + 1):
         memory.pool.allocate(memory.pool.free_pages)
         assert memory.pool.live_slabs < 1000, "it grows without end"
-    memory.read()
+    memory.read_headroom()
 
 
 def test_growth_stops_at_headroom() -> None:
@@ -138,9 +138,9 @@ def test_what_cannot_be_had_is_not_begun() -> None:
 
 def test_pages_left_for_others_must_be_obtainable_but_are_not_grown_for() -> None:
     memory = made(160 * PAGE)
-    assert not memory.reserve(100, leaving=61)
+    assert not memory.reserve(100, keep_free=61)
     assert memory.pool.live_slabs == 0
-    assert memory.reserve(100, leaving=60)
+    assert memory.reserve(100, keep_free=60)
     assert memory.pool.live_slabs == 10
 
 
@@ -178,12 +178,12 @@ def test_a_refusal_of_the_allocator_stops_growth_until_the_next_reading(
     monkeypatch.setattr(memory.pool, "grow", refuse)
     with caplog.at_level(logging.WARNING):
         assert not memory.reserve(30)
-    assert "refused a slab of 320 bytes" in caplog.text
+    assert "allocate a KV slab of 320 bytes" in caplog.text
     assert memory.obtainable_pages == 10
     assert not memory.reserve(30)
     assert len(calls) == 1, "it is not asked again and again"
     assert memory.reserve(10), "what it holds is still of use"
-    memory.read()
+    memory.read_headroom()
     monkeypatch.setattr(memory.pool, "grow", grow)
     assert memory.reserve(30)
 
@@ -236,7 +236,7 @@ def test_excess_is_what_others_lack_of_what_is_held(extra: int, excess: int) -> 
     assert memory is not None
     memory.reserve(80)
     world.headroom.taken_bytes = 80 * PAGE + extra
-    memory.read()
+    memory.read_headroom()
     assert memory.headroom_bytes == -extra
     assert memory.excess_bytes == excess
     assert memory.obtainable_pages == 80
@@ -261,7 +261,7 @@ def test_what_could_ever_be_held_does_not_depend_on_others(options: dict[str, in
 
 
 @pytest.mark.parametrize(
-    "check", [KVMemory.read, lambda memory: memory.could_hold(1), lambda memory: memory.reserve(0)]
+    "check", [KVMemory.read_headroom, lambda memory: memory.could_hold(1), lambda memory: memory.reserve(0)]
 )
 def test_looking_takes_nothing(check: Callable[[KVMemory], object]) -> None:
     memory = made(160 * PAGE)

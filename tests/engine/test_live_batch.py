@@ -124,7 +124,7 @@ class Model:
             slot = self.random.choice(list(self.plain))
             self.live.end(slot)
             self.plain[slot].ended = True
-            assert self.live.over[slot]
+            assert self.live.ended[slot]
 
     def draw(self) -> None:
         """A token for some of the rows, in any order."""
@@ -144,7 +144,7 @@ class Model:
         if not self.pending:
             return
         slots, positions, tokens = (np.array(values) for values in self.pending.popleft())
-        wanted = ~self.live.over[slots]
+        wanted = ~self.live.ended[slots]
         slots, positions, tokens = slots[wanted], positions[wanted], tokens[wanted]
         logprobs = np.array([-self.random.random() for _ in slots], np.float32)
         self.live.receive(slots, positions, tokens, logprobs, logprobs / 4)
@@ -162,7 +162,7 @@ class Model:
         ]
         if len(lacking):
             pages = self.new_pages(len(lacking))
-            self.live.give_pages(lacking, np.array(pages))
+            self.live.add_pages(lacking, np.array(pages))
             for slot, page in zip(lacking.tolist(), pages, strict=True):
                 self.plain[slot].pages.append(page)
 
@@ -170,7 +170,7 @@ class Model:
         live, plain, active = self.live, self.plain, self.active
         slots = list(active)
         assert live.active.tolist() == slots
-        assert live.held.tolist() == list(plain)
+        assert live.occupied.tolist() == list(plain)
         assert len(live) == len(slots)
         assert live.all_rows() == [p.row for p in plain.values()]
         assert [pages.tolist() for pages in live.all_pages()] == [p.pages for p in plain.values()]
@@ -178,21 +178,21 @@ class Model:
         assert live.without_token().tolist() == [s for s, p in active.items() if p.drawn == p.joined]
         assert live.prompt_lengths[live.active].tolist() == [p.prompt for p in active.values()]
         assert live.generated[live.active].tolist() == [p.drawn for p in active.values()]
-        assert live.arrived[live.held].tolist() == [len(p.tokens) for p in plain.values()]
-        assert live.limits[live.held].tolist() == [p.row.limit for p in plain.values()]
+        assert live.received[live.occupied].tolist() == [len(p.tokens) for p in plain.values()]
+        assert live.limits[live.occupied].tolist() == [p.row.limit for p in plain.values()]
         params = [p.row.request.params for p in plain.values()]
-        assert live.ignore_eos[live.held].tolist() == [p.ignore_eos for p in params]
-        assert live.ends_at_limit[live.held].tolist() == [
+        assert live.ignore_eos[live.occupied].tolist() == [p.ignore_eos for p in params]
+        assert live.ends_at_limit[live.occupied].tolist() == [
             p.ignore_eos and not p.stop and not p.stop_token_ids for p in params
         ]
-        assert live.groups[live.held].tolist() == [p.row.group.number for p in plain.values()]
-        assert live.has_stops[live.held].tolist() == [bool(p.stop or p.stop_token_ids) for p in params]
+        assert live.groups[live.occupied].tolist() == [p.row.group.number for p in plain.values()]
+        assert live.has_stops[live.occupied].tolist() == [bool(p.stop or p.stop_token_ids) for p in params]
         for token, p in zip(live.last_tokens(live.active).tolist(), active.values(), strict=True):
             assert p.drawn == p.joined or token == p.last
         for slot, p in plain.items():
             assert live.row(slot) is p.row
             completion = live.completion(slot)
-            assert live.completed(slot).tolist() == p.tokens
+            assert live.received_tokens(slot).tolist() == p.tokens
             assert completion.tokens.tolist() == p.tokens
             assert completion.logprobs.tolist() == p.logprobs
             assert completion.sampler_logprobs.tolist() == p.sampler

@@ -41,7 +41,7 @@ def test_records_do_not_depend_on_policy_or_memory(seed: int) -> None:
     assert world.tally.error_samples == world.tally.out_of_memory_events == 0
     assert world.tally.output_tokens == sum(len(record.completion_ids) for record in wanted)
     assert world.tally.prompt_tokens == sum(len(record.prompt_ids) for record in wanted)
-    assert world.tally.drawn_tokens == sum(report.new_tokens for report in world.reports)
+    assert world.tally.sampled_tokens == sum(report.new_tokens for report in world.reports)
     assert world.tally.prefilled_tokens == sum(report.prefill_tokens for report in world.reports)
     assert world.tally.preempted_rows == sum(report.preempted_rows for report in world.reports)
     assert all(report.kv_bytes <= 22 * PAGE for report in world.reports)

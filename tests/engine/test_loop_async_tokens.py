@@ -61,8 +61,8 @@ def test_late_tokens_change_no_bit_of_a_record(seed: int, monkeypatch: pytest.Mo
     at_once, late_records = (world.run() for world in worlds)
     assert_same_bits(late_records, at_once)
     stopped = sum(record.finish_reason != "length" for record in at_once)
-    wasted = worlds[1].tally.drawn_tokens - worlds[1].tally.output_tokens
-    assert worlds[0].tally.drawn_tokens == worlds[0].tally.output_tokens
+    wasted = worlds[1].tally.sampled_tokens - worlds[1].tally.output_tokens
+    assert worlds[0].tally.sampled_tokens == worlds[0].tally.output_tokens
     assert 0 < wasted <= stopped, "rows that end by length waste none"
 
 
@@ -97,7 +97,7 @@ def test_whatever_happens_in_the_step_in_which_a_row_ends(event: str, monkeypatc
             if event == "draw refused":
                 refused = refuse_draws(patch, lambda call, _rows, at=at: call == at)
             if event == "squeezed":
-                world.loop._on_step = squeezing(world, at)
+                world.loop._reporter.on_step = squeezing(world, at)
             assert_same_bits(world.run(), wanted)
             happened += len(refused) + world.tally.preempted_rows
     assert happened > undisturbed.tally.steps // 3

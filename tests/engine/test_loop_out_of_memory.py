@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rollout.engine import loop as loop_module
+from rollout.engine import oom_limits
 from rollout.requests import Request, StepReport
 from rollout.sampling_params import SamplingParams
 from tests.support.toy_loop import (
@@ -58,7 +59,7 @@ def test_an_allocator_failure_at_any_call_changes_no_record(error: type[Exceptio
 @pytest.mark.parametrize("seed", range(4))
 def test_many_failures_change_no_record(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     print("seed", seed)
-    monkeypatch.setattr(loop_module, "_CALM_STEPS", 4)
+    monkeypatch.setattr(oom_limits, "_CALM_STEPS", 4)
     requests = many(10, seed)
     rng = random.Random(seed)
     trouble, raised = refuse_at({rng.randint(5 * i, 5 * i + 3) for i in range(1, 60)})
@@ -89,7 +90,7 @@ def test_a_device_that_holds_few_rows_is_found_out() -> None:
 
 
 def test_the_cap_of_a_failure_is_lifted_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "_CALM_STEPS", 6)
+    monkeypatch.setattr(oom_limits, "_CALM_STEPS", 6)
     requests = plain(40, new=12)
     trouble, raised = refuse_at({4})
     world = World(requests, Fixed(rows=16), trouble=trouble)
@@ -242,7 +243,7 @@ def test_memory_follows_others_up_and_down(seed: int, monkeypatch: pytest.Monkey
 
     clock = Clock(monkeypatch, lambda _sleeps: None)
     world = World(requests, Fixed(rows=10), pages=100)
-    report = world.loop._on_step
+    report = world.loop._reporter.on_step
     assert report is not None
 
     def squeeze(done: StepReport) -> None:
@@ -251,7 +252,7 @@ def test_memory_follows_others_up_and_down(seed: int, monkeypatch: pytest.Monkey
         if rng.random() < 0.2:
             world.headroom.taken_bytes = rng.choice([0, 60, 80, 90]) * PAGE
 
-    world.loop._on_step = squeeze
+    world.loop._reporter.on_step = squeeze
     assert_same(world.run(), all_expected(requests))
     assert world.tally.preempted_rows > 0
     assert clock.sleeps < 5000
@@ -284,7 +285,7 @@ def test_what_can_be_made_again_goes_before_rows_do(taken: int, sheds: bool) -> 
         if world.tally.steps == 20:
             world.headroom.taken_bytes = taken * PAGE
 
-    world.loop._on_step = squeeze
+    world.loop._reporter.on_step = squeeze
     assert_same(world.run(), all_expected(requests))
     assert (runner.kept == 0) == sheds
     assert world.tally.preempted_rows == 0

@@ -21,15 +21,15 @@ def test_a_budget_that_cannot_be_kept_is_said_once(caplog: pytest.LogCaptureFixt
             rows = 1 + len(observation.generated_tokens) % 2
             return Decision(rows, 64, "over_budget")
 
-    with caplog.at_level(logging.INFO, logger="rollout.batcher"):
+    with caplog.at_level(logging.INFO, logger="rollout.engine.loop"):
         World(plain(4), Over()).run()
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
-    assert "longer than the latency budget" in warnings[0].getMessage()
+    assert "exceeds the latency budget" in warnings[0].getMessage()
 
 
 def test_changes_of_the_row_target_are_logged_with_their_reason(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="rollout.batcher"):
+    with caplog.at_level(logging.INFO, logger="rollout.engine.loop"):
         World(plain(4), Fixed(rows=3, reason="memory")).run()
     assert [record.getMessage() for record in caplog.records] == ["step 0: row target None -> 3: memory"]
 
@@ -42,7 +42,7 @@ def test_a_target_that_changes_for_the_same_reason_is_no_news(caplog: pytest.Log
             self.rows = max(2, self.rows - 1)
             return Decision(self.rows, 64, "memory" if self.rows > 4 else "latency")
 
-    with caplog.at_level(logging.INFO, logger="rollout.batcher"):
+    with caplog.at_level(logging.INFO, logger="rollout.engine.loop"):
         world = World(plain(3, new=20), Falling())
         world.run()
     said = [record.getMessage() for record in caplog.records]

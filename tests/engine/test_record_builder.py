@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rollout.engine.batch_row import NOTHING, Completion
+from rollout.engine.batch_row import NO_COMPLETION, Completion
 from rollout.engine.detokenizer import Detokenizer
 from rollout.engine.record_builder import RecordBuilder
 from rollout.records import Record
@@ -64,8 +64,8 @@ def test_values_are_plain_numbers() -> None:
 def test_a_refused_request_is_an_error_for_every_sample_that_was_wanted() -> None:
     tally = Tally()
     recorder = RecordBuilder(Letters(), tally, 0)
-    recorder.refuse(Request("a", [1] * 7, SamplingParams(n=3)), "prompt_too_long", "why")
-    recorder.refuse(Request("b", [], SamplingParams(n=9), samples=[8, 4]), "empty_prompt", "what")
+    recorder.reject(Request("a", [1] * 7, SamplingParams(n=3)), "prompt_too_long", "why")
+    recorder.reject(Request("b", [], SamplingParams(n=9), samples=[8, 4]), "empty_prompt", "what")
     records = recorder.take()
     assert [(r.row_id, r.sample) for r in records] == [("a", 0), ("a", 1), ("a", 2), ("b", 8), ("b", 4)]
     assert {(r.finish_reason, r.error_class, r.error) for r in records[:3]} == {("error", "prompt_too_long", "why")}
@@ -78,7 +78,7 @@ def test_a_failed_sample_keeps_what_it_has() -> None:
     tally = Tally()
     recorder = RecordBuilder(Letters(), tally, 0)
     recorder.fail(Request("a", [1], SamplingParams()), 0, completion(0, 1), "not_finite", "why")
-    recorder.fail(Request("b", [1], SamplingParams()), 0, NOTHING, "too_large", "why")
+    recorder.fail(Request("b", [1], SamplingParams()), 0, NO_COMPLETION, "too_large", "why")
     first, second = recorder.take()
     assert (first.completion_ids, first.text, first.finish_reason) == ([0, 1], "ab", "error")
     assert (second.completion_ids, second.text, second.error_class) == ([], "", "too_large")

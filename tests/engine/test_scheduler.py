@@ -43,8 +43,8 @@ def test_a_prompt_shorter_than_a_page_is_copied_whole() -> None:
 def test_the_prompt_of_a_group_is_computed_once() -> None:
     world = World([request("a", 10, n=3), request("b", 10), request("c", 10, start=50)])
     world.admit()
-    assert [len(prefill.rows) for prefill in world.running.prefills] == [4, 1]
-    assert sum(length for _, length in world.running.prefill_parts(ALL)) == 20
+    assert [len(prefill.rows) for prefill in world.scheduler.prefills] == [4, 1]
+    assert sum(length for _, length in world.scheduler.prefill_chunks(ALL)) == 20
     world.prefill()
     assert world.alive() == ["a0", "a1", "a2", "b0", "c0"]
 
@@ -53,9 +53,9 @@ def test_rows_join_a_prefill_that_is_under_way() -> None:
     world = World([request("a", 10, n=2)])
     world.admit(rows=1)
     world.prefill(tokens=6)
-    assert world.running.prefills[0].computed == 6
+    assert world.scheduler.prefills[0].computed == 6
     world.admit(rows=2, tokens=6)
-    assert [len(prefill.rows) for prefill in world.running.prefills] == [2]
+    assert [len(prefill.rows) for prefill in world.scheduler.prefills] == [2]
     world.prefill(tokens=6)
     assert world.alive() == ["a0", "a1"]
 
@@ -67,7 +67,7 @@ def test_rows_that_come_late_share_full_pages_and_compute_the_rest(tokens: int, 
     world.admit(rows=1)
     world.prefill()
     world.admit(rows=2)
-    (prefill,) = world.running.prefills
+    (prefill,) = world.scheduler.prefills
     assert prefill.computed == computed
     assert prefill.remaining == tokens - computed
     world.prefill()
@@ -79,16 +79,16 @@ def test_pages_of_a_prompt_outlive_the_row_that_computed_them() -> None:
     world = World([request("a", 10, n=3)])
     world.admit(rows=2)
     world.prefill()
-    world.running.leave(int(world.live.active[0]))
+    world.scheduler.leave(int(world.live.active[0]))
     world.check()
     world.admit(rows=2)
-    assert world.running.prefills[0].computed == 8
-    world.running.leave(int(world.live.active[0]))
+    assert world.scheduler.prefills[0].computed == 8
+    world.scheduler.leave(int(world.live.active[0]))
     world.check()
     world.prefill()
     assert world.alive() == ["a2"]
     assert world.pool.used_pages == 3
-    world.running.leave(int(world.live.active[0]))
+    world.scheduler.leave(int(world.live.active[0]))
     world.check()
     assert world.pool.used_pages == 0
 
@@ -99,15 +99,15 @@ def test_two_prefills_of_one_prompt_do_not_free_each_other_s_pages() -> None:
     world.admit(rows=1)
     world.prefill()
     world.decode()
-    world.running.preempt(int(world.live.active[0]))
+    world.scheduler.preempt(int(world.live.active[0]))
     assert world.waiting() == ["a0", "a1", "a2"]
     world.admit(rows=3)
-    assert [len(prefill.rows) for prefill in world.running.prefills] == [1, 2]
+    assert [len(prefill.rows) for prefill in world.scheduler.prefills] == [1, 2]
     world.prefill()
     assert world.alive() == ["a0", "a1", "a2"]
     for slot in world.live.active.tolist():
         world.decode()
-        world.running.leave(slot)
+        world.scheduler.leave(slot)
         world.check()
     assert world.pool.used_pages == 0
 
@@ -118,9 +118,9 @@ def test_two_prefills_of_one_prompt_do_not_free_each_other_s_pages() -> None:
 def test_rows_are_admitted_in_order_up_to_the_target() -> None:
     world = World([request(name, 5, start=10 * i) for i, name in enumerate("abcd")])
     world.admit(rows=3)
-    assert (world.running.alive, world.waiting()) == (3, ["d0"])
+    assert (world.scheduler.alive, world.waiting()) == (3, ["d0"])
     world.admit(rows=2)
-    assert world.running.alive == 3
+    assert world.scheduler.alive == 3
     world.prefill()
     assert world.alive() == ["a0", "b0", "c0"]
 
@@ -131,7 +131,7 @@ def test_admission_stops_when_prefill_tokens_are_spoken_for() -> None:
     assert world.waiting() == ["c0", "d0"], "the second still begins within six tokens"
     world.admit(tokens=6)
     assert world.waiting() == ["c0", "d0"]
-    assert [length for _, length in world.running.prefill_parts(6)] == [5, 1]
+    assert [length for _, length in world.scheduler.prefill_chunks(6)] == [5, 1]
     world.prefill(tokens=6)
     world.admit(tokens=6)
     assert world.waiting() == ["d0"]
@@ -141,8 +141,8 @@ def test_prefill_goes_on_oldest_first_in_parts() -> None:
     world = World([request("a", 9), request("b", 6, start=20)])
     world.admit()
     seen = []
-    while world.running.prefills:
-        parts = world.running.prefill_parts(4)
+    while world.scheduler.prefills:
+        parts = world.scheduler.prefill_chunks(4)
         seen.append([(p.rows[0].request.row_id, p.computed, length) for p, length in parts])
         world.prefill(4)
     assert seen == [[("a", 0, 4)], [("a", 4, 4)], [("a", 8, 1), ("b", 0, 3)], [("b", 3, 3)]]
@@ -150,17 +150,17 @@ def test_prefill_goes_on_oldest_first_in_parts() -> None:
 
 def test_a_step_packs_the_last_token_of_each_live_row_and_then_the_parts_of_prefills() -> None:
     world = World([request("a", 5), request("b", 9, start=20), request("c", 6, start=40)])
-    assert world.running.packed(world.live.active, []) is None
+    assert world.forward_batch(world.live.active, []) is None
     world.admit(rows=1)
     world.prefill()
     world.decode()
     world.admit()
     world.prefill(3)
-    world.running.make_room(None)
-    parts = world.running.prefill_parts(8)
-    packed = world.running.packed(world.live.active, parts)
+    world.scheduler.make_room(None)
+    parts = world.scheduler.prefill_chunks(8)
+    packed = world.forward_batch(world.live.active, parts)
     assert packed is not None
-    a, (b, c) = world.live.pages(0), (prefill.pages for prefill in world.running.prefills)
+    a, (b, c) = world.live.pages(0), (prefill.pages for prefill in world.scheduler.prefills)
     assert packed.prefix_lens.tolist() == [6, 3, 0]
     assert packed.query_lens.tolist() == [1, 6, 2]
     assert packed.tokens.tolist() == [*world.live.last_tokens(world.live.active).tolist(), *range(23, 29), 40, 41]
@@ -177,7 +177,7 @@ def test_a_row_that_does_not_fit_says_what_it_lacks_only_on_an_empty_device() ->
     assert world.waiting() == ["b0"]
     world.prefill()
     assert world.admit() is None
-    world.running.leave(int(world.live.active[0]))
+    world.scheduler.leave(int(world.live.active[0]))
     assert world.admit() == 11, "ten pages, and one for its first token"
     assert world.pool.used_pages == 0
 
@@ -207,13 +207,13 @@ def test_a_fork_that_does_not_fit_waits_its_turn(layout: KVLayout) -> None:
     """Pages were there at admission, and others took them since."""
     world = World([request("a", 6, n=6)], slabs=3, layout=layout)
     world.admit(rows=6)
-    assert len(world.running.prefills[0].rows) == 6
+    assert len(world.scheduler.prefills[0].rows) == 6
     taken = world.pool.allocate(world.pool.free_pages - 2)
     world.headroom.taken_bytes = 10**9
     assert world.memory is not None
-    world.memory.read()
-    extra = world.running.held_pages
-    world.running.held_pages = lambda: [*extra(), taken]  # type: ignore[method-assign]
+    world.memory.read_headroom()
+    extra = world.scheduler.held_pages
+    world.scheduler.held_pages = lambda: [*extra(), taken]  # type: ignore[method-assign]
     world.prefill()
     assert world.alive() == ["a0", "a1", "a2"]
     assert world.waiting() == ["a3", "a4", "a5"]
@@ -255,22 +255,22 @@ def test_any_sequence_keeps_every_row_and_page(seed: int, layout: KVLayout) -> N
             for _ in range(rng.randint(1, 4)):
                 world.decode()
         elif operation == "leave" and len(world.live) and rng.random() < 0.5:
-            world.running.leave(rng.choice(world.live.active.tolist()), scrub=rng.random() < 0.5)
+            world.scheduler.leave(rng.choice(world.live.active.tolist()), scrub=rng.random() < 0.5)
             left += 1
         elif operation == "preempt":
-            world.running.preempt_beyond(max(0, world.running.alive - rng.randint(1, 3)))
+            world.scheduler.preempt_beyond(max(0, world.scheduler.alive - rng.randint(1, 3)))
         elif operation == "shrink":
-            world.running.drop_free_slabs()
+            world.scheduler.drop_free_slabs()
         elif operation == "squeeze":
             world.headroom.taken_bytes = rng.choice([0, 0, world.headroom.total_bytes // 2])
-            world.memory.read()
-            world.running.shrink(world.memory.excess_bytes)
-            world.memory.read()
+            world.memory.read_headroom()
+            world.scheduler.shrink(world.memory.excess_bytes)
+            world.memory.read_headroom()
             assert world.memory.excess_bytes == 0
         world.check()
-        assert left + world.running.alive + len(world.queue) == total, "no row is lost"
+        assert left + world.scheduler.alive + len(world.queue) == total, "no row is lost"
     assert world.tally.preempted_rows > 3
-    world.running.close()
+    world.scheduler.close()
     assert world.memory.bytes_held == 0
 
 
@@ -281,11 +281,11 @@ def test_prefill_wider_than_the_live_page_tables() -> None:
     world.admit(rows=1)
     world.prefill()
     world.admit()
-    running, live = world.running, world.live
-    slots, parts = running.make_room(None), running.prefill_parts(ALL)
+    scheduler, live = world.scheduler, world.live
+    slots, parts = scheduler.make_room(None), scheduler.prefill_chunks(ALL)
     pages_of_long = len(long) // PAGE_SIZE
-    assert live.tables.shape[1] < pages_of_long
-    packed = running.packed(slots, parts)
+    assert live.page_tables.shape[1] < pages_of_long
+    packed = world.forward_batch(slots, parts)
     assert packed is not None
     assert packed.page_tables.shape == (2, pages_of_long)
     held = live.pages(int(slots[0]))

@@ -16,15 +16,15 @@ def test_the_youngest_rows_make_way_and_keep_their_tokens() -> None:
     for _ in range(3):
         world.decode()
     kept = world.live.completion(int(world.live.active[2])).tokens.tolist()
-    world.running.preempt_beyond(1)
+    world.scheduler.preempt_beyond(1)
     world.check()
     assert (world.alive(), world.waiting()) == (["a0"], ["b0", "c0"])
     assert len(kept) == 4
     world.admit()
-    assert [prefill.context.tolist()[5:] for prefill in world.running.prefills] == [
-        world.drawn[id(prefill.rows[0])] for prefill in world.running.prefills
+    assert [prefill.context.tolist()[5:] for prefill in world.scheduler.prefills] == [
+        world.drawn[id(prefill.rows[0])] for prefill in world.scheduler.prefills
     ]
-    assert world.running.prefills[1].context.tolist() == [20, 21, 22, 23, 24, *kept]
+    assert world.scheduler.prefills[1].context.tolist() == [20, 21, 22, 23, 24, *kept]
     world.prefill()
     world.decode()
     assert world.alive() == ["a0", "b0", "c0"]
@@ -39,17 +39,17 @@ def test_prefills_make_way_before_rows_that_decode() -> None:
     world.prefill()
     world.admit()
     world.prefill(tokens=6)
-    assert world.running.preempt_youngest()
+    assert world.scheduler.preempt_youngest()
     world.check()
-    assert (world.waiting(), len(world.running.prefills)) == (["b1"], 1)
+    assert (world.waiting(), len(world.scheduler.prefills)) == (["b1"], 1)
     assert world.tally.recomputed_tokens == 0
-    assert world.running.preempt_youngest()
+    assert world.scheduler.preempt_youngest()
     world.check()
-    assert (world.waiting(), len(world.running.prefills)) == (["b0", "b1"], 0)
+    assert (world.waiting(), len(world.scheduler.prefills)) == (["b0", "b1"], 0)
     assert world.tally.recomputed_tokens == 6
-    assert world.running.preempt_youngest()
+    assert world.scheduler.preempt_youngest()
     assert world.waiting() == ["a0", "b0", "b1"]
-    assert not world.running.preempt_youngest()
+    assert not world.scheduler.preempt_youngest()
     assert (world.pool.used_pages, world.tally.preempted_rows) == (0, 3)
     assert world.all_live().alive() == ["a0", "b0", "b1"], "a prompt whose prefill was given up is begun anew"
 
@@ -96,54 +96,54 @@ def test_rows_beyond_the_oldest_get_no_page() -> None:
 def test_rows_that_have_ended_make_way_for_those_that_go_on() -> None:
     world = World([request("a", 5), request("b", 5, start=20), request("c", 5, start=40)]).all_live()
     world.ended = world.live.active[:1].tolist()
-    world.running.preempt_beyond(2)
+    world.scheduler.preempt_beyond(2)
     assert (world.alive(), world.waiting(), world.tally.preempted_rows) == (["b0", "c0"], [], 0)
-    world.running.preempt_beyond(1)
+    world.scheduler.preempt_beyond(1)
     assert (world.alive(), world.waiting(), world.tally.preempted_rows) == (["b0"], ["c0"], 1)
 
 
 def test_a_row_keeps_its_pages_until_its_last_token_is_here() -> None:
     world = World([Request("a", list(range(5)), SamplingParams(max_new_tokens=2, ignore_eos=True)), request("b", 7)])
     slot, other = world.all_live().live.active.tolist()
-    world.running.make_room(None)
+    world.scheduler.make_room(None)
     world.live.advance(world.live.active, torch.tensor([1, 2]))
-    assert (world.live.active.tolist(), world.live.held.tolist()) == ([other], [slot, other])
-    assert world.running.alive == 1
-    world.pool.check_integrity(world.running.held_pages())
-    packed = world.running.packed(world.live.active, [])
+    assert (world.live.active.tolist(), world.live.occupied.tolist()) == ([other], [slot, other])
+    assert world.scheduler.alive == 1
+    world.pool.check_integrity(world.scheduler.held_pages())
+    packed = world.forward_batch(world.live.active, [])
     assert packed is not None
     assert (packed.tokens.tolist(), packed.prefix_lens.tolist()) == ([2], [8])
-    world.running.leave(slot)
-    world.pool.check_integrity(world.running.held_pages())
-    world.running.close()
+    world.scheduler.leave(slot)
+    world.pool.check_integrity(world.scheduler.held_pages())
+    world.scheduler.close()
     assert world.pool.used_pages == 0
 
 
 def test_a_row_whose_last_token_is_not_here_cannot_be_preempted() -> None:
     world = World([request("a", 5)]).all_live()
-    world.running.make_room(None)
+    world.scheduler.make_room(None)
     world.live.advance(world.live.active, torch.tensor([1]))
     with pytest.raises(AssertionError):
-        world.running.preempt(0)
+        world.scheduler.preempt(0)
 
 
 def test_slabs_are_given_back_without_preempting_while_pages_can_move() -> None:
     world = World([request(name, 12, start=20 * i) for i, name in enumerate("abcdef")]).all_live()
     for slot in world.live.active.tolist()[::2]:
-        world.running.leave(slot)
+        world.scheduler.leave(slot)
     held, used = world.pool.live_slabs, world.pool.used_pages
     spare = world.pool.free_pages // SLAB_PAGES
     assert spare >= 2
-    world.running.shrink(spare * world.pool.slab_bytes)
+    world.scheduler.shrink(spare * world.pool.slab_bytes)
     world.check()
     assert (world.pool.live_slabs, world.pool.used_pages) == (held - spare, used)
     assert world.alive() == ["b0", "d0", "f0"]
-    world.running.shrink(1)  # byte
+    world.scheduler.shrink(1)  # byte
     world.check()
     assert world.alive() == ["b0", "d0"]
     assert world.waiting() == ["f0"]
     assert world.pool.live_slabs == held - spare - 1
-    world.running.shrink(99 * world.pool.slab_bytes)
+    world.scheduler.shrink(99 * world.pool.slab_bytes)
     world.check()
     assert (world.pool.live_slabs, world.waiting()) == (0, ["b0", "d0", "f0"])
     assert world.all_live().alive() == ["b0", "d0", "f0"]
@@ -155,20 +155,20 @@ def test_what_others_want_of_a_gpu_leaves_torch_s_cache(monkeypatch: pytest.Monk
     held: list[int] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(world.pool.live_slabs))
     before = world.pool.live_slabs
-    world.running.shrink(1)
+    world.scheduler.shrink(1)
     assert not held, "on a CPU there is none"
     world.pool.device = torch.device("cuda", 0)
-    world.running.shrink(0)
+    world.scheduler.shrink(0)
     assert not held
-    world.running.shrink(2 * world.pool.slab_bytes)
+    world.scheduler.shrink(2 * world.pool.slab_bytes)
     assert held == [before - 3]
 
 
 def test_free_slabs_are_given_back_with_no_row_the_worse() -> None:
     world = World([request(name, 12, start=20 * i) for i, name in enumerate("abcdef")]).all_live()
     for slot in world.live.active.tolist()[::2]:
-        world.running.leave(slot)
-    world.running.drop_free_slabs()
+        world.scheduler.leave(slot)
+    world.scheduler.drop_free_slabs()
     world.check()
     assert world.alive() == ["b0", "d0", "f0"]
     assert world.pool.live_slabs == -(-world.pool.used_pages // SLAB_PAGES)
@@ -180,8 +180,8 @@ def test_pages_of_prefills_move_too() -> None:
     world.prefill()
     world.admit()
     world.prefill(tokens=7)
-    world.running.leave(int(world.live.active[0]))
-    world.running.drop_free_slabs()
+    world.scheduler.leave(int(world.live.active[0]))
+    world.scheduler.drop_free_slabs()
     world.check()
     assert world.pool.live_slabs == 1
     world.prefill()
@@ -193,10 +193,10 @@ def test_leaving_scrubs_what_nobody_else_holds() -> None:
     first, second = world.live.active.tolist()
     own = int(world.live.pages(first)[2])
     shared = world.live.pages(first)[:2].copy()
-    world.running.leave(first, scrub=True)
+    world.scheduler.leave(first, scrub=True)
     world.check()
     assert world.read(np.array([own])) == [(0, 0)] * PAGE_SIZE
-    world.running.leave(second, scrub=True)
+    world.scheduler.leave(second, scrub=True)
     assert world.read(shared) == [(0, 0)] * 2 * PAGE_SIZE
 
 
@@ -205,8 +205,8 @@ def test_what_a_prefill_wrote_and_nobody_looked_at_is_scrubbed() -> None:
     world = World([request("a", 10)])
     world.admit()
     world.prefill(tokens=7)
-    pages = world.running.prefills[0].pages.copy()
-    world.running.preempt_youngest()
+    pages = world.scheduler.prefills[0].pages.copy()
+    world.scheduler.preempt_youngest()
     assert world.read(pages) == [(0, 0)] * 3 * PAGE_SIZE
 
 
@@ -217,7 +217,7 @@ def test_closing_drops_everything() -> None:
     world.admit()
     world.prefill(tokens=12)
     assert len(world.live) == 3
-    assert len(world.running.prefills) == 1
-    world.running.close()
+    assert len(world.scheduler.prefills) == 1
+    world.scheduler.close()
     world.check()
-    assert (world.pool.used_pages, world.pool.bytes_held, world.running.alive) == (0, 0, 0)
+    assert (world.pool.used_pages, world.pool.bytes_held, world.scheduler.alive) == (0, 0, 0)

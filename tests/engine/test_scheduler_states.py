@@ -11,7 +11,7 @@ def test_samples_of_a_prompt_get_a_state_each() -> None:
     assert world.pool.states.used_pages == 3
     for _ in range(3):
         world.decode()
-    world.running.leave(int(world.live.active[0]))
+    world.scheduler.leave(int(world.live.active[0]))
     world.check()
     assert world.pool.states.used_pages == 2
 
@@ -21,7 +21,7 @@ def test_a_row_that_comes_late_shares_nothing() -> None:
     world.admit(rows=1)
     world.prefill()
     world.admit(rows=2)
-    (prefill,) = world.running.prefills
+    (prefill,) = world.scheduler.prefills
     assert (prefill.computed, world.pool.used_pages) == (0, 6)
     world.prefill()
     assert world.alive() == ["a0", "a1"]
@@ -30,9 +30,9 @@ def test_a_row_that_comes_late_shares_nothing() -> None:
 def test_contexts_are_computed_whole_at_least_one_a_step() -> None:
     world = World([request(name, 9, start=10 * i) for i, name in enumerate("abcd")], layout=RECURRENT)
     world.admit()
-    assert [length for _, length in world.running.prefill_parts(4)] == [9]
-    assert [length for _, length in world.running.prefill_parts(17)] == [9]
-    assert [length for _, length in world.running.prefill_parts(18)] == [9, 9]
+    assert [length for _, length in world.scheduler.prefill_chunks(4)] == [9]
+    assert [length for _, length in world.scheduler.prefill_chunks(17)] == [9]
+    assert [length for _, length in world.scheduler.prefill_chunks(18)] == [9, 9]
     world.prefill(4)
     assert world.alive() == ["a0"]
 
@@ -46,7 +46,7 @@ def test_room_that_states_have_to_spare_serves_keys_and_values() -> None:
     while len(world.live) > 1 or world.pool.live_slabs < 4:
         assert len(world.live), "the oldest row goes on"
         world.decode()
-        world.memory.read()
+        world.memory.read_headroom()
     assert world.pool.states.live_slabs == 1
     assert world.alive() == ["a0"]
 
@@ -56,9 +56,9 @@ def test_a_step_tells_where_states_are() -> None:
     world.admit(rows=2)
     world.prefill()
     world.admit()
-    world.running.make_room(None)
-    packed = world.running.packed(world.live.active, world.running.prefill_parts(ALL))
+    world.scheduler.make_room(None)
+    packed = world.forward_batch(world.live.active, world.scheduler.prefill_chunks(ALL))
     assert packed is not None
-    states = [*world.live.states[world.live.active].ravel(), *world.running.prefills[0].states]
+    states = [*world.live.states[world.live.active].ravel(), *world.scheduler.prefills[0].states]
     assert packed.states.tolist() == states[:3], "a prompt's is computed for its first sample"
     assert len(set(states)) == 4

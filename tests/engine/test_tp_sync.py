@@ -169,7 +169,7 @@ def test_a_process_group_ends_when_it_is_destroyed() -> None:
     one = TensorParallelSync(group)
     groups = [weakref.ref(group), one._host]
     del group
-    assert (one.least(3), one.measured(2.5)) == (3, 2.5)
+    assert (one.smallest(3), one.first_rank_value(2.5)) == (3, 2.5)
     distributed.destroy_process_group()
     assert [reference() for reference in groups] == [None, None]
 

@@ -269,15 +269,15 @@ def test_demand_and_prompt_tokens_of_what_waits() -> None:
     requests = [request("a", [1] * 5, n=3, max_new_tokens=10), request("b", [2] * 4, max_new_tokens=100)]
     queue = queue_of(requests, 50)
     queue.fill(9)
-    assert queue.demand == 3 * (5 + 10) + 4 + 46
+    assert queue.max_tokens == 3 * (5 + 10) + 4 + 46
     assert queue.waiting_prompt_tokens == 5 + 4
     queue.pop()
     assert queue.waiting_prompt_tokens == 5 + 4, "its siblings still wait"
     queue.pop()
     queue.pop()
-    assert (queue.demand, queue.waiting_prompt_tokens) == (50, 4)
+    assert (queue.max_tokens, queue.waiting_prompt_tokens) == (50, 4)
     queue.pop()
-    assert (queue.demand, queue.waiting_prompt_tokens) == (0, 0)
+    assert (queue.max_tokens, queue.waiting_prompt_tokens) == (0, 0)
 
 
 # -- refusals --------------------------------------------------------------------------------------------
@@ -299,17 +299,17 @@ def test_a_prompt_that_cannot_run_is_refused_and_the_next_goes_on(
     bad = request("bad", prompt, n=4)
     queue = queue_of([request("a"), bad, request("b", [0, 199])], context_limit=8)
     assert drain(queue) == [("a", 0), ("b", 0)]
-    ((refused, found_class, message),) = queue.take_refused()
+    ((refused, found_class, message),) = queue.take_rejected()
     assert refused is bad
     assert found_class == error_class
     assert said in message
-    assert queue.take_refused() == []
+    assert queue.take_rejected() == []
 
 
 def test_the_longest_prompt_that_fits_is_taken() -> None:
     queue = queue_of([request("a", [1] * 7)], context_limit=8)
     assert drain(queue) == [("a", 0)]
-    assert queue.take_refused() == []
+    assert queue.take_rejected() == []
 
 
 def test_refused_requests_do_not_count_as_waiting() -> None:
@@ -317,7 +317,7 @@ def test_refused_requests_do_not_count_as_waiting() -> None:
     queue = WaitingQueue(stream, None, 100)
     queue.fill(1)
     assert (stream.read, len(queue)) == (3, 1)
-    assert len(queue.take_refused()) == 2
+    assert len(queue.take_rejected()) == 2
 
 
 def test_prompts_may_be_arrays() -> None:

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from rollout.engine.batch_row import BatchRow
+from rollout.engine.batch_builder import build_forward_batch
+from rollout.engine.batch_row import BatchRow, PrefillChunk
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.scheduler import Scheduler
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.headroom.fake import FakeHeadroom
 from rollout.models.arrays import IntArray
+from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind, StateTensor
 from rollout.requests import Request
 from rollout.sampling_params import SamplingParams
@@ -52,8 +54,8 @@ class World:
         self.queue = WaitingQueue(requests, None, ALL)
         self.queue.fill(ALL)
         self.tally = Tally()
-        self.running = Scheduler(self.memory, self.queue, self.tally, self.settle)
-        self.live = self.running.live
+        self.scheduler = Scheduler(kv=self.memory, queue=self.queue, tally=self.tally, settle=self.settle)
+        self.live = self.scheduler.live
         self.ended: list[int] = []
         self.drawn: dict[int, list[int]] = {}
         """Tokens that were drawn for each row, by the row's identity."""
@@ -65,20 +67,23 @@ class World:
         """Rows that turn out to have ended; see `test_rows_that_have_ended_make_way_for_those_that_go_on`."""
         ended, self.ended = self.ended, []
         for slot in ended:
-            self.running.leave(slot)
+            self.scheduler.leave(slot)
         return bool(ended)
 
     # -- what a step does --------------------------------------------------------------------------------
 
     def admit(self, rows: int = ALL, tokens: int = ALL) -> int | None:
         assert self.memory is not None
-        self.memory.read()
-        lacking = self.running.admit(rows, tokens)
+        self.memory.read_headroom()
+        lacking = self.scheduler.admit(rows, tokens)
         self.check()
         return lacking
 
+    def forward_batch(self, slots: IntArray, chunks: Sequence[PrefillChunk] = ()) -> ForwardBatch | None:
+        return build_forward_batch(self.live, slots, chunks, self.pool.layout)
+
     def prefill(self, tokens: int = ALL) -> IntArray:
-        parts = self.running.prefill_parts(tokens)
+        parts = self.scheduler.prefill_chunks(tokens)
         for prefill, length in parts:
             for position in range(prefill.computed, prefill.computed + length):
                 self.write(int(prefill.pages[position // PAGE_SIZE]), position, int(prefill.context[position]))
@@ -90,7 +95,7 @@ class World:
         self.check()
         if not ready:
             return np.zeros(0, np.int64)
-        sources = self.running.go_live(ready)
+        sources = self.scheduler.go_live(ready)
         slots = self.live.active[-len(sources) :]
         self.check()
         rows = [row for prefill in ready for row in prefill.rows[: int((sources == ready.index(prefill)).sum())]]
@@ -99,7 +104,7 @@ class World:
         return slots
 
     def decode(self, most: int | None = None) -> None:
-        slots = self.running.make_room(most)
+        slots = self.scheduler.make_room(most)
         self.check()
         if len(slots):
             for slot, token, length in zip(
@@ -146,9 +151,9 @@ class World:
     # -- what must be so ---------------------------------------------------------------------------------
 
     def check(self) -> None:
-        running, pool = self.running, self.pool
-        pool.check_integrity(running.held_pages())
-        pool.states.check_integrity(running.held_states())
+        scheduler, pool = self.scheduler, self.pool
+        pool.check_integrity(scheduler.held_pages())
+        pool.states.check_integrity(scheduler.held_states())
         fresh = set(self.live.without_token().tolist())
         for slot in self.live.active.tolist():
             row, completion = self.live.row(slot), self.live.completion(slot)
@@ -160,7 +165,7 @@ class World:
             full = 0 if self.per_row else len(row.group.prompt_ids) // PAGE_SIZE
             assert len(row.group.pages) == full
             self.holds(row.group.pages, row.group.prompt_ids.tolist()[: full * PAGE_SIZE])
-        for prefill in running.prefills:
+        for prefill in scheduler.prefills:
             assert prefill.rows
             assert len(prefill.states) == self.per_row * len(prefill.rows)
             self.holds(prefill.pages, prefill.context.tolist()[: prefill.computed])
@@ -168,7 +173,7 @@ class World:
         for row in self.live.all_rows():
             holders[id(row.group)] = holders.get(id(row.group), 0) + 1
         assert all(row.group.holders == holders[id(row.group)] for row in self.live.all_rows())
-        assert running.alive == len(self.live) + sum(len(prefill.rows) for prefill in running.prefills)
+        assert scheduler.alive == len(self.live) + sum(len(prefill.rows) for prefill in scheduler.prefills)
 
     def holds(self, pages: IntArray, tokens: list[int]) -> None:
         assert self.read(pages)[: len(tokens)] == list(zip(tokens, range(len(tokens)), strict=True))
@@ -184,7 +189,7 @@ class World:
     def all_live(self) -> World:
         self.admit()
         self.prefill()
-        assert not self.running.prefills
+        assert not self.scheduler.prefills
         return self
 
 

@@ -266,19 +266,19 @@ class World:
         self.queue = WaitingQueue(self.requests, self.context_limit, VOCABULARY)
         self.queue.fill(self.read_first)
         cap = None if self.max_kv_pages is None else self.max_kv_pages * PAGE
-        self.memory = KVMemory(LAYOUT, self.headroom, CPU, cap, 0.0, self.queue.demand)
+        self.memory = KVMemory(LAYOUT, self.headroom, CPU, cap, 0.0, self.queue.max_tokens)
         self.pool = self.memory.pool
         self.runner = ToyRunner(self.pool, self.trouble)
         self.loop = Loop(
-            self.runner,
-            self.memory,
-            self,
-            Letters(),
-            [EOS],
-            self.queue,
-            self.weight_version,
-            self.report,
-            self.late,
+            runner=self.runner,
+            kv=self.memory,
+            policy=self,
+            queue=self.queue,
+            detokenizer=Letters(),
+            eos_ids=[EOS],
+            weight_version=self.weight_version,
+            on_step=self.report,
+            overlap=self.late,
         )
 
     def held(self) -> int:

@@ -1,0 +1,46 @@
+"""Build the forward batch of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rollout.batcher.types import IntArray
+from rollout.engine.batch_row import PrefillChunk
+from rollout.engine.live_batch import LiveBatch
+from rollout.models.arrays import uploaded
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import KVLayout
+
+
+def build_forward_batch(
+    live: LiveBatch, slots: IntArray, chunks: Sequence[PrefillChunk], layout: KVLayout
+) -> ForwardBatch | None:
+    """Build the step's forward batch: one token per slot, then the prefill chunks. None if empty."""
+    rows = len(slots)
+    if not rows and not chunks:
+        return None
+    chunk_pages = [prefill.pages[: layout.pages_for(prefill.computed + tokens)] for prefill, tokens in chunks]
+    decode_width = int(live.page_counts[slots].max(initial=0))
+    page_tables = np.zeros((rows + len(chunks), max([decode_width, *map(len, chunk_pages)])), np.int64)
+    page_tables[:rows, :decode_width] = live.page_tables[slots, :decode_width]
+    for table, pages in zip(page_tables[rows:], chunk_pages, strict=True):
+        table[: len(pages)] = pages
+    tokens = live.last_tokens(slots)
+    if chunks:
+        chunk_ids = [chunk.prefill.context[chunk.prefill.computed :][: chunk.tokens] for chunk in chunks]
+        tokens = torch.cat([tokens, uploaded(np.concatenate(chunk_ids), tokens.device)])
+    lengths = live.lengths(slots)
+    computed = np.array([chunk.prefill.computed for chunk in chunks], np.int64)
+    chunk_tokens = np.array([chunk.tokens for chunk in chunks], np.int64)
+    contexts = np.array([len(chunk.prefill.context) for chunk in chunks], np.int64)
+    return ForwardBatch(
+        tokens=tokens,
+        page_tables=page_tables,
+        prefix_lens=np.concatenate([lengths - 1, computed]),
+        query_lens=np.concatenate([np.ones(rows, np.int64), chunk_tokens]),
+        known_lens=np.concatenate([lengths, contexts]),
+        states=np.concatenate([live.states[slots].ravel(), *(chunk.prefill.states[:1] for chunk in chunks)]),
+    )

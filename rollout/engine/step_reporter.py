@@ -1,0 +1,76 @@
+"""Count each step of the loop and report it to the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rollout.batcher.types import Decision, StepSample
+from rollout.engine.kv_memory import KVMemory
+from rollout.engine.waiting_queue import WaitingQueue
+from rollout.requests import StepReport
+from rollout.stats import Tally
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did."""
+
+    decision: Decision
+    live_rows: int
+    """Rows alive after admission."""
+    paused_rows: int
+    sample: StepSample
+    """What ran; its ``ms`` is 0 until the step has been timed."""
+    missing_pages: int | None
+    """Pages that the next waiting row needs if it does not fit on an empty device, else None."""
+
+
+class StepReporter:
+    """Updates the totals with each step and calls ``on_step`` with a report of it.
+
+    Args:
+        tally: totals of the call.
+        kv: the KV memory.
+        queue: waiting rows.
+        on_step: called with each report; None: no reports.
+    """
+
+    def __init__(
+        self, tally: Tally, kv: KVMemory, queue: WaitingQueue, on_step: Callable[[StepReport], None] | None
+    ) -> None:
+        self._tally = tally
+        self._kv = kv
+        self._queue = queue
+        self.on_step = on_step
+        self._reported_tokens = 0
+        self._reported_preemptions = 0
+        self._reported_ooms = 0
+
+    def report(self, step: StepResult) -> None:
+        """Count a timed step and report it."""
+        tally, pool, waiting_rows = self._tally, self._kv.pool, len(self._queue)
+        tally.steps += 1
+        tally.paused_row_steps += step.paused_rows
+        tally.count_live_rows(step.live_rows, waiting_rows)
+        report = StepReport(
+            step=tally.steps,
+            live_rows=step.live_rows,
+            paused_rows=step.paused_rows,
+            waiting_rows=waiting_rows,
+            row_target=step.decision.rows,
+            reason=step.decision.reason,
+            kv_tokens=pool.used_pages * pool.layout.page_size,
+            kv_bytes=self._kv.bytes_held,
+            headroom_bytes=self._kv.headroom_bytes,
+            prefill_tokens=step.sample.prefill_tokens,
+            new_tokens=tally.sampled_tokens - self._reported_tokens,
+            preempted_rows=tally.preempted_rows - self._reported_preemptions,
+            out_of_memory_events=tally.out_of_memory_events - self._reported_ooms,
+            step_ms=step.sample.ms,
+        )
+        self._reported_tokens = tally.sampled_tokens
+        self._reported_preemptions = tally.preempted_rows
+        self._reported_ooms = tally.out_of_memory_events
+        if self.on_step is not None:
+            self.on_step(report)
