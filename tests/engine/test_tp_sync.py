@@ -167,7 +167,7 @@ def test_a_process_group_ends_when_it_is_destroyed() -> None:
     group = distributed.group.WORLD
     assert group is not None
     one = TensorParallelSync(group)
-    groups = [weakref.ref(group), one._host]
+    groups = [weakref.ref(group), one._host_group]
     del group
     assert (one.smallest(3), one.first_rank_value(2.5)) == (3, 2.5)
     distributed.destroy_process_group()
