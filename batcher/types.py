@@ -13,11 +13,6 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 
-def ceil_div(a: int, b: int) -> int:
-    """Return ``a / b`` rounded up."""
-    return -(-a // b)
-
-
 OVER_BUDGET = "over_budget"
 """Reason of a decision that cannot keep the latency budget: even the fewest rows allowed exceed it."""
 
