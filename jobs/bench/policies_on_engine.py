@@ -1,10 +1,10 @@
-"""Batching policies on the real engine, where memory binds: the counterpart of policies.py, which simulates.
+"""Batching policies on the real engine, with too little memory for all rows: the counterpart of policies_simulated.py.
 
     python -m jobs.bench.policies_on_engine MODEL w1.json --kv-rows 40 --repeats 2
     python -m jobs.bench.policies_on_engine MODEL w1.json --kv-rows 40 --budget-ms 40 --policies sla,predictive
 
-Policies take turns in one process, on one model. KV memory holds so many rows of the workload's mean final length.
-Each request gets its exact number of tokens, but no policy is told: it sees one limit for all, as a user would set it.
+Policies take turns in one process, on one model. KV memory holds ``--kv-rows`` rows of mean final length.
+Each request generates its exact number of tokens, but policies see one limit for all, as a user would set it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ POLICIES = (
     "memory,sla,paper,predictive"
 )
 _KNOWN_AFTER = 64
-"""Steps after which the fit of step times is held to what it says."""
+"""Steps after which the error of the step-time fit is recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,41 +46,41 @@ class Setting:
 
     @classmethod
     def of(cls, text: str) -> Setting:
-        """As it is written.
+        """Parse a setting.
 
         Raises:
-            ValueError: rows or chunk are no numbers, or the policy is unknown.
+            ValueError: rows or chunk is not a number, or the policy is unknown.
         """
         name, _, bounds = text.partition(":")
         rows, _, chunk = bounds.partition("x")
         usual = Bounds()
         if not all(number.isdecimal() for number in (rows, chunk) if number):
-            raise ValueError(f"{text!r} is no setting: write NAME[:ROWS[xCHUNK]] with whole numbers.")
+            raise ValueError(f"{text!r} is not a setting; write NAME[:ROWS[xCHUNK]] with whole numbers.")
         setting = cls(text, name, int(rows or usual.max_rows), int(chunk or usual.prefill_tokens))
         setting.policy(None)
         return setting
 
     def policy(self, budget_ms: float | None) -> Policy:
-        """A new one, that knows nothing yet."""
+        """Build a new policy without state."""
         return make_policy(self.name, Bounds(1, self.rows, budget_ms, self.chunk))
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One run."""
+    """Result of one run."""
 
     stats: Stats
     step_ms: tuple[float, ...]
     rows: tuple[int, ...]
-    """Alive in each step."""
+    """[steps] live rows."""
     errors: tuple[float, ...]
-    """Of the step time, relative, as foretold by the steps before."""
+    """Relative errors of the step time predicted from earlier steps."""
     tokens: tuple[tuple[float, ...], ...]
     """`Unaware.errors`."""
 
 
 def errors_of(steps: Sequence[StepSample]) -> list[float]:
-    """How far off, relatively, the fit of step times is that `predictive` uses, once it has seen some steps."""
+    """Return relative errors of the step-time fit of `predictive`, after its first steps."""
     fit, errors = StepTime(), list[float]()
     for step in steps:
         if fit.samples >= _KNOWN_AFTER:
@@ -90,7 +90,7 @@ def errors_of(steps: Sequence[StepSample]) -> list[float]:
 
 
 def run(engine: Engine, policy: Unaware, requests: Sequence[Request]) -> Outcome:
-    """A policy's run of all requests."""
+    """Run all requests under a policy."""
     reports: list[StepReport] = []
     for _ in engine.run(requests, on_step=reports.append):
         pass
@@ -100,7 +100,7 @@ def run(engine: Engine, policy: Unaware, requests: Sequence[Request]) -> Outcome
 
 
 def lines(outcomes: dict[str, list[Outcome]], budget_ms: float | None) -> tables.Lines:
-    """A table: rates are medians, other figures means over the runs of a policy."""
+    """Build the table: rates are medians over the runs of a policy, other figures means."""
     over = {
         text: 0.0 if budget_ms is None else fmean(float(np.mean(np.array(o.step_ms) > budget_ms)) for o in own)
         for text, own in outcomes.items()
@@ -140,7 +140,7 @@ def lines(outcomes: dict[str, list[Outcome]], budget_ms: float | None) -> tables
 
 
 def main() -> int:
-    """Prints a line a run and the table."""
+    """Print one line per run, then the table."""
     parser = cli.options("Runs batching policies on the engine, turn by turn.", device="cpu")
     parser.add_argument("workload", type=Path, help="a file of workload.py")
     parser.add_argument("--kv-rows", type=float, default=40.0, help="rows of mean final length that memory holds")

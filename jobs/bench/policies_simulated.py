@@ -35,13 +35,13 @@ from rollout.batcher.types import Bounds, FloatArray, IntArray
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A machine of the reference, and how many rows its jobs have."""
+    """A machine, and the number of rows of its jobs."""
 
     machine: Machine
     requests: int
 
     def workload(self, name: str, seed: int) -> Workload:
-        """Jobs of long rows have fewer of them."""
+        """Generate a workload; the one with the longest rows has half as many."""
         return named_workload(name, self.requests // (2 if name == "bimod" else 1), seed)
 
 
@@ -56,12 +56,12 @@ SETTINGS: Mapping[str, Setting] = {
 
 
 def memory_bound_rows(workload: Workload, machine: Machine) -> float:
-    """Rows that memory holds."""
+    """Return how many rows of all ages memory holds."""
     return steady_rows(machine.kv_tokens, workload.prompt_tokens, workload.output_tokens.astype(np.float64))
 
 
 def budget_ms(workload: Workload, machine: Machine) -> float:
-    """1.3 x the step time at half the memory-bound batch, without prefill."""
+    """Return 1.3 times the step time at half the memory-bound batch, without prefill."""
     half = memory_bound_rows(workload, machine) / 2
     c0, c1, c2, _ = machine.step_ms
     return 1.3 * (c0 + c1 * half + c2 * machine.kv_tokens / 2)
@@ -74,7 +74,7 @@ _VLLM = Spec("256 rows, wm 0", "static", 256, 0.0)
 
 
 def memory(given: argparse.Namespace) -> None:
-    """Policies without a budget, relative to the best swept static batch, to the oracle and to Algorithm 1."""
+    """Print policies without a budget, relative to the best swept static batch, to the oracle and to Algorithm 1."""
     specs = [*_UNTUNED, _VLLM]
     for letter in given.machines.split(","):
         setting = SETTINGS[letter]
@@ -91,7 +91,7 @@ def memory(given: argparse.Namespace) -> None:
                 rate = static.tokens_per_s
                 outcomes = {spec.text: comparison.run(spec) for spec in specs}
                 own = outcomes["predictive"]
-                # The best run in order of arrival that is known, which a static batch may be.
+                # The best known run in order of arrival, which may be a static batch.
                 oracle = max(
                     comparison.oracle.tokens_per_s, *(o.tokens_per_s for t, o in outcomes.items() if o is not own), rate
                 )
@@ -130,7 +130,7 @@ _SLA = [
 
 
 def budget(given: argparse.Namespace) -> None:
-    """Policies with a budget, relative to the best static batch (cap x prefill chunk swept) that keeps it."""
+    """Print policies with a budget, relative to the best static batch (cap x prefill chunk swept) that keeps it."""
     for letter in given.machines.split(","):
         setting = SETTINGS[letter]
         lines = [["workload", "budget ms", "best static", "rows x chunk", "bound", "predictive", "over",
@@ -174,7 +174,7 @@ def budget(given: argparse.Namespace) -> None:
 
 
 def _short(outcome: Outcome, limit: float) -> float:
-    """Share of the time that goes by in steps well below the budget: rows or memory are too few to fill them."""
+    """Return the share of time spent in steps well below the budget, for lack of rows or memory."""
     return float(outcome.step_ms[outcome.step_ms < 0.85 * limit].sum() / outcome.step_ms.sum())
 
 
@@ -184,7 +184,7 @@ def _sla(comparison: Comparison, chunk: int = 512, **parameters: float) -> Outco
 
 
 def _sla_sweep(comparison: Comparison) -> list[Outcome]:
-    """Algorithm 2 with the best of 4 settings and 5 chunks, aimed at three budgets below the real one."""
+    """Run Algorithm 2 with 4 settings and 5 prefill chunks, at three target budgets up to the real one."""
     assert comparison.budget_ms is not None
     found = []
     for aim in (0.75, 0.9, 1.0):
@@ -199,7 +199,7 @@ def _sla_sweep(comparison: Comparison) -> list[Outcome]:
 
 
 def hints(given: argparse.Namespace) -> None:
-    """What length hints are worth to the predictive policy, relative to the order of arrival."""
+    """Print the gain from length hints for the predictive policy, relative to the order of arrival."""
     sigmas = (0.0, 0.3, 0.6, 1.0, 1.5)
     lines = [["workload", "order", *(f"error {sigma:g}" for sigma in sigmas), "former epoch"]]
     orders: dict[str, Callable[[Workload, float], Workload]] = {
@@ -229,7 +229,7 @@ def hints(given: argparse.Namespace) -> None:
 
 
 def useless(given: argparse.Namespace) -> None:
-    """What hints that tell nothing cost the predictive policy, relative to the order of arrival."""
+    """Print the cost of useless hints for the predictive policy, relative to the order of arrival."""
     lines = [["workload", "machine", "mean", "standard error"]]
     for letter in given.machines.split(","):
         setting = SETTINGS[letter]
@@ -252,7 +252,7 @@ def _hints_of(workload: Workload) -> FloatArray:
 
 
 def _fixed(workload: Workload, order: IntArray) -> Workload:
-    """In this order, and without hints that would change it."""
+    """Return the workload in this order, without hints that would change it."""
     return replace(workload.reordered(order), length_hints=None)
 
 
@@ -263,11 +263,11 @@ def _longest_first(groups: IntArray, expected: FloatArray) -> IntArray:
 
 
 def _former(workload: Workload, seed: int) -> Workload:
-    """What the last epoch's samples of each prompt say of this one's: their mean, of lengths of CV 0.5 within one."""
+    """Add hints from a former epoch: mean lengths per prompt, with a CV of 0.5 between samples of a prompt."""
     sizes = np.bincount(workload.groups)
     means = np.bincount(workload.groups, workload.output_tokens) / np.maximum(sizes, 1)
     noise = np.random.default_rng([seed, 9]).standard_normal(len(sizes))
-    # The mean of this epoch's samples is itself as far from the prompt's own as that of the last one.
+    # The means of both epochs deviate from the prompt's true mean, hence the factor 2 in the variance.
     seen = means * np.exp(math.sqrt(2 * math.log1p(0.25)) * noise / np.sqrt(np.maximum(sizes, 1)))
     return replace(workload, length_hints=seen[workload.groups])
 
@@ -276,7 +276,7 @@ def _former(workload: Workload, seed: int) -> Workload:
 
 
 def victims(given: argparse.Namespace) -> None:
-    """The row that is cheapest to compute again makes way, relative to the youngest."""
+    """Print the gain from preempting the row that is cheapest to recompute, relative to the youngest."""
     chosen: dict[str, Victim] = {"youngest": youngest, "cheapest": cheapest}
     lines = [["workload", "machine", "policy", "cheapest / youngest", "recompute: youngest", "cheapest"]]
     ratios: dict[str, list[float]] = {}
@@ -307,7 +307,7 @@ def victims(given: argparse.Namespace) -> None:
 
 
 def forecast(given: argparse.Namespace) -> None:
-    """How far off the tokens are that the predictive policy foretells of the live rows, as a share of memory."""
+    """Print the error of the memory forecast for the live rows, as a share of memory."""
     lines = [["workload", *(f"{steps} steps ahead: median, p95" for steps in AHEAD)]]
     for letter in given.machines.split(","):
         setting = SETTINGS[letter]
@@ -339,7 +339,7 @@ FIGURES: Mapping[str, Callable[[argparse.Namespace], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints one figure."""
+    """Print one figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=FIGURES)
     parser.add_argument("--machines", default=",".join(SETTINGS))

@@ -9,27 +9,27 @@ from rollout.batcher.preemption import cheapest, youngest
 UNKNOWN = float("nan")
 
 
-def test_rows_of_a_group_follow_its_first():
+def test_by_group_puts_rows_behind_first_of_their_group():
     assert by_group(np.array([7, 3, 7, 5, 3, 7])).tolist() == [0, 2, 5, 1, 4, 3]
 
 
-def test_without_expectations_arrival_decides():
+def test_order_without_expectations_is_by_group():
     groups = np.array([2, 1, 2, 0])
     assert by_latest_start(groups, np.full(4, UNKNOWN), 8).tolist() == by_group(groups).tolist()
 
 
-def test_equal_expectations_change_nothing():
+def test_equal_expectations_keep_order_of_arrival():
     assert by_latest_start(np.arange(50), np.full(50, 30.0), 4).tolist() == list(range(50))
 
 
-def test_what_is_as_long_as_the_job_goes_first_and_the_longest_before():
+def test_rows_as_long_as_the_job_go_first_longest_first():
     expected = np.full(40, 10.0)
     expected[[20, 30]] = 500, 700
     assert by_latest_start(np.arange(40), expected, 4)[:2].tolist() == [30, 20]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_short_rows_are_last_and_long_ones_spread(seed: int):
+def test_long_rows_are_spread_and_short_rows_are_last(seed: int):
     print("seed", seed)
     expected = np.random.default_rng(seed).geometric(1 / 100, 2000).astype(float)
     order = by_latest_start(np.arange(2000), expected, 100)
@@ -42,7 +42,7 @@ def test_short_rows_are_last_and_long_ones_spread(seed: int):
     assert (placed - before_end).max() < 0.4 * (expected - arrived).max()
 
 
-def test_groups_stay_together_and_go_when_the_longest_of_them_should():
+def test_group_stays_together_at_start_of_its_longest_row():
     groups = np.array([0, 1, 2, 0, 1, 2])
     expected = np.array([300.0, 10, 10, 300, 500, 10])
     assert by_latest_start(groups, expected, 1).tolist() == [1, 4, 0, 3, 2, 5]
@@ -50,7 +50,7 @@ def test_groups_stay_together_and_go_when_the_longest_of_them_should():
     assert by_latest_start(groups, expected, 1).tolist()[:2] == [1, 4]
 
 
-def test_the_cheapest_victim_has_the_fewest_tokens_to_compute_again():
+def test_cheapest_victim_has_fewest_tokens_to_recompute():
     recompute = np.array([900, 300, 100, 100, 500])
     assert (cheapest(recompute), youngest(recompute)) == (3, 4)
 
@@ -77,7 +77,7 @@ def ordered(ordering: Ordering, rows: tuple[np.ndarray, np.ndarray, np.ndarray],
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_hints_are_believed_at_first_and_when_they_were_right(seed: int):
+def test_hints_are_used_at_first_and_while_exact(seed: int):
     print("seed", seed)
     rng = np.random.default_rng(seed)
     groups, prompts, hints = waiting(rng)
@@ -97,7 +97,7 @@ def test_vague_hints_send_long_rows_first(seed: int):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_useless_hints_leave_the_order_of_arrival(seed: int):
+def test_useless_hints_keep_order_of_arrival(seed: int):
     print("seed", seed)
     rng = np.random.default_rng(seed)
     rows = waiting(rng)
@@ -109,7 +109,7 @@ def test_useless_hints_leave_the_order_of_arrival(seed: int):
     assert ordered(same, rows) == rows[0].tolist()
 
 
-def test_hints_in_another_unit_are_as_good():
+def test_unit_of_hints_does_not_change_order():
     rng = np.random.default_rng(3)
     groups, prompts, hints = waiting(rng)
     tokens = learned(np.random.default_rng(4), 500, 0.3)
@@ -117,7 +117,7 @@ def test_hints_in_another_unit_are_as_good():
     assert ordered(tokens, (groups, prompts, hints)) == ordered(characters, (groups, prompts, 4 * hints))
 
 
-def test_what_nobody_knows_is_neither_learned_nor_in_the_way():
+def test_unknown_hints_are_ignored():
     ordering = Ordering()
     for _ in range(100):
         ordering.learn(UNKNOWN, 7)
@@ -127,14 +127,14 @@ def test_what_nobody_knows_is_neither_learned_nor_in_the_way():
     assert ordering.order(groups[:0], prompts[:0], np.zeros(0), 500).tolist() == []
 
 
-def test_fewer_rows_at_a_time_than_memory_holds_leave_more_time():
+def test_most_rows_lengthens_the_job_and_delays_long_rows():
     expected = np.array([10.0] * 30 + [60.0])
     rows = np.arange(31), np.full(31, 10), expected
     assert Ordering().order(*rows, 10_000).tolist()[0] == 30
     assert Ordering().order(*rows, 10_000, most_rows=2).tolist()[0] == 0
 
 
-def test_an_order_is_asked_for_again_when_hints_turn_out_otherwise():
+def test_ordering_changes_when_hints_turn_out_inexact():
     rng = np.random.default_rng(0)
     for error, changes in ((0.0, False), (1.0, True)):
         ordering = Ordering()

@@ -19,13 +19,13 @@ def estimate(finished: list[FinishedRow], ages: list[int], max_new: int) -> tupl
     return moments.output_mean, moments.output_variance
 
 
-def test_before_anything_finished_new_rows_stand_for_half_of_their_limit():
+def test_new_rows_count_as_half_of_their_limit_before_any_finish():
     mean, variance = estimate([], [0, 0, 0], max_new=512)
     assert mean == 256
     assert variance == pytest.approx(512**2 / 12)
 
 
-def test_before_anything_finished_a_rows_own_length_is_its_lower_bound():
+def test_age_is_lower_bound_of_length_before_any_finish():
     assert estimate([], [400, 400], max_new=512)[0] == 456
 
 
@@ -57,7 +57,7 @@ def test_a_row_at_its_limit_counts_with_that_length():
     assert estimate(outputs(2), [8], max_new=8)[0] == pytest.approx(5)
 
 
-def test_old_rows_are_forgotten():
+def test_rows_outside_the_window_are_forgotten():
     lengths = LengthMoments(length_window=3)
     lengths.learn(outputs(1000, 1000, 1000, 1000))
     lengths.learn(outputs(10, 20, 30, prompt=7))
@@ -78,11 +78,11 @@ def test_estimates_are_not_biased_by_short_rows_finishing_first():
     assert moments.output_variance == pytest.approx(lengths.var(), rel=0.1)
 
 
-def test_nothing_known_is_an_error():
+def test_estimate_without_rows_raises():
     with pytest.raises(ValueError, match="before the first row is live"):
         LengthMoments().estimate(observe())
 
 
-def test_the_window_must_hold_a_row():
+def test_window_below_one_raises():
     with pytest.raises(ValueError, match="length_window must be at least 1"):
         LengthMoments(length_window=0)

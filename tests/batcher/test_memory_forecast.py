@@ -13,13 +13,13 @@ from rollout.batcher.types import FinishedRow
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("count", [1, 6, 300])
-def test_rows_together_hold_what_each_holds(count: int, seed: int) -> None:
+def test_total_is_sum_of_per_row_forecasts(count: int, seed: int) -> None:
     print("seed", seed)
     rng = np.random.default_rng(seed)
-    hazard = Survival()
-    hazard.learn([FinishedRow(10, int(length)) for length in rng.integers(1, 300, 200)])
-    hazard.estimate(rng.integers(0, 300, 50), 300)
-    forecast = MemoryForecaster(hazard, np.linspace(0, 400, 40))
+    survival = Survival()
+    survival.learn([FinishedRow(10, int(length)) for length in rng.integers(1, 300, 200)])
+    survival.estimate(rng.integers(0, 300, 50), 300)
+    forecast = MemoryForecaster(survival, np.linspace(0, 400, 40))
     ages = rng.integers(0, 300, count)
     limits = ages + rng.choice([1, 7, 200, 399, 400, 401, 5000], count)
     rows = RowMemory(500 * rng.random(count), ages, limits, rng.random(count) < 0.2)

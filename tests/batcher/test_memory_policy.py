@@ -17,7 +17,7 @@ THETA = 1.645
 ROWS_OF_200 = [FinishedRow(100, 100)] * 50
 
 
-def test_equation_12_on_the_known_answer():
+def test_equation_12_gives_known_answer_of_the_paper():
     assert rows_by_eq12(ETA, PAPER, THETA) == 161
 
 
@@ -46,7 +46,7 @@ def test_without_variance_equation_12_divides():
 
 
 @pytest.mark.parametrize("eta", [0, -1000])
-def test_no_memory_is_no_rows(eta: int):
+def test_equation_12_without_memory_is_zero_rows(eta: int):
     assert rows_by_eq12(eta, PAPER, THETA) == 0
 
 
@@ -119,7 +119,7 @@ def test_the_last_size_holds_while_nothing_waits_for_prefill():
     assert (refreshed.rows, refreshed.reason) == (10, "memory")
 
 
-def test_rows_in_decode_are_not_shed_but_those_in_prefill_are():
+def test_rows_in_decode_are_kept_but_rows_in_prefill_are_not():
     decision = MemoryPolicy(Bounds()).decide(observe([1] * 60 + [0] * 10, eta=10_000, finished=ROWS_OF_200))
     assert (decision.rows, decision.reason) == (60, "running")
 
@@ -140,6 +140,6 @@ def test_parameters_out_of_range_are_refused(parameters: dict, named: str):
         MemoryPolicy(Bounds(), MemoryParameters(**parameters))
 
 
-def test_a_row_is_charged_for_its_state():
+def test_recurrent_state_is_charged_per_row():
     seen = observe([1] * 10, eta=10_000, finished=ROWS_OF_200, tokens_per_row=300)
     assert MemoryPolicy(Bounds()).decide(seen).rows == 10_000 / (200 + 300)

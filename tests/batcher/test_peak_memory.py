@@ -18,7 +18,7 @@ def by_steps(held: list[float], grows: list[float], remaining: list[int]) -> flo
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_peak_is_the_highest_of_all_steps(seed: int):
+def test_future_peak_equals_maximum_over_all_steps(seed: int):
     print("seed", seed)
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 12))
@@ -27,7 +27,7 @@ def test_the_peak_is_the_highest_of_all_steps(seed: int):
     assert peak == by_steps(held.tolist(), grows.tolist(), remaining.tolist())
 
 
-def test_nothing_has_no_peak():
+def test_future_peak_of_no_rows_is_zero():
     assert future_peak(np.zeros(0), np.zeros(0), np.zeros(0)) == 0
 
 
@@ -70,12 +70,12 @@ def test_waiting_rows_that_join_their_prompt_hold_only_their_own():
     assert own.tolist() == [7 + 7.5, 103 + 7.5, 7 + 7.5, 103 + 7.5]
 
 
-def test_without_names_one_row_stands_for_those_that_wait():
+def test_unknown_waiting_rows_become_one_average_row():
     rows = waiting_rows(observation([1], 1))
     assert (rows.own_tokens.tolist(), rows.limits.tolist()) == ([100], [50])
 
 
-def test_rows_fit_while_the_peak_does():
+def test_rows_that_fit_keep_the_peak_within_memory():
     rows = RowMemory(np.array([100.0]), np.array([0]), np.array([100]), np.ones(1, bool))
     more = RowMemory(np.full(5, 50.0), np.zeros(5, np.int64), np.full(5, 20), np.ones(5, bool))
     _, shared = live_rows(observation([1], 1))
@@ -83,7 +83,7 @@ def test_rows_fit_while_the_peak_does():
     assert [rows_that_fit(rows, shared, more, tokens) for tokens in (199, 200, 260, 400, 1000)] == [0, 1, 2, 4, 5]
 
 
-def test_the_oracle_admits_what_never_outgrows_memory():
+def test_oracle_admits_rows_that_never_outgrow_memory():
     def rows(eta: int) -> int:
         return OraclePolicy(Bounds()).decide(observation([1, 2], 1, waiting(3, 4, 5), eta)).rows
 

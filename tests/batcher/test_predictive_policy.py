@@ -31,7 +31,7 @@ def admits(seen: Observation, **changes: object) -> int:
     return PredictivePolicy(Bounds(1, 4096)).decide(replace(seen, **changes)).rows - seen.live_rows
 
 
-def test_memory_is_filled_but_for_a_risk():
+def test_memory_is_filled_up_to_the_accepted_risk():
     seen = observe([1] * 10, eta=100_000, finished=ROWS_OF_80, waiting=0)
     rows = admits(seen, waiting=waiting(800))
     # When all but a few of them end together at 180 tokens, what is missing is computed again.
@@ -46,13 +46,13 @@ def test_rows_about_to_end_make_room():
     assert young < 0.8 * old
 
 
-def test_nothing_finished_is_a_reason_for_caution():
+def test_fewer_rows_are_admitted_before_any_finish():
     some = admits(observe([100] * 200, eta=60_000, finished=[FinishedRow(100, 101)] * 400), waiting=waiting(64))
     none = admits(observe([100] * 200, eta=60_000), waiting=waiting(64))
     assert none < some
 
 
-def test_known_lengths_are_taken_at_their_word():
+def test_known_lengths_are_used_exactly():
     seen = observe([10] * 50, eta=10_000, max_new=110)
     seen = replace(seen, ends_at_limit=np.ones(50, bool))
     # At the end of the live rows 50 x 210 would not fit, were it not for less memory: 10,000 hold 47 rows.
@@ -64,33 +64,33 @@ def test_known_lengths_are_taken_at_their_word():
     assert admits(room, waiting=waiting(1, known=True, max_new=100)) == 22
 
 
-def test_limits_are_respected():
+def test_max_new_tokens_bounds_the_forecast():
     """Nobody knows lengths, but no row goes beyond 20 tokens."""
     bounded = admits(observe([1] * 10, eta=10_000, max_new=20), waiting=waiting(200, max_new=20))
     free = admits(observe([1] * 10, eta=10_000, max_new=4096), waiting=waiting(200, max_new=4096))
     assert free < bounded <= (10_000 - 10 * 120) // 100
 
 
-def test_samples_of_a_prompt_hold_it_once():
+def test_shared_prompt_is_charged_once():
     seen = observe([1] * 10, prompt=800, eta=20_000, finished=ROWS_OF_200, waiting=0)
     alone = admits(seen, waiting=waiting(64, prompt=800))
     groups = admits(seen, waiting=waiting(64, prompt=800, group=16), groups=np.arange(10))
     assert 2 * alone < groups
 
 
-def test_more_rows_than_are_known_to_wait_are_asked_for():
+def test_more_rows_than_known_waiting_rows_are_allowed():
     seen = observe([1] * 10, eta=100_000, finished=ROWS_OF_200)
     assert admits(seen, waiting=waiting(3)) > 50
     assert admits(seen) > 50, "as many as without any names"
     assert admits(replace(seen, waiting_rows=0)) == 0
 
 
-def test_a_squeeze_admits_nobody_and_sheds_nobody():
+def test_full_memory_admits_no_row_and_preempts_none():
     seen = observe([50] * 100, eta=100, finished=ROWS_OF_200)
     assert PredictivePolicy(Bounds()).decide(seen).rows == 100
 
 
-def test_bad_parameters_are_refused():
+def test_parameters_out_of_range_raise():
     with pytest.raises(ValueError, match="memory_rows"):
         PredictivePolicy(Bounds(), PredictiveParameters(memory_rows=0))
 
@@ -112,14 +112,14 @@ def budgeted(budget_ms: float, ages: list[int], steps: int = 200) -> Decision:
     return policy.decide(observe(ages, prompt=100, steps=seen, finished=ROWS_OF_200))
 
 
-def test_what_rows_leave_of_the_budget_is_prefilled():
+def test_prefill_gets_the_rest_of_the_budget():
     decision = budgeted(30.0, [100] * 50)
     ms = 5 + 0.1 * 50 + 1e-4 * 50 * 200 + 0.02 * decision.prefill_tokens
     assert decision.decode_rows == 50
     assert 0.9 * 30 < ms < 30
 
 
-def test_rows_that_do_not_fit_are_paused_oldest_first_and_nobody_comes():
+def test_rows_over_budget_are_paused_and_none_is_admitted():
     decision = budgeted(12.0, [100] * 90)
     rows = decision.decode_rows
     assert rows is not None
@@ -130,13 +130,13 @@ def test_rows_that_do_not_fit_are_paused_oldest_first_and_nobody_comes():
     assert longer < rows, "long rows cost more"
 
 
-def test_rows_come_as_far_as_they_will_fit():
+def test_rows_are_admitted_up_to_the_budget():
     decision = budgeted(12.0, [100] * 20)
     assert decision.reason == "latency"
     assert 20 < decision.rows < 60
 
 
-def test_a_budget_that_no_row_meets_is_said_and_the_job_goes_on():
+def test_unreachable_budget_is_reported_and_the_job_continues():
     decision = budgeted(3.0, [100] * 5)
     assert (decision.decode_rows, decision.reason) == (1, OVER_BUDGET)
     alone = budgeted(3.0, [])
@@ -144,12 +144,12 @@ def test_a_budget_that_no_row_meets_is_said_and_the_job_goes_on():
     assert alone.reason == OVER_BUDGET
 
 
-def test_slow_first_steps_are_no_reason_to_say_so():
+def test_slow_first_steps_do_not_report_over_budget():
     early = budgeted(3.0, [100] * 5, steps=9)
     assert (early.decode_rows, early.reason) == (1, "latency")
 
 
-def test_without_experience_steps_grow_by_doubling():
+def test_steps_grow_by_doubling_before_the_fit_is_known():
     policy = PredictivePolicy(Bounds(1, 1000, 50.0))
     first = policy.decide(observe([]))
     assert 0 < first.prefill_tokens <= 64

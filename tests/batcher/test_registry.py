@@ -21,7 +21,7 @@ from tests.support.observations import observe, step
 ROWS_OF_200 = [FinishedRow(100, 100)] * 50
 
 
-def test_policies_by_name():
+def test_make_policy_builds_policy_by_name():
     made = {name: type(make_policy(name, Bounds())) for name in POLICIES}
     assert made == {
         "static": StaticPolicy,
@@ -41,12 +41,12 @@ def test_parameters_reach_the_policy():
 @pytest.mark.parametrize(
     ("wrong", "right"), [("memroy", "memory"), ("papers", "paper"), ("slo", "sla"), ("statik", "static")]
 )
-def test_an_unknown_name_is_answered_with_the_nearest(wrong: str, right: str):
+def test_unknown_name_raises_with_nearest(wrong: str, right: str):
     with pytest.raises(ValueError, match=f"no policy '{wrong}'; the nearest is '{right}"):
         make_policy(wrong, Bounds())
 
 
-def test_an_unknown_parameter_is_answered_with_the_nearest():
+def test_unknown_parameter_raises_with_nearest():
     with pytest.raises(ValueError, match=r"'sla' has no parameter 'epsilon'; the nearest is 'epsilon_d'"):
         make_policy("sla", Bounds(), epsilon=1)
     with pytest.raises(ValueError, match=r"'static' has no parameter 'rows'; it has none"):
@@ -54,16 +54,16 @@ def test_an_unknown_parameter_is_answered_with_the_nearest():
 
 
 @pytest.mark.parametrize("bounds", [Bounds(0, 8), Bounds(9, 8)])
-def test_bounds_that_cannot_be_kept_are_refused(bounds: Bounds):
+def test_inconsistent_bounds_raise(bounds: Bounds):
     with pytest.raises(ValueError, match="min_rows"):
         make_policy("static", bounds)
 
 
-def test_static_is_the_cap():
+def test_static_policy_allows_max_rows():
     assert make_policy("static", Bounds(1, 256, prefill_tokens=512)).decide(observe()) == Decision(256, 512, "cap")
 
 
-def test_paper_is_the_tighter_of_both_and_says_which():
+def test_paper_policy_takes_smaller_batch_and_its_reason():
     def decide(eta: int, ms: float) -> Decision:
         policy = make_policy("paper", Bounds(1, 400, 50), step_window=1)
         return policy.decide(observe([1] * 10, eta=eta, steps=[step(200, ms)], finished=ROWS_OF_200))
@@ -80,7 +80,7 @@ def test_paper_without_a_budget_is_memory_up_to_the_cap():
     assert policy.decide(seen) == Decision(400, 2048, "cap")
 
 
-def test_paper_tells_of_a_budget_out_of_reach_even_where_memory_is_as_tight():
+def test_paper_policy_reports_over_budget_even_where_memory_is_as_tight():
     policy = make_policy("paper", Bounds(1, 8, 50), step_window=1)
     for _ in range(8):
         decision = policy.decide(observe([1], eta=200, steps=[step(1, 90)], finished=ROWS_OF_200))
@@ -113,7 +113,7 @@ def a_random_job(rng: np.random.Generator, length: int) -> list[Observation]:
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("seed", range(4))
-def test_bounds_and_running_rows_are_kept_whatever_is_observed(name: str, seed: int):
+def test_decisions_keep_bounds_and_decoding_rows_for_random_observations(name: str, seed: int):
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
     for _ in range(8):

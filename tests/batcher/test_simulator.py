@@ -40,7 +40,7 @@ class Watched:
         return self.said[-1]
 
 
-def test_one_row_by_hand():
+def test_step_times_of_one_row():
     """A prefill that draws the first token, then a step a token."""
     outcome = simulate(rows([100], [4]), EXACT, static())
     assert outcome.step_ms.tolist() == [10 + 10, 11, 11, 11]
@@ -54,7 +54,7 @@ def test_rows_past_the_cap_wait_and_prefill_goes_beside_decoding():
     assert both.step_ms.tolist() == [20, 21, 12, 11]
 
 
-def test_what_is_attended_to_costs():
+def test_attended_tokens_cost_time():
     machine = Machine(10_000, (10, 0, 1, 0), noise=0.0)
     assert simulate(rows([100], [3]), machine, static()).step_ms.tolist() == [10, 10 + 101, 10 + 102]
 
@@ -75,7 +75,7 @@ def test_samples_share_the_full_pages_of_their_prompt():
     assert groups.tolist() == [0] * 4
 
 
-def test_the_youngest_makes_way_and_is_computed_again():
+def test_preempted_row_is_recomputed():
     machine = Machine(16 * 20, (10, 1, 0, 0.1), noise=0.0)
     policy = Watched(static())
     outcome = simulate(rows([100, 100], [100, 100]), machine, policy)
@@ -91,7 +91,7 @@ def test_the_youngest_makes_way_and_is_computed_again():
 
 @pytest.mark.parametrize("name", [*POLICIES, "oracle"])
 @pytest.mark.parametrize("victim", [youngest, cheapest])
-def test_pages_add_up_whatever_happens(name: str, victim: Victim):
+def test_page_accounting_holds_for_every_policy_and_victim(name: str, victim: Victim):
     """Memory is never exceeded, all rows end, and nothing is held at the end."""
     rng = np.random.default_rng(2)
     job = workload_of("any", rng.integers(1, 120, 120), rng.integers(1, 150, 120), 200, 4)
@@ -116,12 +116,12 @@ def test_pages_add_up_whatever_happens(name: str, victim: Victim):
     assert outcome.total_s > 0.95 * lower_bound_s(job, machine)
 
 
-def test_a_row_that_can_never_fit_is_refused():
+def test_row_larger_than_memory_raises():
     with pytest.raises(ValueError, match="A row of 300 tokens does not fit into 256 tokens"):
         simulate(rows([200], [100]), Machine(256, (1, 1, 0, 0)), static())
 
 
-def test_a_policy_that_lets_nothing_go_on_is_refused():
+def test_policy_that_stalls_the_job_raises():
     class Stubborn:
         def decide(self, observation: Observation) -> Decision:
             return Decision(8, 0, "no")
@@ -130,7 +130,7 @@ def test_a_policy_that_lets_nothing_go_on_is_refused():
         simulate(rows([10], [10]), EXACT, Stubborn())
 
 
-def test_paused_rows_keep_what_they_hold_and_return():
+def test_paused_rows_keep_their_pages_and_resume():
     class Half:
         def decide(self, observation: Observation) -> Decision:
             return Decision(8, 2048, "half", decode_rows=1)
@@ -143,7 +143,7 @@ def test_paused_rows_keep_what_they_hold_and_return():
     assert [len(seen.generated_tokens) for seen in policy.seen[1:]] == [3] * 4 + [2] * 3 + [1] * 2
 
 
-def test_others_may_take_memory_and_give_it_back():
+def test_memory_can_shrink_and_grow_back():
     job = named_workload("ln0.6", 100)
     machine = Machine(20_000, (5, 0.1, 0, 0.02))
     policy = Watched(make_policy("predictive", Bounds()))
@@ -154,7 +154,7 @@ def test_others_may_take_memory_and_give_it_back():
     assert max(held[200:500]) <= 8_000 < min(max(held[:200]), max(held[500:]))
 
 
-def test_the_same_seed_is_the_same_run():
+def test_same_seed_gives_same_run():
     job = named_workload("unif", 60)
     machine = Machine(20_000, (5, 0.1, 0, 0.02))
 

@@ -73,7 +73,7 @@ def test_within_the_tolerance_a_batch_near_a_bound_stays():
     assert follow(by_hand(), (3, 50), (398, 50)) == [3, 398]
 
 
-def test_rows_in_decode_are_not_shed():
+def test_rows_in_decode_are_kept():
     policy = by_hand()
     assert policy.decide(observe([5] * 300 + [0] * 50)).rows == 300
     assert policy.decide(observe([5] * 500)).rows == 400
@@ -132,18 +132,18 @@ def test_the_papers_step_time_comes_to_the_budget(budget_ms: float):
     assert decision.reason == "latency"
 
 
-def test_a_budget_that_one_row_cannot_keep_is_told_and_the_run_goes_on_at_one_row():
+def test_budget_below_one_row_is_reported_and_the_run_continues_at_one_row():
     times, decision = run(20, 1024)
     assert times[-100:] == [30.22] * 100
     assert decision == Decision(1, 2048, OVER_BUDGET)
 
 
-def test_a_budget_that_one_row_keeps_is_not_told():
+def test_budget_that_one_row_keeps_is_not_reported():
     _, decision = run(30.5, 1024)
     assert decision.reason == "latency"
 
 
-def test_over_budget_is_not_said_of_steps_that_ran_with_more_rows():
+def test_over_budget_is_not_reported_for_steps_with_more_rows():
     policy = by_hand()
     reasons = []
     for rows, ms in [(20, 90), (11, 90), (8, 90), (6, 90), (3, 90), (1, 90), (1, 30)]:
@@ -151,7 +151,7 @@ def test_over_budget_is_not_said_of_steps_that_ran_with_more_rows():
     assert reasons == ["latency"] * 5 + [OVER_BUDGET, "latency"]
 
 
-def test_over_budget_is_not_said_while_the_target_is_higher():
+def test_over_budget_is_not_reported_while_the_target_is_higher():
     assert by_hand().decide(observe(steps=[step(1, 90)])).reason == "latency"  # [1, 21]
 
 

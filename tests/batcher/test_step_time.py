@@ -23,7 +23,7 @@ def steps(count: int, seed: int = 0, most_rows: int = 300, truth: tuple[float, .
     return made
 
 
-def test_costs_are_found():
+def test_step_time_recovers_true_coefficients():
     fit = StepTime()
     fit.learn(steps(400))
     assert fit.coefficients == pytest.approx(TRUTH, rel=0.15)
@@ -31,7 +31,7 @@ def test_costs_are_found():
     assert fit.predict(250, 100_000, 500) == pytest.approx(5.5 + 5 + 4.4 + 10, rel=0.02)
 
 
-def test_what_the_first_steps_showed_lasts():
+def test_evidence_of_first_steps_lasts():
     """For long the rows stay as they are, so that a step and its rows cannot be told apart."""
     fit = StepTime(memory_steps=64)
     fit.learn(steps(3000))
@@ -39,7 +39,7 @@ def test_what_the_first_steps_showed_lasts():
 
 
 @pytest.mark.parametrize("at", [0, 3, 12, 200])
-def test_a_compilation_does_no_harm(at: int):
+def test_single_outlier_does_not_move_the_fit(at: int):
     fit = StepTime()
     ran = steps(400)
     ran[at] = StepSample(ran[at].rows, ran[at].kv_tokens, ran[at].prefill_tokens, 60_000.0)
@@ -47,7 +47,7 @@ def test_a_compilation_does_no_harm(at: int):
     assert fit.predict(250, 100_000, 500) == pytest.approx(24.9, rel=0.03)
 
 
-def test_bursts_of_another_process_do_no_harm():
+def test_bursts_of_outliers_do_not_move_the_fit():
     fit = StepTime()
     ran = steps(600)
     for start in (100, 250, 400):
@@ -60,7 +60,7 @@ def test_bursts_of_another_process_do_no_harm():
 
 
 @pytest.mark.parametrize("noise", ["normal", "skewed", "in spells"])
-def test_one_step_in_a_hundred_is_late_whatever_the_noise(noise: str):
+def test_overrun_margin_holds_its_share_for_any_noise(noise: str):
     """Skewed noise is beyond 2.6 standard deviations in 2.7 % of the steps."""
     for seed in range(3):
         print("seed", seed)
@@ -76,7 +76,7 @@ def test_one_step_in_a_hundred_is_late_whatever_the_noise(noise: str):
         assert np.mean(late[1000:]) == pytest.approx(0.009, abs=0.0015)
 
 
-def test_outliers_that_no_bound_holds_do_not_raise_it_without_end():
+def test_outliers_raise_the_margin_only_to_its_limit():
     fit = StepTime()
     ran = steps(2000)
     for at in range(29, 2000, 30):
@@ -86,14 +86,14 @@ def test_outliers_that_no_bound_holds_do_not_raise_it_without_end():
     assert 0.05 < fit.overrun_margin < 0.11
 
 
-def test_a_world_that_has_changed_is_learned_anew():
+def test_fit_restarts_when_conditions_change():
     fit = StepTime()
     fit.learn(steps(300))
     fit.learn(steps(100, seed=1, truth=tuple(2 * c for c in TRUTH))[30:])
     assert fit.predict(300, 105_000, 500) == pytest.approx(2 * (5.5 + 6 + 4.62 + 10), rel=0.05)
 
 
-def test_no_cost_is_negative():
+def test_coefficients_are_never_negative():
     rng = np.random.default_rng(3)
     for seed in range(20):
         print("seed", seed)
@@ -108,7 +108,7 @@ def test_no_cost_is_negative():
         assert np.isfinite(fit.coefficients).all()
 
 
-def test_nothing_is_known_before_the_first_step():
+def test_coefficients_are_zero_before_the_first_step():
     fit = StepTime()
     fit.learn([StepSample(0, 0, 0, 5.0), StepSample(4, 10, 0, 0.0)])
     assert fit.samples == 0

@@ -23,7 +23,7 @@ def written(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_policies_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_main_compares_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out.json"
     policies = "static:8,static:32,memory,sla,paper,watermark:0.02,predictive,oracle"
     status = main(
@@ -63,7 +63,7 @@ def test_hints_of_a_file_order_its_rows(tmp_path: Path):
     assert times[1] < 0.8 * times[0]
 
 
-def test_a_budget_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_steps_over_budget_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out.json"
     given = ["--lengths", "unif", "--requests", "40", "--policies", "static:40,predictive", "--budget-ms", "8"]
     assert main([*given, "--step-ms", "5,0.2,0,0.02", "--json", str(out)]) == Exit.COMPLETE
@@ -72,7 +72,7 @@ def test_a_budget_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "with prefills of" in capsys.readouterr().out
 
 
-def test_azures_header_is_known_and_plain_names_too(tmp_path: Path):
+def test_read_lengths_knows_azure_and_plain_headers(tmp_path: Path):
     azure = read_lengths(
         Path(written(tmp_path, "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16,374,44\nx,396,109\n")),
         None,
@@ -101,7 +101,7 @@ def test_azures_header_is_known_and_plain_names_too(tmp_path: Path):
         ("prompt,output,length_hint\n1,2,long\n", "line 2: length_hint is 'long'"),
     ],
 )
-def test_a_bad_file_is_answered_in_a_sentence(tmp_path: Path, text: str, said: str):
+def test_malformed_file_raises_input_error(tmp_path: Path, text: str, said: str):
     with pytest.raises(InputError, match=said.replace("'", ".")):
         read_lengths(Path(written(tmp_path, text)), None, None, 1)
 
@@ -123,20 +123,20 @@ def test_a_bad_file_is_answered_in_a_sentence(tmp_path: Path, text: str, said: s
         ([], "--lengths"),
     ],
 )
-def test_bad_arguments_are_answered_in_a_sentence(given: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+def test_wrong_argument_prints_one_sentence(given: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     assert main(given) == Exit.BAD_INPUT
     printed = capsys.readouterr()
     assert said in printed.err
     assert (printed.out, printed.err.count("\n")) == ("", 1)
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_missing_output_folder_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     given = ["--lengths", "unif", "--requests", "8", "--policies", "static"]
     assert main([*given, "--json", str(tmp_path / "no" / "out.json")]) == Exit.BAD_INPUT
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_it_runs_as_a_module():
+def test_simulate_runs_as_a_module():
     command = [sys.executable, "-m", "rollout.simulate", "--lengths", "nothing"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
