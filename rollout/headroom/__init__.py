@@ -1,1 +1,1 @@
-"""Device memory that may still be taken: read from the driver or the kernel, never assumed."""
+"""Headroom: device memory that may still be allocated, as the driver or the kernel reports it."""

@@ -1,4 +1,4 @@
-"""The control groups that this process is in: what limits a container or a job below its machine."""
+"""Find the control groups of this process, which limit a container or job below its machine."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ class Cgroup:
 
 
 def cgroups(controller: str, membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> Iterator[Cgroup]:
-    """The cgroups of ``controller`` around this process, innermost first: a limit of any of them binds.
+    """Yield the cgroups of ``controller`` around this process, innermost first; the limits of all of them apply.
 
-    Inside a container the path may be one of the host's, of which only the mount's root is to be seen;
-    folders that are not there are passed over.
+    Inside a container the path may be the host's, with only the mount's root visible; missing folders are skipped.
 
     Args:
         controller: ``memory`` or ``cpu``.
-        membership: the file that names this process's cgroups.
+        membership: file that lists this process's cgroups.
         mount: where cgroups are mounted.
     """
     try:

@@ -1,4 +1,4 @@
-"""Memory of a CUDA device: what the driver and torch's allocator leave."""
+"""Headroom of a CUDA device, from the driver and torch's allocator."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 class CudaHeadroom:
-    """Memory of one CUDA device: what all processes leave of it, and what torch caches but does not use.
+    """Headroom of one CUDA device: memory that no process uses, plus blocks that torch caches.
 
-    The driver is asked at most every ``refresh_s`` seconds, since a question to it can take longer than a
-    small decode step. What this process allocates in between is known from torch's allocator at once, so
-    only other processes are seen late:
+    The driver is queried at most every ``refresh_s`` seconds, since a query can take longer than a small decode step.
+    Allocations of this process are read from torch's allocator each time, so only other processes are seen late:
 
         free = total - (driver's used bytes - torch's reserved bytes, both then) - torch's allocated bytes, now
 
-    Cached blocks count as free although they may be in pieces; an allocation can still fail.
+    Cached blocks count as free although they may be fragmented, so an allocation can still fail.
 
     Args:
         device: a CUDA device, in torch's numbering.
-        refresh_s: seconds for which an answer of the driver is believed.
+        refresh_s: seconds between queries of the driver.
         clock: monotonic seconds.
     """
 
@@ -49,19 +48,19 @@ class CudaHeadroom:
         return self._total - self._others() - self._torch_bytes("allocated_bytes")
 
     def _read_others(self) -> int:
-        """What all processes use, less what torch holds here."""
+        """Return the used bytes of the device, without those that torch reserves in this process."""
         return self._total - self._driver_free_bytes() - self._torch_bytes("reserved_bytes")
 
     def _torch_bytes(self, which: str) -> int:
-        """Bytes that torch's allocator has handed out, or that it holds."""
-        # memory_allocated() flattens some hundred counters to return one; the nested form is much cheaper.
+        """Return ``allocated_bytes`` or ``reserved_bytes`` of torch's allocator."""
+        # memory_allocated() flattens about a hundred counters to return one; the nested form is much cheaper.
         stats = torch.cuda.memory_stats_as_nested_dict(self._device)
-        if not stats:  # nothing was ever allocated
+        if not stats:  # nothing has been allocated yet
             return 0
         return int(stats[which]["all"]["current"])
 
     def _driver_free_bytes(self) -> int:
-        # On a slice of a GPU the two differ: NVML may know the whole one, the runtime knows the slice.
+        # On a MIG slice the two differ: NVML may report the whole GPU, the runtime reports the slice.
         free, _ = torch.cuda.mem_get_info(self._device)
         if self._nvml is not None:
             try:
@@ -73,7 +72,7 @@ class CudaHeadroom:
 
 
 def _nvml_handle(device: torch.device) -> Any | None:
-    """NVML's handle of a torch device, or None where NVML has none.
+    """Return NVML's handle of a torch device, or None.
 
     Devices are matched by UUID or PCI address, since NVML does not renumber by CUDA_VISIBLE_DEVICES.
     """
@@ -97,6 +96,6 @@ def _nvml_handle(device: torch.device) -> Any | None:
     return None
 
 
-@functools.cache  # an engine is made for each call of a trainer, but this is news only once
+@functools.cache  # a trainer may create an engine per call; warn only once
 def _log_without_nvml(failure: str) -> None:
     logger.warning("NVML is not available (%s); free GPU memory is read from the CUDA runtime alone.", failure)

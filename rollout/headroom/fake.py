@@ -1,4 +1,4 @@
-"""A device made of numbers, for tests and for squeezing a job."""
+"""A simulated device, for tests and for memory-pressure runs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass
 class FakeHeadroom:
-    """A device made of numbers, for tests and for squeezing a job.
+    """A simulated device.
 
-    ``taken_bytes`` is what others use, to be set at will; ``held`` returns what the code under test holds.
+    ``taken_bytes`` is the memory of other processes, and may be set; ``held`` returns the bytes of the code under test.
     """
 
     total_bytes: int

@@ -1,4 +1,4 @@
-"""Device memory that may still be taken: read from the driver or the kernel, never assumed."""
+"""Headroom: device memory that may still be allocated, as the driver or the kernel reports it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ class Headroom(Protocol):
 
     @property
     def total_bytes(self) -> int:
-        """All memory that this process could ever have there; does not change."""
+        """Constant upper bound of the memory that this process can use on the device."""
         ...
 
     def free_bytes(self) -> int:
-        """What this process may still allocate, before any reserve; below zero when it is over a limit."""
+        """Return the bytes this process may still allocate, before any reserve; negative when over a limit."""
         ...
 
 
 def after_reserve(memory: Headroom, reserve_fraction: float) -> int:
-    """Free bytes less the share of the total that stays free; below zero, it is what has to be given back."""
+    """Return the free bytes above the reserve; if negative, that many bytes must be freed."""
     return memory.free_bytes() - int(reserve_fraction * memory.total_bytes)
 
 
 def headroom_for(device: torch.device) -> Headroom:
-    """Telemetry of the memory that tensors on ``device`` live in.
+    """Return the headroom of the memory that holds tensors on ``device``.
 
     Raises:
-        InputError: there is none for this kind of device.
+        InputError: the device is neither a CPU nor a CUDA device.
     """
     if device.type == "cpu":
         return HostHeadroom()
@@ -44,21 +44,21 @@ def headroom_for(device: torch.device) -> Headroom:
 
 
 def headroom_over(shares: Mapping[torch.device, float], reserve_fraction: float) -> Headroom:
-    """Telemetry for a pool of which each device holds a share; of the one device, where there is one.
+    """Return the headroom of a pool spread over devices by the given shares.
 
     Raises:
-        InputError: there is none for a device.
+        InputError: a device is neither a CPU nor a CUDA device.
     """
     parts = [(headroom_for(device), share) for device, share in shares.items()]
     return parts[0][0] if len(parts) == 1 else MultiDeviceHeadroom(parts, reserve_fraction)
 
 
 class MultiDeviceHeadroom:
-    """Several devices that share a pool: how many bytes of it they have room for together, which the tightest decides.
+    """Headroom of a pool spread over several devices: the device with the least room per share limits the pool.
 
     Args:
         parts: each device, and its share of the pool's bytes.
-        reserve_fraction: share of its total memory that is left free on every device.
+        reserve_fraction: share of its total memory to leave free on every device.
     """
 
     def __init__(self, parts: Sequence[tuple[Headroom, float]], reserve_fraction: float) -> None:
@@ -70,6 +70,6 @@ class MultiDeviceHeadroom:
         return int(min(memory.total_bytes / share for memory, share in self._parts))
 
     def free_bytes(self) -> int:
-        """Above the reserve of the total, exactly what every device has room for above its own."""
+        """Return the pool's free bytes such that `after_reserve` gives what every device has above its own reserve."""
         room = min(after_reserve(memory, self._reserve_fraction) / share for memory, share in self._parts)
         return int(room) + int(self._reserve_fraction * self.total_bytes)

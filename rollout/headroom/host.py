@@ -1,4 +1,4 @@
-"""Memory of the host: what the kernel and the cgroups around us leave."""
+"""Headroom of host memory, from the kernel and this process's cgroups."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from rollout.headroom.cgroups import MEMBERSHIP, MOUNT, cgroups
 
 
 class HostHeadroom:
-    """Host memory: the tightest of what the kernel calls available and the limits of the cgroups around us.
+    """Headroom of host memory: the smaller of what the kernel reports as available and the cgroup limits leave.
 
-    The small files of ``/proc`` and ``/sys`` that say so take a tenth of a millisecond and more to read, so they are
-    read at most every ``refresh_s`` seconds. What this process takes in between is known from its resident memory at
-    once, only others are seen late.
+    Reading ``/proc`` and ``/sys`` takes 0.1 ms or more, so they are read at most every ``refresh_s`` seconds. This
+    process's own resident memory is read each time, so only other processes are seen late.
 
     Args:
-        membership: the file that names this process's cgroups.
+        membership: file that lists this process's cgroups.
         mount: where cgroups are mounted.
-        refresh_s: seconds for which an answer is believed.
+        refresh_s: seconds between readings.
         clock: monotonic seconds.
     """
 
@@ -48,20 +47,20 @@ class HostHeadroom:
         return self._without_us() - _resident_bytes()
 
     def _read_without_us(self) -> int:
-        """What would be free if this process held nothing."""
+        """Return the bytes that would be free if this process held no memory."""
         free = [cgroup_free for cgroup in self._cgroups if (cgroup_free := cgroup.free_bytes()) is not None]
         return min([int(psutil.virtual_memory().available), *free]) + _resident_bytes()
 
 
 def _resident_bytes() -> int:
-    """Physical memory of this process."""
+    """Return the physical memory of this process."""
     pages = int(_read(Path("/proc/self/statm")).split()[1])
     return pages * resource.getpagesize()
 
 
 @dataclass(frozen=True, slots=True)
 class _CgroupFiles:
-    """Names of a cgroup version's files and of the counters in its ``memory.stat``."""
+    """File names of a cgroup version, and counter names in its ``memory.stat``."""
 
     limits: tuple[str, ...]
     usage: str
@@ -69,7 +68,7 @@ class _CgroupFiles:
     mapped: str
 
 
-# memory.high does not kill, but a process above it is slowed down until it is below.
+# The kernel throttles a process above memory.high, without killing it.
 _V2 = _CgroupFiles(("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file"), "file_mapped")
 # In version 1 only the counters with total_ include cgroups below, as the usage does.
 _V1 = _CgroupFiles(
@@ -78,13 +77,13 @@ _V1 = _CgroupFiles(
     ("total_active_file", "total_inactive_file"),
     "total_mapped_file",
 )
-# Version 1 says "no limit" with the largest number of whole pages in 63 bits.
+# Version 1 encodes "no limit" as the largest number of whole pages in 63 bits.
 _UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
 class _Cgroup:
-    """One cgroup that accounts for memory. It may be gone or unreadable at any read; then it limits nothing."""
+    """One memory cgroup. It may vanish or be unreadable at any time; then it sets no limit."""
 
     folder: Path
     files: _CgroupFiles
@@ -101,9 +100,9 @@ class _Cgroup:
         return None if usage is None else limit - usage + self._reclaimable_bytes()
 
     def _reclaimable_bytes(self) -> int:
-        """File cache that the kernel drops before it refuses an allocation.
+        """Return the file cache that the kernel drops before it refuses an allocation.
 
-        Mapped files are left out: weights that are read through a map would have to be read again.
+        Mapped files are excluded, since memory-mapped weights would have to be read again.
         """
         try:
             lines = _read(self.folder / "memory.stat").splitlines()
@@ -115,7 +114,7 @@ class _Cgroup:
 
 
 def _memory_cgroups(membership: Path, mount: Path) -> Iterator[_Cgroup]:
-    """Those that account for memory, innermost first."""
+    """Yield the memory cgroups of this process, innermost first."""
     for cgroup in cgroups("memory", membership, mount):
         files = _V2 if cgroup.version == 2 else _V1
         if (cgroup.folder / files.usage).is_file():
@@ -123,7 +122,7 @@ def _memory_cgroups(membership: Path, mount: Path) -> Iterator[_Cgroup]:
 
 
 def _read(path: Path) -> str:
-    # At each step of a decode loop: Path.read_text() takes twice as long.
+    # Runs at each step of the decode loop, and Path.read_text() takes twice as long.
     with open(path, "rb", buffering=0) as file:
         return file.read().decode()
 
@@ -131,5 +130,5 @@ def _read(path: Path) -> str:
 def _read_bytes(path: Path) -> int | None:
     try:
         return int(_read(path))
-    except (OSError, ValueError):  # "max" is no number
+    except (OSError, ValueError):  # "max" is not a number
         return None
