@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int64]
 
 
-def ceil_div(a: int, b: int) -> int:
+@overload
+def ceil_div(a: int, b: int) -> int: ...
+@overload
+def ceil_div(a: IntArray, b: int) -> IntArray: ...
+def ceil_div(a: int | IntArray, b: int) -> int | IntArray:
     """Return ``a / b`` rounded up."""
     return -(-a // b)
 

@@ -1,4 +1,4 @@
-"""What one forward computes: the next tokens of several sequences, packed one after another."""
+"""The batch of one forward: the new tokens of several sequences, concatenated."""
 
 from __future__ import annotations
 
@@ -12,45 +12,58 @@ from rollout.models.arrays import IntArray
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """S sequences with T new tokens in all: one token for each row that decodes, several for a prompt that prefills."""
+    """S sequences with T new tokens in total: one token for each decoding row, several for a prefill."""
 
     tokens: torch.Tensor
-    """[T] int64 on the model's device: the new tokens, sequence after sequence. The host may not know them yet."""
+    """[T] int64 on the model's device: the new tokens, sequence by sequence. The host may not know them yet."""
     page_tables: IntArray
-    """[S, pages] page ids of each sequence, those to be written included; entries past its end are not read."""
+    """[S, pages] page ids of each sequence, including pages for the new tokens; entries past its end are not read."""
     prefix_lens: IntArray
     """[S] tokens of each sequence whose keys and values are already in its pages."""
     query_lens: IntArray
     """[S] new tokens of each sequence, at least one."""
     states: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[S] page of each sequence's recurrent state; [0] in models without."""
+    """[S] page of each sequence's recurrent state; [0] if the model has none."""
 
     known_lens: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[S] known tokens of each sequence, those left for a later forward included; [0] if none is left."""
+    """[S] known tokens of each sequence, including those of later prefill chunks; [0] if there are none."""
 
     @property
     def full_lens(self) -> IntArray:
-        """[S] known tokens of each sequence, those left for a later forward included."""
+        """[S] known tokens of each sequence, including those of later prefill chunks."""
         return self.known_lens if len(self.known_lens) else self.seq_lens
 
     @property
     def seq_lens(self) -> IntArray:
-        """[S] tokens of each sequence, the new ones included."""
+        """[S] tokens of each sequence, including the new ones."""
         return self.prefix_lens + self.query_lens
 
     @property
     def offsets(self) -> IntArray:
-        """[S] where each sequence's new tokens begin among the T."""
+        """[S] index of each sequence's first new token among the T."""
         return np.cumsum(self.query_lens) - self.query_lens
 
     @property
     def positions(self) -> IntArray:
-        """[T] the position of each new token in its sequence."""
+        """[T] position of each new token in its sequence."""
         return np.arange(len(self.tokens)) + np.repeat(self.prefix_lens - self.offsets, self.query_lens)
 
     def slot_mapping(self, page_size: int) -> IntArray:
-        """[T] where each new token's keys and values go: ``page * page_size + place in page``."""
-        positions = self.positions
-        rows = np.repeat(np.arange(len(self.query_lens)), self.query_lens)
-        slots: IntArray = self.page_tables[rows, positions // page_size] * page_size + positions % page_size
-        return slots
+        """Return [T]: the slot of each new token's keys and values, ``page * page_size + offset in page``."""
+        return token_slots(self.page_tables, self.prefix_lens, self.query_lens, page_size)
+
+
+def token_slots(page_tables: IntArray, first_positions: IntArray, counts: IntArray, page_size: int) -> IntArray:
+    """Return the slots of ``counts`` [S] consecutive tokens of each sequence, sequence by sequence.
+
+    Args:
+        page_tables: [S, pages] page ids of each sequence.
+        first_positions: [S] position of the first of these tokens in each sequence.
+        counts: [S] tokens of each sequence.
+        page_size: tokens per page.
+    """
+    sequences = np.repeat(np.arange(len(counts)), counts)
+    offsets = np.cumsum(counts) - counts
+    positions = np.arange(len(sequences)) + np.repeat(first_positions - offsets, counts)
+    slots: IntArray = page_tables[sequences, positions // page_size] * page_size + positions % page_size
+    return slots

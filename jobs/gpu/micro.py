@@ -66,7 +66,7 @@ def cut(
     split: TileSizes | None = None, tiles: TileSizes | None = None, split_tokens: int | None = None
 ) -> Iterator[None]:
     """Cut the attention kernel otherwise, for heads of any size."""
-    blocks: dict[tuple[int, int], tuple[TileSizes, TileSizes]] = kernels._BLOCKS
+    blocks: dict[tuple[int, int], tuple[TileSizes, TileSizes]] = kernels._TILE_SIZES
     metadata: Any = triton_metadata
     saved, saved_tokens = dict(blocks), metadata.SPLIT_TOKENS
     try:

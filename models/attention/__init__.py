@@ -1,1 +1,1 @@
-"""Attention over pages: one file per backend."""
+"""Paged attention: one file per backend."""

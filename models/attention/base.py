@@ -1,4 +1,4 @@
-"""One forward over pages: checks who attends, and lets a backend write and read what the pages hold."""
+"""Interface of paged attention: a backend creates one `PagedAttention` per forward."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rollout.models.kv_cache.page_pool import PagePool
 
 
 class PagedAttention(ABC):
-    """Answers the attention calls of one packed forward, site by site in the order that the probe saw.
+    """Serves the attention calls of one forward, layer by layer in the order that the probe recorded.
 
     Args:
-        pool: where keys and values lie.
-        packed: what the forward computes.
+        pool: holds keys and values.
+        batch: the sequences of the forward.
     """
 
     name: ClassVar[str]
-    """Of this way to attend, as the log and a run's folder have it."""
+    """Name of the backend, as in the log and in the run directory."""
 
-    def __init__(self, pool: PagePool, packed: ForwardBatch) -> None:
+    def __init__(self, pool: PagePool, batch: ForwardBatch) -> None:
         self.pool = pool
-        self.packed = packed
+        self.batch = batch
         self.layout: KVLayout = pool.layout
         self._calls = 0
 
@@ -37,10 +37,10 @@ class PagedAttention(ABC):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,  # noqa: ARG002 - none is built for this implementation
+        attention_mask: torch.Tensor | None,  # noqa: ARG002 - transformers builds none for this implementation
         scores: ScoreParams,
     ) -> torch.Tensor:
-        """See `ForwardAttention.attend`; the b * t queries, by row, are the tokens of ``packed``."""
+        """Implement `ForwardAttention.attend`; the b * t queries are the tokens of ``batch``, in order."""
         # [b, heads, t, dim] -> [T, heads, dim]
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         output = self.attend_tokens(module, q, k, v, scores)
@@ -49,16 +49,19 @@ class PagedAttention(ABC):
     def attend_tokens(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: ScoreParams
     ) -> torch.Tensor:
-        """The same for query [T, heads, key_dim], key and value [T, kv_heads, dim], the tokens of ``packed``.
+        """Attend with query [T, heads, key_dim] and new key, value [T, kv_heads, dim] of the tokens of ``batch``.
 
         Returns [T, heads, value_dim].
 
         Raises:
-            RuntimeError: the model's calls are not those that the probe saw.
+            RuntimeError: the model's attention calls differ from those that the probe recorded.
         """
         index, self._calls = self._calls, self._calls + 1
         if index >= len(self.layout.layers) or self.layout.layers[index].module is not module:
-            raise RuntimeError(f"{type(module).__name__} attends out of the order that the probe saw.")
+            raise RuntimeError(
+                f"Attention call {index} of this forward came from {type(module).__name__}, out of the order that the "
+                "probe recorded."
+            )
         dtype = self.layout.dtype
         if not query.dtype == key.dtype == value.dtype == dtype:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -68,18 +71,20 @@ class PagedAttention(ABC):
     def compute(
         self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
     ) -> torch.Tensor:
-        """Writes k, v [T, kv_heads, dim] of site ``index`` and attends with q [T, heads, key_dim].
+        """Write k, v [T, kv_heads, dim] of layer ``index`` to their pages and attend with q [T, heads, key_dim].
 
-        Returns [T, heads, value_dim], in any dtype that the model goes on with.
+        Returns [T, heads, value_dim], in any dtype that the model accepts.
         """
 
 
 class AttentionBackend(Protocol):
-    """Makes the step that answers the attention calls of one forward."""
+    """Creates the `PagedAttention` of each forward."""
 
     @property
     def name(self) -> str:
         """See `PagedAttention.name`."""
         ...
 
-    def __call__(self, pool: PagePool, packed: ForwardBatch) -> PagedAttention: ...
+    def __call__(self, pool: PagePool, batch: ForwardBatch) -> PagedAttention:
+        """Create the attention of one forward over the pages of ``pool``."""
+        ...

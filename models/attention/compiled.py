@@ -1,7 +1,7 @@
 """Paged attention on a CPU by a compiled kernel, called with ctypes.
 
-The source is ``csrc/paged_attention.c``; `rollout.models.csrc.build` says how it is built and whose threads
-it runs in. Where it cannot be built, `kernel` says why, once, and returns None: the engine then gathers pages instead.
+The source is ``csrc/paged_attention.c``; `rollout.models.csrc.build` documents how it is built and which threads run
+it. If it cannot be built, `kernel` warns once and returns None, and the engine gathers pages instead.
 """
 
 from __future__ import annotations
@@ -18,126 +18,131 @@ import torch
 
 from rollout.models.arrays import IntArray
 from rollout.models.attention.base import PagedAttention
-from rollout.models.attention.compiled_library import DTYPES, CCall, CPlan, CSite, CSizes, CStep, CTask, Kernel
+from rollout.models.attention.compiled_library import DTYPES, CBatch, CCall, CLayer, CPlan, CSizes, CTask, Kernel
 from rollout.models.attention.interface import ScoreParams
 from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
 from rollout.models.csrc.build import KernelUnavailable, build, try_build
 from rollout.models.forward_batch import ForwardBatch
-from rollout.models.kv_cache.layout import AttentionLayer, MaskKind
+from rollout.models.kv_cache.layout import MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "paged_attention.c"
 
-_SPANS = {"full": 0, "window": 1, "chunk": 2}
-
-
-# The structures of `csrc/attention_call.h`, field by field: `CStep` is its `ForwardAttention`.
+#: The enum of ``csrc/attention_call.h``.
+_MASK_KINDS = {"full": 0, "window": 1, "chunk": 2}
 
 
 class CompiledForward:
-    """Attention of one forward: a packed batch of sequences, each with its new tokens one after another.
+    """Attention of one forward by the compiled kernel.
 
-    What depends on lengths alone is planned once, and serves every site. Not for two threads at a time.
+    What depends on lengths alone is planned once, for all layers. Not thread-safe.
 
     Args:
-        kernel: of `kernel()`.
-        pool: where keys and values lie; it must not grow or shrink while this is in use.
-        tables: [S, pages] page ids of each sequence, those to be written included; entries past a sequence's
-            end are not read.
-        starts: [S] tokens that each sequence has in its pages.
-        lengths: [S] new tokens of each in this forward.
-        threads: by default as many as torch uses. Results do not depend on it.
+        kernel: the result of `kernel()`.
+        pool: holds keys and values; it must not grow or shrink during the forward.
+        page_tables: [S, pages] page ids of each sequence, including pages for the new tokens; entries past a
+            sequence's end are not read.
+        prefix_lens: [S] tokens of each sequence that are already in its pages.
+        query_lens: [S] new tokens of each sequence.
+        threads: number of threads, by default torch's. Results do not depend on it.
 
     Raises:
-        ValueError: the layout is not supported, or the arrays do not fit each other.
-        IndexError: a page that a new token is written to, or that the first site reads, is in no slab.
+        ValueError: the layout is not supported, or the arrays' shapes do not match.
+        IndexError: a page that is written, or read by the first layer, is in no slab.
     """
 
     def __init__(
         self,
         kernel: Kernel,
         pool: PagePool,
-        tables: IntArray,
-        starts: IntArray,
-        lengths: IntArray,
+        page_tables: IntArray,
+        prefix_lens: IntArray,
+        query_lens: IntArray,
         threads: int | None = None,
     ) -> None:
         if not kernel.supports(pool.layout, pool.device):
-            raise ValueError(f"The compiled kernel does not serve {pool.layout.dtype} on {pool.device}.")
-        self._tables, self._starts, self._lengths = (
-            np.ascontiguousarray(array, np.int64) for array in (tables, starts, lengths)
-        )
-        if self._tables.ndim != 2 or not len(self._tables) == len(self._starts) == len(self._lengths):
-            raise ValueError("tables must be [S, pages], starts and lengths [S].")
-        if len(starts) and (self._starts.min() < 0 or self._lengths.min() < 0):
-            raise ValueError("starts and lengths must not be negative.")
-        self._kernel, self._pool = kernel, pool
+            raise ValueError(f"The compiled kernel does not support {pool.layout.dtype} on {pool.device}.")
+        self._page_tables = np.ascontiguousarray(page_tables, np.int64)
+        self._prefix_lens = np.ascontiguousarray(prefix_lens, np.int64)
+        self._query_lens = np.ascontiguousarray(query_lens, np.int64)
+        if self._page_tables.ndim != 2 or not len(page_tables) == len(prefix_lens) == len(query_lens):
+            raise ValueError(
+                "page_tables must be [S, pages], prefix_lens and query_lens [S]; "
+                f"got {self._page_tables.shape}, {self._prefix_lens.shape} and {self._query_lens.shape}."
+            )
+        if len(prefix_lens) and (self._prefix_lens.min() < 0 or self._query_lens.min() < 0):
+            raise ValueError("prefix_lens and query_lens must not be negative.")
+        self._kernel = kernel
+        self._pool = pool
         self._layout = pool.layout
         self._addresses = kernel.addresses(pool)
         self._threads = torch.get_num_threads() if threads is None else threads
-        self.tokens = int(self._lengths.sum())
-        self._offsets, self._slots = np.empty(len(self._starts), np.int64), np.empty(self.tokens, np.int64)
-        self._step = CStep(
-            *(len(self._starts), self._tables.shape[1], pool.layout.page_size, pool.slab_pages),
-            *(len(self._addresses.slabs), self.tokens),
-            *(a.ctypes.data for a in (self._tables, self._starts, self._lengths, self._offsets, self._slots)),
+        self.tokens = int(self._query_lens.sum())
+        self._offsets = np.empty(len(self._prefix_lens), np.int64)
+        self._slot_mapping = np.empty(self.tokens, np.int64)
+        self._batch = CBatch(
+            sequences=len(self._prefix_lens),
+            width=self._page_tables.shape[1],
+            page_size=pool.layout.page_size,
+            slab_pages=pool.slab_pages,
+            slabs=len(self._addresses.slabs),
+            tokens=self.tokens,
+            page_tables=self._page_tables.ctypes.data,
+            prefix_lens=self._prefix_lens.ctypes.data,
+            query_lens=self._query_lens.ctypes.data,
+            offsets=self._offsets.ctypes.data,
+            slot_mapping=self._slot_mapping.ctypes.data,
         )
         self._plans: dict[tuple[int, int, int, int, MaskKind], CPlan] = {}
-        self._memory: list[np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = []
-        # Checks the pages, so that the next line reads only what the table holds.
-        self._plan(self._site(0, 1), pool.layout.layers[0].mask_kind)
-        kernel.prepare(byref(self._step))
+        self._plan_arrays: list[np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = []
+        # Planning checks the pages, so that `prepare` reads only existing table entries.
+        self._plan(self._layer(0, 1), pool.layout.layers[0].mask_kind)
+        kernel.prepare(byref(self._batch))
 
     def __call__(
         self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: ScoreParams
     ) -> torch.Tensor:
-        """Writes the new keys and values of site ``index`` into their pages, and attends.
+        """Write the new keys and values of layer ``index`` to their pages, and attend.
 
         Args:
-            index: of the site in the pool's layout.
-            query: [T, heads, key_dim], T new tokens in the order of the sequences; any strides.
+            index: of the layer in the pool's layout.
+            query: [T, heads, key_dim] of the T new tokens, sequence by sequence; any strides.
             key: [T, kv_heads, key_dim]; any strides.
             value: [T, kv_heads, value_dim]; any strides.
-            scores: how scores become weights.
+            scores: scale, softcap and sinks.
 
         Returns:
             [T, heads, value_dim], contiguous, in the layout's dtype.
 
         Raises:
-            ValueError: a shape is not that of the site.
-            IndexError: a page that the site reads is in no slab.
+            ValueError: a shape does not match the layer.
+            IndexError: a page that the layer reads is in no slab.
         """
-        site, dtype = self._layout.layers[index], self._layout.dtype
+        layer, dtype = self._layout.layers[index], self._layout.dtype
         heads = query.shape[1]
         if (
-            query.shape != (self.tokens, heads, site.key_dim)
-            or key.shape != (self.tokens, site.kv_heads, site.key_dim)
-            or value.shape != (self.tokens, site.kv_heads, site.value_dim)
-            or heads % site.kv_heads
+            query.shape != (self.tokens, heads, layer.key_dim)
+            or key.shape != (self.tokens, layer.kv_heads, layer.key_dim)
+            or value.shape != (self.tokens, layer.kv_heads, layer.value_dim)
+            or heads % layer.kv_heads
         ):
             raise ValueError(
-                f"Site {index} takes {self.tokens} tokens, {site.kv_heads} key heads or a multiple, dims "
-                f"{site.key_dim} and {site.value_dim}; "
+                f"Layer {index} takes {self.tokens} tokens, {layer.kv_heads} key heads, a multiple of that in query "
+                f"heads, key dim {layer.key_dim} and value dim {layer.value_dim}; "
                 f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
             )
-        query, key, value = _rows(query, dtype), _rows(key, dtype), _rows(value, dtype)
-        out = torch.empty((self.tokens, heads, site.value_dim), dtype=dtype)
+        query, key, value = (_dense_heads(x, dtype) for x in (query, key, value))
+        out = torch.empty((self.tokens, heads, layer.value_dim), dtype=dtype)
         if not self.tokens:
             return out
-        group = heads // site.kv_heads
-        call, size = self._call(index, group), dtype.itemsize
-        call.query, call.key, call.value, call.out = (
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            out.data_ptr(),
-        )
-        token, head, _ = query.stride()
-        call.query_token, call.query_head = token * size, head * size
-        token, head, _ = key.stride()
-        call.key_token, call.key_head = token * size, head * size
-        token, head, _ = value.stride()
-        call.value_token, call.value_head = token * size, head * size
+        call, itemsize = self._call(index, heads // layer.kv_heads), dtype.itemsize
+        call.query = query.data_ptr()
+        call.key = key.data_ptr()
+        call.value = value.data_ptr()
+        call.out = out.data_ptr()
+        call.query_token, call.query_head = query.stride(0) * itemsize, query.stride(1) * itemsize
+        call.key_token, call.key_head = key.stride(0) * itemsize, key.stride(1) * itemsize
+        call.value_token, call.value_head = value.stride(0) * itemsize, value.stride(1) * itemsize
         call.scale = scores.scale
         call.softcap = scores.softcap or 0.0
         if scores.sinks is None:
@@ -150,49 +155,63 @@ class CompiledForward:
         self._kernel.attend(byref(call))
         return out
 
-    def _site(self, index: int, group: int) -> CSite:
+    def _layer(self, index: int, group: int) -> CLayer:
         addresses = self._addresses
-        known = addresses.sites.get((index, group))
-        if known is None:
-            site: AttentionLayer = self._layout.layers[index]
-            keys, values = (addresses.bases[index, which].ctypes.data for which in (0, 1))
-            known = addresses.sites[index, group] = CSite(
-                *(DTYPES[self._layout.dtype], site.kv_heads, group, site.key_dim, site.value_dim),
-                *(_SPANS[site.mask_kind.kind], site.mask_kind.size, keys, values),
+        c_layer = addresses.layers.get((index, group))
+        if c_layer is None:
+            layer = self._layout.layers[index]
+            c_layer = addresses.layers[index, group] = CLayer(
+                dtype=DTYPES[self._layout.dtype],
+                kv_heads=layer.kv_heads,
+                group=group,
+                key_dim=layer.key_dim,
+                value_dim=layer.value_dim,
+                mask_kind=_MASK_KINDS[layer.mask_kind.kind],
+                mask_size=layer.mask_kind.size,
+                keys=addresses.bases[index, 0].ctypes.data,
+                values=addresses.bases[index, 1].ctypes.data,
             )
-        return known
+        return c_layer
 
     def _call(self, index: int, group: int) -> CCall:
-        site, calls = self._site(index, group), self._addresses.calls
+        layer, calls = self._layer(index, group), self._addresses.calls
         call = calls.get((index, group))
         if call is None:
-            call = calls[index, group] = CCall(site=addressof(site), parallel=self._kernel.parallel)
-        plan = self._plan(site, self._layout.layers[index].mask_kind)
-        call.step, call.plan, call.threads = addressof(self._step), addressof(plan), self._threads
+            call = calls[index, group] = CCall(layer=addressof(layer), parallel=self._kernel.parallel)
+        plan = self._plan(layer, self._layout.layers[index].mask_kind)
+        call.batch = addressof(self._batch)
+        call.plan = addressof(plan)
+        call.threads = self._threads
         return call
 
-    def _plan(self, site: CSite, span: MaskKind) -> CPlan:
-        key = (site.kv_heads, site.group, site.key_dim, site.value_dim, span)
+    def _plan(self, layer: CLayer, mask_kind: MaskKind) -> CPlan:
+        key = (layer.kv_heads, layer.group, layer.key_dim, layer.value_dim, mask_kind)
         plan = self._plans.get(key)
         if plan is None:
             sizes = CSizes()
-            arguments = (byref(self._step), byref(site), self._threads, byref(sizes))
-            bad = self._kernel.plan(*arguments, None, None)
-            if bad:
-                raise IndexError(f"Sequence {bad - 1} of the step needs a page that is in no slab of the pool.")
+            arguments = (byref(self._batch), byref(layer), self._threads, byref(sizes))
+            failed = self._kernel.plan(*arguments, None, None)
+            if failed:
+                raise IndexError(f"Sequence {failed - 1} of the forward needs a page that is in no slab of the pool.")
             tasks = np.empty(max(1, sizes.tasks) * sizeof(CTask), np.uint8)
             pending = np.empty(max(1, sizes.splits), np.int64)
             partials = np.empty(max(1, sizes.partial_floats), np.float32)
             scratch = np.empty(max(1, self._threads) * sizes.scratch_floats, np.float32)
             self._kernel.plan(*arguments, tasks.ctypes.data, pending.ctypes.data)
-            arrays = (tasks, pending, partials, scratch)
-            self._memory.extend(arrays)
-            plan = self._plans[key] = CPlan(*(array.ctypes.data for array in arrays), sizes)
+            # The plan holds bare addresses, so the arrays must live as long as this object.
+            self._plan_arrays.extend((tasks, pending, partials, scratch))
+            plan = self._plans[key] = CPlan(
+                tasks=tasks.ctypes.data,
+                pending=pending.ctypes.data,
+                partials=partials.ctypes.data,
+                scratch=scratch.ctypes.data,
+                sizes=sizes,
+            )
         return plan
 
 
-def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``x`` in a dtype, each head's numbers side by side."""
+def _dense_heads(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``x`` in ``dtype``, with stride 1 in its last dimension."""
     if x.dtype != dtype:
         x = x.to(dtype)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -203,60 +222,74 @@ def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @cache
 def kernel() -> Kernel | None:
-    """The kernel, built if this is its first use on this machine; None, with one warning, where there is none."""
+    """Return the kernel, built at the first call on a machine; None, with one warning, if it cannot be built."""
     return try_build(SOURCE, _checked)
 
 
 def load() -> Kernel:
-    """Loads the kernel, and builds it first if need be.
+    """Load the kernel, and build it first if needed.
 
     Raises:
-        KernelUnavailable: it cannot be built, or computes something else.
+        KernelUnavailable: the kernel cannot be built, or differs from reference attention.
     """
     return build(SOURCE, _checked)
 
 
 def _checked(library: ctypes.CDLL) -> Kernel:
-    """The kernel, if it agrees with plain attention.
+    """Return the library's kernel after comparing it with reference attention.
 
     Raises:
-        KernelUnavailable: it does not.
-        AttributeError: the library is another one.
+        KernelUnavailable: the results differ.
+        AttributeError: the library has other entry points.
     """
     loaded = Kernel(library)
 
-    def attention(pool: PagePool, packed: ForwardBatch) -> Attention:
-        return CompiledForward(loaded, pool, packed.page_tables, packed.prefix_lens, packed.query_lens, 1)
+    def attention(pool: PagePool, batch: ForwardBatch) -> Attention:
+        return _forward(loaded, pool, batch, threads=1)
 
     for dtype in loaded.dtypes:
         error = largest_error(attention, dtype, ((64, 32), (13, 20)), torch.device("cpu"))
         if not error <= TOLERANCE[dtype]:
-            raise KernelUnavailable(f"what it built computes something else in {dtype} (by {error:.2g}).")
+            raise KernelUnavailable(
+                f"the compiled kernel differs from reference attention by {error:.2g} in {dtype} "
+                f"(tolerance {TOLERANCE[dtype]:g})."
+            )
     return loaded
 
 
+def _forward(compiled: Kernel, pool: PagePool, batch: ForwardBatch, threads: int | None = None) -> CompiledForward:
+    return CompiledForward(
+        compiled,
+        pool,
+        page_tables=batch.page_tables,
+        prefix_lens=batch.prefix_lens,
+        query_lens=batch.query_lens,
+        threads=threads,
+    )
+
+
 class CompiledAttention(PagedAttention):
-    """The compiled kernel writes new keys and values and attends to all, page by page, in place."""
+    """Serves one forward by the compiled kernel, which reads pages in place."""
 
     name: ClassVar[str] = "compiled"
 
-    def __init__(self, pool: PagePool, packed: ForwardBatch, compiled: Kernel) -> None:
-        super().__init__(pool, packed)
-        self._attention = CompiledForward(compiled, pool, packed.page_tables, packed.prefix_lens, packed.query_lens)
+    def __init__(self, pool: PagePool, batch: ForwardBatch, compiled: Kernel) -> None:
+        super().__init__(pool, batch)
+        self._forward = _forward(compiled, pool, batch)
 
     def compute(
         self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
     ) -> torch.Tensor:
         """See `PagedAttention.compute`."""
-        return self._attention(index, q, k, v, scores)
+        return self._forward(index, q, k, v, scores)
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledBackend:
-    """Makes steps by the compiled kernel."""
+    """Attends by the compiled kernel."""
 
     compiled: Kernel
     name: ClassVar[str] = CompiledAttention.name
 
-    def __call__(self, pool: PagePool, packed: ForwardBatch) -> CompiledAttention:
-        return CompiledAttention(pool, packed, self.compiled)
+    def __call__(self, pool: PagePool, batch: ForwardBatch) -> CompiledAttention:
+        return CompiledAttention(pool, batch, self.compiled)

@@ -1,4 +1,7 @@
-"""The library of the compiled attention kernel: its structures, its entry points, and where a pool's slabs lie."""
+"""The compiled attention kernel's library: its structures, entry points, and the addresses of a pool's slabs.
+
+The structures mirror those of ``csrc/attention_call.h``, field by field.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,16 @@ def _fields(kind: type[ctypes._SimpleCData[Any]], names: str) -> list[tuple[str,
     return [(name, kind) for name in names.split()]
 
 
-class CStep(Structure):
-    """One forward: its sequences and their pages."""
+class CBatch(Structure):
+    """The sequences of one forward, and their pages."""
 
     _fields_ = _fields(c_int64, "sequences width page_size slab_pages slabs tokens") + _fields(
-        c_void_p, "tables starts lengths offsets slots"
+        c_void_p, "page_tables prefix_lens query_lens offsets slot_mapping"
     )
 
 
-class CSite(Structure):
-    """One attention site: what it stores and where."""
+class CLayer(Structure):
+    """An attention layer: shapes, mask, and the addresses of its keys and values."""
 
     _fields_ = _fields(c_int64, "dtype kv_heads group key_dim value_dim mask_kind mask_size") + _fields(
         c_void_p, "keys values"
@@ -40,19 +43,19 @@ class CSite(Structure):
 
 
 class CTask(Structure):
-    """Some queries, heads and chunks of one sequence; only its size matters here."""
+    """Queries, heads and chunks of one sequence; Python uses only its size."""
 
     _fields_ = _fields(c_int64, "sequence query queries head heads chunk chunks split partial cost")
 
 
 class CSizes(Structure):
-    """Memory that a plan asks for."""
+    """Memory that a plan needs."""
 
     _fields_ = _fields(c_int64, "tasks splits partial_floats scratch_floats")
 
 
 class CPlan(Structure):
-    """The work of a site divided among tasks."""
+    """The work of a layer, divided into tasks."""
 
     _fields_ = [
         ("tasks", c_void_p),
@@ -67,7 +70,7 @@ class CCall(Structure):
     """One call of the kernel."""
 
     _fields_ = (
-        _fields(c_void_p, "step site plan query key value out")
+        _fields(c_void_p, "batch layer plan query key value out")
         + _fields(c_int64, "query_token query_head key_token key_head value_token value_head")
         + _fields(c_void_p, "sinks")
         + _fields(c_double, "scale softcap")
@@ -78,23 +81,23 @@ class CCall(Structure):
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where a pool's slabs lie, for one state of the pool."""
+    """Addresses of a pool's slabs, valid until the pool grows or shrinks."""
 
     slabs: tuple[int, ...]
-    """What tells that state: the address of each slab's first keys, 0 for a dropped one."""
+    """Address of each slab's first keys, 0 for a dropped slab; identifies the state of the pool."""
     bases: IntArray
-    """[sites, 2, slabs] addresses of keys and values; the structures of ``sites`` point into it."""
-    sites: dict[tuple[int, int], CSite]
-    """By index of the site, and heads in a group."""
+    """[layers, 2, slabs] addresses of keys and values; the structures of ``layers`` point into it."""
+    layers: dict[tuple[int, int], CLayer]
+    """By layer index and query heads per key head."""
     calls: dict[tuple[int, int], CCall]
-    """Likewise; filled anew for every call."""
+    """By the same key; filled again for every call."""
 
 
 class Kernel:
-    """The loaded library.
+    """The entry points of a loaded library.
 
     Args:
-        library: with the entry points of ``paged_attention.c``.
+        library: compiled from ``paged_attention.c``.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -114,18 +117,18 @@ class Kernel:
         self._addresses: WeakKeyDictionary[PagePool, Addresses] = WeakKeyDictionary()
 
     def supports(self, layout: KVLayout, device: torch.device) -> bool:
-        """Whether pages of this layout on this device can be read."""
+        """Return whether the kernel supports this layout on this device."""
         return device.type == "cpu" and layout.dtype in self.dtypes and bool(layout.layers)
 
     def addresses(self, pool: PagePool) -> Addresses:
-        """Where the pool's slabs lie; looked up again when it grew or shrank."""
+        """Return the addresses of the pool's slabs, looked up again after it grew or shrank."""
         slabs = tuple(0 if slab is None else slab.keys[0].data_ptr() for slab in pool.slabs)
         known = self._addresses.get(pool)
         if known is None or known.slabs != slabs:
             bases = np.zeros((len(pool.layout.layers), 2, len(slabs)), np.int64)
             for number, slab in enumerate(pool.slabs):
                 if slab is not None:
-                    for which, tensors in enumerate((slab.keys, slab.values)):
-                        bases[:, which, number] = [tensor.data_ptr() for tensor in tensors]
-            known = self._addresses[pool] = Addresses(slabs, bases, {}, {})
+                    bases[:, 0, number] = [keys.data_ptr() for keys in slab.keys]
+                    bases[:, 1, number] = [values.data_ptr() for values in slab.values]
+            known = self._addresses[pool] = Addresses(slabs=slabs, bases=bases, layers={}, calls={})
         return known

@@ -1,4 +1,4 @@
-"""Paged attention by gathering pages and calling SDPA: the reference on every device."""
+"""Paged attention that gathers pages and calls SDPA; serves every device and is the slowest backend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rollout.models.arrays import IntArray, uploaded
+from rollout.models.arrays import IntArray, ceil_div, uploaded
 from rollout.models.attention.base import PagedAttention
 from rollout.models.attention.interface import ScoreParams
 from rollout.models.attention.prefill import PrefillAttention, VarlenFunction
@@ -20,56 +20,61 @@ from rollout.models.kv_cache.layout import AttentionLayer, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.kv_cache.slab_index import SlabShare, gather, scatter, split_by_slab
 
-#: Gathered keys of one group of rows stay below this, so that they are still in cache when they are read.
+#: Gathered keys of one group of rows stay below this size, so that they are still in the CPU cache when read.
 _GROUP_BYTES = 2 << 20
-#: A group's rows are padded to its longest; a row joins only while it is at least this share of it.
+#: Rows of a group are padded to the longest; a row joins only if its length is at least this share of the longest.
 _GROUP_FILL = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """A sequence with several new tokens: it attends by itself."""
+    """A prefill: a sequence with several new tokens, which attends by itself."""
 
     tokens: slice
     """Its new tokens among those of the forward."""
     start: int
+    """Position of its first new token."""
     end: int
+    """Tokens of the sequence, including the new ones."""
     pages: int
     reads: tuple[SlabShare, ...]
+    """Its pages by slab; empty if all its tokens are new."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Sequences with one new token and of similar length, which are gathered and attended together."""
+    """Decoding rows of similar length, gathered and attended in one call."""
 
     tokens: torch.Tensor
     """[g] their new tokens among those of the forward."""
     reads: tuple[SlabShare, ...]
     pages: int
-    """Pages gathered for each, padding included."""
+    """Pages gathered per row, including padding."""
     mask: torch.Tensor
-    """[g, 1, 1, pages * page_size], 0 where the token sees the key and -inf elsewhere."""
+    """[g, 1, 1, pages * page_size] additive mask: 0 where the token sees the key, -inf elsewhere."""
 
 
 class GatherAttention(PagedAttention):
-    """Gathers what each sequence sees; what depends on lengths alone is planned once and serves every layer.
+    """Gathers the keys and values of each sequence. What depends on lengths alone is planned once, for all layers.
 
     Args:
-        prefills: attends for sequences with several new tokens, instead.
+        pool: holds keys and values.
+        batch: the sequences of the forward.
+        prefills: attends for sequences with several new tokens; None gathers for them too.
     """
 
     name: ClassVar[str] = "gather"
 
-    def __init__(self, pool: PagePool, packed: ForwardBatch, prefills: PrefillAttention | None = None) -> None:
-        super().__init__(pool, packed)
+    def __init__(self, pool: PagePool, batch: ForwardBatch, prefills: PrefillAttention | None = None) -> None:
+        super().__init__(pool, batch)
         self._prefills = prefills
-        size = pool.layout.page_size
+        page_size = pool.layout.page_size
         slow = pool.device.type == "cpu" and not cpu_multiplies(pool.layout.dtype)
         self._compute_dtype = torch.float32 if slow else pool.layout.dtype
-        self._writes = split_by_slab(packed.slot_mapping(size), pool.slab_pages * size, pool.device)
-        self._single = np.flatnonzero(packed.query_lens == 1)
-        several = packed.query_lens > 1 if prefills is None else np.zeros(0, np.bool_)
-        self._segments = [self._segment(int(i)) for i in np.flatnonzero(several)]
+        self._writes = split_by_slab(batch.slot_mapping(page_size), pool.slab_pages * page_size, pool.device)
+        self._decodes = np.flatnonzero(batch.query_lens == 1)
+        segments = np.flatnonzero(batch.query_lens > 1) if prefills is None else ()
+        self._segments = [self._segment(int(sequence)) for sequence in segments]
         self._groups: dict[MaskKind, list[_Group]] = {}
         self._masks: dict[tuple[int, MaskKind], torch.Tensor | None] = {}
         self._most_pages = 0
@@ -79,11 +84,11 @@ class GatherAttention(PagedAttention):
         self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
     ) -> torch.Tensor:
         """See `PagedAttention.compute`."""
-        site = self.layout.layers[index]
+        layer = self.layout.layers[index]
         slabs = [self.pool.slab(share.slab) for share in self._writes]
         scatter(self._writes, [slab.keys[index].flatten(0, 1) for slab in slabs], k)
         scatter(self._writes, [slab.values[index].flatten(0, 1) for slab in slabs], v)
-        output = v.new_empty(q.shape[0], q.shape[1], site.value_dim)
+        output = v.new_empty(q.shape[0], q.shape[1], layer.value_dim)
         self._attend_groups(index, q, scores, output)
         for segment in self._segments:
             self._attend_segment(segment, index, (q, k, v), scores, output)
@@ -91,14 +96,19 @@ class GatherAttention(PagedAttention):
             self._prefills.attend(index, q, k, v, scores, output)
         return output
 
-    # -- several new tokens ----------------------------------------------------------------------------
+    # -- prefills --------------------------------------------------------------------------------------
 
-    def _segment(self, number: int) -> _Segment:
-        start, length = int(self.packed.prefix_lens[number]), int(self.packed.query_lens[number])
-        offset, size = int(self.packed.offsets[number]), self.layout.page_size
-        pages = -(-(start + length) // size)
-        reads = self._by_slab(self.packed.page_tables[number, :pages]) if start else ()
-        return _Segment(slice(offset, offset + length), start, start + length, pages, reads)
+    def _segment(self, sequence: int) -> _Segment:
+        start, length = int(self.batch.prefix_lens[sequence]), int(self.batch.query_lens[sequence])
+        offset = int(self.batch.offsets[sequence])
+        pages = ceil_div(start + length, self.layout.page_size)
+        return _Segment(
+            tokens=slice(offset, offset + length),
+            start=start,
+            end=start + length,
+            pages=pages,
+            reads=self._by_slab(self.batch.page_tables[sequence, :pages]) if start else (),
+        )
 
     def _attend_segment(
         self,
@@ -108,67 +118,67 @@ class GatherAttention(PagedAttention):
         scores: ScoreParams,
         output: torch.Tensor,
     ) -> None:
-        site = self.layout.layers[index]
+        layer = self.layout.layers[index]
         queries, keys, values = (x[segment.tokens] for x in new)
         if segment.start:
             keys, values = (
                 self._gather(segment.reads, index, which, segment.pages).flatten(0, 1)[: segment.end]
                 for which in ("keys", "values")
             )
-        repeats = queries.shape[1] // site.kv_heads
-        # [1, heads, tokens, dim]; keys repeated for every head of their group cost little at prefill
+        repeats = queries.shape[1] // layer.kv_heads
+        # [1, heads, tokens, dim]; repeating keys for every head of their group costs little in a prefill
         queries, keys, values = (x.to(self._compute_dtype).transpose(0, 1)[None] for x in (queries, keys, values))
         keys, values = (x.repeat_interleave(repeats, dim=1) for x in (keys, values))
         sinks = None if scores.sinks is None else scores.sinks[None, :, None, None]
-        out = softmax_attention(queries, keys, values, self._mask(segment, site.mask_kind), scores, sinks)
+        out = softmax_attention(queries, keys, values, self._mask(segment, layer.mask_kind), scores, sinks)
         output[segment.tokens] = out[0].transpose(0, 1).to(output.dtype)
 
-    def _mask(self, segment: _Segment, span: MaskKind) -> torch.Tensor | None:
-        """[t, end] of one segment, True where a query sees a key; None where that is plainly causal."""
-        key = (segment.tokens.start, span)
+    def _mask(self, segment: _Segment, mask_kind: MaskKind) -> torch.Tensor | None:
+        """Return [t, end] of one prefill, True where a query sees a key; None if the mask is plainly causal."""
+        key = (segment.tokens.start, mask_kind)
         if key not in self._masks:
             queries, keys = np.arange(segment.start, segment.end), np.arange(segment.end)
-            first = span.first_keys(queries)
+            first = mask_kind.first_keys(queries)
             if segment.start == 0 and not first.any():
                 self._masks[key] = None
             else:
                 self._masks[key] = self._tensor((keys <= queries[:, None]) & (keys >= first[:, None]))
         return self._masks[key]
 
-    # -- one new token -----------------------------------------------------------------------------------
+    # -- decoding rows -----------------------------------------------------------------------------------
 
     def _attend_groups(self, index: int, q: torch.Tensor, scores: ScoreParams, output: torch.Tensor) -> None:
-        site = self.layout.layers[index]
-        if site.mask_kind not in self._groups:
-            self._groups[site.mask_kind] = self._plan(site.mask_kind)
-        # The heads that share keys become query rows of one head: keys are read once for all of them.
-        sinks = None if scores.sinks is None else scores.sinks.view(1, site.kv_heads, -1, 1)
-        for group in self._groups[site.mask_kind]:
+        layer = self.layout.layers[index]
+        if layer.mask_kind not in self._groups:
+            self._groups[layer.mask_kind] = self._plan(layer.mask_kind)
+        # Heads that share keys become query rows of one head, so that keys are read once for all of them.
+        sinks = None if scores.sinks is None else scores.sinks.view(1, layer.kv_heads, -1, 1)
+        for group in self._groups[layer.mask_kind]:
             rows = len(group.tokens)
             keys, values = (
-                self._gather_group(group, index, which).view(rows, -1, site.kv_heads, dim).transpose(1, 2)
-                for which, dim in (("keys", site.key_dim), ("values", site.value_dim))
+                self._gather_group(group, index, which).view(rows, -1, layer.kv_heads, dim).transpose(1, 2)
+                for which, dim in (("keys", layer.key_dim), ("values", layer.value_dim))
             )
             queries = q.index_select(0, group.tokens).to(self._compute_dtype)
-            queries = queries.view(rows, site.kv_heads, -1, site.key_dim)
+            queries = queries.view(rows, layer.kv_heads, -1, layer.key_dim)
             out = softmax_attention(queries, keys, values, group.mask, scores, sinks)
-            output.index_copy_(0, group.tokens, out.reshape(rows, -1, site.value_dim).to(output.dtype))
+            output.index_copy_(0, group.tokens, out.reshape(rows, -1, layer.value_dim).to(output.dtype))
 
     def _gather_group(self, group: _Group, index: int, which: str) -> torch.Tensor:
-        """Into memory kept over the layers of the step: fresh large blocks would cost page faults in each."""
-        count, site = len(group.tokens) * group.pages, self.layout.layers[index]
-        elements = self._most_pages * self.layout.page_size * _width(site, which)
+        """Gather into a workspace shared by all layers; fresh large blocks would cost page faults in each layer."""
+        count, layer = len(group.tokens) * group.pages, self.layout.layers[index]
+        elements = self._most_pages * self.layout.page_size * _width(layer, which)
         if (which, elements) not in self._workspace:
             empty = torch.empty(elements, dtype=self.layout.dtype, device=self.pool.device)
             self._workspace[which, elements] = empty
-        out = self._workspace[which, elements][: count * self.layout.page_size * _width(site, which)]
+        out = self._workspace[which, elements][: count * self.layout.page_size * _width(layer, which)]
         return self._gather(group.reads, index, which, count, out).to(self._compute_dtype)
 
-    def _plan(self, span: MaskKind) -> list[_Group]:
-        """Groups of similar length; of a window or chunk, only the pages that the token sees are gathered."""
+    def _plan(self, mask_kind: MaskKind) -> list[_Group]:
+        """Group decoding rows of similar length; with a window or chunk, only the pages that a row sees."""
         size = self.layout.page_size
-        last = self.packed.prefix_lens[self._single]
-        first_keys = span.first_keys(last)
+        last = self.batch.prefix_lens[self._decodes]
+        first_keys = mask_kind.first_keys(last)
         first_pages = first_keys // size
         counts = last // size - first_pages + 1
         order = np.argsort(-counts, kind="stable")
@@ -178,21 +188,21 @@ class GatherAttention(PagedAttention):
             longest = int(counts[order[start]])
             members = order[start : start + max(1, _GROUP_BYTES // (longest * page_bytes))]
             members = members[counts[members] >= _GROUP_FILL * longest]
-            groups.append(self._group(self._single[members], first_pages[members], first_keys[members], longest))
+            groups.append(self._group(self._decodes[members], first_pages[members], first_keys[members], longest))
             start += len(members)
         self._most_pages = max([self._most_pages, *(len(group.tokens) * group.pages for group in groups)])
         return groups
 
     def _group(self, sequences: IntArray, first_pages: IntArray, first_keys: IntArray, pages: int) -> _Group:
-        size, last = self.layout.page_size, self.packed.prefix_lens[sequences][:, None]
-        # Past its last page a sequence gathers that page again: valid memory, and masked.
+        size, last = self.layout.page_size, self.batch.prefix_lens[sequences][:, None]
+        # Padding repeats a sequence's last page: valid memory, and masked.
         columns = np.minimum(first_pages[:, None] + np.arange(pages), last // size)
-        table = self.packed.page_tables[sequences[:, None], columns].ravel()
+        table = self.batch.page_tables[sequences[:, None], columns].ravel()
         positions = first_pages[:, None] * size + np.arange(pages * size)
         hidden = self._tensor((positions > last) | (positions < first_keys[:, None]))
         mask = torch.zeros(hidden.shape, dtype=self._compute_dtype, device=hidden.device)
         mask.masked_fill_(hidden, -torch.inf)
-        tokens = self._tensor(self.packed.offsets[sequences])
+        tokens = self._tensor(self.batch.offsets[sequences])
         return _Group(tokens, self._by_slab(table), pages, mask[:, None, None])
 
     # -- pages ---------------------------------------------------------------------------------------------
@@ -203,7 +213,7 @@ class GatherAttention(PagedAttention):
     def _gather(
         self, reads: Sequence[SlabShare], index: int, which: str, count: int, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[count, page_size, kv_heads, dim]: the keys or values of ``count`` pages of one site."""
+        """Return [count, page_size, kv_heads, dim]: the keys or values of ``count`` pages of one layer."""
         slabs = [self.pool.slab(read.slab) for read in reads]
         memories = [(slab.keys if which == "keys" else slab.values)[index] for slab in slabs]
         shape = (count, *memories[0].shape[1:])
@@ -213,8 +223,8 @@ class GatherAttention(PagedAttention):
         return uploaded(values, self.pool.device)
 
 
-def _width(site: AttentionLayer, which: str) -> int:
-    return site.kv_heads * (site.key_dim if which == "keys" else site.value_dim)
+def _width(layer: AttentionLayer, which: str) -> int:
+    return layer.kv_heads * (layer.key_dim if which == "keys" else layer.value_dim)
 
 
 def softmax_attention(
@@ -225,9 +235,9 @@ def softmax_attention(
     scores: ScoreParams,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Weights of ``scores`` over [b, h, keys, dim], for query [b, h, t, key_dim]; ``mask`` None is causal.
+    """Attend with query [b, h, t, key_dim] to key, value [b, h, keys, dim].
 
-    ``mask`` is boolean (True: seen) or additive; ``sinks`` broadcasts to [b, h, t, 1].
+    ``mask`` is boolean (True: seen), additive, or None for causal; ``sinks`` broadcasts to [b, h, t, 1].
     """
     if scores.softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
@@ -249,13 +259,13 @@ def softmax_attention(
 
 @dataclass(frozen=True, slots=True)
 class GatherBackend:
-    """Makes steps that gather, with prefills by a library."""
+    """Gathers pages for decoding rows; a varlen function attends in prefills."""
 
-    library: VarlenFunction
+    function: VarlenFunction
 
     @property
     def name(self) -> str:
-        return f"{self.library.name}+{GatherAttention.name}"
+        return f"{self.function.name}+{GatherAttention.name}"
 
-    def __call__(self, pool: PagePool, packed: ForwardBatch) -> GatherAttention:
-        return GatherAttention(pool, packed, PrefillAttention(pool, packed, self.library))
+    def __call__(self, pool: PagePool, batch: ForwardBatch) -> GatherAttention:
+        return GatherAttention(pool, batch, PrefillAttention(pool, batch, self.function))

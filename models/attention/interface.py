@@ -1,8 +1,8 @@
-"""The one attention function that transformers' modules call, and who answers it.
+"""The attention function registered with transformers, and the object that serves its calls.
 
-Registered with transformers' ``AttentionInterface`` under `NAME`. A model whose configuration names it
-calls `attend` in every attention layer; the step that is running, held in a context variable,
-answers. No mask function is registered under `NAME`, so transformers builds no mask for it.
+`attend` is registered with transformers' ``AttentionInterface`` under `NAME`. A model whose configuration names it
+calls `attend` in every attention layer, which forwards the call to the current forward's `ForwardAttention`, held in a
+context variable. No mask function is registered under `NAME`, so transformers builds no mask.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from rollout.models.errors import UnsupportedModel
 
 NAME = "rollout"
 
-#: Keyword arguments that models pass and that do not change what is computed here: positions are in the
-#: step, spans come from the probe, and generation never drops out.
+#: Keyword arguments that models pass and that have no effect here: positions are in the batch, mask kinds come from
+#: the probe, and generation uses no dropout.
 _WITHOUT_EFFECT = frozenset(
     {"position_ids", "use_cache", "is_causal", "sliding_window", "output_attentions", "output_hidden_states"}
     | {"output_router_logits", "cache_position", "return_dict", "position_embeddings", "layer_idx", "training"}
@@ -31,16 +31,16 @@ _WITHOUT_EFFECT = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ScoreParams:
-    """How scores become weights in one call: ``softmax([softcap(scaling * q.k), sinks])``."""
+    """How one call turns scores into weights: ``softmax([softcap(scale * q.k), sinks])``."""
 
     scale: float
     softcap: float | None = None
     sinks: torch.Tensor | None = None
-    """[heads]: one more logit a head, which takes weight and gives no value."""
+    """[heads] an extra logit per head that takes weight and adds no value."""
 
 
 class ForwardAttention(Protocol):
-    """What answers attention calls during one forward."""
+    """Serves the attention calls of one forward."""
 
     def attend(
         self,
@@ -51,28 +51,28 @@ class ForwardAttention(Protocol):
         attention_mask: torch.Tensor | None,
         scores: ScoreParams,
     ) -> torch.Tensor:
-        """Attention of query [b, heads, t, key_dim] over key, value [b, kv_heads, t, dim] and what is stored.
+        """Attend with query [b, heads, t, key_dim] to key, value [b, kv_heads, t, dim] and the KV cache.
 
         Returns [b, t, heads, value_dim].
         """
 
 
-_step: ContextVar[ForwardAttention | None] = ContextVar("rollout_attention_step", default=None)
+_current: ContextVar[ForwardAttention | None] = ContextVar("rollout_attention", default=None)
 
 
 @contextmanager
-def use_attention(step: ForwardAttention) -> Iterator[None]:
-    """Attention calls are answered by ``step`` inside this block."""
-    token = _step.set(step)
+def use_attention(attention: ForwardAttention) -> Iterator[None]:
+    """Serve attention calls by ``attention`` inside this block."""
+    token = _current.set(attention)
     try:
         yield
     finally:
-        _step.reset(token)
+        _current.reset(token)
 
 
 def current_attention() -> ForwardAttention | None:
-    """What answers attention calls now."""
-    return _step.get()
+    """Return the object that serves attention calls, or None outside of a forward."""
+    return _current.get()
 
 
 def attend(
@@ -87,26 +87,27 @@ def attend(
     s_aux: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """The function of transformers' attention interface.
+    """Implement transformers' attention interface.
 
     Raises:
-        UnsupportedModel: the model passes an argument whose meaning is not known here.
+        UnsupportedModel: the model passes an unknown argument.
         RuntimeError: called outside of an engine's step.
     """
     unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _WITHOUT_EFFECT)
     if unknown:
         raise UnsupportedModel(
             f"{type(module).__name__} passes {', '.join(unknown)} to its attention function, "
-            "whose meaning this engine does not know."
+            "which this engine does not support."
         )
-    step = _step.get()
-    if step is None:
+    attention = current_attention()
+    if attention is None:
         raise RuntimeError(
             f"{type(module).__name__} called the attention function {NAME!r} outside of an engine's step: "
             "another thread is using the model while it generates."
         )
-    scores = ScoreParams(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    return step.attend(module, query, key, value, attention_mask, scores), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = ScoreParams(scale=scale, softcap=softcap, sinks=s_aux)
+    return attention.attend(module, query, key, value, attention_mask, scores), None
 
 
 AttentionInterface.register(NAME, attend)

@@ -1,4 +1,4 @@
-"""What every kernel must pass on a machine before it is used there: small prefills and a decode as plain attention."""
+"""Self-test of a backend on this machine: two prefill chunks and a decode, compared with reference attention."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from rollout.models.arrays import IntArray, ceil_div
 from rollout.models.attention.interface import ScoreParams
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 
-#: Errors up to this are rounding.
+#: Largest error that is rounding.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, ScoreParams], torch.Tensor]
-"""As `rollout.models.attention.base.PagedAttention.compute`."""
+"""Signature of `rollout.models.attention.base.PagedAttention.compute`."""
 
-_LENGTH, _BREAK, _PAGE_SIZE, _KV_HEADS, _GROUP = 75, 49, 4, 2, 3
+_LENGTH = 75
+_FIRST_CHUNK = 49
+_PAGE_SIZE = 4
+_KV_HEADS = 2
+_GROUP = 3
 _FULL = MaskKind()
 
 
@@ -27,34 +32,28 @@ def largest_error(
     dtype: torch.dtype,
     dims: tuple[tuple[int, int], ...],
     device: torch.device,
-    span: MaskKind = _FULL,
+    mask_kind: MaskKind = _FULL,
 ) -> float:
-    """The largest difference to plain attention; infinite if there is none.
+    """Return the largest difference from reference attention; infinite if an output is NaN.
 
     Args:
-        attention: attends in one forward.
-        dims: sizes of a key and a value, each pair for a site.
-        span: of all sites.
+        attention: creates the attention of one forward.
+        dtype: of queries, keys and values.
+        dims: key and value dims, one pair per layer.
+        device: of the pool.
+        mask_kind: of all layers.
     """
-    sites = tuple(AttentionLayer(None, _KV_HEADS, key_dim, value_dim, span) for key_dim, value_dim in dims)
-    pool = PagePool(KVLayout(sites, dtype, _PAGE_SIZE), 10, device)
+    layers = tuple(AttentionLayer(None, _KV_HEADS, key_dim, value_dim, mask_kind) for key_dim, value_dim in dims)
+    pool = PagePool(KVLayout(layers, dtype, _PAGE_SIZE), 10, device)
     pool.grow()
     pool.grow()
-    tables = np.arange(-(-_LENGTH // _PAGE_SIZE))[::-1].copy()[None]
-    # A prefill, one that goes on, and a decode.
-    parts = [slice(0, _BREAK), slice(_BREAK, _LENGTH - 1), slice(_LENGTH - 1, _LENGTH)]
-    steps = [
-        attention(
-            pool,
-            ForwardBatch(
-                torch.zeros(count, dtype=torch.int64, device=device), tables, np.array([start]), np.array([count])
-            ),
-        )
-        for start, count in ((part.start, part.stop - part.start) for part in parts)
-    ]
+    page_tables = np.arange(ceil_div(_LENGTH, _PAGE_SIZE))[::-1].copy()[None]
+    # A prefill chunk, the chunk that continues it, and a decode.
+    chunks = [slice(0, _FIRST_CHUNK), slice(_FIRST_CHUNK, _LENGTH - 1), slice(_LENGTH - 1, _LENGTH)]
+    attentions = [attention(pool, _batch(page_tables, chunk, device)) for chunk in chunks]
     error = 0.0
     for index, (key_dim, value_dim) in enumerate(dims):
-        # No random numbers: the process's generators stay as they are.
+        # No random numbers, so the process's generators keep their state.
         query, key, value = (
             torch.arange(_LENGTH * heads * dim).mul(step).sin().mul(2).view(_LENGTH, heads, dim).to(device, dtype)
             for heads, dim, step in (
@@ -65,19 +64,32 @@ def largest_error(
         )
         scale = key_dim**-0.5
         outputs = [
-            step(index, query[part], key[part], value[part], ScoreParams(scale))
-            for step, part in zip(steps, parts, strict=True)
+            attend(index, query[chunk], key[chunk], value[chunk], ScoreParams(scale))
+            for attend, chunk in zip(attentions, chunks, strict=True)
         ]
-        difference = float((torch.cat(outputs).cpu().double() - _plain(query, key, value, scale, span)).abs().max())
+        expected = _reference(query, key, value, scale=scale, mask_kind=mask_kind)
+        difference = float((torch.cat(outputs).cpu().double() - expected).abs().max())
         error = max(error, difference if difference == difference else float("inf"))
     return error
 
 
-def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, span: MaskKind) -> torch.Tensor:
-    """Causal attention of the definition, in double precision and on the CPU."""
+def _batch(page_tables: IntArray, chunk: slice, device: torch.device) -> ForwardBatch:
+    count = chunk.stop - chunk.start
+    return ForwardBatch(
+        tokens=torch.zeros(count, dtype=torch.int64, device=device),
+        page_tables=page_tables,
+        prefix_lens=np.array([chunk.start]),
+        query_lens=np.array([count]),
+    )
+
+
+def _reference(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask_kind: MaskKind
+) -> torch.Tensor:
+    """Compute causal attention by its definition, in float64 on the CPU."""
     query, key, value = (x.cpu().double() for x in (query, key, value))
     logits = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(_GROUP, 1)) * scale
     positions = np.arange(len(query))
-    hidden = torch.from_numpy((positions > positions[:, None]) | (positions < span.first_keys(positions)[:, None]))
-    weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    masked = (positions > positions[:, None]) | (positions < mask_kind.first_keys(positions)[:, None])
+    weights = logits.masked_fill(torch.from_numpy(masked), -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(_GROUP, 1))

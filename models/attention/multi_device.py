@@ -1,4 +1,4 @@
-"""Attention of a model whose layers lie on several devices: each site's is computed where its keys and values are."""
+"""Attention of a model whose layers lie on several devices: each layer attends where its keys and values are."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ from rollout.models.kv_cache.page_pool import PagePool
 
 
 class MultiDeviceBackend:
-    """Makes steps of those of each device.
+    """Combines the backends of several devices.
 
     Args:
-        parts: for each part of the pool.
+        backends: one for each of `PagePool.device_pools`.
     """
 
-    def __init__(self, parts: Sequence[AttentionBackend]) -> None:
-        self._parts = parts
-        self.name = " and ".join(dict.fromkeys(steps.name for steps in parts))
+    def __init__(self, backends: Sequence[AttentionBackend]) -> None:
+        self._backends = backends
+        self.name = " and ".join(dict.fromkeys(backend.name for backend in backends))
 
-    def __call__(self, pool: PagePool, packed: ForwardBatch) -> MultiDeviceAttention:
+    def __call__(self, pool: PagePool, batch: ForwardBatch) -> MultiDeviceAttention:
         """See `rollout.models.attention.base.AttentionBackend`."""
-        steps = [steps(part, packed) for steps, part in zip(self._parts, pool.device_pools, strict=True)]
-        return MultiDeviceAttention(pool, packed, steps)
+        attentions = [
+            backend(device_pool, batch) for backend, device_pool in zip(self._backends, pool.device_pools, strict=True)
+        ]
+        return MultiDeviceAttention(pool, batch, attentions)
 
 
 class MultiDeviceAttention(PagedAttention):
-    """Keeps the order of calls, and leaves each to a step of its own device, which has the sites there alone."""
+    """Checks the order of calls and delegates each layer to the attention of its device."""
 
-    def __init__(self, pool: PagePool, packed: ForwardBatch, steps: Sequence[PagedAttention]) -> None:
-        super().__init__(pool, packed)
-        self._steps = steps
+    def __init__(self, pool: PagePool, batch: ForwardBatch, attentions: Sequence[PagedAttention]) -> None:
+        super().__init__(pool, batch)
+        self._attentions = attentions
 
     def compute(
         self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
     ) -> torch.Tensor:
         """See `PagedAttention.compute`."""
-        part, place = self.pool.layer_locations[index]
-        return self._steps[part].compute(place, q, k, v, scores)
+        location = self.pool.layer_locations[index]
+        return self._attentions[location.pool].compute(location.layer, q, k, v, scores)

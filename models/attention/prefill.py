@@ -1,8 +1,8 @@
-"""Sequences with several new tokens, packed one after another, as attention functions of libraries take them.
+"""Prefill attention by third-party varlen functions.
 
-Such functions read keys and values from one tensor, and the slabs of a pool are several. So a library attends where
-that costs little: in a prefill, whose keys and values are the forward's own, or, where it goes on with a text that was
-begun before, are gathered. Rows that decode are read in place by the engine's own kernels.
+Such functions read keys and values from one contiguous tensor, but a pool has several slabs. They are therefore used
+where contiguous tensors cost little: in a prefill, whose keys and values are the forward's own, or are gathered once
+if the prefill continues an earlier chunk. Decoding rows are read in place by the engine's own kernels.
 """
 
 from __future__ import annotations
@@ -13,47 +13,48 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 
-from rollout.models.arrays import IntArray, uploaded
+from rollout.models.arrays import uploaded
 from rollout.models.attention.interface import ScoreParams
-from rollout.models.forward_batch import ForwardBatch
+from rollout.models.forward_batch import ForwardBatch, token_slots
 from rollout.models.kv_cache.layout import MaskKind
 from rollout.models.kv_cache.page_pool import PagePool, Slots
 
 
 @dataclass(frozen=True, slots=True)
 class VarlenMetadata:
-    """Where each of n sequences lies among packed queries and packed keys. Queries are the last tokens of each."""
+    """Boundaries of n sequences in concatenated queries and keys. Queries are the last tokens of each sequence."""
 
     cu_seqlens_q: torch.Tensor
-    """[n + 1] int32 on the device: 0, and where each sequence's queries end."""
+    """[n + 1] int32 on the device: 0, then the end of each sequence's queries."""
     cu_seqlens_k: torch.Tensor
-    """[n + 1] int32 on the device: the same of its keys."""
+    """[n + 1] int32 on the device: 0, then the end of each sequence's keys."""
     max_seqlen_q: int
-    """Of one sequence; at least 2."""
+    """Most queries of one sequence; at least 2."""
     max_seqlen_k: int
+    """Most keys of one sequence."""
 
 
 class VarlenFunction(Protocol):
-    """Attention over packed sequences."""
+    """Attention over concatenated sequences of different lengths."""
 
     name: ClassVar[str]
-    """As in `rollout.models.attention.names.ATTENTION_BACKENDS`."""
+    """One of `rollout.models.attention.names.ATTENTION_BACKENDS`."""
 
     def attend(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        packing: VarlenMetadata,
-        span: MaskKind,
+        metadata: VarlenMetadata,
+        mask_kind: MaskKind,
         scores: ScoreParams,
     ) -> torch.Tensor:
-        """Causal attention within ``span``: q [T, heads, dim] over k, v [K, kv_heads, dim]. Returns [T, heads, dim].
+        """Attend causally with q [T, heads, dim] to k, v [K, kv_heads, dim]; return [T, heads, dim].
 
-        What comes out of a sequence must not depend on the others.
+        The output of a sequence must not depend on the batch composition.
 
         Raises:
-            UnsupportedAttention: it cannot make weights as ``scores`` asks.
+            UnsupportedAttention: the function does not support ``scores``.
         """
         ...
 
@@ -61,54 +62,67 @@ class VarlenFunction(Protocol):
 
 
 class PrefillAttention:
-    """Those of a forward. What depends on lengths alone is planned once, and serves every site.
+    """Attention of a forward's prefills. What depends on lengths alone is planned once, for all layers.
 
     Args:
-        pool: where keys and values lie.
-        packed: the forward.
-        library: attends.
+        pool: holds keys and values.
+        batch: the sequences of the forward.
+        function: computes the attention.
     """
 
-    def __init__(self, pool: PagePool, packed: ForwardBatch, library: VarlenFunction) -> None:
-        self._pool, self._library = pool, library
-        several = packed.query_lens > 1
-        lengths, ends = packed.query_lens[several], packed.seq_lens[several]
+    def __init__(self, pool: PagePool, batch: ForwardBatch, function: VarlenFunction) -> None:
+        self._pool = pool
+        self._function = function
         self._tokens: slice | torch.Tensor | None = None
-        if not len(lengths):
+        prefills = batch.query_lens > 1
+        query_lens, seq_lens = batch.query_lens[prefills], batch.seq_lens[prefills]
+        if not len(query_lens):
             return
-        tokens = np.flatnonzero(np.repeat(several, packed.query_lens))
+        tokens = np.flatnonzero(np.repeat(prefills, batch.query_lens))
         first, last = int(tokens[0]), int(tokens[-1])
-        # As the engine packs them, they lie side by side, unless one of a single token is among them.
-        together = last - first + 1 == len(tokens)
-        self._tokens = slice(first, last + 1) if together else uploaded(tokens, pool.device)
-        begun = bool(packed.prefix_lens[several].any())
-        self._stored = (
-            Slots.of(pool, _slots(packed.page_tables[several], ends, pool.layout.page_size)) if begun else None
-        )
+        # The engine puts prefills side by side, unless one of a single token lies between them.
+        contiguous = last - first + 1 == len(tokens)
+        self._tokens = slice(first, last + 1) if contiguous else uploaded(tokens, pool.device)
+        self._stored: Slots | None = None
+        if batch.prefix_lens[prefills].any():
+            slots = token_slots(
+                page_tables=batch.page_tables[prefills],
+                first_positions=np.zeros_like(seq_lens),
+                counts=seq_lens,
+                page_size=pool.layout.page_size,
+            )
+            self._stored = Slots.of(pool, slots)
         cu_seqlens_q, cu_seqlens_k = (
-            uploaded(np.cumsum([0, *counts]).astype(np.int32), pool.device) for counts in (lengths, ends)
+            uploaded(np.cumsum([0, *lens]).astype(np.int32), pool.device) for lens in (query_lens, seq_lens)
         )
-        self._packing = VarlenMetadata(cu_seqlens_q, cu_seqlens_k, int(lengths.max()), int(ends.max()))
+        self._metadata = VarlenMetadata(
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=int(query_lens.max()),
+            max_seqlen_k=int(seq_lens.max()),
+        )
 
     def attend(
         self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams, out: torch.Tensor
     ) -> None:
-        """Attends at site ``index``, whose new keys and values stand in their pages already.
+        """Attend in layer ``index``, whose new keys and values are already in their pages.
 
         Args:
-            q: [T, heads, key_dim] of all tokens of the forward; k and v [T, kv_heads, dim].
-            out: [T, heads, value_dim]: filled for tokens of these sequences, others are left as they are.
+            index: of the layer in the pool's layout.
+            q: [T, heads, key_dim] of all tokens of the forward.
+            k: [T, kv_heads, key_dim].
+            v: [T, kv_heads, value_dim].
+            scores: scale, softcap and sinks.
+            out: [T, heads, value_dim]: filled for tokens of prefills, unchanged for all other tokens.
         """
         if self._tokens is None:
             return
         keys, values = (k[self._tokens], v[self._tokens]) if self._stored is None else self._stored.read(index)
-        span = self._pool.layout.layers[index].mask_kind
-        out[self._tokens] = self._library.attend(q[self._tokens], keys, values, self._packing, span, scores)
-
-
-def _slots(tables: IntArray, ends: IntArray, page_size: int) -> IntArray:
-    """Where all tokens of sequences lie, sequence after sequence."""
-    rows = np.repeat(np.arange(len(ends)), ends)
-    positions = np.arange(len(rows)) - np.repeat(np.cumsum(ends) - ends, ends)
-    slots: IntArray = tables[rows, positions // page_size] * page_size + positions % page_size
-    return slots
+        out[self._tokens] = self._function.attend(
+            q[self._tokens],
+            keys,
+            values,
+            metadata=self._metadata,
+            mask_kind=self._pool.layout.layers[index].mask_kind,
+            scores=scores,
+        )

@@ -1,9 +1,9 @@
-"""A short forward that learns the truth about a model's attention, layer by layer.
+"""A short forward that records what each attention layer stores and which tokens it sees.
 
-Configuration fields and keyword arguments do not tell reliably which tokens a layer sees: some families
-pass a window that they do not use, others use one that they do not pass. Their masks tell. A mask
-function registered under the attention's own name receives the predicate that transformers would build
-the mask from; it is classified at far positions, and each layer's attention call shows which one it got.
+Configuration fields and keyword arguments are unreliable: some families pass a window that they do not use, others use
+a window that they do not pass. Masks are reliable. A mask function registered under the attention's own name receives
+the predicate that transformers would build the mask from. The probe classifies it at distant positions, and each
+attention call shows which mask the layer got.
 """
 
 from __future__ import annotations
@@ -29,48 +29,51 @@ PAGE_SIZE = 16
 
 
 def probe(model: nn.Module) -> KVLayout:
-    """The KV layout of ``model``, which must be on loan.
+    """Return the KV layout of ``model``, which must be borrowed.
 
     Raises:
-        UnsupportedModel: the model keeps state besides keys and values, calls no attention, or masks it
-            in a way that is not causal, causal in a window, or causal in chunks.
+        UnsupportedModel: the model keeps recurrent states, makes no attention call, or has a mask that is not causal,
+            causal within a window, or causal within chunks.
     """
     refuse_recurrent(model)
     positions = torch.arange(PROBE_TOKENS, device=output_device(model))[None]
-    sites, dtype = attention_layers(model, position_ids=positions, use_cache=False)
+    layers, dtype = attention_layers(model, position_ids=positions, use_cache=False)
     if dtype is None:
         raise UnsupportedModel(f"{family_name(model)} made no call through transformers' attention interface.")
-    return KVLayout(sites, dtype, PAGE_SIZE)
+    return KVLayout(layers, dtype, PAGE_SIZE)
 
 
 def attention_layers(model: nn.Module, **arguments: object) -> tuple[tuple[AttentionLayer, ...], torch.dtype | None]:
-    """The attention calls of a forward of a few tokens with ``arguments``, and the dtype of all values; or none.
+    """Record the attention calls of a short forward with ``arguments``; return them and the dtype of all values.
+
+    The dtype is None if the model makes no attention call.
 
     Raises:
-        UnsupportedModel: a mask is not causal, causal in a window, or causal in chunks, or values differ in dtype.
+        UnsupportedModel: a mask is not causal, causal within a window or chunks, or values have several dtypes.
     """
-    step = _Probe()
+    recorder = _Recorder()
     ids = torch.arange(PROBE_TOKENS, device=output_device(model))[None] % vocabulary_size(model)
-    with _masks(step), interface.use_attention(step):
+    with _registered_mask(recorder), interface.use_attention(recorder):
         model(input_ids=ids, **arguments)
-    if len(step.dtypes) > 1:
-        raise UnsupportedModel(f"{family_name(model)} has values of several dtypes: {sorted(map(str, step.dtypes))}.")
-    return tuple(step.sites), next(iter(step.dtypes), None)
+    if len(recorder.dtypes) > 1:
+        dtypes = ", ".join(sorted(map(str, recorder.dtypes)))
+        raise UnsupportedModel(f"{family_name(model)} has values of several dtypes: {dtypes}.")
+    return tuple(recorder.layers), next(iter(recorder.dtypes), None)
 
 
-class _Probe:
-    """Records every attention call; answers with zeros."""
+class _Recorder:
+    """Records every attention call and returns zeros."""
 
     def __init__(self) -> None:
-        self.spans: list[MaskKind] = []
-        self.sites: list[AttentionLayer] = []
+        self.mask_kinds: list[MaskKind] = []
+        self.layers: list[AttentionLayer] = []
         self.dtypes: set[torch.dtype] = set()
 
     def mask(self, *, q_length: int, kv_length: int, mask_function: MaskPredicate, **kwargs: Any) -> torch.Tensor:
-        """Stands in for a mask: its values say which span it was asked for."""
+        """Return a stand-in mask whose values are the index of its mask kind."""
         device = kwargs.get("device", "cpu")
-        self.spans.append(classify(mask_function, kwargs.get("local_size")))
-        return torch.full((1, 1, q_length, kv_length), float(len(self.spans) - 1), device=device)
+        self.mask_kinds.append(classify(mask_function, kwargs.get("local_size")))
+        return torch.full((1, 1, q_length, kv_length), float(len(self.mask_kinds) - 1), device=device)
 
     def attend(
         self,
@@ -83,16 +86,26 @@ class _Probe:
     ) -> torch.Tensor:
         if not isinstance(attention_mask, torch.Tensor):
             raise UnsupportedModel(f"{type(module).__name__} attends without a causal mask.")
-        span = self.spans[int(attention_mask[0, 0, 0, 0])]
-        self.sites.append(AttentionLayer(module, key.shape[1], key.shape[-1], value.shape[-1], span, value.device))
-        # Under autocast, queries and keys may come out of the rotary embedding in fp32: values tell.
+        mask_kind = self.mask_kinds[int(attention_mask[0, 0, 0, 0])]
+        self.layers.append(
+            AttentionLayer(
+                module=module,
+                kv_heads=key.shape[1],
+                key_dim=key.shape[-1],
+                value_dim=value.shape[-1],
+                mask_kind=mask_kind,
+                device=value.device,
+            )
+        )
+        # Under autocast, rotary embeddings may return queries and keys in float32; values have the compute dtype.
         self.dtypes.add(value.dtype)
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
 
 
 @contextmanager
-def _masks(step: _Probe) -> Iterator[None]:
-    AttentionMaskInterface.register(interface.NAME, lambda *_args, **kwargs: step.mask(**kwargs))
+def _registered_mask(recorder: _Recorder) -> Iterator[None]:
+    """Register the recorder's mask function with transformers inside this block."""
+    AttentionMaskInterface.register(interface.NAME, lambda *_args, **kwargs: recorder.mask(**kwargs))
     try:
         yield
     finally:
@@ -100,32 +113,32 @@ def _masks(step: _Probe) -> Iterator[None]:
 
 
 def classify(sees: MaskPredicate, size: int | None) -> MaskKind:
-    """The span of a mask predicate ``sees(batch, head, query, key)``, tried at far positions.
+    """Return the mask kind of a predicate ``sees(batch, head, query, key)`` by evaluating it at distant positions.
 
-    ``size`` is the window or chunk size that the model states for it.
+    ``size`` is the window or chunk size that the model declares for it.
 
     Raises:
-        UnsupportedModel: the predicate is none of full, window and chunk.
+        UnsupportedModel: the mask is neither full nor a window or chunk of ``size`` tokens.
     """
 
-    def agrees(span: MaskKind, query: int) -> bool:
-        first = int(span.first_keys(np.array([query]))[0])
+    def agrees(mask_kind: MaskKind, query: int) -> bool:
+        first = int(mask_kind.first_keys(np.array([query]))[0])
         inside = {first, (first + query) // 2, query}
         outside = {key for key in (first - 1, first // 2, query + 1) if key < first or key > query}
-        return all(_true(sees, query, key) for key in inside) and not any(
-            _true(sees, query, key) for key in outside if key >= 0
+        return all(_sees(sees, query, key) for key in inside) and not any(
+            _sees(sees, query, key) for key in outside if key >= 0
         )
 
     unit = size or 1024
     queries = [0, 1, unit - 1, unit, unit + 1, 3 * unit + unit // 2, 1000 * unit + 7]
-    spans = [MaskKind(), MaskKind("window", size), MaskKind("chunk", size)] if size else [MaskKind()]
-    for span in spans:
-        if all(agrees(span, query) for query in queries):
-            return span
-    stated = f" of {size} tokens" if size else ""
-    raise UnsupportedModel(f"A layer's attention mask is neither causal nor a window or chunk{stated}.")
+    mask_kinds = [MaskKind(), MaskKind("window", size), MaskKind("chunk", size)] if size else [MaskKind()]
+    for mask_kind in mask_kinds:
+        if all(agrees(mask_kind, query) for query in queries):
+            return mask_kind
+    declared = f" of {size} tokens" if size else ""
+    raise UnsupportedModel(f"A layer's attention mask is neither causal nor a window or chunk{declared}.")
 
 
-def _true(sees: MaskPredicate, query: int, key: int) -> bool:
+def _sees(predicate: MaskPredicate, query: int, key: int) -> bool:
     zero = torch.zeros((), dtype=torch.int64)
-    return bool(sees(zero, zero, torch.tensor(query), torch.tensor(key)))
+    return bool(predicate(zero, zero, torch.tensor(query), torch.tensor(key)))

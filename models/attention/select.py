@@ -1,4 +1,4 @@
-"""Which attention reads the pages: the one that was asked for, or a kernel where one serves them, else gathering."""
+"""Selection of the attention backend: the requested one, else the fastest that serves the model."""
 
 from __future__ import annotations
 
@@ -23,100 +23,99 @@ from rollout.models.kv_cache.page_pool import PagePool
 logger = logging.getLogger(__name__)
 
 
-def check_available(choice: str, device: torch.device) -> None:
-    """Refuses what cannot be on a device whatever the model: known before one is loaded.
+def check_available(name: str, device: torch.device) -> None:
+    """Check what can be checked before a model is loaded: the device, installed packages and the C compiler.
 
     Raises:
-        UnsupportedAttention: the attention of that name is not there, or not for such a device.
+        UnsupportedAttention: the backend is not installed, or does not support the device.
     """
-    on_gpu = choice == "triton" or choice in LIBRARIES
-    if on_gpu and device.type != "cuda":
-        raise UnsupportedAttention(choice, f"it is for GPUs, and the model is on {device.type}")
-    if choice in LIBRARIES:
-        installed(choice)
-    if choice == "compiled":
+    if (name == "triton" or name in LIBRARIES) and device.type != "cuda":
+        raise UnsupportedAttention(name, f"it is for GPUs, and the model is on {device.type}")
+    if name in LIBRARIES:
+        installed(name)
+    if name == "compiled":
         if device.type != "cpu":
-            raise UnsupportedAttention(choice, f"it is for CPUs, and the model is on {device.type}")
+            raise UnsupportedAttention(name, f"it is for CPUs, and the model is on {device.type}")
         if kernel() is None:
-            raise UnsupportedAttention(choice, "it could not be compiled, as a warning says")
+            raise UnsupportedAttention(name, "its kernel could not be compiled (see the warning above)")
 
 
-def select_backend(choice: str, pool: PagePool) -> AttentionBackend:
-    """The attention of a name, for the layout and device of ``pool``.
+def select_backend(name: str, pool: PagePool) -> AttentionBackend:
+    """Return the backend of a name from `names.ATTENTION_BACKENDS` for the layout and device of ``pool``.
 
-    ``auto`` is the fastest of the engine's own: ``triton``, on a GPU, or ``compiled``, on a CPU; ``gather`` gathers
-    pages for torch's. ``varlen`` and ``flash_attn`` are libraries, which serve prefills; rows that decode are read by
-    the fastest of the engine's own.
+    ``auto`` selects the fastest of the engine's own backends: ``triton`` on a GPU, ``compiled`` on a CPU, else
+    ``gather``, which gathers pages for torch's attention. ``varlen`` and ``flash_attn`` serve prefills; decoding rows
+    then use the fastest of the engine's own backends.
 
     Raises:
-        UnsupportedAttention: it is not there, or does not serve.
-        torch.OutOfMemoryError: there is no room to try it out.
+        UnsupportedAttention: the backend is not available, or does not support the layout or device.
+        torch.OutOfMemoryError: too little memory is left for the kernel self-test.
     """
-    if choice == AUTO:
+    if name == AUTO:
         return fastest_backend(pool)
     if len(pool.device_pools) > 1:
-        return MultiDeviceBackend([select_backend(choice, part) for part in pool.device_pools])
+        return MultiDeviceBackend([select_backend(name, device_pool) for device_pool in pool.device_pools])
     layout, device = pool.layout, pool.device
-    check_available(choice, device)
-    if choice in LIBRARIES:
-        library = installed(choice)
-        prefill_libraries.check(library, layout, device)
-        return _triton(pool, library) or GatherBackend(library)
-    if choice == "triton":
+    check_available(name, device)
+    if name in LIBRARIES:
+        function = installed(name)
+        prefill_libraries.check(function, layout, device)
+        return _triton_or_none(pool, function) or GatherBackend(function)
+    if name == "triton":
         if (reason := _triton_failure(_dims(layout), layout.dtype, device)) is not None:
-            raise UnsupportedAttention(choice, f"it does not serve here ({reason})")
-        return _triton_steps(pool, None)
-    if choice == "compiled":
-        steps = _compiled(pool)
-        if steps is None:
-            stored = str(layout.dtype).removeprefix("torch.")
-            raise UnsupportedAttention(choice, f"it does not serve {stored}, which the model stores")
-        return steps
+            raise UnsupportedAttention(name, f"its kernels failed here ({reason})")
+        return _triton_backend(pool, None)
+    if name == "compiled":
+        backend = _compiled_or_none(pool)
+        if backend is None:
+            dtype = str(layout.dtype).removeprefix("torch.")
+            raise UnsupportedAttention(name, f"it does not support {dtype}, the dtype of the model's keys and values")
+        return backend
     return GatherAttention
 
 
 def fastest_backend(pool: PagePool) -> AttentionBackend:
-    """The fastest of the engine's own for the layout and device of ``pool``; of several devices, each has its own."""
+    """Return the fastest of the engine's own backends for the layout and device of ``pool``, device by device."""
     if len(pool.device_pools) > 1:
-        return MultiDeviceBackend([fastest_backend(part) for part in pool.device_pools])
-    return _triton(pool) or _compiled(pool) or GatherAttention
+        return MultiDeviceBackend([fastest_backend(device_pool) for device_pool in pool.device_pools])
+    return _triton_or_none(pool) or _compiled_or_none(pool) or GatherAttention
 
 
-def _compiled(pool: PagePool) -> AttentionBackend | None:
+def _compiled_or_none(pool: PagePool) -> AttentionBackend | None:
     compiled = kernel() if pool.device.type == "cpu" else None
     return CompiledBackend(compiled) if compiled is not None and compiled.supports(pool.layout, pool.device) else None
 
 
-def _triton(pool: PagePool, library: VarlenFunction | None = None) -> AttentionBackend | None:
-    """None where Triton's kernels do not serve; a warning then says why."""
+def _triton_or_none(pool: PagePool, function: VarlenFunction | None = None) -> AttentionBackend | None:
+    """Return the Triton backend, or None, with a warning on a GPU, if its kernels do not work."""
     layout, device = pool.layout, pool.device
-    if device.type != "cuda" or not layout.layers or not _triton_serves(_dims(layout), layout.dtype, device):
+    if device.type != "cuda" or not layout.layers or not _triton_works(_dims(layout), layout.dtype, device):
         return None
-    return _triton_steps(pool, library)
+    return _triton_backend(pool, function)
 
 
-def _triton_steps(pool: PagePool, library: VarlenFunction | None) -> AttentionBackend:
-    # Comes with torch's builds for GPUs, and with no other.
+def _triton_backend(pool: PagePool, function: VarlenFunction | None) -> AttentionBackend:
+    # Imported late: triton comes only with torch's GPU builds.
     from rollout.models.attention.triton import TritonBackend
 
-    return TritonBackend(pool, library)
+    return TritonBackend(pool, function)
 
 
 def _dims(layout: KVLayout) -> frozenset[tuple[int, int]]:
-    return frozenset((site.key_dim, site.value_dim) for site in layout.layers)
+    return frozenset((layer.key_dim, layer.value_dim) for layer in layout.layers)
 
 
 @cache
-def _triton_serves(dims: frozenset[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether Triton's kernels serve keys and values of such sizes on a GPU; where they do not, a warning says why.
+def _triton_works(dims: frozenset[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether the Triton kernels pass their self-test; warn once if they do not.
 
     Raises:
-        torch.OutOfMemoryError: there is no room to try.
+        torch.OutOfMemoryError: too little memory is left for the self-test.
     """
     reason = _triton_failure(dims, dtype, device)
     if reason is not None:
         logger.warning(
-            "Triton's attention is not used on %s, pages are gathered instead, which is slower: %s.",
+            "Triton attention is not used on %s; pages are gathered instead, which is slower: %s.",
             torch.cuda.get_device_name(device),
             reason,
         )
@@ -125,17 +124,17 @@ def _triton_serves(dims: frozenset[tuple[int, int]], dtype: torch.dtype, device:
 
 @cache
 def _triton_failure(dims: frozenset[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why Triton's kernels do not serve; None if they do.
+    """Run the Triton kernels once and return why they failed, or None.
 
-    Found out once, by trying: whether Triton can compile on a machine cannot be known otherwise.
+    Only a trial shows whether Triton can compile on this machine.
 
     Raises:
-        torch.OutOfMemoryError: there is no room to try.
+        torch.OutOfMemoryError: too little memory is left for the trial.
     """
 
-    def tried() -> None:
+    def trial() -> None:
         from rollout.models.attention.triton import check
 
         check(dims, dtype, device)
 
-    return failure_of(tried)
+    return failure_of(trial)

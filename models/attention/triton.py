@@ -9,11 +9,12 @@ slab table.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
+from rollout.models.arrays import ceil_div, next_power_of_2
 from rollout.models.attention import triton_kernels
 from rollout.models.attention.base import PagedAttention
 from rollout.models.attention.interface import ScoreParams
@@ -26,31 +27,32 @@ from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.kv_cache.slab_table import SlabTable
 
 LARGEST_DIM = 512
-"""Of a head; tiles of larger ones would not fit into shared memory."""
+"""Largest head dim; tiles of larger heads would not fit into shared memory."""
 LEAST_CAPABILITY = (8, 0)
-"""Of a GPU; earlier ones do not multiply bfloat16."""
+"""Lowest compute capability; earlier GPUs do not multiply bfloat16."""
 
-#: Programs for each multiprocessor at most; beyond that they take several items of work each.
+#: Most programs per multiprocessor; with more work items than programs, each program takes several.
 _PROGRAMS = 16
-#: Entries of page tables that one program looks up at a time.
+#: Page table entries that one program looks up at a time.
 _LOCATE_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
 class TileSizes:
-    """How the attention kernel is cut. Fixed by head size and dtype, since the last bits of results depend on it."""
+    """Tile sizes of the attention kernel: fixed by head dim and dtype, since rounding depend on them."""
 
     queries: int
     """Rows of a tile: queries times heads that share keys."""
     keys: int
     warps: int
     stages: int = 3
-    """Of the pipeline that loads addresses, then keys and values, then multiplies."""
+    """Stages of the pipeline that loads addresses, then keys and values, then multiplies."""
 
 
-#: By bytes of a number and the largest head size: for one query, and for tiles of queries. By what the compiler says of
-#: registers and shared memory for compute capability 9.0: no spills for one query, 2 to 5 programs a multiprocessor.
-_BLOCKS: dict[tuple[int, int], tuple[TileSizes, TileSizes]] = {
+#: By itemsize and largest head dim: sizes for one query with split keys, and for tiles of queries. Chosen by the
+#: compiler's register and shared memory counts at compute capability 9.0: no spills for one query, and 2 to 5 programs
+#: per multiprocessor.
+_TILE_SIZES: dict[tuple[int, int], tuple[TileSizes, TileSizes]] = {
     (2, 64): (TileSizes(16, 128, 4), TileSizes(128, 64, 8)),
     (2, 128): (TileSizes(16, 64, 4), TileSizes(128, 64, 8)),
     (2, 256): (TileSizes(16, 32, 4), TileSizes(64, 32, 8)),
@@ -63,60 +65,65 @@ _BLOCKS: dict[tuple[int, int], tuple[TileSizes, TileSizes]] = {
 
 
 def tile_sizes(itemsize: int, dim: int, group: int, split: bool) -> TileSizes:
-    """The cut for numbers of so many bytes, heads of at most ``dim``, and ``group`` heads that share keys."""
-    largest = min(size for bytes_, size in _BLOCKS if bytes_ == itemsize and size >= dim)
-    chosen = _BLOCKS[itemsize, largest][0 if split else 1]
-    return TileSizes(max(chosen.queries, _power(group)), chosen.keys, chosen.warps, chosen.stages)
+    """Return the tile sizes for an itemsize in bytes, a head dim, and ``group`` heads that share keys."""
+    largest_dim = min(known for bytes_, known in _TILE_SIZES if bytes_ == itemsize and known >= dim)
+    for_splits, for_tiles = _TILE_SIZES[itemsize, largest_dim]
+    sizes = for_splits if split else for_tiles
+    return replace(sizes, queries=max(sizes.queries, next_power_of_2(group)))
 
 
 def check(dims: Collection[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
-    """Compiles and runs the kernels on heads of these sizes (key, value), and compares with plain attention.
+    """Compile and run the kernels for these (key, value) head dims, and compare with reference attention.
 
     Raises:
-        ValueError: such numbers, sizes or devices are not served, or the kernels compute something else.
-        Exception: whatever Triton or the device has to say when they cannot be compiled or run.
+        ValueError: the dtype, dims or device are not supported, or results differ from reference attention.
+        Exception: Triton could not compile the kernels, or the device could not run them.
     """
     if dtype not in TOLERANCE:
-        raise ValueError(f"there are no kernels for {dtype}")
+        raise ValueError(f"the kernels do not support {dtype}")
     if max(map(max, dims)) > LARGEST_DIM:
-        raise ValueError(f"heads have more than {LARGEST_DIM} numbers")
+        raise ValueError(f"the largest head dim is {max(map(max, dims))}, and the kernels support up to {LARGEST_DIM}")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        raise ValueError(f"its compute capability is below {'.'.join(map(str, LEAST_CAPABILITY))}")
+        raise ValueError(f"the GPU's compute capability is below {'.'.join(map(str, LEAST_CAPABILITY))}")
 
-    def attention(pool: PagePool, packed: ForwardBatch) -> Attention:
-        return TritonBackend(pool)(pool, packed).compute
+    def attention(pool: PagePool, batch: ForwardBatch) -> Attention:
+        return TritonBackend(pool)(pool, batch).compute
 
     error = largest_error(attention, dtype, tuple(sorted(dims)), device)
     if not error <= TOLERANCE[dtype]:
-        raise ValueError(f"the kernels compute something else in {dtype} (by {error:.2g})")
+        raise ValueError(
+            f"the kernels differ from reference attention by {error:.2g} in {dtype} (tolerance {TOLERANCE[dtype]:g})"
+        )
 
 
 class TritonAttention(PagedAttention):
-    """One forward; making it launches the look-up of its pages.
+    """Serves one forward by Triton kernels; the constructor launches the kernel that looks up its pages.
 
     Args:
-        buffers: filled with ``packed``, or with another forward at each replay of a capture.
-        prefills: attends for sequences with several new tokens, instead; never in a capture, which has none.
+        pool: holds keys and values.
+        batch: the sequences of the forward.
+        metadata: filled from ``batch``; a CUDA graph refills it before each replay.
+        prefills: attends for sequences with several new tokens; None uses the kernels. CUDA graphs have no prefills.
     """
 
     name: ClassVar[str] = "triton"
 
     def __init__(
-        self, pool: PagePool, packed: ForwardBatch, buffers: TritonMetadata, prefills: PrefillAttention | None = None
+        self, pool: PagePool, batch: ForwardBatch, metadata: TritonMetadata, prefills: PrefillAttention | None = None
     ) -> None:
-        super().__init__(pool, packed)
+        super().__init__(pool, batch)
         self._prefills = prefills
-        self._buffers, self._slabs = buffers, buffers.slabs
+        self._metadata, self._slabs = metadata, metadata.slabs
         self._programs = _PROGRAMS * _multiprocessors(pool.device)
-        entries = len(buffers.pages)
+        entries = len(metadata.pages)
         if entries:
             with launching_on(pool.device):
-                triton_kernels.locate[(min(-(-entries // _LOCATE_BLOCK), self._programs),)](
-                    buffers.pages,
+                triton_kernels.locate[(min(ceil_div(entries, _LOCATE_BLOCK), self._programs),)](
+                    metadata.pages,
                     self._slabs.addresses,
-                    buffers.slab_addresses,
-                    buffers.first_tokens,
-                    buffers.entries,
+                    metadata.slab_addresses,
+                    metadata.first_tokens,
+                    metadata.entries,
                     pool.slab_pages,
                     PAGE_SIZE=self.layout.page_size,
                     BLOCK=_LOCATE_BLOCK,
@@ -126,37 +133,42 @@ class TritonAttention(PagedAttention):
         self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
     ) -> torch.Tensor:
         """See `PagedAttention.compute`."""
-        site = self.layout.layers[index]
+        layer = self.layout.layers[index]
         tokens, heads, _ = q.shape
-        if tokens != self._buffers.room.tokens:
-            raise ValueError(f"{tokens} queries came, but the step's buffers are for {self._buffers.room.tokens}.")
+        if tokens != self._metadata.capacity.tokens:
+            raise ValueError(f"Got {tokens} queries, but the metadata is for {self._metadata.capacity.tokens} tokens.")
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        out = torch.empty((tokens, heads, site.value_dim), dtype=self.layout.dtype, device=q.device)
+        out = torch.empty((tokens, heads, layer.value_dim), dtype=self.layout.dtype, device=q.device)
         if not tokens:
             return out
         with launching_on(self.pool.device):
             self._write(index, k, v, out)
-            splits = self._buffers.splits.get(site.mask_kind)
+            splits = self._metadata.splits.get(layer.mask_kind)
             if splits is not None:
                 self._attend_splits(index, q, out, scores, splits)
             if self._prefills is not None:
                 self._prefills.attend(index, q, k, v, scores, out)
                 return out
-            most = tile_sizes(
-                self.layout.dtype.itemsize, max(site.key_dim, site.value_dim), heads // site.kv_heads, False
-            )
-            tiles = self._buffers.tiles(site.mask_kind, most.queries // (heads // site.kv_heads))
+            group = heads // layer.kv_heads
+            sizes = self._tile_sizes(index, group, split=False)
+            tiles = self._metadata.tiles(layer.mask_kind, sizes.queries // group)
             if tiles is not None:
-                self._attend(index, q, out, None, None, scores, tiles, most)
+                self._attend(index, q, out, maxima=None, sums=None, scores=scores, work=tiles, sizes=sizes)
         return out
 
+    def _tile_sizes(self, index: int, group: int, split: bool) -> TileSizes:
+        layer = self.layout.layers[index]
+        return tile_sizes(
+            itemsize=self.layout.dtype.itemsize, dim=max(layer.key_dim, layer.value_dim), group=group, split=split
+        )
+
     def _write(self, index: int, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
-        site = self.layout.layers[index]
+        layer = self.layout.layers[index]
         triton_kernels.write[(len(out),)](
             k,
             v,
             out,
-            self._buffers.slots,
+            self._metadata.slots,
             self._slabs.addresses,
             self._slabs.keys_at[index],
             self._slabs.values_at[index],
@@ -165,28 +177,28 @@ class TritonAttention(PagedAttention):
             k.stride(1),
             v.stride(0),
             v.stride(1),
-            KV_HEADS=site.kv_heads,
+            KV_HEADS=layer.kv_heads,
             HEADS=out.shape[1],
-            KEY_DIM=site.key_dim,
-            VALUE_DIM=site.value_dim,
-            BLOCK_HEADS=_power(site.kv_heads),
-            BLOCK_KEY=_power(site.key_dim),
-            BLOCK_VALUE=_power(site.value_dim),
+            KEY_DIM=layer.key_dim,
+            VALUE_DIM=layer.value_dim,
+            BLOCK_HEADS=next_power_of_2(layer.kv_heads),
+            BLOCK_KEY=next_power_of_2(layer.key_dim),
+            BLOCK_VALUE=next_power_of_2(layer.value_dim),
         )
 
     def _attend_splits(
         self, index: int, q: torch.Tensor, out: torch.Tensor, scores: ScoreParams, work: WorkItems
     ) -> None:
-        site, items = self.layout.layers[index], len(work.items)
+        layer, items = self.layout.layers[index], len(work.items)
         heads = q.shape[1]
-        group = heads // site.kv_heads
-        # Not in the buffers: captured steps of all sizes can have the same memory for it.
+        group = heads // layer.kv_heads
+        # Not part of the metadata, so that CUDA graphs of all sizes can share this memory.
         partial, maxima, sums = (
-            torch.empty(items * heads * size, dtype=torch.float32, device=q.device) for size in (site.value_dim, 1, 1)
+            torch.empty(items * heads * size, dtype=torch.float32, device=q.device) for size in (layer.value_dim, 1, 1)
         )
-        cut = tile_sizes(self.layout.dtype.itemsize, max(site.key_dim, site.value_dim), group, True)
-        self._attend(index, q, partial, maxima, sums, scores, work, cut)
-        triton_kernels.reduce[(len(work.rows), site.kv_heads)](
+        sizes = self._tile_sizes(index, group, split=True)
+        self._attend(index, q, partial, maxima=maxima, sums=sums, scores=scores, work=work, sizes=sizes)
+        triton_kernels.reduce[(len(work.rows), layer.kv_heads)](
             partial,
             maxima,
             sums,
@@ -194,11 +206,11 @@ class TritonAttention(PagedAttention):
             out,
             work.rows,
             SINKS=scores.sinks is not None,
-            KV_HEADS=site.kv_heads,
+            KV_HEADS=layer.kv_heads,
             GROUP=group,
-            VALUE_DIM=site.value_dim,
-            BLOCK_GROUP=_power(group),
-            BLOCK_VALUE=_power(site.value_dim),
+            VALUE_DIM=layer.value_dim,
+            BLOCK_GROUP=next_power_of_2(group),
+            BLOCK_VALUE=next_power_of_2(layer.value_dim),
         )
 
     def _attend(
@@ -210,10 +222,10 @@ class TritonAttention(PagedAttention):
         sums: torch.Tensor | None,
         scores: ScoreParams,
         work: WorkItems,
-        cut: TileSizes,
+        sizes: TileSizes,
     ) -> None:
-        site, buffers = self.layout.layers[index], self._buffers
-        triton_kernels.attend[(min(len(work.items) * site.kv_heads, self._programs),)](
+        layer, metadata = self.layout.layers[index], self._metadata
+        triton_kernels.attend[(min(len(work.items) * layer.kv_heads, self._programs),)](
             q,
             out,
             maxima,
@@ -221,69 +233,64 @@ class TritonAttention(PagedAttention):
             scores.sinks,
             work.items,
             work.count,
-            buffers.slab_addresses,
-            buffers.first_tokens,
+            metadata.slab_addresses,
+            metadata.first_tokens,
             self._slabs.keys_at[index],
             self._slabs.values_at[index],
             q.stride(0),
             q.stride(1),
             float(scores.scale),
             float(scores.softcap or 0.0),
-            site.mask_kind.size,
+            layer.mask_kind.size,
             SPLIT=maxima is not None,
-            MASK=site.mask_kind.kind,
+            MASK=layer.mask_kind.kind,
             SOFTCAP=scores.softcap is not None,
             SINKS=scores.sinks is not None,
             PAGE_SIZE=self.layout.page_size,
-            KV_HEADS=site.kv_heads,
-            GROUP=q.shape[1] // site.kv_heads,
-            KEY_DIM=site.key_dim,
-            VALUE_DIM=site.value_dim,
-            BLOCK_KEY=max(16, _power(site.key_dim)),
-            BLOCK_VALUE=max(16, _power(site.value_dim)),
-            QUERIES=cut.queries,
-            KEYS=cut.keys,
-            STAGES=cut.stages,
-            # Products of float32 as they are; anything else would be rounded to ten bits.
+            KV_HEADS=layer.kv_heads,
+            GROUP=q.shape[1] // layer.kv_heads,
+            KEY_DIM=layer.key_dim,
+            VALUE_DIM=layer.value_dim,
+            BLOCK_KEY=max(16, next_power_of_2(layer.key_dim)),
+            BLOCK_VALUE=max(16, next_power_of_2(layer.value_dim)),
+            QUERIES=sizes.queries,
+            KEYS=sizes.keys,
+            STAGES=sizes.stages,
+            # Multiply float32 exactly; TF32 would round inputs to ten mantissa bits.
             PRECISION="ieee" if self.layout.dtype == torch.float32 else None,
-            num_warps=cut.warps,
+            num_warps=sizes.warps,
         )
 
 
 class TritonBackend:
-    """Makes steps for the forwards of one pool.
+    """Attends by Triton kernels over the pages of one pool.
 
     Args:
-        pool: where keys and values lie.
-        library: attends in prefills, instead of the kernels.
+        pool: holds keys and values.
+        function: attends in prefills; None uses the kernels.
     """
 
-    def __init__(self, pool: PagePool, library: VarlenFunction | None = None) -> None:
+    def __init__(self, pool: PagePool, function: VarlenFunction | None = None) -> None:
         self.slabs = SlabTable(pool)
-        """Shared by all buffers."""
-        self._library = library
-        self.name = TritonAttention.name if library is None else f"{library.name}+{TritonAttention.name}"
+        """Shared by the metadata of all forwards."""
+        self._function = function
+        self.name = TritonAttention.name if function is None else f"{function.name}+{TritonAttention.name}"
 
-    def make_metadata(self, room: MetadataSizes) -> TritonMetadata:
-        """Buffers for forwards of up to a size, to be filled again and again."""
-        return TritonMetadata(room, self.slabs)
+    def make_metadata(self, capacity: MetadataSizes) -> TritonMetadata:
+        """Allocate metadata for forwards of at most this size; it can be refilled."""
+        return TritonMetadata(capacity, self.slabs)
 
-    def __call__(self, pool: PagePool, packed: ForwardBatch) -> TritonAttention:
+    def __call__(self, pool: PagePool, batch: ForwardBatch) -> TritonAttention:
         """See `rollout.models.attention.base.AttentionBackend`."""
-        assert pool is self.slabs.pool, "steps are made for one pool"
-        buffers = self.make_metadata(MetadataSizes.of(packed, pool.layout.page_size))
-        buffers.fill(packed)
-        prefills = None if self._library is None else PrefillAttention(pool, packed, self._library)
-        return TritonAttention(pool, packed, buffers, prefills)
-
-
-def _power(size: int) -> int:
-    """The power of two that is not below ``size``."""
-    return 1 << (size - 1).bit_length()
+        assert pool is self.slabs.pool, "a Triton backend serves one pool"
+        metadata = self.make_metadata(MetadataSizes.of(batch, pool.layout.page_size))
+        metadata.fill(batch)
+        prefills = None if self._function is None else PrefillAttention(pool, batch, self._function)
+        return TritonAttention(pool, batch, metadata, prefills)
 
 
 def _multiprocessors(device: torch.device) -> int:
-    """1 without a GPU, where kernels run in Triton's interpreter."""
+    """Return the number of multiprocessors; 1 on a CPU, where Triton's interpreter runs the kernels."""
     if device.type != "cuda":
         return 1
     properties: Any = torch.cuda.get_device_properties(device)

@@ -1,15 +1,15 @@
-"""Triton kernels of paged attention: look pages up, write new keys and values, attend, put splits together.
+"""Triton kernels of paged attention: look up pages, write new keys and values, attend, reduce splits.
 
-Softmax online over tiles of keys (Milakov and Gimelshein, arXiv 1805.02867), a row's keys split among programs and
-put together after (Flash-Decoding, Dao et al. 2023). Heads that share keys are rows of one tile, so that keys are read
-once for all of them.
+Softmax is online over tiles of keys (Milakov and Gimelshein, arXiv 1805.02867); the keys of a decoding row are split
+among programs and reduced afterwards (Flash-Decoding, Dao et al. 2023). Heads that share keys are rows of one tile, so
+that keys are read once for all of them.
 
-The same bits in any company: a tile of keys begins at a multiple of its size, whoever reads it; masked keys weigh
-exactly nothing; splits are put together in order. What varies from step to step (places, lengths, how much work there
-is) is read from memory, so that a captured launch stays valid; grids only bound how many programs share the work.
+Results do not depend on the batch composition, bit for bit: a tile of keys begins at a multiple of its size, masked
+keys have weight 0 exactly, and splits are reduced in order. What varies per step (addresses, lengths, amount of work)
+is read from memory, so that a CUDA graph stays valid; the grid only limits how many programs share the work.
 
-Addresses are loaded, so the compiler cannot know that they are aligned: it is told, or loads would not be 16 bytes
-wide. Slabs are: torch's allocators align to 64 bytes or more, and `rollout.models.kv_cache.slab_table` checks it.
+Addresses are loaded, so the compiler cannot know their alignment; `tl.multiple_of` states it, or loads would not be 16
+bytes wide. torch's allocators align slabs to 64 bytes or more, and `rollout.models.kv_cache.slab_table` checks it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _ROW_FIELDS = tl.constexpr(triton_metadata.ROW_FIELDS)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["slab_pages"])  # of one pool it is a multiple of 16, of another not
+@triton.jit(do_not_specialize=["slab_pages"])  # a multiple of 16 in some pools only
 def locate(pages, slabs, slab_addresses, first_tokens, count, slab_pages, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """For each of ``count`` entries of page tables: its slab's address, and its first token counted in that slab."""
+    """Look up each of ``count`` page table entries: the address of its slab, and its first token within the slab."""
     total = tl.load(count)
     for start in range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -59,7 +59,7 @@ def write(
     BLOCK_KEY: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
 ):
-    """A new token's keys and values into its slot; a padding token, whose slot is -1, gets zeros as its output."""
+    """Write a new token's keys and values to its slot; write zeros to ``out`` for padding, whose slot is -1."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     heads = tl.arange(0, BLOCK_HEADS)[:, None]
@@ -118,11 +118,11 @@ def attend(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Each item of work, for each head of keys: a tile of queries over a range of keys.
+    """Attend for each work item and key head: a tile of queries over a range of keys.
 
-    With ``SPLIT``, one query over a part of its keys: unnormalised values [items, heads, value_dim] in ``out``, and
-    in ``maxima`` and ``sums`` [items, heads] the largest score and the sum of weights relative to it; scores are times
-    log2(e). Else results [tokens, heads, value_dim].
+    With ``SPLIT``, an item is one query over a split of its keys. Then ``out`` receives unnormalised values [items,
+    heads, value_dim], ``maxima`` [items, heads] the largest score and ``sums`` [items, heads] the sum of weights
+    relative to it; scores are multiplied by log2(e). Without, ``out`` receives results [tokens, heads, value_dim].
     """
     HEADS: tl.constexpr = KV_HEADS * GROUP
     element = query.dtype.element_ty
@@ -144,14 +144,14 @@ def attend(
 
         number = rows // GROUP
         head = kv_head * GROUP + rows % GROUP
-        real = number < queries
-        sees_to = position + number
+        valid = number < queries
+        query_position = position + number
         query_rows = query + (token + number) * query_token + head * query_head
         query_places = query_rows[:, None] + key_dims[None, :]
         if KEY_DIM == BLOCK_KEY:
-            q = tl.load(query_places, mask=real[:, None], other=0)
+            q = tl.load(query_places, mask=valid[:, None], other=0)
         else:
-            q = tl.load(query_places, mask=real[:, None] & (key_dims < KEY_DIM)[None, :], other=0)
+            q = tl.load(query_places, mask=valid[:, None] & (key_dims < KEY_DIM)[None, :], other=0)
 
         largest = tl.full([QUERIES], float("-inf"), tl.float32)
         weight = tl.zeros([QUERIES], tl.float32)
@@ -160,7 +160,7 @@ def attend(
         values_from = values_at + kv_head * VALUE_DIM
         for tile in tl.range(begin // KEYS * KEYS, end, KEYS, num_stages=STAGES):
             n = tile + columns
-            # What is outside is not read: a slot that nobody has written may hold NaN.
+            # Keys outside of the range are not read: their slots may hold NaN.
             inside = (n >= begin) & (n < end)
             page = entry + n // PAGE_SIZE
             memory = tl.load(slab_addresses + page, mask=inside, other=0).to(tl.pointer_type(element))
@@ -187,14 +187,14 @@ def attend(
             if SPLIT:
                 scores = tl.where(inside[None, :], scores, float("-inf"))
             else:
-                seen = inside[None, :] & (n[None, :] <= sees_to[:, None])
+                seen = inside[None, :] & (n[None, :] <= query_position[:, None])
                 if MASK == "window":
-                    seen = seen & (sees_to[:, None] - n[None, :] < mask_size)
+                    seen = seen & (query_position[:, None] - n[None, :] < mask_size)
                 if MASK == "chunk":
-                    seen = seen & (n[None, :] // mask_size == sees_to[:, None] // mask_size)
+                    seen = seen & (n[None, :] // mask_size == query_position[:, None] // mask_size)
                 scores = tl.where(seen, scores, float("-inf"))
             larger = tl.maximum(largest, tl.max(scores, 1))
-            # Of a query that has seen nothing yet all scores are -inf, and so would be their differences NaN.
+            # While a query has seen no key, its maximum is -inf, and -inf - -inf would be NaN.
             origin = tl.where(larger == float("-inf"), 0.0, larger)
             weights = tl.exp2(scores - origin[:, None])
             rescale = tl.exp2(largest - origin)
@@ -205,18 +205,18 @@ def attend(
 
         if SPLIT:
             row = item.to(tl.int64) * HEADS + head
-            tl.store(maxima + row, largest, mask=real)
-            tl.store(sums + row, weight, mask=real)
+            tl.store(maxima + row, largest, mask=valid)
+            tl.store(sums + row, weight, mask=valid)
             result = values
         else:
             if SINKS:
-                sink = tl.load(sinks + head, mask=real, other=0).to(tl.float32) * _LOG2_E
+                sink = tl.load(sinks + head, mask=valid, other=0).to(tl.float32) * _LOG2_E
             else:
                 sink = tl.full([QUERIES], float("-inf"), tl.float32)
             row = (token + number) * HEADS + head
             result = _normalised(largest, weight, values, sink).to(element)
         out_places = out + row[:, None] * VALUE_DIM + value_dims[None, :]
-        tl.store(out_places, result, mask=real[:, None] & (value_dims < VALUE_DIM)[None, :])
+        tl.store(out_places, result, mask=valid[:, None] & (value_dims < VALUE_DIM)[None, :])
 
 
 @triton.jit
@@ -234,7 +234,7 @@ def reduce(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
 ):
-    """Puts the splits of a row together, in their order, for the heads that share one head of keys."""
+    """Reduce the splits of a decoding row, in order, for the heads that share one key head."""
     HEADS: tl.constexpr = KV_HEADS * GROUP
     fields = rows + tl.program_id(0) * _ROW_FIELDS
     token = tl.load(fields).to(tl.int64)
@@ -244,26 +244,26 @@ def reduce(
         return
     member = tl.arange(0, BLOCK_GROUP)
     head = tl.program_id(1) * GROUP + member
-    real = member < GROUP
+    valid = member < GROUP
     dims = tl.arange(0, BLOCK_VALUE)
-    inside = real[:, None] & (dims < VALUE_DIM)[None, :]
+    inside = valid[:, None] & (dims < VALUE_DIM)[None, :]
     largest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_GROUP], tl.float32)
     values = tl.zeros([BLOCK_GROUP, BLOCK_VALUE], tl.float32)
     for item in range(first, first + count):
         row = tl.cast(item, tl.int64) * HEADS + head
-        its_largest = tl.load(maxima + row, mask=real, other=float("-inf"))
-        its_weight = tl.load(sums + row, mask=real, other=0)
-        its_values = tl.load(partial + row[:, None] * VALUE_DIM + dims[None, :], mask=inside, other=0)
-        larger = tl.maximum(largest, its_largest)
+        split_largest = tl.load(maxima + row, mask=valid, other=float("-inf"))
+        split_weight = tl.load(sums + row, mask=valid, other=0)
+        split_values = tl.load(partial + row[:, None] * VALUE_DIM + dims[None, :], mask=inside, other=0)
+        larger = tl.maximum(largest, split_largest)
         origin = tl.where(larger == float("-inf"), 0.0, larger)
         rescale = tl.exp2(largest - origin)
-        its_rescale = tl.exp2(its_largest - origin)
-        weight = weight * rescale + its_weight * its_rescale
-        values = values * rescale[:, None] + its_values * its_rescale[:, None]
+        split_rescale = tl.exp2(split_largest - origin)
+        weight = weight * rescale + split_weight * split_rescale
+        values = values * rescale[:, None] + split_values * split_rescale[:, None]
         largest = larger
     if SINKS:
-        sink = tl.load(sinks + head, mask=real, other=0).to(tl.float32) * _LOG2_E
+        sink = tl.load(sinks + head, mask=valid, other=0).to(tl.float32) * _LOG2_E
     else:
         sink = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     result = _normalised(largest, weight, values, sink).to(out.dtype.element_ty)
@@ -272,7 +272,7 @@ def reduce(
 
 @triton.jit
 def _normalised(largest, weight, values, sink):
-    """``values`` over the sum of all weights; a sink has weight and no value."""
+    """Divide ``values`` by the sum of all weights; a sink adds weight and no value."""
     larger = tl.maximum(largest, sink)
     origin = tl.where(larger == float("-inf"), 0.0, larger)
     rescale = tl.exp2(largest - origin)
@@ -281,7 +281,7 @@ def _normalised(largest, weight, values, sink):
 
 @triton.jit
 def _tanh(x):
-    """Near 0 by its series, where the other form would lose digits: both are right to 4e-7 of the result."""
+    """Compute tanh, by its series near 0, where the closed form loses digits; the relative error is below 4e-7."""
     square = x * x
     series = x * (1 + square * (-1 / 3 + square * (2 / 15 - square * (17 / 315))))
     decay = tl.exp2(tl.abs(x) * (-2 * _LOG2_E))

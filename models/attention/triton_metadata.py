@@ -1,59 +1,66 @@
-"""What attention kernels must know of a forward, in device memory that may be refilled in place.
+"""Metadata of a forward for the Triton kernels, in device memory that can be refilled in place.
 
-Kernels get the same addresses at every step, and read from them which sequences there are, so launches that were
-captured once serve every step that fits. What the host plans depends on lengths alone, and serves every site.
+Kernels read sequences and work items from fixed addresses, so a CUDA graph serves every forward that fits. What the
+host plans depends on lengths alone, and serves every layer.
 
-An item of work is one query over a part of its keys, or a tile of queries over all of theirs. The parts into which a
-query's keys are split begin at multiples of `SPLIT_TOKENS`: how many there are follows from the query's place in its
-own text alone.
+A work item is either one query over a split of its keys, or a tile of queries over all of theirs. Splits begin at
+multiples of `SPLIT_TOKENS`, so their number depends only on the query's position in its own sequence, not on the batch
+composition.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rollout.models.arrays import IntArray, upload
+from rollout.models.arrays import IntArray, ceil_div, upload
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import MaskKind
 from rollout.models.kv_cache.slab_table import SlabTable
 
 SPLIT_TOKENS = 256
-"""Keys that one program reads for a query."""
+"""Keys of one split."""
 ITEM_FIELDS = 8
-"""First query token, queries, its position, first key, end of keys, entry of the first page; two unused."""
+"""First query token, queries, position of the first, first key, end of keys, entry of the first page; two unused."""
 ROW_FIELDS = 4
 """Query token, first item, number of items; one unused."""
-_ALIGNED = 16
-"""Numbers; kernels are compiled anew for an argument that is not aligned to 16 bytes."""
+_ALIGNMENT = 16
+"""Elements; Triton compiles a kernel again for an argument that is not aligned to 16 bytes."""
 
 Int32Array = NDArray[np.int32]
+_Array = TypeVar("_Array", torch.Tensor, Int32Array)
 
 
 @dataclass(frozen=True, slots=True)
 class MetadataSizes:
-    """The largest forward that buffers are for."""
+    """Size of a forward, or the largest size that metadata has room for."""
 
     decodes: int
     """Sequences with one new token."""
     prefills: int
-    """Sequences with more."""
+    """Sequences with several new tokens."""
     tokens: int
-    """New tokens of all, padding included."""
+    """New tokens in total, including padding."""
     entries: int
-    """Pages of all; one that several sequences share counts for each."""
+    """Page table entries in total; a shared page counts once per sequence."""
 
     @classmethod
-    def of(cls, packed: ForwardBatch, page_size: int) -> MetadataSizes:
-        """Just enough for one forward."""
-        single, more = int((packed.query_lens == 1).sum()), int((packed.query_lens > 1).sum())
-        return cls(single, more, len(packed.tokens), int(_pages_of(packed, page_size).sum()))
+    def of(cls, batch: ForwardBatch, page_size: int) -> MetadataSizes:
+        """Return the exact size of one forward."""
+        return cls(
+            decodes=int((batch.query_lens == 1).sum()),
+            prefills=int((batch.query_lens > 1).sum()),
+            tokens=len(batch.tokens),
+            entries=int(_page_counts(batch, page_size).sum()),
+        )
 
     def holds(self, other: MetadataSizes) -> bool:
-        """Whether buffers of this size can be filled with what needs ``other``."""
+        """Return whether a forward of size ``other`` fits."""
         return (
             other.decodes <= self.decodes
             and other.prefills <= self.prefills
@@ -64,149 +71,181 @@ class MetadataSizes:
 
 @dataclass(frozen=True, slots=True)
 class WorkItems:
-    """Items of one kind, in device memory."""
+    """Work items of one mask kind, in device memory."""
 
     items: torch.Tensor
-    """[most, ITEM_FIELDS] int32."""
+    """[capacity, ITEM_FIELDS] int32."""
     count: torch.Tensor
-    """[1] int32: how many there are now."""
+    """[1] int32: number of items in use."""
     rows: torch.Tensor
-    """[most, ROW_FIELDS] int32: which items make up a query; of no items past those that there are now."""
+    """[capacity, ROW_FIELDS] int32: the items of each decoding row; zeros past the rows in use."""
+
+
+class _Views(NamedTuple, Generic[_Array]):
+    """Parts of the flat buffer that the host fills and copies to the device at once."""
+
+    counts: _Array
+    """[1 + mask kinds]: page entries, then work items of each mask kind."""
+    slots: _Array
+    """[tokens]."""
+    rows: list[_Array]
+    """[decodes * ROW_FIELDS] for each mask kind."""
+    items: list[_Array]
+    """[items * ITEM_FIELDS] for each mask kind."""
+    pages: _Array
+    """[entries]."""
 
 
 class TritonMetadata:
-    """Buffers of one size, filled anew for every forward, by one copy.
+    """Buffers of a fixed size, refilled for every forward by one copy to the device.
 
     Args:
-        room: what they are for. Tokens past those of a forward are padding: nothing is read or written for them,
-            and attention gives zeros.
-        slabs: of the pool whose pages forwards read.
+        capacity: the largest forward. Tokens past those of a forward are padding: no page is read or written for them,
+            and attention returns zeros.
+        slabs: addresses of the pool's slabs.
     """
 
-    def __init__(self, room: MetadataSizes, slabs: SlabTable) -> None:
-        self.room = room
+    def __init__(self, capacity: MetadataSizes, slabs: SlabTable) -> None:
+        self.capacity = capacity
         self.slabs = slabs
         layout, device = slabs.pool.layout, slabs.pool.device
         self._page_size, self._slab_pages = layout.page_size, slabs.pool.slab_pages
-        spans = list(dict.fromkeys(site.mask_kind for site in layout.layers)) if room.decodes else []
-        items = room.decodes + room.entries * self._page_size // SPLIT_TOKENS
-        # Pages come last: what is past them is not copied.
+        mask_kinds = list(dict.fromkeys(layer.mask_kind for layer in layout.layers)) if capacity.decodes else []
+        items = capacity.decodes + capacity.entries * self._page_size // SPLIT_TOKENS
+        # Pages come last, so that unused entries need not be copied.
         sizes = [
-            1 + len(spans),
-            room.tokens,
-            *(room.decodes * ROW_FIELDS, items * ITEM_FIELDS) * len(spans),
-            room.entries,
+            1 + len(mask_kinds),
+            capacity.tokens,
+            *(capacity.decodes * ROW_FIELDS, items * ITEM_FIELDS) * len(mask_kinds),
+            capacity.entries,
         ]
-        places = np.cumsum([0, *(-(-size // _ALIGNED) * _ALIGNED for size in sizes)])
-        self._host = np.zeros(places[-1], np.int32)
+        starts = np.cumsum([0, *(ceil_div(size, _ALIGNMENT) * _ALIGNMENT for size in sizes)])
+        self._regions = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        self._host = np.zeros(starts[-1], np.int32)
         self._device = torch.zeros(len(self._host), dtype=torch.int32, device=device)
-        self._regions = [slice(place, place + size) for place, size in zip(places, sizes, strict=False)]
-        counts, slots, *of_spans, pages = (self._device[region] for region in self._regions)
-        self.entries = counts[:1]
-        """[1] int32: pages of all sequences."""
-        self.pages = pages
-        """[entries] int32: the pages of all sequences, one after another."""
-        self.slots = slots
-        """[tokens] int32: where each new token's keys and values go, counted in tokens of the pool; -1 nowhere."""
-        self.slab_addresses = torch.zeros(room.entries, dtype=torch.int64, device=device)
-        """[entries] of each page: its slab's address; found by a kernel, so that captured steps follow slabs too."""
-        self.first_tokens = torch.zeros(room.entries, dtype=torch.int32, device=device)
-        """[entries] of each page: its first token, counted in its slab."""
+        views = _views(self._device, self._regions)
+        self.entries = views.counts[:1]
+        """[1] int32: page table entries of all sequences."""
+        self.pages = views.pages
+        """[entries] int32: the page tables of all sequences, concatenated."""
+        self.slots = views.slots
+        """[tokens] int32: slot of each new token's keys and values; -1 for padding."""
+        self.slab_addresses = torch.zeros(capacity.entries, dtype=torch.int64, device=device)
+        """[entries] address of each page's slab; looked up by a kernel, so that CUDA graphs follow slabs too."""
+        self.first_tokens = torch.zeros(capacity.entries, dtype=torch.int32, device=device)
+        """[entries] each page's first token, counted from the start of its slab."""
         self.splits: dict[MaskKind, WorkItems] = {
-            span: WorkItems(items.view(-1, ITEM_FIELDS), counts[1 + i :][:1], rows.view(-1, ROW_FIELDS))
-            for i, (span, rows, items) in enumerate(zip(spans, of_spans[::2], of_spans[1::2], strict=True))
+            mask_kind: WorkItems(
+                items=views.items[i].view(-1, ITEM_FIELDS),
+                count=views.counts[1 + i : 2 + i],
+                rows=views.rows[i].view(-1, ROW_FIELDS),
+            )
+            for i, mask_kind in enumerate(mask_kinds)
         }
-        """Sequences with one new token, their keys split; empty where there is no room for any."""
+        """Work items of decoding rows, by mask kind; empty if the capacity has no decodes."""
         self._tiles: dict[tuple[MaskKind, int], WorkItems] = {}
-        self._packed: ForwardBatch | None = None
+        self._batch: ForwardBatch | None = None
 
-    def fill(self, packed: ForwardBatch) -> None:
-        """Takes a forward; sequences without new tokens are padding.
+    def fill(self, batch: ForwardBatch) -> None:
+        """Fill the buffers for a forward; sequences without new tokens are padding.
 
         Raises:
-            ValueError: it does not fit.
-            IndexError: a page of it is in no slab.
+            ValueError: the forward is larger than the capacity.
+            IndexError: the forward uses a page that is in no slab.
         """
-        needs = MetadataSizes.of(packed, self._page_size)
-        if not self.room.holds(needs):
-            raise ValueError(f"A forward that needs {needs} does not fit into {self.room}.")
-        self.slabs.follow()
-        held = _pages_of(packed, self._page_size)
-        used = packed.page_tables[np.arange(packed.page_tables.shape[1]) < held[:, None]]
-        of_slabs, live = used // self._slab_pages, self.slabs.live
-        # A kernel that reads from nowhere takes the whole process's device down with it.
-        if len(used) and (used.min() < 0 or of_slabs.max() >= len(live) or not live[of_slabs].all()):
-            raise IndexError("A sequence of the step needs a page that is in no slab of the pool.")
-        counts, slots, *of_spans, pages = (self._host[region] for region in self._regions)
-        counts[0] = len(used)
-        slots[: len(packed.tokens)] = packed.slot_mapping(self._page_size)
-        slots[len(packed.tokens) :] = -1
-        pages[: len(used)] = used
-        for i, (span, rows, items) in enumerate(zip(self.splits, of_spans[::2], of_spans[1::2], strict=True)):
-            its_items, its_rows = _splits(packed, held, span)
-            counts[1 + i] = len(its_items)
-            items[: its_items.size] = its_items.ravel()
-            rows[: its_rows.size] = its_rows.ravel()
-            rows[its_rows.size :] = 0
+        needs = MetadataSizes.of(batch, self._page_size)
+        if not self.capacity.holds(needs):
+            raise ValueError(f"A forward of {needs} does not fit into {self.capacity}.")
+        self.slabs.refresh()
+        page_counts = _page_counts(batch, self._page_size)
+        used = batch.page_tables[np.arange(batch.page_tables.shape[1]) < page_counts[:, None]]
+        slabs, live = used // self._slab_pages, self.slabs.live
+        # A kernel that reads an invalid address breaks the CUDA context of the whole process.
+        if len(used) and (used.min() < 0 or slabs.max() >= len(live) or not live[slabs].all()):
+            raise IndexError("A sequence of the forward needs a page that is in no slab of the pool.")
+        views = _views(self._host, self._regions)
+        views.counts[0] = len(used)
+        views.slots[: len(batch.tokens)] = batch.slot_mapping(self._page_size)
+        views.slots[len(batch.tokens) :] = -1
+        views.pages[: len(used)] = used
+        for i, mask_kind in enumerate(self.splits):
+            items, rows = _splits(batch, page_counts, mask_kind)
+            views.counts[1 + i] = len(items)
+            views.items[i][: items.size] = items.ravel()
+            views.rows[i][: rows.size] = rows.ravel()
+            views.rows[i][rows.size :] = 0
         upload(self._host[: self._regions[-1].start + len(used)], self._device)
-        self._packed = packed
+        self._batch = batch
         self._tiles.clear()
 
-    def tiles(self, span: MaskKind, queries: int) -> WorkItems | None:
-        """Sequences with more new tokens, in tiles of at most so many queries; None where there are none.
+    def tiles(self, mask_kind: MaskKind, queries: int) -> WorkItems | None:
+        """Return the prefills as tiles of at most ``queries`` queries; None if the capacity has no prefills.
 
-        Not for captured steps: planned when first asked for.
+        Tiles are planned at the first request, so CUDA graphs cannot use them.
         """
-        if not self.room.prefills:
+        if not self.capacity.prefills:
             return None
-        assert self._packed is not None, "buffers are filled before they are used"
-        if (span, queries) not in self._tiles:
-            items = _tiles(self._packed, _pages_of(self._packed, self._page_size), span, queries)
+        assert self._batch is not None, "metadata must be filled before use"
+        if (mask_kind, queries) not in self._tiles:
+            items = _tiles(self._batch, _page_counts(self._batch, self._page_size), mask_kind, queries)
             device = self._device.new_empty(1 + len(items), ITEM_FIELDS)
             upload(np.concatenate([items, np.full((1, ITEM_FIELDS), len(items), np.int32)]), device)
-            self._tiles[span, queries] = WorkItems(device[:-1], device[-1, :1], device[:0, :ROW_FIELDS])
-        return self._tiles[span, queries]
+            self._tiles[mask_kind, queries] = WorkItems(
+                items=device[:-1], count=device[-1, :1], rows=device[:0, :ROW_FIELDS]
+            )
+        return self._tiles[mask_kind, queries]
 
 
-def _pages_of(packed: ForwardBatch, page_size: int) -> IntArray:
-    """[S] pages of each sequence; none of padding."""
-    pages: IntArray = np.where(packed.query_lens > 0, -(-packed.seq_lens // page_size), 0)
+def _views(flat: _Array, regions: Sequence[slice]) -> _Views[_Array]:
+    parts: list[_Array] = [flat[region] for region in regions]
+    return _Views(counts=parts[0], slots=parts[1], rows=parts[2:-1:2], items=parts[3:-1:2], pages=parts[-1])
+
+
+def _page_counts(batch: ForwardBatch, page_size: int) -> IntArray:
+    """Return [S]: pages of each sequence, 0 for padding."""
+    pages: IntArray = np.where(batch.query_lens > 0, ceil_div(batch.seq_lens, page_size), 0)
     return pages
 
 
-def _splits(packed: ForwardBatch, held: IntArray, span: MaskKind) -> tuple[Int32Array, Int32Array]:
-    """Items [n, ITEM_FIELDS] and rows [singles, ROW_FIELDS], of sequences that hold so many pages [S]."""
-    singles = np.flatnonzero(packed.query_lens == 1)
-    tokens, positions = packed.offsets[singles], packed.prefix_lens[singles]
-    begins = span.first_keys(positions)
-    first = begins // SPLIT_TOKENS
-    counts = positions // SPLIT_TOKENS - first + 1
+def _splits(batch: ForwardBatch, page_counts: IntArray, mask_kind: MaskKind) -> tuple[Int32Array, Int32Array]:
+    """Return items [n, ITEM_FIELDS] and rows [decodes, ROW_FIELDS] of the decoding rows."""
+    decodes = np.flatnonzero(batch.query_lens == 1)
+    tokens, positions = batch.offsets[decodes], batch.prefix_lens[decodes]
+    first_keys = mask_kind.first_keys(positions)
+    first_splits = first_keys // SPLIT_TOKENS
+    counts = positions // SPLIT_TOKENS - first_splits + 1
     starts = np.cumsum(counts) - counts
-    of = np.repeat(np.arange(len(singles)), counts)
-    split = first[of] + np.arange(len(of)) - starts[of]
+    of = np.repeat(np.arange(len(decodes)), counts)
+    split = first_splits[of] + np.arange(len(of)) - starts[of]
     items = np.zeros((len(of), ITEM_FIELDS), np.int32)
-    items[:, 0], items[:, 1], items[:, 2] = tokens[of], 1, positions[of]
-    items[:, 3] = np.maximum(begins[of], split * SPLIT_TOKENS)
+    items[:, 0] = tokens[of]
+    items[:, 1] = 1
+    items[:, 2] = positions[of]
+    items[:, 3] = np.maximum(first_keys[of], split * SPLIT_TOKENS)
     items[:, 4] = np.minimum(positions[of] + 1, (split + 1) * SPLIT_TOKENS)
-    items[:, 5] = (np.cumsum(held) - held)[singles][of]
-    rows = np.zeros((len(singles), ROW_FIELDS), np.int32)
-    rows[:, 0], rows[:, 1], rows[:, 2] = tokens, starts, counts
+    items[:, 5] = (np.cumsum(page_counts) - page_counts)[decodes][of]
+    rows = np.zeros((len(decodes), ROW_FIELDS), np.int32)
+    rows[:, 0] = tokens
+    rows[:, 1] = starts
+    rows[:, 2] = counts
     return items, rows
 
 
-def _tiles(packed: ForwardBatch, held: IntArray, span: MaskKind, most: int) -> Int32Array:
-    """Items [n, ITEM_FIELDS], those with the most keys first, so that the shortest fill the end."""
-    segments = np.flatnonzero(packed.query_lens > 1)
-    lengths = packed.query_lens[segments]
-    counts = -(-lengths // most)
+def _tiles(batch: ForwardBatch, page_counts: IntArray, mask_kind: MaskKind, tile_queries: int) -> Int32Array:
+    """Return items [n, ITEM_FIELDS] of the prefills, those with the most keys first to balance the last programs."""
+    prefills = np.flatnonzero(batch.query_lens > 1)
+    lengths = batch.query_lens[prefills]
+    counts = ceil_div(lengths, tile_queries)
     starts = np.cumsum(counts) - counts
-    of = np.repeat(np.arange(len(segments)), counts)
-    first = (np.arange(len(of)) - starts[of]) * most
-    queries = np.minimum(most, lengths[of] - first)
-    positions = packed.prefix_lens[segments][of] + first
+    of = np.repeat(np.arange(len(prefills)), counts)
+    first = (np.arange(len(of)) - starts[of]) * tile_queries
+    queries = np.minimum(tile_queries, lengths[of] - first)
+    positions = batch.prefix_lens[prefills][of] + first
     items = np.zeros((len(of), ITEM_FIELDS), np.int32)
-    items[:, 0], items[:, 1], items[:, 2] = packed.offsets[segments][of] + first, queries, positions
-    items[:, 3] = span.first_keys(positions)
+    items[:, 0] = batch.offsets[prefills][of] + first
+    items[:, 1] = queries
+    items[:, 2] = positions
+    items[:, 3] = mask_kind.first_keys(positions)
     items[:, 4] = positions + queries
-    items[:, 5] = (np.cumsum(held) - held)[segments][of]
+    items[:, 5] = (np.cumsum(page_counts) - page_counts)[prefills][of]
     return items[np.argsort(items[:, 3] - items[:, 4], kind="stable")]

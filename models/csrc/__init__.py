@@ -1,1 +1,1 @@
-"""C kernels, and how they are built at first use."""
+"""C kernels, built at first use."""

@@ -1,19 +1,19 @@
-/* The inner loops of paged_attention.c: scores of some rows and the keys of a block, and sums of its values. */
+/* Inner loops of paged_attention.c: scores of rows against the keys of a block, and weighted sums of its values. */
 
-/* Rows (a query's heads, or several queries' heads) that share one load of a key or value. A tile of ROWS x 4 sums, a
- * vector of each row and one of a key fit the registers: 32 with AVX-512 and on Arm, 16 elsewhere. */
+/* Rows (heads of one or several queries) that share one load of a key or value. ROWS x 4 sums, a vector per row and one
+ * of a key fit into the registers: 32 with AVX-512 and on Arm, 16 elsewhere. */
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define ROWS 6
 #else
 #define ROWS 3
 #endif
 
-/* Memory that is read soon, fetched while something else is computed: the rows of a block's keys or values, one after
- * another, all heads of the task. Pages lie anywhere, so the processor cannot guess them. */
+/* Software prefetch of the next block's keys or values, all heads of the task, while the current block is computed.
+ * Pages are scattered in memory, so the hardware prefetcher cannot predict them. */
 typedef struct {
     const char *const *rows; /* [BLOCK] addresses */
     int64_t row, offset, bytes;
-    int64_t heads, due; /* fetched are as many rows, a head at a time, as are computed meanwhile */
+    int64_t heads, due; /* rows are fetched at the rate at which rows of one head are computed */
 } Ahead;
 
 INLINE void prefetch(Ahead *ahead, int64_t rows_of_a_head)
@@ -31,7 +31,7 @@ INLINE void multiply_keys(const int dtype, const int rows, int64_t vectors, int6
                           const char *const k[4], vf sums[ROWS][4])
 {
 #if defined(__AVX512BF16__)
-    if (dtype == BFLOAT16) { /* queries as they came: pairs are multiplied and added in one instruction */
+    if (dtype == BFLOAT16) { /* queries stay bfloat16: one instruction multiplies pairs and adds them */
         __m512i query[ROWS];
         UNROLL for (int r = 0; r < rows; r++)
             query[r] = _mm512_loadu_si512(q + r * vectors * W + j / 2 * W);
@@ -56,8 +56,8 @@ INLINE void multiply_keys(const int dtype, const int rows, int64_t vectors, int6
     }
 }
 
-/* Scores of `rows` queries and the keys [from, to) of a block; from and to are multiples of 4.
- * q [rows, vectors * W], see `load_query`; keys [BLOCK] addresses, to which `offset` is added; scores [rows, BLOCK]. */
+/* Computes scores [rows, BLOCK] of `rows` rows against the keys [from, to) of a block; from and to are multiples of 4.
+ * q [rows, vectors * W], see `load_query`; keys [BLOCK] addresses, to which `offset` is added. */
 INLINE void score_rows(const int dtype, const int rows, int64_t vectors, float scaling, const float *q,
                        const char *const *keys, int64_t offset, int64_t from, int64_t to, Ahead *ahead, float *scores)
 {
@@ -106,7 +106,7 @@ INLINE void add_values(const int dtype, const int rows, const int count, const f
             store(sums + r * stride + i * W, total[r][i]);
 }
 
-/* The same for all vectors of the rows. */
+/* Calls add_values for all vectors of the rows. */
 INLINE void add_all_values(const int dtype, const int rows, int64_t vectors, const float *weights,
                            const char *const *values, int64_t offset, int64_t from, int64_t to, const float *factors,
                            Ahead *ahead, float *sums)
@@ -122,7 +122,7 @@ INLINE void add_all_values(const int dtype, const int rows, int64_t vectors, con
         add_values(dtype, rows, 1, weights, values, offset, j, from, to, factors, ahead, sums + j * W, vectors * W);
 }
 
-/* Calls `f` with constants, so that each combination becomes a loop of its own. */
+/* Calls `f` with constant dtype and row count, so that each combination is compiled to its own loop. */
 #if ROWS == 6
 #define MORE_ROWS(f, dtype, ...)                                                                                       \
     case 4: f(dtype, 4, __VA_ARGS__); break;                                                                           \
@@ -161,8 +161,8 @@ static __attribute__((noinline)) void weigh_values(int dtype, int rows, int64_t 
     FOR_DTYPE_AND_ROWS(add_all_values, dtype, rows, vectors, weights, values, offset, from, to, factors, ahead, sums)
 }
 
-/* Scores [from, to) of a block become weights relative to the maximum so far; what stands around them in their
- * vectors becomes 0. Returns by how much sums so far are to be multiplied. */
+/* Turns scores [from, to) of a block into weights relative to the running maximum; the rest of their vectors becomes 0.
+ * Returns the factor that rescales the sums so far. */
 static float weigh(float *scores, int64_t from, int64_t to, float softcap, float *maximum, float *total)
 {
     int64_t low = from / W * W, high = (to + W - 1) / W * W;
@@ -186,7 +186,7 @@ static float weigh(float *scores, int64_t from, int64_t to, float softcap, float
     for (int64_t t = low; t < high; t += W)
         most = larger(load(scores + t), most);
     float before = *maximum, now = largest(most);
-    /* Where all scores are -infinity, any finite reference gives weights of 0, and -infinity itself NaN. */
+    /* If all scores are -infinity, a finite reference gives weights of 0; -infinity as reference would give NaN. */
     float reference = now == MINUS_INFINITY ? 0 : now;
     vf added = {0}, by = splat(reference);
     for (int64_t t = low; t < high; t += W) {

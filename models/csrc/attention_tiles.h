@@ -1,16 +1,16 @@
-/* The tasks of paged_attention.c: some queries of a sequence against the chunks of keys and values that they see. */
+/* Tasks of paged_attention.c: queries of one sequence against the chunks of keys and values that they see. */
 
-/* Where a task keeps what it works with. Rows are ordered by head, query, head within the group. */
+/* Working memory of a task. Rows are ordered by key head, query, head within the group. */
 typedef struct {
     float *q;              /* [rows, key vectors * W], see `load_query` */
-    float *sums;           /* [rows, value vectors * W] of the chunk */
-    float *totals;         /* [rows, value vectors * W] of all chunks so far */
-    float *weight;         /* [rows, W] of the chunk, not yet summed over lanes */
-    float *maximum;        /* [rows] of the chunk */
+    float *sums;           /* [rows, value vectors * W] weighted values of the chunk */
+    float *totals;         /* [rows, value vectors * W] weighted values of all chunks so far */
+    float *weight;         /* [rows, W] sum of weights of the chunk, not yet summed over lanes */
+    float *maximum;        /* [rows] largest score of the chunk */
     float *total_weight;   /* [rows] */
     float *total_maximum;  /* [rows] */
     float *scores;         /* [rows of a head, BLOCK] */
-    float *factors;        /* [rows of a head] by which a block multiplies sums so far */
+    float *factors;        /* [rows of a head] factor by which a block rescales the sums so far */
     float *keys, *values;  /* [BLOCK, vectors * W] unpacked */
 } Scratch;
 
@@ -18,7 +18,7 @@ static int64_t scratch_floats(int64_t rows, int64_t head_rows, int64_t key_float
 {
     int64_t floats = rows * (key_floats + 2 * value_floats + W + 3) + head_rows * (BLOCK + 1);
     floats += BLOCK * (key_floats + value_floats);
-    return (floats + 16 + 63) / 64 * 64; /* threads do not share lines of cache */
+    return (floats + 16 + 63) / 64 * 64; /* no false sharing between threads */
 }
 
 static Scratch scratch_at(float *p, int64_t rows, int64_t head_rows, int64_t key_floats, int64_t value_floats)
@@ -38,7 +38,7 @@ static Scratch scratch_at(float *p, int64_t rows, int64_t head_rows, int64_t key
     return s;
 }
 
-/* Adds what one chunk gave to the result so far; the order of chunks is part of the result. */
+/* Adds one chunk to the result so far; results depend on the order of chunks, so callers keep it. */
 static void fold(int64_t vectors, float maximum, float weight, const float *sums, float *total_maximum,
                  float *total_weight, float *totals)
 {
@@ -51,11 +51,11 @@ static void fold(int64_t vectors, float maximum, float weight, const float *sums
     *total_maximum = now;
 }
 
-/* The result of one row: its sums over its weights, the sink's included. */
+/* Writes the result of one row: its weighted values over the sum of weights, including the sink's. */
 static void finish(const Call *call, Row row, int64_t token, int64_t head, float maximum, float weight,
                    const float *totals)
 {
-    const Site *site = call->site;
+    const Layer *layer = call->layer;
     float factor = 1;
     if (call->sinks) {
         float sink = call->sinks[head], now = sink > maximum ? sink : maximum;
@@ -63,41 +63,41 @@ static void finish(const Call *call, Row row, int64_t token, int64_t head, float
         factor = scale_from(maximum, reference);
         weight = weight * factor + scale_from(sink, reference);
     }
-    int64_t index = token * site->kv_heads * site->group + head;
-    pack(row, totals, factor / weight, call->out + index * site->value_dim * size_of(row.dtype));
+    int64_t index = token * layer->kv_heads * layer->group + head;
+    pack(row, totals, factor / weight, call->out + index * layer->value_dim * size_of(row.dtype));
 }
 
 typedef struct {
     int64_t begin, end;
 } Range;
 
-/* The positions that some query of a task sees, in the task's chunks. */
+/* Returns the positions in the task's chunks that at least one of its queries sees. */
 static Range range_of(const Call *call, const Task *task)
 {
-    int64_t start = call->step->starts[task->sequence] + task->query;
-    return (Range){larger_of(task->chunk * CHUNK, first_key(call->site, start)),
+    int64_t start = call->batch->prefix_lens[task->sequence] + task->query;
+    return (Range){larger_of(task->chunk * CHUNK, first_key(call->layer, start)),
                    smaller_of((task->chunk + task->chunks) * CHUNK, start + task->queries)};
 }
 
-/* Addresses of a block's keys and values, as far as they are in the range, for the first head of a sequence. The
- * places around them hold the nearest of them: keys are read by fours, and scores of no use are not used. */
+/* Looks up the addresses of a block's keys and values within the range, for the first head. Entries outside of the
+ * range repeat the nearest address: keys are read four at a time, and the extra scores are ignored. */
 static void locate(const Call *call, int64_t sequence, int64_t block, Range range, const char **keys,
                    const char **values)
 {
     int64_t from = larger_of(range.begin - block, 0), to = smaller_of(range.end - block, BLOCK);
-    const Step *step = call->step;
-    const Site *site = call->site;
-    int64_t key_bytes = site->kv_heads * site->key_dim * size_of((int)site->dtype);
-    int64_t value_bytes = site->kv_heads * site->value_dim * size_of((int)site->dtype);
-    const int64_t *table = step->tables + sequence * step->width;
+    const Batch *batch = call->batch;
+    const Layer *layer = call->layer;
+    int64_t key_bytes = layer->kv_heads * layer->key_dim * size_of((int)layer->dtype);
+    int64_t value_bytes = layer->kv_heads * layer->value_dim * size_of((int)layer->dtype);
+    const int64_t *table = batch->page_tables + sequence * batch->width;
     for (int64_t t = from; t < to;) {
-        int64_t page = (block + t) / step->page_size, place = (block + t) % step->page_size;
-        int64_t slab = table[page] / step->slab_pages, inside = table[page] % step->slab_pages;
-        const char *key = (const char *)(intptr_t)site->keys[slab];
-        const char *value = (const char *)(intptr_t)site->values[slab];
-        key += (inside * step->page_size + place) * key_bytes;
-        value += (inside * step->page_size + place) * value_bytes;
-        int64_t end = smaller_of(to, t + step->page_size - place);
+        int64_t page = (block + t) / batch->page_size, place = (block + t) % batch->page_size;
+        int64_t slab = table[page] / batch->slab_pages, inside = table[page] % batch->slab_pages;
+        const char *key = (const char *)(intptr_t)layer->keys[slab];
+        const char *value = (const char *)(intptr_t)layer->values[slab];
+        key += (inside * batch->page_size + place) * key_bytes;
+        value += (inside * batch->page_size + place) * value_bytes;
+        int64_t end = smaller_of(to, t + batch->page_size - place);
         for (; t < end; t++, key += key_bytes, value += value_bytes)
             keys[t] = key, values[t] = value;
     }
@@ -107,14 +107,14 @@ static void locate(const Call *call, int64_t sequence, int64_t block, Range rang
         keys[t] = keys[to - 1], values[t] = values[to - 1];
 }
 
-/* What the query at a position sees of a block, counted from its start; begin == end where that is nothing. */
-INLINE Range seen_of_block(const Site *site, int64_t position, int64_t block)
+/* Returns the positions within a block that a query sees, relative to the block; begin == end if it sees none. */
+INLINE Range seen_of_block(const Layer *layer, int64_t position, int64_t block)
 {
     int64_t end = larger_of(smaller_of(position + 1 - block, BLOCK), 0);
-    return (Range){smaller_of(larger_of(first_key(site, position) - block, 0), end), end};
+    return (Range){smaller_of(larger_of(first_key(layer, position) - block, 0), end), end};
 }
 
-/* Whether queries and keys are multiplied in the dtype that they are stored in. */
+/* Returns whether queries and keys are multiplied in their stored dtype, without conversion to float. */
 INLINE int as_it_is(Row row)
 {
 #if defined(__AVX512BF16__)
@@ -125,7 +125,7 @@ INLINE int as_it_is(Row row)
 #endif
 }
 
-/* A query as `score` takes it: as it is, or as floats in vector order. */
+/* Loads a query in the form that `score` takes: the stored dtype, or floats in vector order. */
 static void load_query(Row row, const char *from, float *to)
 {
     if (as_it_is(row))
@@ -134,20 +134,19 @@ static void load_query(Row row, const char *from, float *to)
         unpack(row, from, to);
 }
 
-/* One block of keys and values of one head, for all rows of the task of that head. Meanwhile some of the next keys and
- * values are fetched. */
+/* Attends to one block of one key head, for all rows of the task with that head, and prefetches the next block. */
 static void attend_block(const Call *call, const Task *task, const Scratch *s, Row key_row, Row value_row,
                          const char *const *keys, const char *const *values, Ahead *next_keys, Ahead *next_values,
                          int64_t head, int64_t block, int64_t from, int64_t to)
 {
-    const Site *site = call->site;
-    int64_t count = task->queries * site->group, base = (head - task->head) * count;
+    const Layer *layer = call->layer;
+    int64_t count = task->queries * layer->group, base = (head - task->head) * count;
     int64_t key_floats = key_row.vectors * W, value_floats = value_row.vectors * W;
     int64_t key_offset = head * key_row.dim * size_of(key_row.dtype);
     int64_t value_offset = head * value_row.dim * size_of(value_row.dtype);
     const char *key_copies[BLOCK], *value_copies[BLOCK];
     int key_dtype = key_row.dtype, value_dtype = value_row.dtype;
-    int shared = count > ROWS && key_row.dtype != FLOAT32; /* converted once for all row tiles */
+    int shared = count > ROWS && key_row.dtype != FLOAT32; /* convert once for all row tiles */
     if ((shared && !as_it_is(key_row)) || !key_row.direct) {
         for (int64_t t = from; t < to; t++) {
             unpack(key_row, keys[t] + key_offset, s->keys + t * key_floats);
@@ -166,15 +165,15 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
         }
         values = value_copies, value_offset = 0, value_dtype = FLOAT32;
     }
-    int64_t start = call->step->starts[task->sequence] + task->query;
-    int64_t tiles = (count + ROWS - 1) / ROWS; /* of rows; their sizes differ by one at most */
+    int64_t start = call->batch->prefix_lens[task->sequence] + task->query;
+    int64_t tiles = (count + ROWS - 1) / ROWS; /* tiles of rows; their sizes differ by one at most */
     Range seen[count];
     for (int64_t query = 0, row = 0; query < task->queries; query++) {
-        Range own = seen_of_block(site, start + query, block);
-        for (int64_t i = 0; i < site->group; i++)
+        Range own = seen_of_block(layer, start + query, block);
+        for (int64_t i = 0; i < layer->group; i++)
             seen[row++] = own;
     }
-    /* First all scores, then all sums: keys and values need not be in the first cache together. */
+    /* All scores first, then all sums, so that keys and values need not be in the L1 cache together. */
     for (int64_t tile = 0; tile < tiles; tile++) {
         int64_t row = count * tile / tiles, rows = count * (tile + 1) / tiles - row;
         Range any = {BLOCK, 0};
@@ -184,7 +183,7 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
         if (any.begin < any.end)
             score(key_dtype, (int)rows, key_row.vectors, (float)call->scale, s->q + (base + row) * key_floats, keys,
                   key_offset, any.begin / 4 * 4, (any.end + 3) / 4 * 4, next_keys, s->scores + row * BLOCK);
-        next_keys = NULL; /* the first rows have fetched them for all */
+        next_keys = NULL; /* the first tile has prefetched them */
     }
     for (int64_t row = 0; row < count; row++) {
         s->factors[row] = 1;
@@ -192,8 +191,8 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
             s->factors[row] = weigh(s->scores + row * BLOCK, seen[row].begin, seen[row].end, (float)call->softcap,
                                     &s->maximum[base + row], s->weight + (base + row) * W);
     }
-    /* A row takes no value that it does not see, not even with a weight of 0: it could be NaN. Its values come in
-     * order, first what it sees before the others of its tile, then what all see, then the rest. */
+    /* A row skips values that it does not see rather than weighting them by 0, since they may be NaN. Values are added
+     * in order: those before the range that all rows of the tile see, that range, then the rest. */
     for (int64_t tile = 0; tile < tiles; tile++) {
         int64_t row = count * tile / tiles, rows = count * (tile + 1) / tiles - row;
         Range common = {0, BLOCK};
@@ -226,21 +225,21 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
     }
 }
 
-/* `next` is the task that this thread does then, or NULL: its first keys and values are fetched. */
+/* Runs a task. `next` is the thread's next task, whose first keys and values are prefetched, or NULL. */
 static void run_task(const Call *call, const Task *task, const Task *next, float *memory)
 {
-    const Step *step = call->step;
-    const Site *site = call->site;
-    Row key_row = row_of((int)site->dtype, site->key_dim), value_row = row_of((int)site->dtype, site->value_dim);
+    const Batch *batch = call->batch;
+    const Layer *layer = call->layer;
+    Row key_row = row_of((int)layer->dtype, layer->key_dim), value_row = row_of((int)layer->dtype, layer->value_dim);
     int64_t key_floats = key_row.vectors * W, value_floats = value_row.vectors * W;
-    int64_t per_head = task->queries * site->group, rows = task->heads * per_head;
-    int64_t token = step->offsets[task->sequence] + task->query;
-    int64_t start = step->starts[task->sequence] + task->query, last = start + task->queries - 1;
+    int64_t per_head = task->queries * layer->group, rows = task->heads * per_head;
+    int64_t token = batch->offsets[task->sequence] + task->query;
+    int64_t start = batch->prefix_lens[task->sequence] + task->query, last = start + task->queries - 1;
     Scratch s = scratch_at(memory, rows, per_head, key_floats, value_floats);
 
     for (int64_t row = 0; row < rows; row++) {
-        int64_t head = (task->head + row / per_head) * site->group + row % site->group;
-        int64_t query = token + row % per_head / site->group;
+        int64_t head = (task->head + row / per_head) * layer->group + row % layer->group;
+        int64_t query = token + row % per_head / layer->group;
         float *q = s.q + row * key_floats;
         load_query(key_row, call->query + query * call->query_token + head * call->query_head, q);
         s.total_maximum[row] = MINUS_INFINITY;
@@ -248,8 +247,9 @@ static void run_task(const Call *call, const Task *task, const Task *next, float
     }
     memset(s.totals, 0, (size_t)(rows * value_floats) * sizeof(float));
 
-    int64_t first = first_key(site, start), chunk_floats = value_floats + 2;
-    int64_t key_bytes = site->key_dim * size_of(key_row.dtype), value_bytes = site->value_dim * size_of(key_row.dtype);
+    int64_t first = first_key(layer, start), chunk_floats = value_floats + 2;
+    int64_t key_bytes = layer->key_dim * size_of(key_row.dtype);
+    int64_t value_bytes = layer->value_dim * size_of(value_row.dtype);
     Range seen = range_of(call, task), then = next ? range_of(call, next) : (Range){0, 0};
     const char *keys[2][BLOCK], *values[2][BLOCK]; /* of this block, and of the next one */
     int now = 0;
@@ -263,7 +263,7 @@ static void run_task(const Call *call, const Task *task, const Task *next, float
                 s.maximum[row] = MINUS_INFINITY;
         }
         const Task *following = block + BLOCK < seen.end ? task : next;
-        int fetch = following && task->queries == 1; /* with more queries there is more to compute than to read */
+        int fetch = following && task->queries == 1; /* several queries are compute-bound */
         Ahead next_keys = {keys[1 - now], 0, 0, 0, task->heads, 0};
         Ahead next_values = {values[1 - now], 0, 0, 0, task->heads, 0};
         if (following) {
@@ -276,28 +276,28 @@ static void run_task(const Call *call, const Task *task, const Task *next, float
             attend_block(call, task, &s, key_row, value_row, keys[now], values[now], fetch ? &next_keys : NULL,
                          fetch ? &next_values : NULL, head, block, larger_of(seen.begin - block, 0),
                          smaller_of(seen.end - block, BLOCK));
-        if (fetch) { /* what is left of a whole block */
+        if (fetch) { /* the rest of the block */
             prefetch(&next_keys, BLOCK * task->heads);
             prefetch(&next_values, BLOCK * task->heads);
         }
         if (block + BLOCK < smaller_of((chunk + 1) * CHUNK, seen.end))
             continue;
         for (int64_t row = 0; row < rows; row++) { /* the chunk is complete */
-            int64_t position = start + row % per_head / site->group;
+            int64_t position = start + row % per_head / layer->group;
             float weight = sum(load(s.weight + row * W));
             if (task->split >= 0) {
                 float *part = call->plan->partials + task->partial
                               + ((chunk - first / CHUNK) * rows + row) * chunk_floats;
                 memcpy(part, s.sums + row * value_floats, (size_t)value_floats * sizeof(float));
                 part[value_floats] = s.maximum[row], part[value_floats + 1] = weight;
-            } else if (first_key(site, position) < (chunk + 1) * CHUNK && position >= chunk * CHUNK) {
+            } else if (first_key(layer, position) < (chunk + 1) * CHUNK && position >= chunk * CHUNK) {
                 fold(value_row.vectors, s.maximum[row], weight, s.sums + row * value_floats, &s.total_maximum[row],
                      &s.total_weight[row], s.totals + row * value_floats);
             }
         }
     }
     if (task->split >= 0) {
-        /* Who computes the last part puts the tile together, from the first chunk to the last. */
+        /* The thread that computes the last part reduces the tile, from the first chunk to the last. */
         int64_t *pending = call->plan->pending + task->split;
         int64_t left = __atomic_sub_fetch(pending, task->chunks, __ATOMIC_ACQ_REL);
         if (left)
@@ -306,15 +306,15 @@ static void run_task(const Call *call, const Task *task, const Task *next, float
         __atomic_store_n(pending, chunks, __ATOMIC_RELAXED); /* for the next call with this plan */
         for (int64_t chunk = 0; chunk < chunks; chunk++)
             for (int64_t row = 0; row < rows; row++) {
-                int64_t position = start + row % per_head / site->group, from = (chunk + first / CHUNK) * CHUNK;
+                int64_t position = start + row % per_head / layer->group, from = (chunk + first / CHUNK) * CHUNK;
                 const float *part = call->plan->partials + task->partial + (chunk * rows + row) * chunk_floats;
-                if (first_key(site, position) < from + CHUNK && position >= from)
+                if (first_key(layer, position) < from + CHUNK && position >= from)
                     fold(value_row.vectors, part[value_floats], part[value_floats + 1], part, &s.total_maximum[row],
                          &s.total_weight[row], s.totals + row * value_floats);
             }
     }
     for (int64_t row = 0; row < rows; row++)
-        finish(call, value_row, token + row % per_head / site->group,
-               (task->head + row / per_head) * site->group + row % site->group, s.total_maximum[row],
+        finish(call, value_row, token + row % per_head / layer->group,
+               (task->head + row / per_head) * layer->group + row % layer->group, s.total_maximum[row],
                s.total_weight[row], s.totals + row * value_floats);
 }

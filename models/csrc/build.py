@@ -1,11 +1,11 @@
-"""C sources compiled at first use on a machine, kept in the user's cache, and loaded with ctypes.
+"""C sources compiled at first use on a machine, cached in the user's cache directory, and loaded with ctypes.
 
-A source needs a C compiler (``CC``, else cc, gcc or clang), and no headers but the compiler's own and those beside it.
-Where it cannot be built or does not pass its check, that is said once, and a slower way is taken.
+A source needs a C compiler (``CC``, else cc, gcc or clang), the compiler's own headers and those beside the source. If
+it cannot be built or fails its self-test, the engine warns once and uses a slower PyTorch path.
 
-Threads are those of torch: sources call ``GOMP_parallel`` of the OpenMP runtime that torch itself is linked with
-(GNU's, LLVM's and Intel's all have it), so that one pool of threads serves both. They are not linked with OpenMP, so
-no second runtime is ever loaded; where torch has none, they run in one thread.
+Kernels run in torch's threads: sources call ``GOMP_parallel`` of the OpenMP runtime that torch is linked with (GNU's,
+LLVM's and Intel's all export it), so that both share one thread pool. Sources are not linked with OpenMP themselves, so
+no second runtime is loaded; without OpenMP in torch, kernels run in one thread.
 """
 
 from __future__ import annotations
@@ -34,61 +34,60 @@ logger = logging.getLogger(__name__)
 
 Loaded = TypeVar("Loaded")
 
-#: What sources promise (the same bits in any company) rests on the compiler making no fused operations itself.
+#: Sources promise results that do not depend on the batch composition, so the compiler must not fuse operations.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
-#: A compiler that hangs must not hang the job.
+#: Limit for one compiler run, so that a compiler that hangs does not hang the job.
 _COMPILE_SECONDS = 120
 
 
 class KernelUnavailable(Exception):
-    """Why a source has no kernel on this machine."""
+    """A kernel cannot be built or used on this machine; the message is the reason."""
 
 
 def try_build(source: Path, load: Callable[[ctypes.CDLL], Loaded]) -> Loaded | None:
-    """Like `build`, but None, with a warning, where there is no kernel to be had."""
+    """Build and load like `build`, but warn and return None if the kernel is unavailable."""
     try:
         return build(source, load)
     except KernelUnavailable as error:
-        logger.warning("%s is not compiled on this CPU, a slower way is used instead: %s", source.name, error)
+        logger.warning("Could not compile %s; falling back to the slower PyTorch path: %s", source.name, error)
         return None
 
 
 def build(source: Path, load: Callable[[ctypes.CDLL], Loaded]) -> Loaded:
-    """Loads the library of a source from the cache, where it is built first if need be.
+    """Load the library of a C source from the cache, and build it first if needed.
 
     Args:
         source: a C file.
-        load: makes of the library what is wanted of it, and checks what it computes; may raise `KernelUnavailable`,
-            OSError or AttributeError.
+        load: wraps the library and tests its results; may raise `KernelUnavailable`, OSError or AttributeError.
 
     Raises:
-        KernelUnavailable: no compiler, or what it built cannot be loaded or computes something else.
+        KernelUnavailable: there is no compiler, or the library cannot be loaded or fails its test.
     """
     command = compiler()
     version = _output([*command, "--version"])
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    why = ""
+    reason = ""
     for flags in ((*FLAGS, native), FLAGS):
         try:
             return _build_with(source, [*command, *flags], version, load)
         except KernelUnavailable as error:
-            why = why or str(error)
-    raise KernelUnavailable(why)
+            reason = reason or str(error)
+    raise KernelUnavailable(reason)
 
 
 def compiler() -> list[str]:
-    """The command of a C compiler.
+    """Return the command of the C compiler.
 
     Raises:
-        KernelUnavailable: there is none.
+        KernelUnavailable: no compiler was found.
     """
-    chosen = os.environ.get("CC", "")
+    variable = os.environ.get("CC", "")
     try:
-        named = shlex.split(chosen)
+        command = shlex.split(variable)
     except ValueError as error:
-        raise KernelUnavailable(f"CC is not a command: {chosen!r}.") from error
-    if named:
-        return named
+        raise KernelUnavailable(f"CC is not a command: {variable!r}.") from error
+    if command:
+        return command
     for name in ("cc", "gcc", "clang"):
         if shutil.which(name):
             return [name]
@@ -96,10 +95,10 @@ def compiler() -> list[str]:
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints.
+    """Run a command and return what it prints.
 
     Raises:
-        KernelUnavailable: it fails.
+        KernelUnavailable: the command fails.
     """
     try:
         done = subprocess.run(
@@ -114,17 +113,17 @@ def _output(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelUnavailable(f"{shlex.join(command[:1])} does not run ({error}).") from error
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        reason = next((line for line in said if "error" in line), said[-1] if said else f"status {done.returncode}")
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        reason = next((line for line in lines if "error" in line), lines[-1] if lines else f"status {done.returncode}")
         raise KernelUnavailable(f"{shlex.join(command[:1])} failed ({reason[:300]}).")
     return done.stdout
 
 
 def _build_with(source: Path, command: list[str], version: str, load: Callable[[ctypes.CDLL], Loaded]) -> Loaded:
-    """With one set of flags: from the cache, or anew if it is not there or no good.
+    """Load the library built with one set of flags from the cache, or build it if it is missing or broken.
 
     Raises:
-        KernelUnavailable: what is built cannot be used.
+        KernelUnavailable: the library cannot be built or used.
     """
     folder = cache_root().parent / "kernels"
     file = folder / f"{source.stem.replace('_', '-')}-{_key(source, command, version)}.so"
@@ -132,17 +131,17 @@ def _build_with(source: Path, command: list[str], version: str, load: Callable[[
         try:
             return _loaded(file, load)
         except KernelUnavailable as error:
-            logger.info("Building %s again: %s", file.name, error)
+            logger.info("Rebuilding %s, which cannot be used: %s", file.name, error)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        place = tempfile.TemporaryDirectory(prefix=".build-", dir=folder)
-    except OSError:  # built for this process alone: what is loaded stays when its file goes
-        place = tempfile.TemporaryDirectory(prefix="rollout-kernel-")
-    with place as work:
-        new = Path(work) / file.name
+        directory = tempfile.TemporaryDirectory(prefix=".build-", dir=folder)
+    except OSError:  # built for this process alone: a loaded library stays mapped after its file is deleted
+        directory = tempfile.TemporaryDirectory(prefix="rollout-kernel-")
+    with directory as name:
+        new = Path(name) / file.name
         _output([*command, "-o", str(new), str(source), "-lm"])
         kernel = _loaded(new, load)
-        # Processes that start together each build their own, and any of them will do.
+        # Processes that start together each build a library; whichever is moved last stays.
         with suppress(OSError):
             new.replace(file)
     return kernel
@@ -152,36 +151,36 @@ def _loaded(file: Path, load: Callable[[ctypes.CDLL], Loaded]) -> Loaded:
     try:
         return load(ctypes.CDLL(str(file)))
     except (OSError, AttributeError) as error:
-        raise KernelUnavailable(f"what the compiler built cannot be loaded ({error}).") from error
+        raise KernelUnavailable(f"the compiled library cannot be loaded ({error}).") from error
 
 
 def _key(source: Path, command: list[str], version: str) -> str:
-    """Names a build: machines that share a home folder must not load what was built for another CPU."""
-    text = [file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))]
-    about = [*text, shlex.join(command).encode(), version.encode(), _cpu().encode()]
-    return hashlib.sha256(b"\0".join(about)).hexdigest()[:24]
+    """Return a hash that identifies a build; machines that share a home directory may have different CPUs."""
+    sources = [file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))]
+    parts = [*sources, shlex.join(command).encode(), version.encode(), _cpu().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
 def _cpu() -> str:
-    """What tells this CPU's instructions."""
-    about = [platform.system(), platform.machine(), platform.processor(), platform.libc_ver()[0]]
+    """Return a text that identifies the CPU's instruction set."""
+    system = [platform.system(), platform.machine(), platform.processor(), platform.libc_ver()[0]]
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         lines = []
     names = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU implementer", "CPU part")
-    # The cores of a machine may differ, and the order in which they are listed says nothing.
-    return "\n".join([*about, *sorted({line for line in lines if line.split(":")[0].strip() in names})])
+    # Cores of a machine may differ, and their order in the file is arbitrary.
+    return "\n".join([*system, *sorted({line for line in lines if line.split(":")[0].strip() in names})])
 
 
 @cache
 def gomp_parallel() -> int | None:
-    """The address of ``GOMP_parallel`` in the OpenMP runtime that torch is linked with; None where it has none."""
+    """Return the address of ``GOMP_parallel`` in torch's OpenMP runtime, or None if torch has no such runtime."""
     if not torch.backends.openmp.is_available():
         return None
     try:
-        # Long loaded: a name is looked up in this library and in those that it is linked with.
+        # Already loaded; symbols are looked up in this library and in those it is linked with.
         return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, c_void_p).value
     except (OSError, AttributeError):
-        logger.info("torch's OpenMP has no GOMP_parallel: compiled kernels run in one thread.")
+        logger.info("torch's OpenMP runtime has no GOMP_parallel; compiled kernels run in one thread.")
         return None

@@ -1,9 +1,9 @@
-/* Gumbel-max sampling in two levels on a CPU: what models/sampling/gumbel_cpu.py builds, loads and calls.
+/* Gumbel-max sampling in two levels on a CPU; models/sampling/gumbel_cpu.py builds, loads and calls it.
  *
- * One pass over a row's logits, a block of the vocabulary at a time: the block's maximum and the sum of its
- * exponentials while it is in the first cache. Then noise for the blocks, and for the tokens of the one that wins.
- * The draw is that of models/sampling/sampler.py, from the same bits; sums are rounded in another order. Rows do not
- * meet, so a row's draw has the same bits in any company.
+ * One pass over a row's logits, one block of the vocabulary at a time, computes the block's maximum and its sum of
+ * exponentials while the block is in the L1 cache. Noise is then drawn for the blocks, and for the tokens of the
+ * winning block. The sample is that of models/sampling/sampler.py, from the same random bits; only the order of
+ * summation differs. Rows are independent, so a row's sample does not depend on the batch composition.
  */
 #include "vectors.h"
 
@@ -12,7 +12,7 @@ enum { BLOCK = 256 };
 typedef struct {
     int64_t rows, vocabulary, dtype;
     const void *logits;          /* [rows, vocabulary] */
-    const float *temperatures;   /* [rows]; 0 is greedy */
+    const float *temperatures;   /* [rows]; 0 means greedy */
     const int64_t *keys;         /* [rows, 2] 32-bit words */
     const int64_t *samples;      /* [rows] */
     const int64_t *positions;    /* [rows] */
@@ -22,7 +22,7 @@ typedef struct {
     float *logprobs;             /* [rows] out */
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel, or null */
     int64_t threads;
-    int64_t next;                /* the next row that no thread has taken */
+    int64_t next;                /* next row that no thread has taken */
 } Batch;
 
 /* ---- random numbers: Philox4x32-10 (Salmon et al., SC 2011), as in models/sampling/philox.py ------------------- */
@@ -41,10 +41,10 @@ static void philox(uint32_t c[4], uint32_t k0, uint32_t k1)
     }
 }
 
-/* Standard Gumbel noise, one number after another; the four words of a counter are used in turn. */
+/* Standard Gumbel noise by index; each counter yields four words. */
 typedef struct {
     uint32_t key[2], sample, position, words[4];
-    int64_t counter; /* that `words` belong to */
+    int64_t counter; /* counter of `words`; -1: none */
 } Noise;
 
 static double gumbel(Noise *noise, int64_t index)
@@ -60,7 +60,7 @@ static double gumbel(Noise *noise, int64_t index)
 
 /* ---- one block of the vocabulary ------------------------------------------------------------------------------- */
 
-/* The scores of a block, and -infinity past the end of the vocabulary. */
+/* Computes the scores of a block, -infinity past the end of the vocabulary. */
 static void scores_of(const Batch *b, int64_t row, int64_t block, float *scores)
 {
     float temperature = b->temperatures[row] > 0 ? b->temperatures[row] : 1.0f;
@@ -82,7 +82,7 @@ static void scores_of(const Batch *b, int64_t row, int64_t block, float *scores)
         scores[i] = -INFINITY;
 }
 
-/* log(sum(exp(scores))); `top` becomes the largest score, where one is finite. */
+/* Returns log(sum(exp(scores))) and sets `top_score` to the largest score. */
 static double log_sum(const float *scores, float *top_score)
 {
     vf most = load(scores), sums = {0}, others = {0};
@@ -95,8 +95,8 @@ static double log_sum(const float *scores, float *top_score)
         top = most[i] > top ? most[i] : top;
     *top_score = top;
     if (top == -INFINITY)
-        top = 0; /* nothing but -infinity, which must stay so, or NaN */
-    for (int64_t at = 0; at < BLOCK; at += 2 * W) { /* two at a time: each waits for its own results */
+        top = 0; /* all -infinity: subtracting it would give NaN */
+    for (int64_t at = 0; at < BLOCK; at += 2 * W) { /* two sums, to hide latency */
         sums += exponential(load(scores + at) - top);
         others += exponential(load(scores + at + W) - top);
     }
@@ -109,7 +109,7 @@ static double log_sum(const float *scores, float *top_score)
 
 /* ---- one row --------------------------------------------------------------------------------------------------- */
 
-/* The likeliest token of a block; the first of several. */
+/* Returns the most likely token of a block; the first one among equals. */
 static int64_t argmax(const float *scores)
 {
     int64_t best = 0;

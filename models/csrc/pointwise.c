@@ -1,21 +1,20 @@
-/* The parts of a transformer between its matrix products on a CPU: models/patches/pointwise_cpu.py builds, loads and
- * calls them.
+/* Fused pointwise operations of transformers on a CPU; models/patches/pointwise_cpu.py builds, loads and calls them.
  *
- * Each entry point does what a handful of torch's operations do, in one pass over memory, and rounds where they round.
- * Rows do not meet, so a row has the same bits in any company.
+ * Each entry point replaces several torch operations by one pass over memory, and rounds where they round. Rows are
+ * independent, so a row's result does not depend on the batch composition, bit for bit.
  */
 #include "vectors.h"
 
-/* Numbers that are loaded together: two vectors, in the order of `vectors.h`. */
+/* Elements that are loaded together: two vectors, in the order of `vectors.h`. */
 #define TWO (2 * W)
-/* Fewer numbers than this are computed without other threads. */
+/* Fewer elements than this are computed by one thread. */
 #define ALONE 24576
 
 typedef struct {
     vf a, b;
 } Pair;
 
-/* Numbers [i, i + TWO) of a row. */
+/* Loads elements [i, i + TWO) of a row. */
 INLINE Pair load_pair(const int dtype, const char *row, int64_t i)
 {
     if (dtype == FLOAT32)
@@ -34,7 +33,7 @@ INLINE void store_pair(const int dtype, char *row, int64_t i, Pair x)
     *(vu_memory *)(row + 2 * i) = (round_to_bfloat16(x.a) >> 16) | (round_to_bfloat16(x.b) & 0xffff0000u);
 }
 
-/* To the dtype and back. */
+/* Rounds to the dtype. */
 INLINE vf rounded(const int dtype, vf x)
 {
     return dtype == FLOAT32 ? x : (vf)(round_to_bfloat16(x) & 0xffff0000u);
@@ -127,8 +126,8 @@ static void norm_late(const void *n, int64_t from, int64_t to) { norm_rows(BFLOA
 
 /* out = x / sqrt(mean(x^2) + eps) * factors, for `count` rows of `width` numbers.
  *
- * `factors` are floats, those of one pair in the order of `vectors.h` (see rollout_norm_factors). `late`: what is
- * multiplied by them has not been rounded to the dtype before. */
+ * `factors` are floats in the pair order of `vectors.h` (see rollout_norm_factors). `late`: multiply by the factors
+ * before rounding to the dtype, not after. */
 void rollout_rms_norm(int64_t dtype, int64_t late, int64_t count, int64_t width, const char *x, const float *factors,
                       double eps, char *out, int64_t threads, Parallel *parallel)
 {
@@ -136,7 +135,7 @@ void rollout_rms_norm(int64_t dtype, int64_t late, int64_t count, int64_t width,
     each_row(dtype == FLOAT32 ? norm_float32 : late ? norm_late : norm_early, &n, count, width, threads, parallel);
 }
 
-/* Floats in the order in which a row of the dtype is loaded. */
+/* Reorders the weight to the order in which rows of the dtype are loaded. */
 void rollout_norm_factors(int64_t dtype, int64_t width, const float *weight, float *factors)
 {
     int64_t whole = width / TWO * TWO;
@@ -196,7 +195,7 @@ INLINE void rotate_rows(const int dtype, const Rotation *r, int64_t from, int64_
 static void rotate_float32(const void *r, int64_t from, int64_t to) { rotate_rows(FLOAT32, r, from, to); }
 static void rotate_bfloat16(const void *r, int64_t from, int64_t to) { rotate_rows(BFLOAT16, r, from, to); }
 
-/* Rotates the heads of queries and keys [tokens, heads, dim]; what comes out is contiguous. */
+/* Rotates the heads of queries and keys [tokens, heads, dim]; the outputs are contiguous. */
 void rollout_rotate(int64_t dtype, int64_t tokens, int64_t dim, const char *cosines, const char *sines,
                     int64_t angles, const char *query, int64_t query_heads, int64_t query_token, int64_t query_head,
                     char *query_out, const char *key, int64_t key_heads, int64_t key_token, int64_t key_head,

@@ -1,8 +1,8 @@
-/* Vectors of floats on a CPU, and the three dtypes that they are read from and written to. Shared by the sources beside.
+/* Float vectors on a CPU, and conversion from and to the three supported dtypes. Shared by the sources in this folder.
  *
- * Vectors are those of GCC and Clang (`vector_size`), as wide as the target's registers. bfloat16 comes in pairs: 2 W
- * numbers are loaded as W words, whose low halves make one vector (by a shift) and whose high halves another (by a
- * mask). What is only computed number by number stays in that order, and the final store undoes it.
+ * Vectors use the GCC and Clang extension `vector_size` and are as wide as the target's registers. bfloat16 is loaded
+ * in pairs: 2 W elements as W words, whose low halves become one vector (by a shift) and whose high halves another (by
+ * a mask). Element-wise computations keep that order, and the final store undoes it.
  */
 #include <math.h>
 #include <stddef.h>
@@ -34,7 +34,7 @@ typedef uint32_t vu_memory __attribute__((vector_size(4 * W), aligned(2), may_al
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Loops over registers must disappear. Clang sees to that by itself, and with a pragma does it too late. */
+/* Loops over registers must be unrolled. Clang does so by itself; with a pragma it unrolls too late. */
 #if defined(__clang__)
 #define UNROLL
 #define UNROLL_BY_2
@@ -49,7 +49,7 @@ typedef uint32_t vu_memory __attribute__((vector_size(4 * W), aligned(2), may_al
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
 #endif
 
-INLINE vf splat(float x) { return x - (vf){0}; } /* not x + 0, which would turn -0 into 0 */
+INLINE vf splat(float x) { return x - (vf){0}; } /* x + 0 would turn -0 into 0 */
 INLINE vf load(const float *p) { return *(const vf_memory *)p; }
 INLINE void store(float *p, vf x) { *(vf_memory *)p = x; }
 INLINE vf choose(vi condition, vf yes, vf no) { return (vf)((condition & (vi)yes) | (~condition & (vi)no)); }
@@ -95,7 +95,7 @@ INLINE vf fma_(vf a, vf b, vf c)
 #define SWAP_2 2, 3, 0, 1
 #endif
 
-/* The sums of four vectors, times a factor, to four floats. */
+/* Stores the sums of four vectors, times a factor, as four floats. */
 INLINE void store_sums(float *out, float factor, vf a, vf b, vf c, vf d)
 {
     vf ab = SHUFFLE(a, b, PAIRS_LOW) + SHUFFLE(a, b, PAIRS_HIGH);
@@ -137,7 +137,7 @@ INLINE float sum(vf x)
     return x[0];
 }
 
-/* e^x for x <= 88, to about 1 ulp; 0 below -87.3, where the result would be subnormal; NaN stays. The reduction
+/* e^x for x <= 88, to about 1 ulp; 0 below -87.3, where the result would be subnormal; NaN stays NaN. The reduction
  * (ln 2 in two parts) and the polynomial are those of expf in S. Moshier's Cephes library. */
 INLINE vf exponential(vf x)
 {
@@ -161,7 +161,7 @@ INLINE vf exponential(vf x)
 /* e^(x - reference), where both may be -infinity: that is a weight of 0. */
 INLINE float scale_from(float x, float reference) { return exponential(splat(x - reference))[0]; }
 
-/* tanh, by Cephes' tanhf: a polynomial below 0.625, above it 1 - 2 / (e^2x + 1). NaN stays. */
+/* tanh, by Cephes' tanhf: a polynomial below 0.625, above it 1 - 2 / (e^2x + 1). NaN stays NaN. */
 INLINE vf hyperbolic_tangent(vf x)
 {
     vf size = (vf)((vu)x & 0x7fffffffu);
@@ -197,7 +197,7 @@ INLINE float half_to_float(uint16_t x) { __fp16 h; memcpy(&h, &x, 2); return h; 
 INLINE uint16_t float_to_half(float x) { __fp16 h = x; uint16_t u; memcpy(&u, &h, 2); return u; }
 INLINE vf load_halves(const char *p) { return (vf)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)p))); }
 #else
-#define HAS_FLOAT16 0 /* models/attention/compiled.py asks, and leaves float16 to another backend */
+#define HAS_FLOAT16 0 /* models/attention/compiled_library.py then refuses float16 */
 INLINE float half_to_float(uint16_t x) { (void)x; return NAN; }
 INLINE uint16_t float_to_half(float x) { (void)x; return 0x7e00; }
 INLINE vf load_halves(const char *p) { (void)p; return splat(NAN); }
@@ -205,7 +205,7 @@ INLINE vf load_halves(const char *p) { (void)p; return splat(NAN); }
 
 INLINE int64_t size_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-/* Round to nearest even, in the high half of each word; NaN stays one. */
+/* Rounds to nearest even, in the high half of each word; NaN stays NaN. */
 INLINE vu round_to_bfloat16(vf x)
 {
     vu bits = (vu)x;
@@ -241,10 +241,10 @@ INLINE void put(int dtype, char *row, int64_t i, float x)
     memcpy(row + 2 * i, &bits, 2);
 }
 
-/* How the numbers of one head lie in vectors, and how they are read. */
+/* How the elements of one head are laid out in vectors. */
 typedef struct {
     int dtype;
-    int direct;      /* whole vectors: can be read where they lie */
+    int direct;      /* whole vectors only, which can be read in place */
     int64_t dim;
     int64_t vectors; /* dim / W, rounded up */
 } Row;
@@ -255,7 +255,7 @@ static Row row_of(int dtype, int64_t dim)
     return (Row){dtype, dim % unit == 0, dim, (dim + W - 1) / W};
 }
 
-/* Vector j of a row; in bfloat16 an even j is the low halves of its words and the next the high ones. */
+/* Returns vector j of a row; in bfloat16, even j are the low halves of words and odd j the high halves. */
 INLINE vf row_vector(const int dtype, const char *row, int64_t j)
 {
     if (dtype == FLOAT32)
@@ -266,7 +266,7 @@ INLINE vf row_vector(const int dtype, const char *row, int64_t j)
     return (vf)(j % 2 ? words & 0xffff0000u : words << 16);
 }
 
-/* A row as floats in vector order, zeros behind its end. */
+/* Converts a row to floats in vector order, with zeros past its end. */
 static void unpack(Row row, const char *from, float *to)
 {
     if (row.direct && row.dtype == BFLOAT16) {
@@ -287,7 +287,7 @@ static void unpack(Row row, const char *from, float *to)
     }
 }
 
-/* Floats in vector order, times `factor`, to a row. */
+/* Converts floats in vector order, times `factor`, to a row. */
 static void pack(Row row, const float *from, float factor, char *to)
 {
     vf by = splat(factor);

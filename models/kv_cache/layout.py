@@ -1,4 +1,4 @@
-"""What a model stores: a site for each attention call of a forward, in call order, and recurrent states."""
+"""What a model stores per token and per row: an `AttentionLayer` per attention call, and recurrent states."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from rollout.models.arrays import IntArray
+from rollout.models.arrays import IntArray, ceil_div
 
 
 @dataclass(frozen=True, slots=True)
 class MaskKind:
-    """Which earlier tokens a query sees: all, the last ``size``, or those of its own chunk of ``size``."""
+    """Which earlier tokens a query sees: all, the last ``size``, or those of its own chunk of ``size`` tokens."""
 
     kind: Literal["full", "window", "chunk"] = "full"
     size: int = 0
 
     def first_keys(self, queries: IntArray) -> IntArray:
-        """The earliest position that a query at each of ``queries`` sees."""
+        """Return the earliest position that each of the query positions ``queries`` sees."""
         if self.kind == "window":
             return np.maximum(queries - self.size + 1, 0)
         if self.kind == "chunk":
@@ -31,84 +31,87 @@ class MaskKind:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
-    """One attention call of a forward: who makes it, what it stores and what the engine's attention must see.
+    """One attention call of a forward: the module that makes it, what it stores and its mask.
 
-    Sites are told apart by call order, not by layer index: a layer that attends twice, or a module that
-    serves several layers, has as many sites as it makes calls.
+    Layers are identified by call order, not by the model's layer index: a module that attends twice per forward has
+    two.
     """
 
     module: nn.Module | None
-    """None where the call order alone tells."""
+    """None if the call order alone identifies the layer."""
     kv_heads: int
     key_dim: int
     value_dim: int
     mask_kind: MaskKind
-    """Full where the model masks by itself."""
+    """Full if the model applies its own mask."""
     device: torch.device | None = None
-    """Where its keys and values arrive, and are kept; None is the device of the pool."""
+    """Where its keys and values are computed and stored; None means the pool's device."""
 
     @property
     def elements(self) -> int:
-        """Numbers that it stores of a token."""
+        """Numbers stored per token."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
 
 @dataclass(frozen=True, slots=True)
 class StateTensor:
-    """A tensor of fixed shape that a recurrent layer keeps of each row."""
+    """A tensor of fixed shape that a recurrent layer keeps per row."""
 
     layer: int
     kind: Literal["conv", "recurrent"]
-    """The last inputs of a convolution, or what a recurrence has summed up."""
+    """The last inputs of a convolution, or the hidden state of a recurrence."""
     number: int
-    """Layers may keep several of a kind."""
+    """Index among the layer's states of this kind."""
     shape: tuple[int, ...]
-    """Of one row."""
+    """Shape for one row."""
     dtype: torch.dtype
 
     @property
     def bytes(self) -> int:
+        """Bytes per row."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """All that a model stores: its sites, the dtype in which their keys and values are kept, and states."""
+    """All that a model stores: attention layers, the dtype of their keys and values, and recurrent states."""
 
     layers: tuple[AttentionLayer, ...]
-    """None in a model that keeps states alone."""
+    """Empty in a model without attention."""
     dtype: torch.dtype
     page_size: int
     states: tuple[StateTensor, ...] = ()
-    """None in a model that keeps keys and values alone."""
+    """Empty in a model without recurrent states."""
     boundary: int | None = None
-    """What is stored of a text longer than this differs, from its first token on, from what is stored of a shorter."""
+    """Sequence length above which rotary frequencies switch for all tokens (longrope); None if they never do."""
 
     def alike(self, tokens: int, others: int) -> bool:
-        """Whether a text of ``tokens`` tokens stores the same, where they agree, as one of ``others``."""
+        """Return whether sequences of ``tokens`` and ``others`` tokens can share the pages of a common prefix."""
         return self.boundary is None or (tokens > self.boundary) == (others > self.boundary)
 
     @property
     def bytes_per_token(self) -> int:
-        return sum(site.elements for site in self.layers) * self.dtype.itemsize
+        """Bytes of one token's keys and values in all layers."""
+        return sum(layer.elements for layer in self.layers) * self.dtype.itemsize
 
     def shares(self, device: torch.device) -> dict[torch.device, float]:
-        """How keys and values are spread over devices: each one's share of their bytes. ``device`` is the pool's."""
+        """Return each device's share of the KV bytes; ``device`` is the pool's."""
         bytes_on: dict[torch.device, int] = {}
-        for site in self.layers:
-            place = site.device or device
-            bytes_on[place] = bytes_on.get(place, 0) + site.elements * self.dtype.itemsize
-        return {place: size / self.bytes_per_token for place, size in bytes_on.items()}
+        for layer in self.layers:
+            layer_device = layer.device or device
+            bytes_on[layer_device] = bytes_on.get(layer_device, 0) + layer.elements * self.dtype.itemsize
+        return {layer_device: size / self.bytes_per_token for layer_device, size in bytes_on.items()}
 
     @property
     def bytes_per_page(self) -> int:
+        """Bytes of one page's keys and values in all layers."""
         return self.bytes_per_token * self.page_size
 
     @property
     def bytes_per_row(self) -> int:
-        """What a row takes besides its tokens."""
+        """Bytes of one row's recurrent states."""
         return sum(state.bytes for state in self.states)
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that so many tokens of a row take."""
-        return -(-tokens // self.page_size) if self.layers else 0
+        """Return the number of pages that ``tokens`` tokens of one row take."""
+        return ceil_div(tokens, self.page_size) if self.layers else 0

@@ -1,10 +1,10 @@
-"""KV memory: pages that hold the keys and values of a few tokens."""
+"""KV memory: pages that hold the keys and values of ``page_size`` tokens each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
@@ -17,57 +17,68 @@ from rollout.models.kv_cache.state_pool import StatePool
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """One allocation a device: for each site, keys ``[pages, page_size, kv_heads, key_dim]`` and values likewise."""
+    """One allocation per device: for each layer, keys [pages, page_size, kv_heads, key_dim], and values likewise."""
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     device_slabs: tuple[Slab, ...] = ()
-    """The same, device by device, where there are several."""
+    """The same tensors grouped by device; empty if there is one device."""
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All keys, then all values."""
         return (*self.keys, *self.values)
 
 
-class PagePool(Pool[Slab]):
-    """Owner of all KV memory of an engine, and, in ``states``, of what rows keep besides.
+class LayerLocation(NamedTuple):
+    """Where a layer's keys and values are stored."""
 
-    Where sites lie on several devices, so does every page: the keys and values of each site are on its own.
+    pool: int
+    """Index in `PagePool.device_pools`."""
+    layer: int
+    """Index of the layer in that pool's layout."""
+
+
+class PagePool(Pool[Slab]):
+    """Owner of an engine's KV memory and, in ``states``, of the recurrent states of rows.
+
+    If layers lie on several devices, every page does too: each layer's keys and values are on the layer's device.
 
     Args:
         layout: what one token and one row store.
-        slab_pages: pages a slab.
-        device: where slabs are allocated, but for sites that name another.
-        slab_states: rows a slab of ``states``.
+        slab_pages: pages per slab.
+        device: where slabs are allocated, except for layers that name another device.
+        slab_states: rows per slab of ``states``.
     """
 
     def __init__(self, layout: KVLayout, slab_pages: int, device: torch.device, slab_states: int = 1) -> None:
         super().__init__(layout.bytes_per_page, slab_pages, device)
         self.layout = layout
         self.states = StatePool(layout.states, slab_states, device)
-        places = list(layout.shares(device))
         self._device_pools: tuple[PagePool, ...] = ()
-        self.layer_locations = tuple((0, index) for index in range(len(layout.layers)))
-        """For each site, which of `parts` it is in, and its index there."""
-        if any(place != device for place in places):
-            on = [places.index(site.device or device) for site in layout.layers]
-            self.layer_locations = tuple((part, on[:index].count(part)) for index, part in enumerate(on))
-            self._device_pools = tuple(
-                PagePool(
-                    replace(
-                        layout, layers=tuple(s for s, at in zip(layout.layers, on, strict=True) if at == n), states=()
-                    ),
-                    slab_pages,
-                    place,
-                )
-                for n, place in enumerate(places)
+        self.layer_locations = tuple(LayerLocation(pool=0, layer=index) for index in range(len(layout.layers)))
+        devices = list(layout.shares(device))
+        if any(other != device for other in devices):
+            pools = [devices.index(layer.device or device) for layer in layout.layers]
+            self.layer_locations = tuple(
+                LayerLocation(pool=pool, layer=pools[:index].count(pool)) for index, pool in enumerate(pools)
             )
+            self._device_pools = tuple(
+                PagePool(self._layout_of(pool), slab_pages, pool_device) for pool, pool_device in enumerate(devices)
+            )
+
+    def _layout_of(self, pool: int) -> KVLayout:
+        """Return the layout of one device's layers."""
+        layers = zip(self.layout.layers, self.layer_locations, strict=True)
+        return replace(
+            self.layout, layers=tuple(layer for layer, location in layers if location.pool == pool), states=()
+        )
 
     @property
     def device_pools(self) -> tuple[PagePool, ...]:
-        """The pool as one that has all sites of a device, for each device; where there is one, the pool itself.
+        """For each device, a pool with the layers of that device; the pool itself if there is only one device.
 
-        Pages and slabs have the same numbers in all. Parts are for those who read and write pages; the whole is owner.
+        All use the same page and slab ids. Read and write pages through them; allocate and release in this pool only.
         """
         return self._device_pools or (self,)
 
@@ -84,37 +95,44 @@ class PagePool(Pool[Slab]):
         return shrunk
 
     def _sync_device_pools(self) -> None:
-        for number, part in enumerate(self._device_pools):
-            part.slabs[:] = [None if slab is None else slab.device_slabs[number] for slab in self.slabs]
+        for number, pool in enumerate(self._device_pools):
+            pool.slabs[:] = [None if slab is None else slab.device_slabs[number] for slab in self.slabs]
 
     def _allocate_slab(self) -> Slab:
-        """Zero-filled: a masked key weighs 0, and 0 times an uninitialised NaN is NaN."""
+        """Allocate a slab of zeros: a masked key has weight 0, and 0 times an uninitialised NaN is NaN."""
         if self._device_pools:
-            slabs = tuple(part._allocate_slab() for part in self._device_pools)
+            slabs = tuple(pool._allocate_slab() for pool in self._device_pools)
             return Slab(
-                tuple(slabs[part].keys[index] for part, index in self.layer_locations),
-                tuple(slabs[part].values[index] for part, index in self.layer_locations),
-                slabs,
+                keys=tuple(slabs[pool].keys[layer] for pool, layer in self.layer_locations),
+                values=tuple(slabs[pool].values[layer] for pool, layer in self.layer_locations),
+                device_slabs=slabs,
             )
         layout = self.layout
         shape = (self.slab_pages, layout.page_size)
         elements = self.slab_bytes // layout.dtype.itemsize
         memory = torch.empty(elements, dtype=layout.dtype, device=self.device).zero_()
-        parts = memory.split(
+        tensors = memory.split(
             [
-                self.slab_pages * layout.page_size * site.kv_heads * dim
-                for site in layout.layers
-                for dim in (site.key_dim, site.value_dim)
+                self.slab_pages * layout.page_size * layer.kv_heads * dim
+                for layer in layout.layers
+                for dim in (layer.key_dim, layer.value_dim)
             ]
         )
-        keys = tuple(parts[2 * i].view(*shape, s.kv_heads, s.key_dim) for i, s in enumerate(layout.layers))
-        values = tuple(parts[2 * i + 1].view(*shape, s.kv_heads, s.value_dim) for i, s in enumerate(layout.layers))
-        return Slab(keys, values)
+        return Slab(
+            keys=tuple(
+                keys.view(*shape, layer.kv_heads, layer.key_dim)
+                for keys, layer in zip(tensors[0::2], layout.layers, strict=True)
+            ),
+            values=tuple(
+                values.view(*shape, layer.kv_heads, layer.value_dim)
+                for values, layer in zip(tensors[1::2], layout.layers, strict=True)
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Token slots of a pool: ``page * page_size + place in page``, in any order, also repeated."""
+    """Token slots of a pool, ``page * page_size + offset in page``: split by slab once, then used for every layer."""
 
     pool: PagePool
     count: int
@@ -122,24 +140,24 @@ class Slots:
 
     @classmethod
     def of(cls, pool: PagePool, slots: IntArray) -> Self:
-        """The slots [n], at least one."""
+        """Select slots [n], at least one, in any order; reads may repeat slots."""
         return cls(pool, len(slots), split_by_slab(slots, pool.slab_pages * pool.layout.page_size, pool.device))
 
-    def write(self, site: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes [n, kv_heads, dim] of one site; slots must differ from each other."""
-        all_keys, all_values = self._memories(site)
-        scatter(self.shares, all_keys, keys)
-        scatter(self.shares, all_values, values)
+    def write(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write keys and values [n, kv_heads, dim] of layer ``index``; slots must be unique."""
+        key_memories, value_memories = self._memories(index)
+        scatter(self.shares, key_memories, keys)
+        scatter(self.shares, value_memories, values)
 
-    def read(self, site: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [n, kv_heads, dim] of one site."""
-        keys, values = self._memories(site)
-        return self._gathered(keys), self._gathered(values)
+    def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values [n, kv_heads, dim] of layer ``index``."""
+        key_memories, value_memories = self._memories(index)
+        return self._gathered(key_memories), self._gathered(value_memories)
 
-    def _memories(self, site: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """[slots of a slab, kv_heads, dim] in the slab of each share: keys, and values."""
+    def _memories(self, index: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the keys and values [slots per slab, kv_heads, dim] of each share's slab."""
         slabs = [self.pool.slab(share.slab) for share in self.shares]
-        return [slab.keys[site].flatten(0, 1) for slab in slabs], [slab.values[site].flatten(0, 1) for slab in slabs]
+        return [slab.keys[index].flatten(0, 1) for slab in slabs], [slab.values[index].flatten(0, 1) for slab in slabs]
 
     def _gathered(self, memories: list[torch.Tensor]) -> torch.Tensor:
         return gather(self.shares, memories, memories[0].new_empty(self.count, *memories[0].shape[1:]))

@@ -1,8 +1,8 @@
-"""Memory in pages: pages lie inside slabs, which are ordinary torch allocations.
+"""Paged memory: pages lie inside slabs, which are ordinary torch allocations.
 
-A pool grows by a slab and shrinks by dropping empty ones. A page id is ``slab * slab_pages + offset``
-and stays valid while its slab lives; pages that several rows share carry a reference count. A page holds
-the keys and values of a few tokens, or, in a pool of its own, the recurrent state of one row.
+A pool grows by one slab at a time and shrinks by dropping slabs. A page id is ``slab * slab_pages + offset`` and stays
+valid while its slab exists; pages have reference counts, since rows share them. A page holds the keys and values of
+``page_size`` tokens or, in a `StatePool`, the recurrent states of one row.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 
 from rollout.models.arrays import IntArray, uploaded
 
-#: Pages that are copied in one go; a model's keys at one site take some kilobytes a page.
-_COPIED_TOGETHER = 64
+#: Pages copied per launch; the keys of one layer take some kilobytes per page.
+_PAGES_PER_COPY = 64
 
 
 class PoolExhausted(RuntimeError):
-    """More pages were asked for than are free; the caller checks ``free_pages`` first."""
+    """Fewer pages are free than were requested; callers check ``free_pages`` first."""
 
 
 class _Slab(Protocol):
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All that the slab holds: ``[pages, ...]`` each."""
+        """All tensors of the slab, [pages, ...] each."""
         ...
 
 
@@ -35,11 +35,11 @@ _S = TypeVar("_S", bound=_Slab)
 
 
 class Pool(ABC, Generic[_S]):
-    """Pages, whatever they hold.
+    """Reference-counted pages in slabs that are allocated and dropped as needed.
 
     Args:
-        page_bytes: what a page takes; 0 when there is nothing to hold, and then no page is ever asked for.
-        slab_pages: pages a slab.
+        page_bytes: bytes per page; 0 if the model stores nothing here, and then no page is ever allocated.
+        slab_pages: pages per slab.
         device: where slabs are allocated.
     """
 
@@ -49,12 +49,12 @@ class Pool(ABC, Generic[_S]):
         self.device = device
         self.slabs: list[_S | None] = []
         self._references: IntArray = np.zeros(0, np.int64)
-        self._free: list[list[int]] = []  # free page ids of each slab, highest first
+        self._free: list[list[int]] = []  # per slab: free page ids, highest first
         self._free_count = 0
 
     @abstractmethod
     def _allocate_slab(self) -> _S:
-        """A slab of `slab_bytes`."""
+        """Allocate a slab of `slab_bytes`."""
 
     # -- sizes -------------------------------------------------------------------------------------
 
@@ -81,10 +81,13 @@ class Pool(ABC, Generic[_S]):
     # -- growing and shrinking -----------------------------------------------------------------------
 
     def grow(self, agree: Callable[[bool], bool] = bool) -> bool:
-        """Adds one slab, if others who must have one too ``agree``; they are told whether there is memory for this one.
+        """Add one slab; return False, with nothing changed, if another rank cannot.
+
+        Args:
+            agree: receives whether this rank allocated its slab; returns whether all ranks did.
 
         Raises:
-            torch.OutOfMemoryError, RuntimeError: the allocator refuses; the pool is as it was.
+            torch.OutOfMemoryError, RuntimeError: the allocation failed; the pool is unchanged.
         """
         try:
             slab = self._allocate_slab()
@@ -105,14 +108,14 @@ class Pool(ABC, Generic[_S]):
         return True
 
     def shrink(self, tables: Iterable[IntArray]) -> bool:
-        """Drops the emptiest slab, after moving its pages to others; ``tables`` are rewritten in place.
+        """Move the pages of the emptiest slab to other slabs and drop it; rewrite ``tables`` in place.
 
-        Returns False, with nothing changed, when the other slabs have no room for its pages.
+        Returns False, with nothing changed, if the other slabs have too few free pages.
         """
-        held = [i for i, slab in enumerate(self.slabs) if slab is not None]
-        if not held:
+        live = [i for i, slab in enumerate(self.slabs) if slab is not None]
+        if not live:
             return False
-        victim = max(held, key=lambda i: len(self._free[i]))
+        victim = max(live, key=lambda i: len(self._free[i]))
         used = self.slab_pages - len(self._free[victim])
         if used > self._free_count - len(self._free[victim]):
             return False
@@ -139,13 +142,13 @@ class Pool(ABC, Generic[_S]):
     # -- pages ---------------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> IntArray:
-        """Takes ``count`` free pages, lowest slabs first, so that the highest run empty.
+        """Take ``count`` free pages, lowest slabs first, so that the highest slabs become empty.
 
         Raises:
-            PoolExhausted: fewer are free.
+            PoolExhausted: fewer pages are free.
         """
         if count > self._free_count:
-            raise PoolExhausted(f"{count} pages wanted, {self._free_count} free")
+            raise PoolExhausted(f"{count} pages were requested, but only {self._free_count} are free.")
         taken: list[int] = []
         for free in self._free:
             while free and len(taken) < count:
@@ -158,14 +161,14 @@ class Pool(ABC, Generic[_S]):
         return pages
 
     def share(self, pages: IntArray) -> None:
-        """One more row holds ``pages``."""
+        """Add one reference to each of ``pages``."""
         self._references[pages] += 1
 
     def release(self, pages: IntArray, scrub: bool = False) -> None:
-        """One row fewer holds ``pages``; those that nobody holds are free again.
+        """Drop one reference to each of ``pages`` and free those without references.
 
-        With ``scrub`` those are zeroed: after a row with non-finite values, lest a later holder multiplies
-        a weight of 0 by NaN.
+        With ``scrub``, freed pages are zeroed: a row left non-finite values in them, and 0 times NaN is NaN, so a
+        masked key of a later row would spoil its output.
         """
         self._references[pages] -= 1
         freed = pages[self._references[pages] == 0]
@@ -180,24 +183,28 @@ class Pool(ABC, Generic[_S]):
                     tensor.index_fill_(0, inside[tensor.device], 0)
 
     def copy(self, source: IntArray, target: IntArray) -> None:
-        """Copies the contents of pages, no two of which may have one target, nor be both source and target.
+        """Copy the contents of pages ``source`` [n] to ``target`` [n]; targets are unique and no page is in both.
 
-        Many at a time: a launch for each tensor of each page would keep a GPU waiting. But not more than take little
-        memory on the way, since pages move when there is none.
+        Pages are copied in batches, since a launch per page and tensor would leave a GPU idle. Batches are small,
+        since pages move when memory is short.
         """
         slabs = np.stack([source, target]) // self.slab_pages
         for from_slab, to_slab in np.unique(slabs, axis=1).T.tolist():
-            between = np.flatnonzero((slabs[0] == from_slab) & (slabs[1] == to_slab))
-            for start in range(0, len(between), _COPIED_TOGETHER):
-                pages = between[start : start + _COPIED_TOGETHER]
-                inside = source[pages] % self.slab_pages, target[pages] % self.slab_pages
-                _copy(self.slab(from_slab).tensors, self.slab(to_slab).tensors, *inside)
+            pairs = np.flatnonzero((slabs[0] == from_slab) & (slabs[1] == to_slab))
+            for start in range(0, len(pairs), _PAGES_PER_COPY):
+                pages = pairs[start : start + _PAGES_PER_COPY]
+                _copy(
+                    sources=self.slab(from_slab).tensors,
+                    targets=self.slab(to_slab).tensors,
+                    source=source[pages] % self.slab_pages,
+                    target=target[pages] % self.slab_pages,
+                )
 
     def slab(self, index: int) -> _S:
-        """The slab with this index.
+        """Return the slab with this index.
 
         Raises:
-            IndexError, AssertionError: it was dropped.
+            IndexError, AssertionError: the slab was dropped.
         """
         slab = self.slabs[index]
         assert slab is not None, f"slab {index} was dropped"
@@ -220,17 +227,17 @@ class Pool(ABC, Generic[_S]):
 
 
 def _copy(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], source: IntArray, target: IntArray) -> None:
-    """From pages ``source`` of the tensors of one slab to pages ``target`` of those of one."""
+    """Copy pages ``source`` of one slab's tensors to pages ``target`` of another's."""
     if len(source) == 1:
         for from_tensor, to_tensor in zip(sources, targets, strict=True):
             to_tensor[int(target[0])].copy_(from_tensor[int(source[0])])
         return
-    given, wanted = _on_devices(source, targets), _on_devices(target, targets)
+    from_pages, to_pages = _on_devices(source, targets), _on_devices(target, targets)
     for from_tensor, to_tensor in zip(sources, targets, strict=True):
         device = to_tensor.device
-        to_tensor.index_copy_(0, wanted[device], from_tensor.index_select(0, given[device]))
+        to_tensor.index_copy_(0, to_pages[device], from_tensor.index_select(0, from_pages[device]))
 
 
 def _on_devices(pages: IntArray, tensors: Iterable[torch.Tensor]) -> dict[torch.device, torch.Tensor]:
-    """The pages where they are to be indices."""
+    """Upload page indices to every device that has one of ``tensors``."""
     return {device: uploaded(pages, device) for device in {tensor.device for tensor in tensors}}

@@ -1,4 +1,4 @@
-"""Global ids of a pool, split by slab once and then used for every site or state."""
+"""Index arithmetic over slabs: ids of a pool are split by slab once, then used for every layer or state."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from rollout.models.arrays import IntArray, uploaded
 
 @dataclass(frozen=True, slots=True)
 class SlabShare:
-    """The share of some global ids (of pages, or of slots in pages) that lies in one slab."""
+    """The part of a list of pool-wide ids (pages or token slots) that lies in one slab."""
 
     slab: int
     where: torch.Tensor | None
-    """Positions among the ids; all of them, in order, when None."""
+    """Positions of these ids in the list; None if the slab holds the whole list."""
     inside: torch.Tensor
-    """The ids, counted from the slab's start."""
+    """The ids relative to the slab's first."""
 
 
-def split_by_slab(ids: IntArray, unit: int, device: torch.device) -> tuple[SlabShare, ...]:
-    """Split global ids [n], at least one, by slab, with ``unit`` ids to each."""
-    slabs, inside = np.divmod(ids, unit)
+def split_by_slab(ids: IntArray, ids_per_slab: int, device: torch.device) -> tuple[SlabShare, ...]:
+    """Split pool-wide ids [n], at least one, by slab."""
+    slabs, inside = np.divmod(ids, ids_per_slab)
     if (slabs == slabs[0]).all():
         return (SlabShare(int(slabs[0]), None, uploaded(inside, device)),)
-    places = [(int(slab), np.flatnonzero(slabs == slab)) for slab in np.unique(slabs)]
-    return tuple(SlabShare(slab, uploaded(at, device), uploaded(inside[at], device)) for slab, at in places)
+    shares = [(int(slab), np.flatnonzero(slabs == slab)) for slab in np.unique(slabs)]
+    return tuple(SlabShare(slab, uploaded(where, device), uploaded(inside[where], device)) for slab, where in shares)
 
 
 def gather(shares: Sequence[SlabShare], memories: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-    """Copy the rows of each share's memory ``[ids of a slab, ...]`` to their places in ``out`` [n, ...]; return it."""
+    """Copy the entries of each share's memory [ids per slab, ...] to their positions in ``out`` [n, ...]; return it."""
     for share, memory in zip(shares, memories, strict=True):
         if share.where is None:
             torch.index_select(memory, 0, share.inside, out=out)
@@ -42,7 +42,7 @@ def gather(shares: Sequence[SlabShare], memories: Sequence[torch.Tensor], out: t
 
 
 def scatter(shares: Sequence[SlabShare], memories: Sequence[torch.Tensor], values: torch.Tensor) -> None:
-    """Write ``values`` [n, ...] to the rows of each share's memory; ids must differ from each other."""
+    """Write ``values`` [n, ...] to the entries of each share's memory; ids must be unique."""
     for share, memory in zip(shares, memories, strict=True):
-        rows = values if share.where is None else values.index_select(0, share.where)
-        memory.index_copy_(0, share.inside, rows.to(memory.dtype))
+        entries = values if share.where is None else values.index_select(0, share.where)
+        memory.index_copy_(0, share.inside, entries.to(memory.dtype))

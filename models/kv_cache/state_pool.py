@@ -1,4 +1,4 @@
-"""Recurrent states: what a row keeps besides keys and values, as one page of a pool of their own."""
+"""Recurrent states of rows: one page of a pool of their own per row."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rollout.models.kv_cache.slab_index import SlabShare, gather, scatter, split
 
 @dataclass(frozen=True, slots=True)
 class StateSlab:
-    """One allocation: for each state of the layout, ``[pages, *shape]``."""
+    """One allocation; ``tensors`` holds [pages, *shape] for each state of the layout."""
 
     tensors: tuple[torch.Tensor, ...]
 
 
 class StatePool(Pool[StateSlab]):
-    """Its pages hold all states of one row each. A page is written whole before it is read."""
+    """A pool whose pages hold all recurrent states of one row. A page is written whole before it is read."""
 
     def __init__(self, states: tuple[StateTensor, ...], slab_pages: int, device: torch.device) -> None:
         super().__init__(sum(state.bytes for state in states), slab_pages, device)
@@ -31,7 +31,7 @@ class StatePool(Pool[StateSlab]):
         memory = torch.empty(self.slab_bytes, dtype=torch.uint8, device=self.device)
         tensors: dict[int, torch.Tensor] = {}
         start = 0
-        # The widest numbers first, so that each tensor begins at a multiple of its numbers' width.
+        # Widest dtype first, so that each tensor starts at a multiple of its itemsize.
         for index in sorted(range(len(self.layout)), key=lambda i: -self.layout[i].dtype.itemsize):
             state = self.layout[index]
             end = start + self.slab_pages * state.bytes
@@ -42,7 +42,7 @@ class StatePool(Pool[StateSlab]):
 
 @dataclass(frozen=True, slots=True)
 class StateRows:
-    """The states of some rows of a pool: split by slab once, then used for every layer."""
+    """The states of several rows: split by slab once, then used for every layer."""
 
     pool: StatePool
     count: int
@@ -50,17 +50,17 @@ class StateRows:
 
     @classmethod
     def of(cls, pool: StatePool, pages: IntArray) -> Self:
-        """The rows with these ``pages``, at least one, all different."""
+        """Select the rows of these state ``pages`` [n], at least one, all different."""
         return cls(pool, len(pages), split_by_slab(pages, pool.slab_pages, pool.device))
 
     def read(self, index: int) -> torch.Tensor:
-        """A copy ``[rows, *shape]`` of the ``index``-th state of the layout."""
+        """Return a copy [rows, *shape] of the ``index``-th state of the layout."""
         state = self.pool.layout[index]
         out = torch.empty(self.count, *state.shape, dtype=state.dtype, device=self.pool.device)
         return gather(self.shares, self._memories(index), out)
 
     def write(self, index: int, values: torch.Tensor) -> None:
-        """Overwrites that state by ``values`` ``[rows, *shape]``."""
+        """Overwrite the ``index``-th state of the layout with ``values`` [rows, *shape]."""
         scatter(self.shares, self._memories(index), values)
 
     def _memories(self, index: int) -> list[torch.Tensor]:

@@ -202,7 +202,7 @@ class CudaGraphRunner(Runner):
         size = padded_batch_size(len(batch.query_lens))
         needed = MetadataSizes.of(batch, self._pool.layout.page_size)
         captured = self._captured.get(size)
-        if captured is not None and captured.inputs.metadata.room.holds(needed):
+        if captured is not None and captured.inputs.metadata.capacity.holds(needed):
             captured.inputs.fill(batch)
             return captured
         self._drop(size)
@@ -281,7 +281,7 @@ class _StepInputs:
 
     def __init__(self, metadata: TritonMetadata) -> None:
         self.metadata = metadata
-        shape = (1, metadata.room.tokens)
+        shape = (1, metadata.capacity.tokens)
         device = metadata.slabs.pool.device
         self._host_positions = np.zeros(shape, np.int64)
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)

@@ -86,5 +86,5 @@ def test_the_fastest_attention_agrees_with_the_gathering_one(family: str) -> Non
 def test_triton_s_attention_agrees_with_the_gathering_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU as well: a window with a softcap, and sinks."""
     kernels_run_here(monkeypatch)
-    monkeypatch.setattr(triton, "_BLOCKS", dict.fromkeys(triton._BLOCKS, (_BLOCKS, _BLOCKS)))
+    monkeypatch.setattr(triton, "_TILE_SIZES", dict.fromkeys(triton._TILE_SIZES, (_BLOCKS, _BLOCKS)))
     assert_agrees_with_gathering(family, TritonBackend)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rollout.models.attention.triton import _BLOCKS, tile_sizes
+from rollout.models.attention.triton import _TILE_SIZES, tile_sizes
 from rollout.models.sampling import gumbel_triton, top_p_triton
 
 _SHARED_BYTES = 227 << 10
@@ -98,7 +98,7 @@ def attend(dtype: str, dims: tuple[int, int], group: int, split: bool, **changes
 
 def test_attention_of_every_cut(tmp_path: Path) -> None:
     """All cases share one subprocess, so that Triton is imported once."""
-    kinds = [({2: "bf16", 4: "fp32"}[itemsize], dim, split) for itemsize, dim in _BLOCKS for split in (True, False)]
+    kinds = [({2: "bf16", 4: "fp32"}[itemsize], dim, split) for itemsize, dim in _TILE_SIZES for split in (True, False)]
     cases = [attend(dtype, (dim, dim), 4, split) for dtype, dim, split in kinds]
     for kind, made in zip(kinds, compiled(tmp_path, cases), strict=True):
         dtype, _, split = kind

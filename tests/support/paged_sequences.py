@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rollout.models.arrays import IntArray
+from rollout.models.arrays import IntArray, ceil_div
 from rollout.models.attention.interface import ScoreParams
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
@@ -21,19 +21,19 @@ Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, ScoreParams
 
 @dataclass(frozen=True)
 class Kind:
-    """One site of a model, and how it makes weights of its scores."""
+    """One layer of a model, and how it makes weights of its scores."""
 
     kv_heads: int
     group: int
     key_dim: int
     value_dim: int
-    span: MaskKind = MaskKind()
+    mask_kind: MaskKind = MaskKind()
     softcap: float | None = None
     sinks: bool = False
 
 
 class PagedWorld:
-    """Sequences with keys, values and queries for every site, and a pool whose every slot holds NaN until written.
+    """Sequences with keys, values and queries for every layer, and a pool whose every slot holds NaN until written.
 
     Args:
         lengths: tokens of each sequence.
@@ -60,9 +60,11 @@ class PagedWorld:
         print("seed", seed, "place", place)
         self.lengths, self.dtype, self.kinds, self.page_size = lengths, dtype, kinds, page_size
         self.tolerance, self.device = tolerance, device
-        sites = tuple(AttentionLayer(None, kind.kv_heads, kind.key_dim, kind.value_dim, kind.span) for kind in kinds)
-        self.pool = PagePool(KVLayout(sites, dtype, page_size), slab_pages, device)
-        counts = [-(-length // page_size) for length in lengths]
+        layers = tuple(
+            AttentionLayer(None, kind.kv_heads, kind.key_dim, kind.value_dim, kind.mask_kind) for kind in kinds
+        )
+        self.pool = PagePool(KVLayout(layers, dtype, page_size), slab_pages, device)
+        counts = [ceil_div(length, page_size) for length in lengths]
         while self.pool.free_pages < sum(counts) + 5:
             self.pool.grow()
         self.poison()
@@ -76,7 +78,7 @@ class PagedWorld:
                 rows[1][:shared] = rows[0][:shared]
             return [row.to(device) for row in rows]
 
-        # [site][sequence]
+        # [layer][sequence]
         self.queries = [drawn(kind.kv_heads * kind.group, kind.key_dim) for kind in kinds]
         self.keys = [drawn(kind.kv_heads, kind.key_dim) for kind in kinds]
         self.values = [drawn(kind.kv_heads, kind.value_dim) for kind in kinds]
@@ -125,7 +127,7 @@ class PagedWorld:
         width = max(len(self.tables[sequence]) for sequence, _ in parts)
         tables = np.full((len(parts), width), 10**9)
         for row, (sequence, positions) in enumerate(parts):
-            held = self.tables[sequence][: -(-positions.stop // self.page_size)]
+            held = self.tables[sequence][: ceil_div(positions.stop, self.page_size)]
             tables[row, : len(held)] = held
         starts, lengths = (np.array(x) for x in zip(*((p.start, len(p)) for _, p in parts), strict=True))
         return ForwardBatch(torch.zeros(int(lengths.sum()), dtype=torch.int64), tables, starts, lengths)
@@ -134,7 +136,7 @@ class PagedWorld:
         return torch.cat([source[index][sequence][positions] for sequence, positions in parts])
 
     def attend(self, attention: Attention, parts: Parts) -> list[torch.Tensor]:
-        """One forward: for each site [T, heads, value_dim]."""
+        """One forward: for each layer [T, heads, value_dim]."""
         return [
             attention(index, *(self.packed(s, index, parts) for s in (self.queries, self.keys, self.values)), scores)
             for index, scores in enumerate(self.scores)
@@ -153,10 +155,10 @@ class PagedWorld:
             logits = scores.softcap * torch.tanh(logits / scores.softcap)
         q, k = torch.tensor(positions)[:, None], torch.arange(positions.stop)
         seen = k <= q
-        if kind.span.kind == "window":
-            seen &= q - k < kind.span.size
-        if kind.span.kind == "chunk":
-            seen &= q // kind.span.size == k // kind.span.size
+        if kind.mask_kind.kind == "window":
+            seen &= q - k < kind.mask_kind.size
+        if kind.mask_kind.kind == "chunk":
+            seen &= q // kind.mask_kind.size == k // kind.mask_kind.size
         weights = logits.masked_fill(~seen, -torch.inf).exp()
         sink = 0.0 if scores.sinks is None else scores.sinks.cpu().double().exp()[:, None, None]
         weights = weights / (weights.sum(-1, keepdim=True) + sink)
@@ -194,7 +196,7 @@ def whole(world: PagedWorld) -> Parts:
 def same_bits(
     alone: list[list[torch.Tensor]], outputs: list[torch.Tensor], parts: Parts, kinds: tuple[Kind, ...]
 ) -> None:
-    """``alone``: [sequence][site], each of the whole sequence."""
+    """``alone``: [sequence][layer], each of the whole sequence."""
     for index, kind in enumerate(kinds):
         pieces = outputs[index].split([len(positions) for _, positions in parts])
         for out, (sequence, positions) in zip(pieces, parts, strict=True):

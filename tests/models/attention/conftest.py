@@ -16,7 +16,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     found = kernels_run_here(monkeypatch)
     if found.type == "cpu":
         monkeypatch.setattr(triton_metadata, "SPLIT_TOKENS", 32)
-        small = {key: (TileSizes(16, 16, 4), TileSizes(16, 16, 4)) for key in triton._BLOCKS}
-        monkeypatch.setattr(triton, "_BLOCKS", small)
+        small = {key: (TileSizes(16, 16, 4), TileSizes(16, 16, 4)) for key in triton._TILE_SIZES}
+        monkeypatch.setattr(triton, "_TILE_SIZES", small)
         monkeypatch.setattr(triton, "_PROGRAMS", 5)
     return found

@@ -62,7 +62,7 @@ class World(PagedWorld):
         return CompiledForward(kernel, self.pool, forward.page_tables, forward.prefix_lens, forward.query_lens, threads)
 
     def run(self, kernel: Kernel, parts: Parts, threads: int = 1) -> list[torch.Tensor]:
-        """One forward: for each site [T, heads, value_dim]."""
+        """One forward: for each layer [T, heads, value_dim]."""
         return self.attend(self.step(kernel, parts, threads), parts)
 
 
@@ -70,14 +70,14 @@ class World(PagedWorld):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_prefill_is_plain_attention(kernel: Kernel, dtype: torch.dtype) -> None:
+def test_prefill_equals_reference_attention(kernel: Kernel, dtype: torch.dtype) -> None:
     world = World([150, 1, 64, 9, 65], dtype, 0)
     world.compare(world.run(kernel, whole(world)), whole(world))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("page_size", "slab_pages"), [(16, 8), (5, 3), (64, 1)])
-def test_any_mix_of_rows_and_segments_is_plain_attention(
+def test_mixed_decodes_and_prefills_equal_reference_attention(
     kernel: Kernel, dtype: torch.dtype, page_size: int, slab_pages: int
 ) -> None:
     world = World([90, 33, 1, 17, 130], dtype, 1, page_size=page_size, slab_pages=slab_pages)
@@ -86,7 +86,7 @@ def test_any_mix_of_rows_and_segments_is_plain_attention(
         world.compare(world.run(kernel, parts), parts)
 
 
-def test_long_sequences_are_plain_attention(kernel: Kernel) -> None:
+def test_sequences_of_several_chunks_equal_reference_attention(kernel: Kernel) -> None:
     """Beyond the chunks into which one sequence is divided, with rows that several threads share."""
     world = World(
         [1100, 530], torch.float32, 2, kinds=(KINDS[0], KINDS[5], KINDS[7], Kind(1, 2, 16, 16, MaskKind("window", 700)))
@@ -103,7 +103,7 @@ def test_long_sequences_are_plain_attention(kernel: Kernel) -> None:
             world.compare(world.run(kernel, parts, threads), parts)
 
 
-def test_sequences_read_the_pages_that_they_share(kernel: Kernel) -> None:
+def test_sequences_read_shared_pages(kernel: Kernel) -> None:
     world = World([40, 50], torch.float32, 3, shared=32)
     first = [(0, range(40))]
     world.compare(world.run(kernel, first), first)
@@ -111,7 +111,7 @@ def test_sequences_read_the_pages_that_they_share(kernel: Kernel) -> None:
     world.compare(world.run(kernel, rest), rest)
 
 
-def test_pages_written_in_a_forward_are_read_by_others_in_it(kernel: Kernel) -> None:
+def test_shared_pages_written_in_a_forward_are_read_in_the_same_forward(kernel: Kernel) -> None:
     world = World([600, 33], torch.float32, 4, shared=32, kinds=KINDS[:2])
     parts = [(1, range(32, 33)), (0, range(600))]
     first = world.run(kernel, parts)
@@ -123,7 +123,7 @@ def test_pages_written_in_a_forward_are_read_by_others_in_it(kernel: Kernel) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tensors_of_any_strides(kernel: Kernel, dtype: torch.dtype) -> None:
+def test_strides_of_inputs_do_not_change_results(kernel: Kernel, dtype: torch.dtype) -> None:
     world = World([21, 30], dtype, 5)
     parts = [(1, range(30)), (0, range(21))]
     plain = world.run(kernel, parts)
@@ -141,7 +141,7 @@ def test_tensors_of_any_strides(kernel: Kernel, dtype: torch.dtype) -> None:
             assert torch.equal(step(index, *tensors, world.scores[index]), plain[index])
 
 
-def test_other_dtypes_are_cast_to_that_of_the_pages(kernel: Kernel) -> None:
+def test_inputs_are_cast_to_the_dtype_of_the_pages(kernel: Kernel) -> None:
     """Under autocast queries and keys come in float32 and values in bfloat16."""
     world = World([20], torch.bfloat16, 6)
     parts = whole(world)
@@ -152,14 +152,14 @@ def test_other_dtypes_are_cast_to_that_of_the_pages(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_key_and_value_is_written_where_it_belongs_and_nowhere_else(kernel: Kernel, dtype: torch.dtype) -> None:
+def test_keys_and_values_are_written_to_their_slots_only(kernel: Kernel, dtype: torch.dtype) -> None:
     world = World([100, 7], dtype, 7)
     world.run(kernel, [(0, range(98)), (1, range(7))], threads=2)
     world.run(kernel, [(0, range(98, 99))])
     world.check_only_written({0: 99, 1: 7})
 
 
-def test_extreme_scores(kernel: Kernel) -> None:
+def test_extreme_scores_neither_overflow_nor_give_nan(kernel: Kernel) -> None:
     """Weights far below the smallest float vanish, and scores far beyond exp's range do not overflow."""
     world = World([200], torch.float32, 8, kinds=(Kind(1, 2, 16, 16), Kind(1, 2, 16, 16, sinks=True)))
     for keys in world.keys:
@@ -187,7 +187,7 @@ def test_extreme_scores(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_token_s_bits_do_not_depend_on_cuts_company_places_or_threads(kernel: Kernel, dtype: torch.dtype) -> None:
+def test_bits_do_not_depend_on_chunks_batch_pages_or_threads(kernel: Kernel, dtype: torch.dtype) -> None:
     lengths, seed = [100, 70, 3, 150], 10
     alone = []
     for sequence in range(len(lengths)):
@@ -199,7 +199,7 @@ def test_a_token_s_bits_do_not_depend_on_cuts_company_places_or_threads(kernel: 
             same_bits(alone, world.run(kernel, parts, threads=1 + attempt % 3), parts, KINDS)
 
 
-def test_a_decoded_token_has_the_bits_of_a_prefilled_one(kernel: Kernel) -> None:
+def test_decoded_token_has_the_bits_of_a_prefilled_one(kernel: Kernel) -> None:
     for dtype in DTYPES:
         world = World([90], dtype, 11)
         alone = [world.run(kernel, whole(world))]
@@ -209,7 +209,7 @@ def test_a_decoded_token_has_the_bits_of_a_prefilled_one(kernel: Kernel) -> None
             same_bits(alone, world.run(kernel, parts), parts, KINDS)
 
 
-def test_the_bits_of_long_sequences_do_not_depend_on_who_computes_them(kernel: Kernel) -> None:
+def test_bits_of_long_sequences_do_not_depend_on_how_threads_divide_them(kernel: Kernel) -> None:
     """Rows divided among threads by heads and chunks, tiles across the border of a chunk, a window over two."""
     world = World([1300, 600], torch.float32, 12)
     alone = [world.run(kernel, [(sequence, range(length))]) for sequence, length in enumerate(world.lengths)]
@@ -221,7 +221,7 @@ def test_the_bits_of_long_sequences_do_not_depend_on_who_computes_them(kernel: K
         (1, [(0, range(1023, 1026)), (1, range(500, 600))]),
     ):
         step = world.step(kernel, parts, threads)
-        for _ in range(3):  # a plan serves every site, and leaves nothing behind
+        for _ in range(3):  # a plan serves every layer, and leaves nothing behind
             outputs = [
                 step(index, *(world.packed(s, index, parts) for s in (world.queries, world.keys, world.values)), scores)
                 for index, scores in enumerate(world.scores)
@@ -231,7 +231,7 @@ def test_the_bits_of_long_sequences_do_not_depend_on_who_computes_them(kernel: K
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["queries", "keys", "values"])
-def test_non_finite_numbers_stay_with_the_tokens_that_see_them(kernel: Kernel, bad: float, where: str) -> None:
+def test_non_finite_inputs_affect_only_tokens_that_see_them(kernel: Kernel, bad: float, where: str) -> None:
     sound, world = World([80, 80, 40], torch.float32, 13), World([80, 80, 40], torch.float32, 13)
     for stored in getattr(world, where):
         stored[1][50] = bad
@@ -244,10 +244,10 @@ def test_non_finite_numbers_stay_with_the_tokens_that_see_them(kernel: Kernel, b
         else:
             position = torch.arange(50, 80)
             seen = torch.ones(30, dtype=torch.bool)
-            if kind.span.kind == "window":
-                seen = position - 50 < kind.span.size
-            if kind.span.kind == "chunk":
-                seen = position // kind.span.size == 50 // kind.span.size
+            if kind.mask_kind.kind == "window":
+                seen = position - 50 < kind.mask_kind.size
+            if kind.mask_kind.kind == "chunk":
+                seen = position // kind.mask_kind.size == 50 // kind.mask_kind.size
             clean[80 + position[seen]] = False
         assert torch.equal(outputs[index][clean], expected[index][clean]), kind
         if bad != bad or where == "values":
@@ -261,7 +261,7 @@ def test_non_finite_numbers_stay_with_the_tokens_that_see_them(kernel: Kernel, b
 # -- the pool --------------------------------------------------------------------------------------------
 
 
-def test_slabs_that_come_and_go(kernel: Kernel) -> None:
+def test_dropped_and_replaced_slabs_are_noticed(kernel: Kernel) -> None:
     world = World([60], torch.float32, 14, slab_pages=2)
     expected = world.run(kernel, whole(world))
     used = set((world.tables[0] // 2).tolist())
@@ -281,7 +281,7 @@ def test_slabs_that_come_and_go(kernel: Kernel) -> None:
     assert not torch.equal(world.pool.slab(number).keys[0], torch.zeros_like(held.keys[0]))
 
 
-def test_pages_that_are_in_no_slab_are_refused(kernel: Kernel) -> None:
+def test_page_in_no_slab_raises_index_error(kernel: Kernel) -> None:
     world = World([20, 20], torch.float32, 15)
     for page in (-1, 10**9):
         world.tables[1][1] = page
@@ -289,13 +289,13 @@ def test_pages_that_are_in_no_slab_are_refused(kernel: Kernel) -> None:
             world.run(kernel, whole(world))
 
 
-def test_what_does_not_fit_is_refused(kernel: Kernel) -> None:
+def test_mismatched_shapes_and_unsupported_layouts_are_refused(kernel: Kernel) -> None:
     world = World([20], torch.float32, 16)
     step = world.step(kernel, whole(world))
     q, k, v = (world.packed(s, 0, whole(world)) for s in (world.queries, world.keys, world.values))
     scores = world.scores[0]
     for tensors in ((q[1:], k, v), (q, k[:, 1:], v), (q, k, v[..., 1:]), (q[:, 1:], k, v), (q[..., 1:], k, v)):
-        with pytest.raises(ValueError, match="Site 0"):
+        with pytest.raises(ValueError, match="Layer 0"):
             step(0, *tensors, scores)
     with pytest.raises(ValueError, match="sinks"):
         step(0, q, k, v, ScoreParams(1.0, None, torch.zeros(3)))
@@ -310,7 +310,7 @@ def test_what_does_not_fit_is_refused(kernel: Kernel) -> None:
         CompiledForward(kernel, double, *arrays)
 
 
-def test_a_step_without_tokens(kernel: Kernel) -> None:
+def test_forward_without_tokens_returns_empty_output(kernel: Kernel) -> None:
     world = World([20], torch.float32, 17)
     empty = [(0, range(0))]
     assert world.run(kernel, empty)[0].shape == (0, 9, 64)
@@ -321,7 +321,7 @@ def test_a_step_without_tokens(kernel: Kernel) -> None:
 # -- the source ------------------------------------------------------------------------------------------
 
 
-def test_it_runs_in_torch_s_threads(kernel: Kernel) -> None:
+def test_kernel_runs_in_threads_of_torch(kernel: Kernel) -> None:
     """No more threads after than before, and one OpenMP runtime."""
     if not torch.backends.openmp.is_available() or not Path("/proc/self/task").exists():
         pytest.skip("torch has no OpenMP here, or the system no /proc")

@@ -22,7 +22,7 @@ from rollout.models.csrc import build
 from tests.support.compiler import needs_compiler
 
 
-def test_it_compiles_without_warnings(tmp_path: Path) -> None:
+def test_source_compiles_without_warnings(tmp_path: Path) -> None:
     needs_compiler()
     warnings = [*build.FLAGS, "-Wall", "-Wextra", "-Werror", "-O1", "-o", str(tmp_path / "out.so")]
     subprocess.run([*build.compiler(), *warnings, str(compiled.SOURCE), "-lm"], check=True)
@@ -33,7 +33,7 @@ def test_it_compiles_without_warnings(tmp_path: Path) -> None:
             subprocess.run([command, *warnings, *also, str(compiled.SOURCE)], check=True)
 
 
-def test_its_own_exponential_and_tangent(tmp_path: Path) -> None:
+def test_exponential_and_tanh_are_accurate(tmp_path: Path) -> None:
     needs_compiler()
     (tmp_path / "probe.c").write_text(
         f'#include "{compiled.SOURCE}"\n'
@@ -72,7 +72,7 @@ def test_its_own_exponential_and_tangent(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache folder, and a loader that has not been called."""
     needs_compiler()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -83,7 +83,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     compiled.kernel.cache_clear()
 
 
-def none_and_one_warning(caplog: pytest.LogCaptureFixture, why: str) -> None:
+def assert_unavailable_with_one_warning(caplog: pytest.LogCaptureFixture, why: str) -> None:
     with caplog.at_level(logging.WARNING):
         assert compiled.kernel() is None
         assert compiled.kernel() is None
@@ -91,45 +91,45 @@ def none_and_one_warning(caplog: pytest.LogCaptureFixture, why: str) -> None:
     assert why in caplog.text
 
 
-def test_what_is_built_is_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stale = fresh / "paged-attention-0123456789abcdef01234567.so"
-    fresh.mkdir(parents=True)
+def test_built_library_is_cached_per_cpu(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = empty_cache / "paged-attention-0123456789abcdef01234567.so"
+    empty_cache.mkdir(parents=True)
     stale.write_text("another machine's")
     assert compiled.kernel() is not None
     assert compiled.kernel() is compiled.kernel()
-    (made,) = set(fresh.iterdir()) - {stale}
+    (made,) = set(empty_cache.iterdir()) - {stale}
     assert stale.read_text() == "another machine's"
     before = made.stat().st_mtime_ns
     compiled.load()
     assert made.stat().st_mtime_ns == before
     monkeypatch.setattr(build, "_cpu", lambda: "another CPU")
     compiled.load()
-    assert len(list(fresh.iterdir())) == 3
+    assert len(list(empty_cache.iterdir())) == 3
 
 
-def test_a_file_that_cannot_be_loaded_is_built_again(fresh: Path) -> None:
+def test_broken_cached_library_is_rebuilt(empty_cache: Path) -> None:
     compiled.load()
-    (made,) = fresh.iterdir()
+    (made,) = empty_cache.iterdir()
     size = made.stat().st_size
     made.unlink()  # what is mapped must not change
     made.write_bytes(b"")
     compiled.load()
     assert made.stat().st_size == size
-    assert list(fresh.iterdir()) == [made]
+    assert list(empty_cache.iterdir()) == [made]
 
 
-def test_builds_at_the_same_time(fresh: Path) -> None:
+def test_concurrent_builds_leave_one_library(empty_cache: Path) -> None:
     with ThreadPoolExecutor(4) as executor:
         assert all(executor.map(lambda _: isinstance(compiled.load(), Kernel), range(4)))
-    assert len(list(fresh.iterdir())) == 1
+    assert len(list(empty_cache.iterdir())) == 1
 
 
-def test_without_a_compiler(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+def test_missing_compiler_is_warned_about_once(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    none_and_one_warning(caplog, "no C compiler was found")
+    assert_unavailable_with_one_warning(caplog, "no C compiler was found")
 
 
 @pytest.mark.parametrize(
@@ -141,40 +141,40 @@ def test_without_a_compiler(
         (shlex.join([sys.executable, "-c", "print('a compiler that makes nothing')"]), "cannot be loaded"),
     ],
 )
-def test_a_compiler_that_fails(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: str, why: str
+def test_failing_compiler_is_warned_about_once(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: str, why: str
 ) -> None:
     monkeypatch.setenv("CC", command)
-    none_and_one_warning(caplog, why)
-    assert not [file for file in fresh.parent.rglob("*") if file.is_file()]
+    assert_unavailable_with_one_warning(caplog, why)
+    assert not [file for file in empty_cache.parent.rglob("*") if file.is_file()]
 
 
-def test_a_source_that_does_not_compile(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+def test_source_that_does_not_compile_is_warned_about(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(compiled, "SOURCE", tmp_path / "broken.c")
     (tmp_path / "broken.c").write_text("int broken(void) { return no_such_name; }")
-    none_and_one_warning(caplog, "no_such_name")
+    assert_unavailable_with_one_warning(caplog, "no_such_name")
 
 
-def test_a_kernel_that_computes_something_else_is_not_used(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+def test_kernel_that_fails_its_self_test_is_not_used(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     for file in (compiled.SOURCE, *compiled.SOURCE.parent.glob("*.h")):
         shutil.copy(file, tmp_path)
     header = tmp_path / "attention_call.h"
     mutated = header.read_text().replace(
-        "return position / site->mask_size * site->mask_size;\n    return 0;", "return position;\n    return 1;"
+        "return position / layer->mask_size * layer->mask_size;\n    return 0;", "return position;\n    return 1;"
     )
     assert mutated != header.read_text()
     header.write_text(mutated)
     monkeypatch.setattr(compiled, "SOURCE", tmp_path / compiled.SOURCE.name)
-    none_and_one_warning(caplog, "computes something else")
-    assert not [file for file in fresh.parent.rglob("*") if file.is_file()]
+    assert_unavailable_with_one_warning(caplog, "differs from reference attention by")
+    assert not [file for file in empty_cache.parent.rglob("*") if file.is_file()]
 
 
-def test_a_cache_that_cannot_be_written(fresh: Path) -> None:
-    fresh.parent.parent.mkdir(parents=True)
-    fresh.parent.write_text("a file where the folder should be")
+def test_unwritable_cache_builds_for_this_process_only(empty_cache: Path) -> None:
+    empty_cache.parent.parent.mkdir(parents=True)
+    empty_cache.parent.write_text("a file where the folder should be")
     assert compiled.kernel() is not None
-    assert fresh.parent.is_file()
+    assert empty_cache.parent.is_file()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rollout.models.arrays import IntArray
+from rollout.models.arrays import IntArray, ceil_div
 from rollout.models.attention import gather
 from rollout.models.attention.base import PagedAttention
 from rollout.models.attention.gather import GatherAttention
@@ -27,12 +27,12 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 0.03}
 
 @dataclass(frozen=True)
 class Kind:
-    """One site of a model, and how it makes weights of its scores."""
+    """One layer of a model, and how it makes weights of its scores."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
-    span: MaskKind
+    mask_kind: MaskKind
     scale: float
     softcap: float | None = None
     sinks: bool = False
@@ -51,7 +51,7 @@ KINDS = (
 
 
 class World:
-    """Sequences with keys, values and queries for every site, and a pool that will hold them.
+    """Sequences with keys, values and queries for every layer, and a pool that will hold them.
 
     Args:
         lengths: tokens of each sequence.
@@ -63,12 +63,12 @@ class World:
         self.lengths, self.dtype = lengths, dtype
         rng = np.random.default_rng(seed)
         self.modules = [nn.Identity() for _ in KINDS]
-        sites = tuple(
-            AttentionLayer(module, kind.kv_heads, kind.key_dim, kind.value_dim, kind.span)
+        layers = tuple(
+            AttentionLayer(module, kind.kv_heads, kind.key_dim, kind.value_dim, kind.mask_kind)
             for module, kind in zip(self.modules, KINDS, strict=True)
         )
-        self.pool = PagePool(KVLayout(sites, dtype, PAGE_SIZE), SLAB_PAGES, CPU)
-        counts = [-(-length // PAGE_SIZE) for length in lengths]
+        self.pool = PagePool(KVLayout(layers, dtype, PAGE_SIZE), SLAB_PAGES, CPU)
+        counts = [ceil_div(length, PAGE_SIZE) for length in lengths]
         while self.pool.free_pages < sum(counts) + 5:
             self.pool.grow()
         for slab in self.pool.slabs:
@@ -82,7 +82,7 @@ class World:
         def drawn(length: int, heads: int, dim: int) -> torch.Tensor:
             return torch.from_numpy(rng.standard_normal((length, heads, dim))).to(dtype)
 
-        # [sequence][site]
+        # [sequence][layer]
         self.queries = [[drawn(n, HEADS, kind.key_dim) for kind in KINDS] for n in lengths]
         self.keys = [[drawn(n, kind.kv_heads, kind.key_dim) for kind in KINDS] for n in lengths]
         self.values = [[drawn(n, kind.kv_heads, kind.value_dim) for kind in KINDS] for n in lengths]
@@ -102,9 +102,9 @@ class World:
         group = HEADS // kind.kv_heads
         outputs = []
         for position in positions:
-            first = {"full": 0, "window": position - kind.span.size + 1, "chunk": position}[kind.span.kind]
-            if kind.span.kind == "chunk":
-                first -= position % kind.span.size
+            first = {"full": 0, "window": position - kind.mask_kind.size + 1, "chunk": position}[kind.mask_kind.kind]
+            if kind.mask_kind.kind == "chunk":
+                first -= position % kind.mask_kind.size
             seen = slice(max(0, first), position + 1)
             heads = []
             for head in range(HEADS):
@@ -124,7 +124,7 @@ class World:
         """Entries of the tables past a sequence's pages name a page that is not there."""
         tables = np.full((len(parts), max(map(len, self.tables))), 10**6)
         for row, (sequence, positions) in enumerate(parts):
-            held = self.tables[sequence][: -(-positions.stop // PAGE_SIZE)]
+            held = self.tables[sequence][: ceil_div(positions.stop, PAGE_SIZE)]
             tables[row, : len(held)] = held
         tokens = torch.zeros(sum(len(positions) for _, positions in parts), dtype=torch.int64)
         starts = np.array([positions.start for _, positions in parts])
@@ -132,7 +132,7 @@ class World:
         return GatherAttention(self.pool, ForwardBatch(tokens, tables, starts, lengths))
 
     def run(self, parts: list[tuple[int, range]]) -> list[list[torch.Tensor]]:
-        """One forward: [site][part] outputs of the sequences' positions."""
+        """One forward: [layer][part] outputs of the sequences' positions."""
         step, outputs = self.step(parts), []
         for index, module in enumerate(self.modules):
 
@@ -159,7 +159,7 @@ def ragged(seed: int, count: int = 5) -> list[int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_packed_prefill_is_dense_attention(seed: int, dtype: torch.dtype) -> None:
+def test_prefill_of_several_sequences_equals_dense_attention(seed: int, dtype: torch.dtype) -> None:
     world = World(ragged(seed), dtype, seed)
     parts = [(sequence, range(length)) for sequence, length in enumerate(world.lengths)]
     world.compare(world.run(parts), parts)
@@ -167,7 +167,7 @@ def test_a_packed_prefill_is_dense_attention(seed: int, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", [2, 3])
-def test_a_prefill_in_parts_is_dense_attention(seed: int, dtype: torch.dtype) -> None:
+def test_chunked_prefill_equals_dense_attention(seed: int, dtype: torch.dtype) -> None:
     """Parts of any size, several sequences in one forward, each at its own place."""
     world = World(ragged(seed), dtype, seed)
     rng = np.random.default_rng(seed)
@@ -185,7 +185,9 @@ def test_a_prefill_in_parts_is_dense_attention(seed: int, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group_bytes", [1, 2000, gather._GROUP_BYTES])
-def test_decode_is_dense_attention(group_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_equals_dense_attention_for_any_group_size(
+    group_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of very different lengths, over several slabs, whatever the groups that are gathered together."""
     monkeypatch.setattr(gather, "_GROUP_BYTES", group_bytes)
     world = World([37, 1, 12, 13, 16, 30, 2, 36], dtype, seed=4)
@@ -203,14 +205,14 @@ def test_decode_is_dense_attention(group_bytes: int, dtype: torch.dtype, monkeyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_that_decode_and_prefills_share_a_forward(dtype: torch.dtype) -> None:
+def test_decodes_and_prefills_can_share_a_forward(dtype: torch.dtype) -> None:
     world = World([37, 21, 12, 13, 16, 30], dtype, seed=9)
     world.run([(0, range(36)), (1, range(9)), (4, range(15))])
     mixed = [(0, range(36, 37)), (2, range(12)), (4, range(15, 16)), (1, range(9, 21)), (3, range(1)), (5, range(17))]
     world.compare(world.run(mixed), mixed)
 
 
-def test_rows_read_the_pages_that_they_share() -> None:
+def test_sequences_read_shared_pages() -> None:
     world = World([19, 23], torch.float32, seed=5, shared=12)
     whole = [(0, range(18))]
     world.compare(world.run(whole), whole)
@@ -220,7 +222,7 @@ def test_rows_read_the_pages_that_they_share() -> None:
     world.compare(world.run(rows), rows)
 
 
-def test_a_chunked_prefill_gives_the_whole_one_s_numbers() -> None:
+def test_chunked_prefill_equals_prefill_in_one_chunk() -> None:
     whole, chunked = World([33], torch.float32, seed=6), World([33], torch.float32, seed=6)
     outputs = whole.run([(0, range(33))])
     pieces = [chunked.run([(0, positions)]) for positions in (range(9), range(9, 10), range(10, 28), range(28, 33))]
@@ -229,7 +231,7 @@ def test_a_chunked_prefill_gives_the_whole_one_s_numbers() -> None:
         assert torch.allclose(together, outputs[index][0], atol=1e-6)
 
 
-def test_every_key_and_value_is_written_where_it_belongs_and_nowhere_else() -> None:
+def test_keys_and_values_are_written_to_their_slots_only() -> None:
     world = World([10, 7], torch.float32, seed=7)
     world.run([(0, range(9)), (1, range(7))])
     world.run([(0, range(9, 10))])
@@ -253,7 +255,7 @@ def test_every_key_and_value_is_written_where_it_belongs_and_nowhere_else() -> N
                 assert untouched == everywhere - slots
 
 
-def test_a_call_out_of_the_probe_s_order_is_refused() -> None:
+def test_call_out_of_recorded_order_is_refused() -> None:
     world = World([5], torch.float32, seed=8)
 
     def attend(step: PagedAttention, index: int, module: nn.Module) -> None:

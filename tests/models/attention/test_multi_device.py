@@ -48,7 +48,7 @@ LAYOUT = KVLayout(
 @pytest.mark.parametrize(
     ("family", "last", "late"), [("llama", FAR, True), ("gemma2", NEAR, False), ("falcon", NEAR, True)]
 )
-def test_two_devices_give_the_records_of_one(
+def test_two_devices_give_the_records_of_one_device(
     family: str, last: torch.device, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, overlap=late))
@@ -60,7 +60,7 @@ def test_two_devices_give_the_records_of_one(
         assert output_device(model) == last
         # Small enough for rows to be preempted and slabs to come and go.
         engine = Engine(model, None, policy="static", max_kv_bytes=8 * page_bytes, headroom=FakeHeadroom(1_000_000))
-        assert {site.device for site in engine._strategy.kv_layout().layers} == {NEAR, FAR}
+        assert {layer.device for layer in engine._strategy.kv_layout().layers} == {NEAR, FAR}
         batch = engine.generate(PROMPTS, SAMPLED)
     assert [record.completion_ids for record in batch] == [record.completion_ids for record in expected]
     for ours, theirs in zip(batch, expected, strict=True):
@@ -74,7 +74,7 @@ def test_recurrent_states_are_refused_on_two_devices() -> None:
         Engine(spread(model), None, headroom=FakeHeadroom(1_000_000))
 
 
-def test_layers_that_accelerate_reads_from_the_disk(tmp_path: Path) -> None:
+def test_layers_offloaded_to_disk_give_the_same_records(tmp_path: Path) -> None:
     """A trainer's own business; here it is a model whose first weight lies nowhere."""
     tiny("llama").save_pretrained(tmp_path)
     names = ("model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "model.rotary_emb")
@@ -89,7 +89,7 @@ def test_layers_that_accelerate_reads_from_the_disk(tmp_path: Path) -> None:
 # -- memory ----------------------------------------------------------------------------------------------
 
 
-def test_each_site_lies_on_its_device_and_pages_are_one_thing() -> None:
+def test_layers_lie_on_their_devices_and_share_page_ids() -> None:
     with Devices():
         pool = PagePool(LAYOUT, 2, NEAR)
         assert pool.layer_locations == ((0, 0), (1, 0), (1, 1))
@@ -114,7 +114,7 @@ def test_each_site_lies_on_its_device_and_pages_are_one_thing() -> None:
         assert pool.device_pools[1].slab(1).keys[1] is kept.keys[2]
 
 
-def test_on_one_device_the_pool_is_its_only_part() -> None:
+def test_pool_on_one_device_is_its_only_device_pool() -> None:
     pool = PagePool(
         KVLayout(
             (AttentionLayer(None, 1, 1, 1, MaskKind(), CPU), AttentionLayer(None, 1, 1, 1, MaskKind())),
@@ -128,7 +128,7 @@ def test_on_one_device_the_pool_is_its_only_part() -> None:
     assert pool.layer_locations == ((0, 0), (0, 1))
 
 
-def test_all_sites_on_another_device_than_the_logits() -> None:
+def test_all_layers_on_another_device_than_the_pool() -> None:
     with Devices():
         layout = KVLayout((AttentionLayer(None, 1, 1, 1, MaskKind(), FAR),), torch.float32, 4)
         pool = PagePool(layout, 2, NEAR)
@@ -138,7 +138,7 @@ def test_all_sites_on_another_device_than_the_logits() -> None:
 
 
 @pytest.mark.parametrize(("near", "far", "most"), [(1000, 10**6, 3600), (10**6, 1000, 1200), (1000, 3000, 3600)])
-def test_the_tightest_device_decides(near: int, far: int, most: int) -> None:
+def test_device_with_least_headroom_limits_the_pool(near: int, far: int, most: int) -> None:
     """A tenth of each device is reserved; a quarter of the pool's bytes is on the first."""
     shares = LAYOUT.shares(NEAR)
     assert shares == {NEAR: 0.25, FAR: 0.75}
@@ -153,7 +153,7 @@ def test_the_tightest_device_decides(near: int, far: int, most: int) -> None:
     assert memory.headroom_bytes == int(-0.1 * far / 0.75), "what is to be given back is counted in the pool's bytes"
 
 
-def test_headroom_of_one_device_is_its_own() -> None:
+def test_headroom_of_one_device_is_not_wrapped() -> None:
     assert type(headroom_over({CPU: 1.0}, 0.1)).__name__ == "HostHeadroom"
 
 
@@ -194,7 +194,7 @@ def test_layers_are_spread_over_all_devices(saved: Path, two_gpus: dict[str, Any
     assert two_gpus == {"device_map": "auto", "max_memory": {0: 100, 1: 101}}
 
 
-def test_ranks_share_the_devices(saved: Path, two_gpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_divide_the_devices(saved: Path, two_gpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for rank in (0, 1):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
@@ -205,7 +205,7 @@ def test_ranks_share_the_devices(saved: Path, two_gpus: dict[str, Any], monkeypa
         load_model(ModelSource(str(saved), device_map="auto"), AUTO)
 
 
-def test_a_model_that_does_not_fit_is_refused(saved: Path, two_gpus: dict[str, Any]) -> None:
+def test_model_larger_than_free_gpu_memory_is_refused(saved: Path, two_gpus: dict[str, Any]) -> None:
     two_gpus["short"] = True
     with pytest.raises(ValueError, match=r"than is free on the CUDA devices of a process \(0, 1\):"):
         load_model(ModelSource(str(saved), device_map="auto"), AUTO)
@@ -215,13 +215,13 @@ def test_a_model_that_does_not_fit_is_refused(saved: Path, two_gpus: dict[str, A
     ("key", "remedy"),
     [({"device_map": "auto"}, "leave device_map unset"), ({"tensor_parallel": True}, "turn tensor_parallel off")],
 )
-def test_gguf_is_refused(key: dict[str, Any], remedy: str, tmp_path: Path) -> None:
+def test_gguf_on_several_devices_is_refused(key: dict[str, Any], remedy: str, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=rf"unpacked on one device: {remedy}"):
         load_model(ModelSource(str(tmp_path / "model.gguf"), **key), AUTO)
 
 
-def test_on_a_cpu_there_is_nothing_to_spread(saved: Path) -> None:
+def test_device_map_without_gpus_is_refused(saved: Path) -> None:
     with pytest.raises(ValueError, match=r"no CUDA device here to spread a model over: leave device_map unset"):
         load_model(ModelSource(str(saved), device_map="auto"), CPU)
 
@@ -234,7 +234,7 @@ def test_recurrent_states_are_refused_before_weights_are_read(tmp_path: Path) ->
         load_model(ModelSource(str(tmp_path), device_map="auto"), AUTO)
 
 
-def test_an_adapter_is_merged_where_its_layers_lie(tmp_path: Path) -> None:
+def test_adapter_is_merged_on_the_devices_of_its_layers(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     peft.get_peft_model(tiny("llama"), settings).save_pretrained(tmp_path)

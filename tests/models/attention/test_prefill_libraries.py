@@ -54,14 +54,14 @@ def world_for(library: VarlenFunction, lengths: list[int], dtype: torch.dtype, s
     return PagedWorld(lengths, dtype, seed, kinds, 2e-2, page_size=4, slab_pages=5)
 
 
-def gathering(world: PagedWorld, packed: ForwardBatch, library: VarlenFunction) -> PagedAttention:
-    return GatherAttention(world.pool, packed, PrefillAttention(world.pool, packed, library))
+def gather_with(world: PagedWorld, batch: ForwardBatch, library: VarlenFunction) -> PagedAttention:
+    return GatherAttention(world.pool, batch, PrefillAttention(world.pool, batch, library))
 
 
 # -- what it computes ------------------------------------------------------------------------------------
 
 
-def test_prefills_that_begin_and_that_go_on_are_plain_attention(library: VarlenFunction) -> None:
+def test_first_and_later_prefill_chunks_equal_reference_attention(library: VarlenFunction) -> None:
     world = world_for(library, [37, 1, 20, 9], torch.bfloat16, 1)
     assert world.pool.live_slabs > 1
     # Rows that decode are gathered in whole pages here, and what nobody has written is masked.
@@ -70,15 +70,17 @@ def test_prefills_that_begin_and_that_go_on_are_plain_attention(library: VarlenF
         for tensor in slab.tensors:
             tensor.zero_()
     for parts in world.random_parts(np.random.default_rng(1), 25):
-        world.compare(world.attend(gathering(world, world.forward(parts), library).compute, parts), parts)
+        world.compare(world.attend(gather_with(world, world.forward(parts), library).compute, parts), parts)
 
 
-def test_beside_triton_s_rows(library: VarlenFunction, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefills_beside_triton_decodes_equal_reference_attention(
+    library: VarlenFunction, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = kernels_run_here(monkeypatch)
     if device.type != "cpu":
         pytest.skip("fakes are for CPUs; tests/gpu has the libraries themselves")
-    small = {key: (TileSizes(16, 16, 4), TileSizes(16, 16, 4)) for key in triton._BLOCKS}
-    monkeypatch.setattr(triton, "_BLOCKS", small)
+    small = {key: (TileSizes(16, 16, 4), TileSizes(16, 16, 4)) for key in triton._TILE_SIZES}
+    monkeypatch.setattr(triton, "_TILE_SIZES", small)
     world = world_for(library, [30, 1, 14], torch.float16, 2)
     steps = TritonBackend(world.pool, library)
     assert steps.name == f"{library.name}+triton"
@@ -86,20 +88,20 @@ def test_beside_triton_s_rows(library: VarlenFunction, monkeypatch: pytest.Monke
         world.compare(world.attend(steps(world.pool, world.forward(parts)).compute, parts), parts)
 
 
-def test_company_changes_no_bit(library: VarlenFunction) -> None:
+def test_bits_do_not_depend_on_batch_composition(library: VarlenFunction) -> None:
     lengths = [30, 12, 3]
     world = world_for(library, lengths, torch.bfloat16, 3)
     alone = [
-        world.attend(gathering(world, world.forward(own := [(i, range(n))]), library).compute, own)
+        world.attend(gather_with(world, world.forward(own := [(i, range(n))]), library).compute, own)
         for i, n in enumerate(lengths)
     ]
     parts = whole(world)
-    together = world.attend(gathering(world, world.forward(parts), library).compute, parts)
+    together = world.attend(gather_with(world, world.forward(parts), library).compute, parts)
     same_bits(alone, together, parts, world.kinds)
 
 
 @pytest.mark.parametrize("other", [3, 40])
-def test_a_window_is_the_same_kernel_in_any_company(other: int) -> None:
+def test_window_uses_the_same_kernel_for_any_batch(other: int) -> None:
     """FlashAttention 2 takes another where its ``max_seqlen_k`` is not above the keys before a query's; 3, one more."""
     asked: list[int] = []
 
@@ -109,11 +111,11 @@ def test_a_window_is_the_same_kernel_in_any_company(other: int) -> None:
 
     world = PagedWorld([5, other], torch.bfloat16, 4, (KINDS[1],), 2e-2)
     parts = whole(world)
-    world.attend(gathering(world, world.forward(parts), FlashAttn(watching)).compute, parts)
+    world.attend(gather_with(world, world.forward(parts), FlashAttn(watching)).compute, parts)
     assert asked == [True]
 
 
-def test_an_engine_gives_what_gathering_gives(
+def test_engine_with_library_agrees_with_gather(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With windows (mistral), a softcap beside one (gemma2), contexts computed whole (falcon_h1)."""
@@ -139,41 +141,43 @@ def test_an_engine_gives_what_gathering_gives(
 
 
 @pytest.mark.parametrize(
-    ("site", "dtype", "why"),
+    ("layer", "dtype", "why"),
     [
         (
             AttentionLayer(None, 1, 16, 16, MaskKind()),
             torch.float32,
-            "serves bfloat16 and float16, and the model stores float32",
+            "supports bfloat16 and float16, and the model's keys and values are float32",
         ),
         (
             AttentionLayer(None, 1, 24, 16, MaskKind()),
             torch.bfloat16,
-            "of one size, and the model has keys of 24 numbers a head",
+            "equal key and value dims, and the model has key dim 24 and value dim 16",
         ),
-        (AttentionLayer(None, 1, 264, 264, MaskKind()), torch.bfloat16, "the model's have 264"),
+        (AttentionLayer(None, 1, 264, 264, MaskKind()), torch.bfloat16, "the model's is 264"),
         (
             AttentionLayer(None, 1, 12, 12, MaskKind()),
             torch.bfloat16,
-            "multiples of 8 up to 256 numbers, and the model's have 12",
+            "must be a multiple of 8 up to 256, and the model's is 12",
         ),
-        (AttentionLayer(None, 1, 16, 16, MaskKind("chunk", 8)), torch.bfloat16, "no chunks"),
+        (AttentionLayer(None, 1, 16, 16, MaskKind("chunk", 8)), torch.bfloat16, "does not support chunked attention"),
     ],
 )
-def test_what_no_library_serves(site: AttentionLayer, dtype: torch.dtype, why: str, library: VarlenFunction) -> None:
+def test_unsupported_layouts_are_refused(
+    layer: AttentionLayer, dtype: torch.dtype, why: str, library: VarlenFunction
+) -> None:
     with pytest.raises(UnsupportedAttention, match=rf"^attention={library.name} .*{why}.*leave it at auto\.$"):
-        prefill_libraries.check(library, KVLayout((site,), dtype, 16), CPU)
+        prefill_libraries.check(library, KVLayout((layer,), dtype, 16), CPU)
 
 
-def served(*spans: MaskKind) -> KVLayout:
-    return KVLayout(tuple(AttentionLayer(None, 2, 16, 16, span) for span in spans), torch.bfloat16, 16)
+def served(*mask_kinds: MaskKind) -> KVLayout:
+    return KVLayout(tuple(AttentionLayer(None, 2, 16, 16, mask_kind) for mask_kind in mask_kinds), torch.bfloat16, 16)
 
 
-def test_what_a_library_serves(library: VarlenFunction) -> None:
+def test_supported_layout_passes(library: VarlenFunction) -> None:
     prefill_libraries.check(library, served(MaskKind(), MaskKind("window", 4096)), CPU)
 
 
-def test_a_library_that_fails_or_computes_something_else_is_refused() -> None:
+def test_library_that_fails_its_self_test_is_refused() -> None:
     def fails(*arguments: Any, **named: Any) -> torch.Tensor:
         raise RuntimeError("no kernel image is available.\nmore")
 
@@ -181,17 +185,21 @@ def test_a_library_that_fails_or_computes_something_else_is_refused() -> None:
         left, right = named.pop("window_size")
         return fakes.flash_attn_varlen_func(*arguments, window_size=(left + (left >= 0), right), **named)
 
-    with pytest.raises(UnsupportedAttention, match=r"fails here \(RuntimeError: no kernel image is available\)"):
+    with pytest.raises(
+        UnsupportedAttention, match=r"its self-test failed \(RuntimeError: no kernel image is available\)"
+    ):
         prefill_libraries.check(FlashAttn(fails), served(MaskKind()), CPU)
     prefill_libraries.check(FlashAttn(wider), served(MaskKind()), CPU)
-    with pytest.raises(UnsupportedAttention, match="computes something else here"):
+    with pytest.raises(UnsupportedAttention, match="differs from reference attention by"):
         prefill_libraries.check(FlashAttn(wider), served(MaskKind(), MaskKind("window", 64)), CPU)
 
 
 @pytest.mark.parametrize(
     ("family", "name", "why"), [("gpt_oss", "flash_attn", "sinks"), ("gemma2", "varlen", "softcap")]
 )
-def test_scores_that_a_library_does_not_make(family: str, name: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_softcap_and_sinks_are_refused(
+    family: str, name: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When the engine is made, before anything is generated."""
     monkeypatch.setattr(select, "check_available", lambda choice, device: None)
     functions = {"flash_attn": fakes.flash_attn_varlen_func, "varlen": fakes.varlen_attn_of_torch_2_13}
@@ -205,21 +213,21 @@ def test_scores_that_a_library_does_not_make(family: str, name: str, why: str, m
 
 
 @pytest.fixture
-def nothing_known() -> Iterator[None]:
+def no_library_imported() -> Iterator[None]:
     prefill_libraries.installed.cache_clear()
     yield
     prefill_libraries.installed.cache_clear()
 
 
-@pytest.mark.usefixtures("nothing_known")
-def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_library_imported")
+def test_missing_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(UnsupportedAttention, match=r"flash_attn_varlen_func cannot be loaded \(ModuleNotFoundError: "):
         select.check_available("flash_attn", torch.device("cuda"))
 
 
-@pytest.mark.usefixtures("nothing_known")
-def test_a_library_is_found_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_library_imported")
+def test_library_is_imported_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = ModuleType("flash_attn")
     module.flash_attn_varlen_func = fakes.flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
@@ -230,35 +238,35 @@ def test_a_library_is_found_under_its_own_name(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", ["triton", "varlen", "flash_attn"])
-def test_attention_for_gpus_on_a_cpu(name: str) -> None:
+def test_gpu_backend_on_a_cpu_is_refused(name: str) -> None:
     with pytest.raises(UnsupportedAttention, match=f"attention={name} .* is for GPUs, and the model is on cpu"):
         Engine(tiny("llama", torch.bfloat16), None, attention=name)
 
 
-def test_attention_for_cpus_on_a_gpu() -> None:
+def test_cpu_backend_on_a_gpu_is_refused() -> None:
     with pytest.raises(UnsupportedAttention, match=r"attention=compiled .* is for CPUs, and the model is on cuda"):
         select.check_available("compiled", torch.device("cuda"))
 
 
-def test_compiled_attention_asked_for_by_name_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requested_compiled_is_refused_rather_than_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "kernel", lambda: None)
     with pytest.raises(UnsupportedAttention, match=r"attention=compiled .* could not be compiled"):
         Engine(tiny("llama"), None, attention="compiled")
 
 
-def test_gathering_asked_for_by_name() -> None:
+def test_gather_can_be_requested() -> None:
     assert Engine(tiny("llama"), None, attention="gather").attention == "gather"
 
 
 @pytest.mark.parametrize(
     ("family", "why"), [("bloom", "attends with code of its own .*bloom"), ("mamba", "does not attend at all")]
 )
-def test_models_that_leave_no_choice(family: str, why: str) -> None:
+def test_backend_for_model_without_interface_is_refused(family: str, why: str) -> None:
     with pytest.raises(UnsupportedAttention, match=f"attention=gather .* {why}"):
         Engine(tiny(family), None, attention="gather")
 
 
-def test_a_job_refuses_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_refuses_backend_before_loading_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*about: object) -> None:
         raise AssertionError("a tokenizer is read")
 
@@ -268,7 +276,7 @@ def test_a_job_refuses_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch)
         load_engine(config, read_prompts(config.data), Topology())
 
 
-def test_a_name_that_is_none() -> None:
+def test_unknown_backend_name_is_refused() -> None:
     with pytest.raises(InputError, match="attention is 'flash', but must be one of auto, triton, "):
         Engine(tiny("llama"), None, attention="flash")
     assert set(LIBRARIES) < set(ATTENTION_BACKENDS)

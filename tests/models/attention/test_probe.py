@@ -26,7 +26,7 @@ def probed(model: nn.Module) -> KVLayout:
         return probe(model)
 
 
-# -- spans -----------------------------------------------------------------------------------------------
+# -- mask_kinds -----------------------------------------------------------------------------------------------
 
 Sees = Callable[[Any, Any], Any]
 
@@ -35,7 +35,7 @@ def predicate(sees: Sees) -> Callable[[Any, Any, Any, Any], Any]:
     return lambda _batch, _head, query, key: sees(query, key)
 
 
-SPANS: list[tuple[Sees, int | None, MaskKind]] = [
+MASKS: list[tuple[Sees, int | None, MaskKind]] = [
     (lambda q, k: k <= q, None, MaskKind()),
     (lambda q, k: k <= q, 100, MaskKind()),
     (lambda q, k: (k <= q) & (k > q - 1), 1, MaskKind("window", 1)),
@@ -46,9 +46,9 @@ SPANS: list[tuple[Sees, int | None, MaskKind]] = [
 ]
 
 
-@pytest.mark.parametrize(("sees", "size", "span"), SPANS)
-def test_spans_are_told_by_their_masks(sees: Sees, size: int | None, span: MaskKind) -> None:
-    assert classify(predicate(sees), size) == span
+@pytest.mark.parametrize(("sees", "size", "mask_kind"), MASKS)
+def test_classify_recognises_mask_kinds(sees: Sees, size: int | None, mask_kind: MaskKind) -> None:
+    assert classify(predicate(sees), size) == mask_kind
 
 
 STRANGE: dict[str, tuple[Sees, int | None]] = {
@@ -72,7 +72,7 @@ STRANGE: dict[str, tuple[Sees, int | None]] = {
 
 
 @pytest.mark.parametrize("name", STRANGE)
-def test_masks_that_are_not_known_are_refused(name: str) -> None:
+def test_unknown_masks_are_refused(name: str) -> None:
     sees, size = STRANGE[name]
     with pytest.raises(UnsupportedModel, match="neither causal nor a window or chunk"):
         classify(predicate(sees), size)
@@ -95,27 +95,27 @@ LAYOUTS: dict[str, tuple[list[MaskKind], tuple[int, int, int]]] = {
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
-def test_layouts_of_families(family: str) -> None:
-    layout, (spans, dims) = probed(tiny(family)), LAYOUTS[family]
-    assert [(site.kv_heads, site.key_dim, site.value_dim) for site in layout.layers] == [dims] * 4
-    assert [site.mask_kind for site in layout.layers] == spans
+def test_probe_records_layouts_of_families(family: str) -> None:
+    layout, (mask_kinds, dims) = probed(tiny(family)), LAYOUTS[family]
+    assert [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in layout.layers] == [dims] * 4
+    assert [layer.mask_kind for layer in layout.layers] == mask_kinds
     assert layout.dtype == torch.float32
     assert layout.bytes_per_token == 4 * dims[0] * (dims[1] + dims[2]) * 4
     assert layout.bytes_per_page == layout.page_size * layout.bytes_per_token
 
 
-def test_a_layer_that_attends_twice_has_two_sites() -> None:
+def test_module_that_attends_twice_has_two_attention_layers() -> None:
     layout = probed(tiny("diffllama"))
-    assert len(layout.layers) == 2 * len({site.module for site in layout.layers}) == 8
+    assert len(layout.layers) == 2 * len({layer.module for layer in layout.layers}) == 8
 
 
 @pytest.mark.parametrize("family", sorted(set(INTERFACE) - set(LAYOUTS) - {"diffllama"}))
-def test_every_family_of_the_interface_has_a_site_for_each_layer(family: str) -> None:
+def test_families_have_one_attention_layer_per_module(family: str) -> None:
     layout = probed(tiny(family))
-    assert len(layout.layers) == len({site.module for site in layout.layers}) == 4
+    assert len(layout.layers) == len({layer.module for layer in layout.layers}) == 4
 
 
-def test_keys_and_values_are_kept_in_the_dtype_that_the_model_computes_in() -> None:
+def test_layout_dtype_is_the_compute_dtype() -> None:
     assert probed(tiny("llama", torch.bfloat16)).dtype == torch.bfloat16
     model = tiny("llama")
     with torch.autocast("cpu", torch.bfloat16):
@@ -123,16 +123,16 @@ def test_keys_and_values_are_kept_in_the_dtype_that_the_model_computes_in() -> N
     assert probed(model).dtype == torch.float32
 
 
-def test_a_prefix_of_the_layers_has_a_prefix_of_the_sites() -> None:
-    sites = probed(tiny("gemma2", num_hidden_layers=2)).layers
-    assert [site.mask_kind for site in sites] == [WINDOW, FULL]
+def test_shallower_model_has_the_first_attention_layers() -> None:
+    layers = probed(tiny("gemma2", num_hidden_layers=2)).layers
+    assert [layer.mask_kind for layer in layers] == [WINDOW, FULL]
 
 
 # -- refusals --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "reason"), [("bloom", "no call through"), ("mamba", "recurrent state")])
-def test_families_that_are_not_of_the_interface_are_refused_with_a_reason(family: str, reason: str) -> None:
+def test_families_without_interface_are_refused_with_reason(family: str, reason: str) -> None:
     model = tiny(family)
     with pytest.raises(UnsupportedModel, match=reason) as error:
         probed(model)
@@ -140,7 +140,7 @@ def test_families_that_are_not_of_the_interface_are_refused_with_a_reason(family
     assert repr(model.config.model_type) in str(error.value)
 
 
-def test_a_model_that_looks_ahead_is_refused() -> None:
+def test_bidirectional_model_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="neither causal"):
         probed(tiny("gemma3_text", use_bidirectional_attention=True))
 
@@ -175,15 +175,15 @@ def break_down(model: PreTrainedModel) -> None:
     layer_attention(model, 1).register_forward_pre_hook(fail)
 
 
-WRONGS: dict[str, tuple[Callable[[PreTrainedModel], None], type[Exception], str]] = {
+FAILURES: dict[str, tuple[Callable[[PreTrainedModel], None], type[Exception], str]] = {
     "no mask": (drop_mask, UnsupportedModel, "without a causal mask"),
     "several dtypes": (mix_dtypes, UnsupportedModel, "values of several dtypes.*bfloat16.*float32"),
-    "an unknown argument": (pass_something_new, UnsupportedModel, "passes key_bias .* does not know"),
+    "an unknown argument": (pass_something_new, UnsupportedModel, "passes key_bias .* does not support"),
     "an error of its own": (break_down, ZeroDivisionError, "in the middle"),
 }
 
 
-def test_a_model_without_attention_is_refused() -> None:
+def test_model_without_attention_calls_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="made no call"):
         probed(tiny("llama", num_hidden_layers=0))
 
@@ -219,25 +219,25 @@ def assert_equal(one: Any, other: Any) -> None:
         assert one == other
 
 
-@pytest.mark.parametrize("wrong", [None, *WRONGS])
-def test_the_model_is_left_as_it_was_whatever_happens(wrong: str | None) -> None:
+@pytest.mark.parametrize("failure", [None, *FAILURES])
+def test_probe_leaves_the_model_unchanged(failure: str | None) -> None:
     model = tiny("llama")
     model.train()
     layer_attention(model, 0).eval()
     model.model.embed_tokens.eval()
-    if wrong is not None:
-        WRONGS[wrong][0](model)
+    if failure is not None:
+        FAILURES[failure][0](model)
     before = state_of(model)
-    if wrong is None:
+    if failure is None:
         probed(model)
     else:
-        with pytest.raises(WRONGS[wrong][1], match=WRONGS[wrong][2]):
+        with pytest.raises(FAILURES[failure][1], match=FAILURES[failure][2]):
             probed(model)
     assert_equal(state_of(model), before)
     assert interface.NAME not in AttentionMaskInterface._global_mapping
 
 
-def test_attention_outside_of_a_step_says_so() -> None:
+def test_attention_call_outside_of_a_step_raises() -> None:
     """Another thread that uses the model while it generates must not get silent nonsense."""
     model = tiny("llama")
     with BorrowedModule(model).borrow(interface.NAME), pytest.raises(RuntimeError, match="outside of an engine's step"):

@@ -18,30 +18,30 @@ from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 pytestmark = pytest.mark.usefixtures("device")
 
 
-def forget_what_serves() -> None:
-    for found in (select._triton_serves, select._triton_failure):
+def clear_self_test_results() -> None:
+    for found in (select._triton_works, select._triton_failure):
         found.cache_clear()
 
 
 @pytest.fixture
 def gpu_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A pool as of a GPU, for what looks at its layout and device alone."""
-    forget_what_serves()
+    clear_self_test_results()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     monkeypatch.setattr(triton, "TritonBackend", lambda pool, library: SimpleNamespace(name="triton"))
     layout = KVLayout((AttentionLayer(None, 1, 16, 16, MaskKind()),), torch.bfloat16, 16)
     yield SimpleNamespace(layout=layout, device=torch.device("cuda", 0), device_pools=(None,))
-    forget_what_serves()
+    clear_self_test_results()
 
 
-def test_a_gpu_gets_triton_where_it_passes_its_check(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_uses_triton_if_self_test_passes(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
     monkeypatch.setattr(triton, "check", lambda *about: checked.append(about))
     assert [select.fastest_backend(gpu_pool).name for _ in range(2)] == ["triton", "triton"]
     assert checked == [(frozenset({(16, 16)}), torch.bfloat16, gpu_pool.device)]
 
 
-def test_a_gpu_gathers_where_it_does_not_and_says_so_once(
+def test_gpu_gathers_and_warns_once_if_self_test_fails(
     gpu_pool: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*about: object) -> None:
@@ -51,11 +51,11 @@ def test_a_gpu_gathers_where_it_does_not_and_says_so_once(
     with caplog.at_level(logging.WARNING):
         assert [select.fastest_backend(gpu_pool) for _ in range(2)] == [GatherAttention, GatherAttention]
     assert len(caplog.records) == 1
-    assert "some GPU, pages are gathered instead" in caplog.text
+    assert "some GPU; pages are gathered instead" in caplog.text
     assert "RuntimeError: Failed to find C compiler." in caplog.text
 
 
-def test_triton_asked_for_by_name_is_not_replaced(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requested_triton_is_refused_rather_than_replaced(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*about: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nmore")
 
@@ -63,11 +63,11 @@ def test_triton_asked_for_by_name_is_not_replaced(gpu_pool: Any, monkeypatch: py
     with pytest.raises(UnsupportedAttention, match=r"attention=triton .*\(RuntimeError: Failed to find C compiler\): "):
         select.select_backend("triton", gpu_pool)
     monkeypatch.setattr(triton, "check", lambda *about: None)
-    forget_what_serves()
+    clear_self_test_results()
     assert select.select_backend("triton", gpu_pool).name == "triton"
 
 
-def test_no_room_for_the_check_is_no_reason_to_gather(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_self_test_is_raised(gpu_pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*about: object) -> None:
         raise torch.OutOfMemoryError("no room")
 

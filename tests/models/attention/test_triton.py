@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("dtype", "page_size", "slab_pages"), [(torch.float32, 16, 4), (torch.bfloat16, 5, 3), (torch.float16, 16, 4)]
 )
-def test_any_mix_of_rows_and_segments_is_plain_attention(
+def test_mixed_decodes_and_prefills_equal_reference_attention(
     dtype: torch.dtype, page_size: int, slab_pages: int, device: torch.device
 ) -> None:
     world = World([37, 1, 20], dtype, 1, device, page_size=page_size, slab_pages=slab_pages)
@@ -39,7 +39,7 @@ def test_any_mix_of_rows_and_segments_is_plain_attention(
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_rows_of_many_splits_are_plain_attention(dtype: torch.dtype, device: torch.device) -> None:
+def test_decodes_of_several_splits_equal_reference_attention(dtype: torch.dtype, device: torch.device) -> None:
     """At the borders of splits, and where a window or chunk begins within one."""
     length = 2 * triton_metadata.SPLIT_TOKENS + 2
     kinds = (KINDS[0], KINDS[3], Kind(1, 2, 16, 16, MaskKind("window", 3 * triton_metadata.SPLIT_TOKENS // 2)))
@@ -51,7 +51,7 @@ def test_rows_of_many_splits_are_plain_attention(dtype: torch.dtype, device: tor
     world.compare(world.run(parts), parts)
 
 
-def test_the_tiles_and_splits_of_a_gpu(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+def test_gpu_tile_sizes_equal_reference_attention(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """The other tests use smaller ones."""
     monkeypatch.undo()
     device = kernels_run_here(monkeypatch)
@@ -63,19 +63,19 @@ def test_the_tiles_and_splits_of_a_gpu(monkeypatch: pytest.MonkeyPatch, device: 
 
 
 @pytest.mark.parametrize("dim", [1, 300, 512])
-def test_odd_and_large_heads(dim: int, device: torch.device) -> None:
+def test_odd_and_large_head_dims_equal_reference_attention(dim: int, device: torch.device) -> None:
     world = World([9], torch.float32, 4, device, (Kind(1, 2, dim, dim),))
     for parts in ([(0, range(8))], [(0, range(8, 9))]):
         world.compare(world.run(parts), parts)
 
 
-def test_many_heads_that_share_keys(device: torch.device) -> None:
+def test_large_groups_of_heads_equal_reference_attention(device: torch.device) -> None:
     world = World([9], torch.float32, 4, device, (Kind(1, 33, 8, 8),))
     for parts in ([(0, range(8))], [(0, range(8, 9))]):
         world.compare(world.run(parts), parts)
 
 
-def test_sequences_read_the_pages_that_they_share(device: torch.device) -> None:
+def test_sequences_read_shared_pages(device: torch.device) -> None:
     world = World([20, 25], torch.float32, 5, device, shared=16)
     first = [(0, range(20))]
     world.compare(world.run(first), first)
@@ -85,14 +85,14 @@ def test_sequences_read_the_pages_that_they_share(device: torch.device) -> None:
     world.compare(world.run(row), row)
 
 
-def test_pages_written_in_a_forward_are_read_by_others_in_it(device: torch.device) -> None:
+def test_shared_pages_written_in_a_forward_are_read_in_the_same_forward(device: torch.device) -> None:
     world = World([33, 40], torch.float32, 6, device, shared=32)
     parts = [(1, range(32, 33)), (0, range(33))]
     world.compare(world.run(parts), parts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_it_agrees_with_gathering(dtype: torch.dtype, device: torch.device) -> None:
+def test_triton_agrees_with_gather(dtype: torch.dtype, device: torch.device) -> None:
     worlds = [World([30, 9, 40], dtype, 7, device) for _ in range(2)]
     for world in worlds:  # gathering multiplies what nobody has written by 0
         for slab in world.pool.slabs:
@@ -106,7 +106,7 @@ def test_it_agrees_with_gathering(dtype: torch.dtype, device: torch.device) -> N
             assert (one.float() - other.float()).abs().max() < 2 * TOLERANCE[dtype]
 
 
-def test_tensors_of_any_strides_and_dtypes(device: torch.device) -> None:
+def test_strides_and_dtypes_of_inputs_do_not_change_results(device: torch.device) -> None:
     world = World([11, 7], torch.bfloat16, 8, device)
     parts = [(1, range(6)), (0, range(11))]
     plain = world.run(parts)
@@ -127,7 +127,7 @@ def test_tensors_of_any_strides_and_dtypes(device: torch.device) -> None:
     assert torch.equal(found[0], plain_rows[0])
 
 
-def test_extreme_scores(device: torch.device) -> None:
+def test_extreme_scores_neither_overflow_nor_give_nan(device: torch.device) -> None:
     """Weights far below the smallest float vanish, and scores far beyond exp's range do not overflow."""
     kinds = (Kind(1, 2, 16, 16), Kind(1, 2, 16, 16, sinks=True), Kind(1, 2, 16, 16, softcap=30.0))
     world = World([40], torch.float32, 9, device, kinds)
@@ -153,7 +153,7 @@ def test_extreme_scores(device: torch.device) -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["queries", "keys", "values"])
-def test_non_finite_numbers_stay_with_their_sequence(bad: float, where: str, device: torch.device) -> None:
+def test_non_finite_inputs_affect_only_their_sequence(bad: float, where: str, device: torch.device) -> None:
     sound, world = (World([14, 20, 20], torch.float32, 10, device, KINDS[:3]) for _ in range(2))
     for stored in getattr(world, where):
         stored[1][3] = bad
@@ -168,9 +168,7 @@ def test_non_finite_numbers_stay_with_their_sequence(bad: float, where: str, dev
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_every_key_and_value_is_written_where_it_belongs_and_nowhere_else(
-    dtype: torch.dtype, device: torch.device
-) -> None:
+def test_keys_and_values_are_written_to_their_slots_only(dtype: torch.dtype, device: torch.device) -> None:
     world = World([21, 7], dtype, 11, device)
     world.run([(0, range(19)), (1, range(7))])
     world.run([(0, range(19, 20))])
@@ -181,7 +179,7 @@ def test_every_key_and_value_is_written_where_it_belongs_and_nowhere_else(
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_the_bits_of_a_row_do_not_depend_on_company_or_places(dtype: torch.dtype, device: torch.device) -> None:
+def test_decode_bits_do_not_depend_on_batch_or_pages(dtype: torch.dtype, device: torch.device) -> None:
     split = triton_metadata.SPLIT_TOKENS
     lengths = [split + 9, 3, 2 * split + 1, 17]
     rows = [(sequence, range(length - 1, length)) for sequence, length in enumerate(lengths)]
@@ -209,7 +207,7 @@ def test_the_bits_of_a_row_do_not_depend_on_company_or_places(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_the_bits_of_a_prompt_do_not_depend_on_cuts_company_or_places(dtype: torch.dtype, device: torch.device) -> None:
+def test_prefill_bits_do_not_depend_on_chunks_batch_or_pages(dtype: torch.dtype, device: torch.device) -> None:
     lengths = [39, 23]
     alone = []
     for sequence, length in enumerate(lengths):
@@ -224,24 +222,25 @@ def test_the_bits_of_a_prompt_do_not_depend_on_cuts_company_or_places(dtype: tor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_check_passes(dtype: torch.dtype, device: torch.device) -> None:
+def test_self_test_passes(dtype: torch.dtype, device: torch.device) -> None:
     triton.check({(16, 16), (12, 20)}, dtype, device)
 
 
 @pytest.mark.parametrize(
     ("dims", "dtype", "why"),
-    [((16, 16), torch.float64, "no kernels for torch.float64"), ((16, 513), torch.float32, "more than 512")],
+    [
+        ((16, 16), torch.float64, "do not support torch.float64"),
+        ((16, 513), torch.float32, "is 513, and .* up to 512"),
+    ],
 )
-def test_what_there_are_no_kernels_for(
+def test_unsupported_dtype_and_head_dim_are_refused(
     dims: tuple[int, int], dtype: torch.dtype, why: str, device: torch.device
 ) -> None:
     with pytest.raises(ValueError, match=why):
         triton.check({dims}, dtype, device)
 
 
-def test_a_kernel_that_computes_something_else_does_not_pass(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
+def test_self_test_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     compute = TritonAttention.compute
 
     def wrong(
@@ -250,5 +249,5 @@ def test_a_kernel_that_computes_something_else_does_not_pass(
         return compute(self, index, q, k, v, scores) + 1e-3
 
     monkeypatch.setattr(TritonAttention, "compute", wrong)
-    with pytest.raises(ValueError, match="compute something else"):
+    with pytest.raises(ValueError, match="differ from reference attention"):
         triton.check({(16, 16)}, torch.float32, device)

@@ -1,4 +1,4 @@
-"""Triton's kernels on buffers that stay in place: padding, and slabs that come and go."""
+"""Triton's kernels on metadata that stay in place: padding, and slabs that come and go."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tests.support.triton_world import DTYPES, KINDS, World
 pytestmark = pytest.mark.usefixtures("device")
 
 
-def addresses(buffers: TritonMetadata) -> list[int]:
-    tensors = [buffers.entries, buffers.pages, buffers.slots, buffers.slab_addresses, buffers.first_tokens]
-    for work in buffers.splits.values():
+def addresses(metadata: TritonMetadata) -> list[int]:
+    tensors = [metadata.entries, metadata.pages, metadata.slots, metadata.slab_addresses, metadata.first_tokens]
+    for work in metadata.splits.values():
         tensors += [work.items, work.count, work.rows]
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def padded(world: World, buffers: TritonMetadata, parts: Parts) -> list[torch.Tensor]:
-    """A step through buffers that have more room: for each site, results of the tokens and of the padding."""
-    forward, room = world.forward(parts), buffers.room.tokens
-    buffers.fill(forward)
-    step, outputs = TritonAttention(world.pool, forward, buffers), []
+def padded(world: World, metadata: TritonMetadata, parts: Parts) -> list[torch.Tensor]:
+    """A step through metadata that have more room: for each layer, results of the tokens and of the padding."""
+    forward, room = world.forward(parts), metadata.capacity.tokens
+    metadata.fill(forward)
+    step, outputs = TritonAttention(world.pool, forward, metadata), []
     for index, scores in enumerate(world.scores):
         packed = [world.packed(s, index, parts) for s in (world.queries, world.keys, world.values)]
         # As after layers over padding: anything at all.
@@ -37,12 +37,12 @@ def padded(world: World, buffers: TritonMetadata, parts: Parts) -> list[torch.Te
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:2])
-def test_padding_reads_and_writes_nothing_and_changes_no_bit(dtype: torch.dtype, device: torch.device) -> None:
+def test_padding_touches_no_page_and_changes_no_bit(dtype: torch.dtype, device: torch.device) -> None:
     lengths = [20, 5, 33]
     expected, world = (World(lengths, dtype, 14, device) for _ in range(2))
     room = MetadataSizes(decodes=6, prefills=0, tokens=6, entries=40)
-    buffers = world.steps.make_metadata(room)
-    before = addresses(buffers)
+    metadata = world.steps.make_metadata(room)
+    before = addresses(metadata)
     prefill = [(sequence, range(length - 2)) for sequence, length in enumerate(lengths)]
     for one in (expected, world):
         one.run(prefill)
@@ -51,21 +51,21 @@ def test_padding_reads_and_writes_nothing_and_changes_no_bit(dtype: torch.dtype,
         [(1, range(4, 5))],  # the items of the step before must be forgotten
         [(2, range(32, 33)), (0, range(19, 20))],
     ):
-        outputs = padded(world, buffers, parts)
+        outputs = padded(world, metadata, parts)
         for out, plain in zip(outputs, expected.run(parts), strict=True):
             assert torch.equal(out[: len(parts)], plain)
             assert (out[len(parts) :] == 0).all()
-    assert addresses(buffers) == before
+    assert addresses(metadata) == before
     world.check_only_written({0: 20, 1: 5, 2: 33})
 
 
-def test_a_step_of_padding_alone(device: torch.device) -> None:
+def test_forward_of_padding_only_returns_zeros(device: torch.device) -> None:
     world = World([5], torch.float32, 15, device)
-    buffers = world.steps.make_metadata(MetadataSizes(decodes=2, prefills=0, tokens=2, entries=4))
+    metadata = world.steps.make_metadata(MetadataSizes(decodes=2, prefills=0, tokens=2, entries=4))
     nothing = np.zeros(0, np.int64)
     forward = ForwardBatch(torch.zeros(0, dtype=torch.int64), np.zeros((0, 1), np.int64), nothing, nothing)
-    buffers.fill(forward)
-    step = TritonAttention(world.pool, forward, buffers)
+    metadata.fill(forward)
+    step = TritonAttention(world.pool, forward, metadata)
     for index, kind in enumerate(KINDS):
         nan = [
             torch.full((2, heads, dim), torch.nan, device=device)
@@ -79,14 +79,14 @@ def test_a_step_of_padding_alone(device: torch.device) -> None:
     world.check_only_written({})
 
 
-def test_a_mixed_step_with_padding(device: torch.device) -> None:
+def test_padded_decodes_and_prefills_equal_unpadded_ones(device: torch.device) -> None:
     expected, world = (World([20, 30], torch.float32, 16, device) for _ in range(2))
-    buffers = world.steps.make_metadata(MetadataSizes(decodes=3, prefills=2, tokens=30, entries=9))
+    metadata = world.steps.make_metadata(MetadataSizes(decodes=3, prefills=2, tokens=30, entries=9))
     for one in (expected, world):
         one.run([(0, range(19))])
     for parts in ([(0, range(19, 20)), (1, range(12))], [(1, range(12, 30))]):
         tokens = sum(len(positions) for _, positions in parts)
-        for out, plain in zip(padded(world, buffers, parts), expected.run(parts), strict=True):
+        for out, plain in zip(padded(world, metadata, parts), expected.run(parts), strict=True):
             assert torch.equal(out[:tokens], plain)
             assert (out[tokens:] == 0).all()
 
@@ -95,22 +95,22 @@ def test_a_mixed_step_with_padding(device: torch.device) -> None:
     "room",
     [MetadataSizes(1, 0, 9, 9), MetadataSizes(2, 0, 1, 9), MetadataSizes(2, 0, 9, 3), MetadataSizes(3, 0, 9, 9)],
 )
-def test_what_does_not_fit_is_refused(room: MetadataSizes, device: torch.device) -> None:
+def test_forward_larger_than_capacity_is_refused(room: MetadataSizes, device: torch.device) -> None:
     world = World([20, 20], torch.float32, 17, device)
     rows = [(0, range(19, 20)), (1, range(19, 20))]
-    buffers = world.steps.make_metadata(room)
+    metadata = world.steps.make_metadata(room)
     if room == MetadataSizes(3, 0, 9, 9):
-        buffers.fill(world.forward(rows))
+        metadata.fill(world.forward(rows))
         rows = [(0, range(18, 20))]
     with pytest.raises(ValueError, match="does not fit"):
-        buffers.fill(world.forward(rows))
+        metadata.fill(world.forward(rows))
 
 
-def test_slabs_that_are_dropped_and_grown_again_are_followed_in_place(device: torch.device) -> None:
+def test_metadata_follows_dropped_and_added_slabs_in_place(device: torch.device) -> None:
     """What lay in a slab that went is NaN from then on, as is what nobody has written in a new one."""
     world = World([40, 12], torch.float32, 18, device, slab_pages=2)
-    pool, buffers = world.pool, world.steps.make_metadata(MetadataSizes(decodes=2, prefills=0, tokens=2, entries=8))
-    before = addresses(buffers), world.steps.slabs.addresses.data_ptr()
+    pool, metadata = world.pool, world.steps.make_metadata(MetadataSizes(decodes=2, prefills=0, tokens=2, entries=8))
+    before = addresses(metadata), world.steps.slabs.addresses.data_ptr()
     world.tables = [pool.allocate(len(table)) for table in world.tables]
     world.run([(0, range(36)), (1, range(10))])
     gone = []
@@ -135,31 +135,31 @@ def test_slabs_that_are_dropped_and_grown_again_are_followed_in_place(device: to
         parts = [(0, range(36 + position, 37 + position))]
         if position < 2:
             parts.append((1, range(10 + position, 11 + position)))
-        outputs = padded(world, buffers, parts)
+        outputs = padded(world, metadata, parts)
         world.compare([out[: len(parts)].contiguous() for out in outputs], parts)
-    assert (addresses(buffers), world.steps.slabs.addresses.data_ptr()) == before
+    assert (addresses(metadata), world.steps.slabs.addresses.data_ptr()) == before
 
 
-def test_a_table_that_is_updated_in_place_is_seen_by_the_next_call(device: torch.device) -> None:
+def test_moved_slab_is_seen_without_a_refill(device: torch.device) -> None:
     """As when a captured step is replayed: the same launch, after a slab has moved."""
     world = World([20], torch.float32, 19, device, slab_pages=8)
-    buffers = world.steps.make_metadata(MetadataSizes(decodes=1, prefills=0, tokens=1, entries=2))
+    metadata = world.steps.make_metadata(MetadataSizes(decodes=1, prefills=0, tokens=1, entries=2))
     world.run([(0, range(19))])
     row = [(0, range(19, 20))]
-    expected = padded(world, buffers, row)
+    expected = padded(world, metadata, row)
     slab = world.pool.slab(0)
     copied = world.pool._allocate_slab()
     for new, old in zip(copied.tensors, slab.tensors, strict=True):
         new.copy_(old)
         old.fill_(torch.nan)
     world.pool.slabs[0] = copied
-    world.steps.slabs.follow()
-    step = TritonAttention(world.pool, world.forward(row), buffers)
+    world.steps.slabs.refresh()
+    step = TritonAttention(world.pool, world.forward(row), metadata)
     for index, out in enumerate(world.attend(step.compute, row)):
         assert torch.equal(out, expected[index])
 
 
-def test_pages_in_no_slab_are_refused(device: torch.device) -> None:
+def test_page_in_no_slab_raises_index_error(device: torch.device) -> None:
     world = World([20], torch.float32, 20, device, slab_pages=1)
     world.tables[0][1] = len(world.pool.slabs)
     with pytest.raises(IndexError, match="in no slab"):
@@ -170,7 +170,7 @@ def test_pages_in_no_slab_are_refused(device: torch.device) -> None:
         world.step([(0, range(20))])
 
 
-def test_more_slabs_than_the_table_holds(device: torch.device) -> None:
+def test_more_slabs_than_the_table_holds_are_refused(device: torch.device) -> None:
     world = World([20], torch.float32, 21, device, slab_pages=1)
     with pytest.raises(ValueError, match="table of their addresses holds 2"):
-        SlabTable(world.pool, 2).follow()
+        SlabTable(world.pool, 2).refresh()

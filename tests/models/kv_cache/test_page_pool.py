@@ -21,12 +21,12 @@ CPU = torch.device("cpu")
 
 
 def kv_layout(dtype: torch.dtype = torch.float32) -> KVLayout:
-    """Two sites that differ in heads and in key and value width."""
-    sites = (
+    """Two layers that differ in heads and in key and value width."""
+    layers = (
         AttentionLayer(nn.Identity(), 2, 3, 5, MaskKind()),
         AttentionLayer(nn.Identity(), 1, 4, 2, MaskKind("window", 8)),
     )
-    return KVLayout(sites, dtype, PAGE_SIZE)
+    return KVLayout(layers, dtype, PAGE_SIZE)
 
 
 def pool_of(slabs: int) -> PagePool:
@@ -61,7 +61,7 @@ def entries(pool: PagePool, page: int) -> torch.Tensor:
 # -- growing ---------------------------------------------------------------------------------------------
 
 
-def test_sizes_say_what_the_allocator_gave() -> None:
+def test_sizes_match_allocated_memory() -> None:
     pool = pool_of(0)
     assert (pool.bytes_held, pool.live_slabs, pool.free_pages, pool.used_pages) == (0, 0, 0, 0)
     pool.grow()
@@ -86,7 +86,7 @@ def test_tensors_of_a_slab_do_not_overlap() -> None:
     assert all(holds(pool, page, stamp=page + 1) for page in range(SLAB_PAGES))
 
 
-def test_a_new_slab_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_slab_is_zeroed(monkeypatch: pytest.MonkeyPatch) -> None:
     def dirty(*size: int, **options: object) -> torch.Tensor:
         return torch.full(size, torch.nan, **options)  # type: ignore[call-overload]
 
@@ -95,7 +95,7 @@ def test_a_new_slab_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(not entries(pool, page).any() for page in range(SLAB_PAGES))
 
 
-def test_a_refused_slab_leaves_the_pool_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_slab_allocation_leaves_pool_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = pool_of(1)
     table = pool.allocate(2)
 
@@ -126,10 +126,10 @@ def test_pages_come_from_the_lowest_slabs_first() -> None:
     assert set(pool.allocate(3).tolist()) == {0, 1, 2}
 
 
-def test_more_than_is_free_is_refused_and_takes_nothing() -> None:
+def test_allocating_more_than_free_pages_raises_and_takes_none() -> None:
     pool = pool_of(1)
     table = pool.allocate(1)
-    with pytest.raises(PoolExhausted, match="4 pages wanted, 3 free"):
+    with pytest.raises(PoolExhausted, match="4 pages were requested, but only 3 are free"):
         pool.allocate(4)
     pool.check_integrity([table])
     assert pool.allocate(3).tolist() != []
@@ -178,9 +178,9 @@ def test_a_copy_holds_the_same_and_leaves_its_source() -> None:
         assert holds(pool, other, stamp=1 + one)
 
 
-def test_a_page_may_be_copied_to_many_and_launches_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_can_be_copied_to_many_targets_in_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each page by itself would be a launch for each of its tensors."""
-    monkeypatch.setattr(slabs, "_COPIED_TOGETHER", 3)
+    monkeypatch.setattr(slabs, "_PAGES_PER_COPY", 3)
     pool = pool_of(4)
     source, target = pool.allocate(1), pool.allocate(7)
     write(pool, int(source[0]), stamp=5)
@@ -234,7 +234,7 @@ def test_shrinking_drops_the_emptiest_slab() -> None:
     pool.check_integrity(tables)
 
 
-def test_shrinking_refuses_when_there_is_no_room() -> None:
+def test_shrinking_without_enough_free_pages_changes_nothing() -> None:
     pool = pool_of(2)
     tables = [pool.allocate(5)]
     for stamp, page in enumerate(tables[0].tolist(), start=1):
@@ -252,7 +252,7 @@ def test_shrinking_refuses_when_there_is_no_room() -> None:
     pool.check_integrity(tables)
 
 
-def test_an_empty_pool_has_nothing_to_drop() -> None:
+def test_empty_pool_does_not_shrink() -> None:
     pool = pool_of(0)
     assert not pool.shrink([])
     pool.grow()
@@ -261,7 +261,7 @@ def test_an_empty_pool_has_nothing_to_drop() -> None:
     assert pool.slabs == []
 
 
-def test_a_dropped_slab_s_place_is_taken_again() -> None:
+def test_next_slab_reuses_a_dropped_index() -> None:
     pool = pool_of(3)
     pages = pool.allocate(12)
     pool.release(pages[4:8])
@@ -277,7 +277,7 @@ def test_a_dropped_slab_s_place_is_taken_again() -> None:
 # -- the check itself ------------------------------------------------------------------------------------
 
 
-def test_the_integrity_check_sees_what_is_wrong() -> None:
+def test_check_integrity_detects_wrong_counts_and_free_lists() -> None:
     pool = pool_of(2)
     table = pool.allocate(3)
     pool.check_integrity([table])
@@ -376,7 +376,7 @@ class Model:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_any_sequence_keeps_every_page(seed: int) -> None:
+def test_random_operations_keep_every_page(seed: int) -> None:
     print("seed", seed)
     model = Model(seed)
     operations = (model.grow, model.shrink, model.allocate, model.allocate, model.share, model.copy, model.release)

@@ -41,7 +41,7 @@ def pages(*ids: int) -> IntArray:
 # -- the pool --------------------------------------------------------------------------------------------
 
 
-def test_a_slab_is_one_allocation_of_what_its_rows_take() -> None:
+def test_slab_is_one_allocation_for_its_rows() -> None:
     pool = pool_of(1)
     assert (pool.page_bytes, pool.slab_bytes, pool.bytes_held) == (ROW_BYTES, 3 * ROW_BYTES, 3 * ROW_BYTES)
     tensors = pool.slab(0).tensors
@@ -58,7 +58,7 @@ def test_tensors_do_not_overlap() -> None:
 
 
 @pytest.mark.parametrize("ids", [(0, 1, 2), (2, 0), (5, 1, 3), (4,)])
-def test_rows_of_any_slabs_are_read_as_they_were_written(ids: tuple[int, ...]) -> None:
+def test_rows_in_any_slabs_are_read_as_written(ids: tuple[int, ...]) -> None:
     pool = pool_of()
     rows = StateRows.of(pool, pages(*ids))
     for index, state in enumerate(STATES):
@@ -71,7 +71,7 @@ def test_rows_of_any_slabs_are_read_as_they_were_written(ids: tuple[int, ...]) -
             assert pool.slab(other // 3).tensors[index][other % 3].isnan().all()
 
 
-def test_what_is_read_is_a_copy() -> None:
+def test_read_returns_a_copy() -> None:
     pool = pool_of()
     rows = StateRows.of(pool, pages(1))
     rows.write(1, torch.ones(1, 5))
@@ -79,7 +79,7 @@ def test_what_is_read_is_a_copy() -> None:
     assert torch.equal(rows.read(1), torch.ones(1, 5))
 
 
-def test_a_fork_copies_every_state() -> None:
+def test_copy_copies_every_state() -> None:
     pool = pool_of()
     for index, state in enumerate(STATES):
         StateRows.of(pool, pages(1)).write(index, values(1, state, stamp=index))
@@ -91,7 +91,7 @@ def test_a_fork_copies_every_state() -> None:
 # -- the cache -------------------------------------------------------------------------------------------
 
 
-def test_new_sequences_have_no_state_whatever_lies_in_their_pages() -> None:
+def test_new_sequences_ignore_what_their_pages_hold() -> None:
     cache = PooledStates(StateRows.of(pool_of(), pages(0, 5)), fresh=True)
     assert cache.get_conv_state(1) is None
     assert cache.get_recurrent_state(1) is None
@@ -99,7 +99,7 @@ def test_new_sequences_have_no_state_whatever_lies_in_their_pages() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 9])
-def test_a_convolution_s_last_inputs_are_kept_with_zeros_before_the_first(tokens: int) -> None:
+def test_last_convolution_inputs_are_kept_and_zero_padded(tokens: int) -> None:
     rows = StateRows.of(pool_of(), pages(0, 5))
     new = 1.0 + torch.arange(2.0 * 3 * tokens).view(2, 3, tokens)
     padded = torch.nn.functional.pad(new, (max(0, 4 - tokens), 0))
@@ -112,7 +112,7 @@ def test_a_convolution_s_last_inputs_are_kept_with_zeros_before_the_first(tokens
     assert torch.equal(rows.read(0).float(), inputs[..., -4:].float())
 
 
-def test_what_a_layer_changes_in_place_is_written_back() -> None:
+def test_in_place_changes_of_a_layer_are_written_back() -> None:
     rows = StateRows.of(pool_of(), pages(0, 5))
     for index, state in enumerate(STATES):
         rows.write(index, values(2, state))
@@ -129,7 +129,7 @@ def test_what_a_layer_changes_in_place_is_written_back() -> None:
     assert torch.equal(rows.read(3), values(2, STATES[3], 1000))
 
 
-def test_a_new_state_is_not_overwritten_by_the_one_that_was_loaded() -> None:
+def test_updated_state_is_not_overwritten_by_the_loaded_one() -> None:
     rows = StateRows.of(pool_of(), pages(2))
     rows.write(1, torch.zeros(1, 5))
     cache = PooledStates(rows, fresh=False)
@@ -139,7 +139,7 @@ def test_a_new_state_is_not_overwritten_by_the_one_that_was_loaded() -> None:
     assert torch.equal(rows.read(1), torch.ones(1, 5))
 
 
-def test_a_recording_tells_shapes_and_dtypes_of_one_row() -> None:
+def test_recorded_states_have_shapes_and_dtypes_of_one_row() -> None:
     cache = RecordedStates()
     cache.update_conv_state(torch.zeros(1, 3, 2, dtype=torch.bfloat16), 1, conv_kernel_size=4)
     cache.update_recurrent_state(torch.zeros(1, 5), layer_idx=1)

@@ -30,7 +30,7 @@ _SMALL = TileSizes(16, 16, 4)
 def small_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernels_run_here(monkeypatch)
     monkeypatch.setattr(triton_metadata, "SPLIT_TOKENS", 32)
-    monkeypatch.setattr(triton, "_BLOCKS", dict.fromkeys(triton._BLOCKS, (_SMALL, _SMALL)))
+    monkeypatch.setattr(triton, "_TILE_SIZES", dict.fromkeys(triton._TILE_SIZES, (_SMALL, _SMALL)))
     monkeypatch.setattr(triton, "_PROGRAMS", 2)
     cuda_graphs._refused.clear()
     yield
@@ -118,7 +118,7 @@ def test_step_is_captured_again_when_pages_outgrow_its_room(monkeypatch: pytest.
     for _ in range(5):
         world.same([(0, 15), (1, 15)])
         world.decode(0, 1)
-        rooms.append(world.runner._captured[2].inputs.metadata.room.entries)
+        rooms.append(world.runner._captured[2].inputs.metadata.capacity.entries)
     assert rooms == [4, 4, 16, 16, 16]
     assert [graph.gone for graph in world.fake.graphs] == [True, False]
     assert world.fake.released == 1, "torch lets no new graph join a memory pool that no graph is left in"
