@@ -35,7 +35,7 @@ from rollout.run_dir.run import read_run
 from rollout.verify import verify
 from tests.rollout.test_cli import tiny as saved_tiny  # noqa: F401 - a fixture
 from tests.support.jobs import read_records, without_attempt
-from tests.support.tensor_parallel import assert_as_one_that_holds_all, launch
+from tests.support.tensor_parallel import assert_records_match_one_process, launch
 from tests.support.tiny_models import tiny
 from tests.support.toy_loop import LAYOUT, World, plain, refuse_at
 
@@ -44,7 +44,7 @@ def test_both_have_the_records_of_one_that_holds_all(tmp_path: Path) -> None:
     # Qwen3 has norms of each head, which every process keeps whole. An odd vocabulary is none that every version of
     # transformers can slice.
     models = {family: tiny(family, vocab_size=200) for family in ("llama", "qwen3")}
-    assert_as_one_that_holds_all(models, tmp_path)
+    assert_records_match_one_process(models, tmp_path)
 
 
 def test_the_processes_of_a_job_are_one_worker(tmp_path: Path, saved_tiny: Path) -> None:  # noqa: F811

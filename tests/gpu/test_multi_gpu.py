@@ -11,7 +11,7 @@ from rollout import Engine, SamplingParams
 from rollout.models.loading.load import ModelSource, load_model
 from tests.support.devices import DEVICE
 from tests.support.parity import random_prompts
-from tests.support.tensor_parallel import assert_as_one_that_holds_all
+from tests.support.tensor_parallel import assert_records_match_one_process
 from tests.support.tiny_models import tiny
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
@@ -33,4 +33,4 @@ def test_records_of_layers_spread_over_two_gpus(tmp_path: Path) -> None:
 
 
 def test_records_of_layers_sliced_over_two_gpus(tmp_path: Path) -> None:
-    assert_as_one_that_holds_all({"llama": tiny("llama", vocab_size=200)}, tmp_path)
+    assert_records_match_one_process({"llama": tiny("llama", vocab_size=200)}, tmp_path)

@@ -1,4 +1,4 @@
-"""Whether there is a C compiler."""
+"""Skip tests on machines without a C compiler."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rollout.models.csrc.build import KernelUnavailable
 
 
 def needs_compiler() -> None:
-    """Skip the test where there is none."""
+    """Skip the test if there is no C compiler."""
     try:
         build.compiler()
     except KernelUnavailable as error:

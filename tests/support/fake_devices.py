@@ -1,7 +1,7 @@
-"""Devices that are not there: CPU tensors that say they lie on ``ipu:0`` or ``ipu:1`` and refuse each other's company.
+"""Fake devices: CPU tensors that report ``ipu:0`` or ``ipu:1`` as their device.
 
-What runs on them computes with torch's own CPU operators; a call that mixes tensors of different devices fails as it
-would on two GPUs. Nothing is told of speed, streams or memory.
+Operations run on torch's CPU operators. A call that mixes tensors of different devices fails as on two GPUs. Speed,
+streams and memory are not simulated.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from transformers import PreTrainedModel
 
 NEAR, FAR = torch.device("ipu", 0), torch.device("ipu", 1)
 _CPU = torch.device("cpu")
-#: Calls that take tensors from one device to another.
+#: Calls that copy tensors between devices.
 _MOVES = {torch.Tensor.to, torch.Tensor.copy_}
-#: Calls that take indices on the CPU, whatever device the rest is on.
+#: Calls that accept indices on the CPU for tensors on any device.
 _INDEXES = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 
 class PlacedTensor(torch.Tensor):
-    """A CPU tensor with the device that it says it is on."""
+    """A CPU tensor and the fake device that it reports."""
 
     place: torch.device
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> Any:
-        """``data`` as it is: so accelerate makes a parameter of one that it moves."""
+        """Return ``data`` unchanged, as accelerate expects when it makes a parameter of a moved tensor."""
         return data
 
     @classmethod
@@ -40,7 +40,7 @@ class PlacedTensor(torch.Tensor):
 
 
 class Devices(TorchFunctionMode):
-    """Inside this block `NEAR` and `FAR` exist."""
+    """Make `NEAR` and `FAR` usable within the block."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
@@ -48,7 +48,7 @@ class Devices(TorchFunctionMode):
 
 
 def spread(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with the first half of its layers on `NEAR` and all after that on `FAR`, as accelerate places it."""
+    """Let accelerate place the first half of the layers on `NEAR` and the rest on `FAR`."""
     base = model.base_model_prefix
     device_map = {}
     for name, module in model.base_model.named_children():
@@ -102,7 +102,7 @@ def _normal(device: Any) -> torch.device:
 def _without_device(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], torch.device | None]:
-    """The arguments of ``Tensor.to`` as a CPU takes them, and the device that was asked for."""
+    """Return the arguments of ``Tensor.to`` with the CPU as device, and the requested device."""
     wanted = None
     kept: list[Any] = []
     for value in args:

@@ -1,4 +1,4 @@
-"""Sampling parameters of rows, one by one."""
+"""Sampling parameters of single rows, and of a batch of them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class One:
 
 
 def rows_of(rows: list[One]) -> RowSampling:
+    """Return the parameters of a batch."""
     return RowSampling(
         temperature=torch.tensor([row.temperature for row in rows]),
         top_k=torch.tensor([row.top_k for row in rows]),

@@ -1,7 +1,7 @@
-"""Two processes that hold one model together, each of which runs ``python -m tests.support.tensor_parallel MODEL …``.
+"""A tensor parallel launch of two processes, each of which runs ``python -m tests.support.tensor_parallel MODEL …``.
 
-They generate with a headroom of random numbers, other ones in each process, then with room for few pages, and write
-the records to ``MODEL/RANK.json``.
+They generate with a random headroom that differs per process, then with room for few pages, and write the records
+to ``MODEL/RANK.json``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from tests.support.devices import DEVICE, GPU
 PROMPTS = [list(range(3, 3 + length)) for length in (5, 20, 33, 12)]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24)
 SAMPLED = SamplingParams(n=3, max_new_tokens=24, top_p=0.9)
-#: For 12 rows of up to 4 each.
+#: Fewer than the 12 rows need, which are up to 4 pages each.
 _PAGES = 10
 
 
 def launch(*arguments: str) -> str:
-    """What a module writes to stdout in two processes."""
+    """Run a module in two processes and return their stdout."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if GPU is None:
@@ -46,21 +46,21 @@ def launch(*arguments: str) -> str:
     return done.stdout
 
 
-def assert_as_one_that_holds_all(models: dict[str, PreTrainedModel], folder: Path) -> None:
-    """Launches two processes on these models, and compares what they tell with what the models themselves do."""
+def assert_records_match_one_process(models: dict[str, PreTrainedModel], folder: Path) -> None:
+    """Generate with each model in two processes and in this one, and compare the records."""
     for name, model in models.items():
         model.save_pretrained(folder / name)
     launch("tests.support.tensor_parallel", *(str(folder / name) for name in models))
     for name, model in models.items():
-        told: list[dict[str, Any]] = [json.loads((folder / name / f"{rank}.json").read_text()) for rank in (0, 1)]
-        assert told[0] == told[1]
-        assert told[0]["heads"] == [model.config.num_key_value_heads // 2] * model.config.num_hidden_layers
-        assert min(told[0]["preempted"]) > 0, "there was room for all"
+        reports: list[dict[str, Any]] = [json.loads((folder / name / f"{rank}.json").read_text()) for rank in (0, 1)]
+        assert reports[0] == reports[1]
+        assert reports[0]["heads"] == [model.config.num_key_value_heads // 2] * model.config.num_hidden_layers
+        assert min(reports[0]["preempted"]) > 0, "no row was preempted"
         engine = Engine(model, None)
         greedy, sampled = (list(engine.generate(PROMPTS, params, seed=7)) for params in (GREEDY, SAMPLED))
         expected = [*greedy, *sampled]
-        assert len(told[0]["records"]) == len(expected)
-        for ours, theirs in zip(told[0]["records"], expected, strict=True):
+        assert len(reports[0]["records"]) == len(expected)
+        for ours, theirs in zip(reports[0]["records"], expected, strict=True):
             assert ours["completion_ids"] == theirs.completion_ids
             np.testing.assert_allclose(ours["logprobs"], theirs.logprobs, atol=1e-5)
         for record, prompt in zip(greedy, PROMPTS, strict=True):
@@ -70,7 +70,7 @@ def assert_as_one_that_holds_all(models: dict[str, PreTrainedModel], folder: Pat
 
 
 class RandomHeadroom:
-    """Free memory that no two processes see alike."""
+    """Random free memory, which differs per process."""
 
     total_bytes = 1 << 20
 
@@ -82,22 +82,22 @@ class RandomHeadroom:
 
 
 def main(model: str) -> None:
-    """Generates with one of the models."""
+    """Generate with a model as one rank of the launch and write its report."""
     rank = int(os.environ["RANK"])
-    held = load_model(ModelSource(model, dtype="float32", tensor_parallel=True), resolve_device())
-    squeezed = Engine(held, None, latency_budget_ms=5.0, reserve_fraction=0.0, headroom=RandomHeadroom(rank))
+    model_slice = load_model(ModelSource(model, dtype="float32", tensor_parallel=True), resolve_device())
+    squeezed = Engine(model_slice, None, latency_budget_ms=5.0, reserve_fraction=0.0, headroom=RandomHeadroom(rank))
     layout = squeezed._strategy.kv_layout()
-    tight = Engine(held, None, policy="static", max_kv_bytes=_PAGES * layout.bytes_per_page)
+    tight = Engine(model_slice, None, policy="static", max_kv_bytes=_PAGES * layout.bytes_per_page)
     batches = [squeezed.generate(PROMPTS, GREEDY, seed=7)]
     with patch("rollout.engine.engine.Loop", partial(Loop, overlap=True)):
         batches.append(tight.generate(PROMPTS, SAMPLED, seed=7))
-    told = {
+    report = {
         "heads": [site.kv_heads for site in layout.layers],
         "records": [asdict(record) for batch in batches for record in batch],
         "preempted": [batch.stats.preempted_rows for batch in batches],
         "steps": [batch.stats.steps for batch in batches],
     }
-    (Path(model) / f"{rank}.json").write_text(json.dumps(told))
+    (Path(model) / f"{rank}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":

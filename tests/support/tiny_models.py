@@ -1,4 +1,4 @@
-"""Tiny random models of many families: what the contract tests run on."""
+"""Tiny random models of many families, for the contract tests."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _BASE: dict[str, Any] = {
 _WINDOW = 12
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
-# Families that must work, by the tier that each must get, and what their tiny configuration needs besides the
-# common fields. Windows are shorter than the texts, so that a layer that ignores its window fails. What follows a
-# "/" tells variants of a family apart.
+# Families that must work, by the run strategy that must be selected, with the fields that their tiny configurations
+# need in addition to the common ones. Windows are shorter than the sequences, so a layer that ignores its window
+# fails. A suffix after "/" names a variant of a family.
 
-#: Attention goes through transformers' interface.
+#: Packed strategy: attention goes through transformers' attention interface.
 INTERFACE: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {},
     "mistral": {"sliding_window": _WINDOW},
     "gemma": {},
-    # transformers 5.17 takes sdpa by itself, which leaves the softcap out.
+    # transformers 5.17 selects sdpa by default, which ignores the softcap.
     "gemma2": {"sliding_window": _WINDOW, "query_pre_attn_scalar": 16, "attn_implementation": "eager"},
     "gemma3_text": {"sliding_window": _WINDOW, "query_pre_attn_scalar": 16},
     "phi3": {"sliding_window": _WINDOW},
@@ -73,7 +73,7 @@ INTERFACE: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 2,
         "moe_intermediate_size": 48,
     },
-    # Spans that only the masks tell, not the arguments:
+    # Windows and chunks that appear in the masks only, not in the arguments:
     "qwen2_moe": _EXPERTS
     | {"sliding_window": _WINDOW, "use_sliding_window": True, "max_window_layers": 2, "decoder_sparse_step": 2}
     | {"shared_expert_intermediate_size": 48},
@@ -82,7 +82,7 @@ INTERFACE: dict[str, dict[str, Any]] = {
     "diffllama": {},
 }
 
-#: Attention of their own.
+#: Padded strategy: the model has its own attention code.
 GATHERING: dict[str, dict[str, Any]] = {
     "bloom": {},
     "falcon": {},
@@ -116,7 +116,7 @@ _MLA = {"q_lora_rank": 24, "kv_lora_rank": 16, "v_head_dim": 12, "head_dim": 8, 
     "topk_group": 1,
 }
 
-#: Recurrent states, alone or besides keys and values.
+#: Recurrent strategy: states, alone or together with keys and values.
 STATE: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 8},
@@ -150,7 +150,7 @@ STATE: dict[str, dict[str, Any]] = {
     "lfm3": {"layer_types": ["conv", "sliding_attention", "conv", "full_attention"], "sliding_window": _WINDOW},
     "zaya": {},
 }
-# Not yet known to the oldest transformers that is allowed.
+# The oldest supported transformers does not have these families.
 for _new in ("bailing_hybrid", "lfm3"):
     if _new not in CONFIG_MAPPING:
         del STATE[_new]
@@ -160,7 +160,7 @@ SERVED: dict[str, dict[str, Any]] = {
     family: fields for tier in (*TIERS.values(), STATE) for family, fields in tier.items()
 }
 
-#: Families that must be refused, and a word of the reason.
+#: Families that must be refused, each with a word of the reason.
 REFUSED: dict[str, str] = {
     "recurrent_gemma": "recurrent",
     "rwkv": "recurrent",
@@ -170,23 +170,23 @@ REFUSED: dict[str, str] = {
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """A model of ``family`` with seeded random weights, in eval mode, on the tests' device; the same on every call."""
+    """Return a model with seeded random weights in eval mode on the tests' device; every call gives the same."""
     model = random_model(tiny_config(family, **changes), dtype)
     nn.Module.to(model, DEVICE)
     return model
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
-    """A configuration of ``family`` with the common fields, its own and ``changes``."""
+    """Return a configuration of ``family``: the common fields, the family's and ``changes``."""
     fields = _BASE | SERVED.get(family, {}) | changes
     model_type = family.partition("/")[0]
-    if model_type == "falcon":  # derives it
+    if model_type == "falcon":  # falcon derives it
         del fields["head_dim"]
     return AutoConfig.for_model(model_type, **fields)
 
 
 def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model with seeded random weights, in eval mode; the same on every call."""
+    """Return a model with seeded random weights in eval mode; every call gives the same."""
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     try:
@@ -195,7 +195,7 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -
         torch.random.set_rng_state(state)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Larger than a fresh initialisation, so that attention matters to the next token.
+            # Larger than the default initialisation, so that attention affects the next token.
             if parameter.ndim > 1 and "embed" not in name:
                 parameter.mul_(4.0)
     nn.Module.to(model, dtype).eval()

@@ -1,4 +1,4 @@
-"""Triton without a GPU: its interpreter runs kernels on CPU tensors, where addresses are CPU pointers."""
+"""Run Triton kernels without a GPU, by its interpreter on CPU tensors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.support.devices import GPU
 
 
 def kernels_run_here(patch: pytest.MonkeyPatch) -> torch.device:
-    """Sees to it that kernels run, and says where: on a GPU, or in the interpreter.
+    """Prepare Triton kernels to run on the GPU or in the interpreter, and return the device.
 
-    The interpreter's own matrix product multiplies the bit patterns of bfloat16 numbers (triton 3.6 to 3.9), and BLAS,
-    which it calls, gives a row other bits in another place of the matrix. So it gets one that adds up in order. It cuts
-    numbers off where they become bfloat16, which a GPU rounds to the nearest; so that is torch's here.
+    The interpreter's matrix product multiplies the bit patterns of bfloat16 numbers (triton 3.6 to 3.9), and BLAS
+    gives a row bits that depend on its position in the matrix. It is replaced by a product that sums in order. The
+    interpreter also truncates to bfloat16, where a GPU rounds to nearest; torch's conversion replaces that.
     """
     if GPU is not None:
         return GPU
