@@ -211,7 +211,16 @@ class Pool(ABC, Generic[_S]):
         return slab
 
     def check_integrity(self, tables: Iterable[IntArray]) -> None:
-        """Every page is free or held by exactly as many ``tables`` as its count says; for tests."""
+        """Check that every page is free, or named by as many ``tables`` entries as its count says; for tests.
+
+        Raises:
+            AssertionError: counts, free lists or their sizes are wrong.
+        """
+        if len(self._free) != len(self.slabs) or len(self._references) != len(self.slabs) * self.slab_pages:
+            raise AssertionError(
+                f"{len(self.slabs)} slabs of {self.slab_pages} pages have {len(self._free)} free lists and "
+                f"{len(self._references)} reference counts"
+            )
         counts = np.zeros_like(self._references)
         for table in tables:
             np.add.at(counts, table, 1)

@@ -292,6 +292,19 @@ def test_check_integrity_detects_wrong_counts_and_free_lists() -> None:
         pool.check_integrity([table])
 
 
+def test_check_integrity_detects_counts_and_free_lists_of_the_wrong_length() -> None:
+    pool = pool_of(2)
+    table = pool.allocate(3)
+    references = pool._references
+    pool._references = references[:-1]
+    with pytest.raises(AssertionError, match="2 slabs of 4 pages have 2 free lists and 7 reference counts"):
+        pool.check_integrity([table])
+    pool._references = references
+    pool._free.append([])
+    with pytest.raises(AssertionError, match="have 3 free lists and 8 reference counts"):
+        pool.check_integrity([table])
+
+
 # -- all together ----------------------------------------------------------------------------------------
 
 
