@@ -16,7 +16,7 @@ _MEAN_WINDOW = 32
 
 
 class _Mean(NamedTuple):
-    count: int
+    completions: int
     """Completions averaged, at most `_MEAN_WINDOW`."""
     tokens: float
     """Mean completion length."""
@@ -40,9 +40,9 @@ class LengthHistory:
     def add(self, prompt_ids: Sequence[int] | IntArray, tokens: int) -> None:
         """Add a completion of ``tokens`` tokens."""
         key = _key(prompt_ids)
-        known = self._known.pop(key, _Mean(count=0, tokens=0.0))
-        count = min(known.count + 1, _MEAN_WINDOW)
-        self._known[key] = _Mean(count=count, tokens=known.tokens + (tokens - known.tokens) / count)
+        known = self._known.pop(key, _Mean(completions=0, tokens=0.0))
+        count = min(known.completions + 1, _MEAN_WINDOW)
+        self._known[key] = _Mean(completions=count, tokens=known.tokens + (tokens - known.tokens) / count)
         if self._most_prompts is not None and len(self._known) > self._most_prompts:
             del self._known[next(iter(self._known))]
 
