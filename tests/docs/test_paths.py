@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("jobs/**/*.md")])
 FOLDERS = "rollout|batcher|models|conf|jobs|tests|docs"
 #: Of a page that says how files were called before.
-PAST = {"CHANGELOG.md": {"rollout.loop", "rollout.models.pages"}}
+PAST = {"docs/CHANGELOG.md": {"rollout.loop", "rollout.models.pages"}}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

@@ -149,7 +149,7 @@ def test_device_with_least_headroom_limits_the_pool(near: int, far: int, most: i
         memory = KVMemory(LAYOUT, headroom, NEAR, None, 0.1, 10**9)
     assert memory.obtainable_bytes == most // memory.pool.slab_bytes * memory.pool.slab_bytes
     fakes[FAR].taken_bytes = far
-    memory.read()
+    memory.read_headroom()
     assert memory.headroom_bytes == int(-0.1 * far / 0.75), "what is to be given back is counted in the pool's bytes"
 
 
