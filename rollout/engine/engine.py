@@ -194,7 +194,9 @@ class Engine:
         """Yield a request per prompt, with the completion length that earlier calls observed for it."""
         ids = (str(i) for i in count()) if row_ids is None else iter(row_ids)
         for i, prompt in enumerate(prompts):
-            row_id, prompt_ids = next(ids), self.encode(prompt)
+            row_id, prompt_ids = next(ids, None), self.encode(prompt)
+            if row_id is None:
+                raise InputError(f"row_ids ends after {i} entries, but there are more prompts.")
             yield Request(
                 row_id=row_id,
                 prompt_ids=prompt_ids,

@@ -136,3 +136,9 @@ def test_no_prompts_give_an_empty_batch(engine: Engine) -> None:
     batch = engine.generate([])
     assert len(batch) == 0
     assert batch.stats.steps == 0
+
+
+def test_stream_with_too_few_row_ids_raises_input_error(engine: Engine) -> None:
+    params = SamplingParams(max_new_tokens=1)
+    with pytest.raises(InputError, match="row_ids ends after 1 entries, but there are more prompts"):
+        list(engine.stream([[5], [6]], params, row_ids=["a"]))
