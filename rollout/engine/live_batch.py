@@ -97,6 +97,20 @@ class LiveBatch:
         pages: IntArray = self.page_tables[slot, : self.page_counts[slot]]
         return pages
 
+    def check_integrity(self) -> None:
+        """Check that page tables are as wide as what they hold, and that pages cover all computed tokens; for tests.
+
+        Raises:
+            AssertionError: a row counts more pages than its table has, or has too few pages for its tokens.
+        """
+        counts, width = self.page_counts[self.occupied], self.page_tables.shape[1]
+        if counts.max(initial=0) > width:
+            raise AssertionError(f"a row counts {counts.max()} pages, but page tables have {width} columns")
+        # The last sampled token is not in the pages yet. Models without a KV cache hold no page at all.
+        too_few = counts * self._page_size < self.lengths(self.occupied) - 1
+        if counts.any() and too_few.any():
+            raise AssertionError(f"slots {self.occupied[too_few].tolist()} have too few pages for their tokens")
+
     def all_rows(self) -> list[BatchRow]:
         """Return the rows in all occupied slots, oldest first."""
         return [self.row(slot) for slot in self.occupied.tolist()]

@@ -21,6 +21,7 @@ def integrity(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def checked(self: Scheduler, most: int | None) -> IntArray:
         slots = make_room(self, most)
+        self.live.check_integrity()
         self._pool.check_integrity(self.held_pages())
         self._pool.states.check_integrity(self.held_states())
         return slots

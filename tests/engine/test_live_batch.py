@@ -279,3 +279,16 @@ def test_noise_keys_differ_by_seed_and_row_and_fit_32_bits() -> None:
     # Pinned: draws of a seed must not change between versions.
     assert noise_key(0, "0") == (2124180693, 1657825639)
     assert noise_key(7, "é") == (943026154, 81324474)
+
+
+def test_check_integrity_finds_narrow_tables_and_missing_pages() -> None:
+    live = LiveBatch(PAGE_SIZE, CPU)
+    slot = live.add(row_of("a", 9, SamplingParams()), np.arange(3))
+    append(live, slot, 5)
+    live.check_integrity()
+    live.page_counts[slot] = 2
+    with pytest.raises(AssertionError, match="too few pages"):
+        live.check_integrity()
+    live.page_counts[slot] = live.page_tables.shape[1] + 1
+    with pytest.raises(AssertionError, match="page tables have 16 columns"):
+        live.check_integrity()
