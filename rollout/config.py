@@ -101,6 +101,8 @@ class BatcherConfig:
         Raises:
             InputError: a value is out of range.
         """
+        if self.name not in POLICIES:
+            raise InputError(f"batcher.name is {self.name!r}, but must be one of {', '.join(POLICIES)}.")
         bounds = Bounds(min_rows=self.min_rows, max_rows=self.max_rows, latency_budget_ms=self.latency_budget_ms)
         common = {field.name for field in fields(BatcherConfig)}
         parameters = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}

@@ -1,4 +1,4 @@
-"""``python -m rollout.simulate``: simulate batching policies on recorded or generated lengths, without a model."""
+"""Simulate batching policies on recorded or generated lengths, without a model."""
 
 from __future__ import annotations
 

@@ -197,10 +197,15 @@ class Engine:
             row_id, prompt_ids = next(ids, None), self.encode(prompt)
             if row_id is None:
                 raise InputError(f"row_ids ends after {i} entries, but there are more prompts.")
+            row_params = params if isinstance(params, SamplingParams) else params[i]
+            if row_params.stop and self.tokenizer is None:
+                raise InputError(
+                    "The engine has no tokenizer for stop strings: create it with one, or use stop_token_ids."
+                )
             yield Request(
                 row_id=row_id,
                 prompt_ids=prompt_ids,
-                params=params if isinstance(params, SamplingParams) else params[i],
+                params=row_params,
                 seed=seed,
                 expected_tokens=self._lengths.expected(prompt_ids),
             )

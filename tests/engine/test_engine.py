@@ -142,3 +142,8 @@ def test_stream_with_too_few_row_ids_raises_input_error(engine: Engine) -> None:
     params = SamplingParams(max_new_tokens=1)
     with pytest.raises(InputError, match="row_ids ends after 1 entries, but there are more prompts"):
         list(engine.stream([[5], [6]], params, row_ids=["a"]))
+
+
+def test_stop_strings_without_a_tokenizer_raise_input_error() -> None:
+    with pytest.raises(InputError, match="no tokenizer for stop strings"):
+        Engine(tiny("llama"), None).generate([[5, 6]], SamplingParams(stop=("a",), max_new_tokens=2))
