@@ -19,8 +19,8 @@ class UnsupportedAttention(UnsupportedModel):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message without its full stop; the class name if it is empty."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
+    lines = (line.strip().rstrip(".") for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
 
 
 def clause(error: BaseException) -> str:

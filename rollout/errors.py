@@ -41,12 +41,6 @@ def check_all(checks: Iterable[Check]) -> None:
             raise InputError(f"{check.name} is {check.value!r}, but must be {check.wanted}.")
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message without its full stop; the class name if it has no message."""
-    lines = (line.strip().rstrip(".") for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
-
-
 def shorten(text: str, longest: int, keep: int | None = None) -> str:
     """Return ``text``, or its first ``keep`` characters and ``...`` if it has more than ``longest``."""
     return text if len(text) <= longest else text[: longest - 3 if keep is None else keep] + "..."

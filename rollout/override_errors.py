@@ -12,7 +12,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from rollout.config import CONFIG_MODULE, dotted_keys, load_config, unknown_key
-from rollout.errors import InputError, first_line
+from rollout.errors import InputError
+from rollout.models.errors import first_line
 
 
 def explain(overrides: Sequence[str], error: HydraException | OmegaConfBaseException) -> str:

@@ -16,7 +16,8 @@ import datasets
 
 from rollout.arithmetic import DEFAULT_PROBLEMS, problems
 from rollout.config import DataConfig
-from rollout.errors import InputError, first_line, shorten
+from rollout.errors import InputError, shorten
+from rollout.models.errors import first_line
 
 BUILTIN = "builtin:"
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

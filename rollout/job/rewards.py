@@ -12,7 +12,8 @@ from typing import Any
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 
-from rollout.errors import InputError, first_line
+from rollout.errors import InputError
+from rollout.models.errors import first_line
 from rollout.records import Record
 
 Reward = Callable[[dict[str, Any], str], float]

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rollout.errors import InputError, first_line
+from rollout.errors import InputError
+from rollout.models.errors import first_line
 from rollout.records import Record
 from rollout.run_dir.atomic_write import write_atomically, write_text_atomically
 from rollout.run_dir.paths import RunPaths
