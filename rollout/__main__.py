@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rollout.config import CONFIG_MODULE, CONFIG_NAME, VERSION_BASE, register, validate
+from rollout.config.compose import CONFIG_MODULE, CONFIG_NAME, VERSION_BASE, register, validate
 from rollout.errors import Exit, InputError
 from rollout.models.errors import UnsupportedModel
 from rollout.override_errors import explain

@@ -11,7 +11,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from rollout.config import CONFIG_MODULE, dotted_keys, load_config, unknown_key
+from rollout.config.compose import CONFIG_MODULE, load_config
+from rollout.config.keys import dotted_keys, unknown_key
 from rollout.errors import InputError
 from rollout.models.errors import first_line
 

@@ -2,7 +2,7 @@
 
     python -m jobs.docs.configuration
 
-Defaults and meanings are read from conf/, where each key has a comment, and types from `rollout.config`. Those of a
+Defaults and meanings are read from conf/, where each key has a comment, and types from the schema. Those of a
 policy's own parameters are read from its dataclass in batcher/policies.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rollout import config
 from rollout.batcher.registry import PARAMETERS
+from rollout.config import schema
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "configuration.md"
@@ -25,19 +25,19 @@ CONF = ROOT / "conf"
 
 #: Each group: the option whose keys are listed, and their types.
 GROUPS: dict[str, tuple[str, type[Any]]] = {
-    "model": ("default", config.ModelConfig),
-    "data": ("arithmetic", config.DataConfig),
-    "sampling": ("default", config.SamplingConfig),
-    "batcher": ("predictive", config.BatcherConfig),
-    "memory": ("default", config.MemoryConfig),
-    "output": ("default", config.OutputConfig),
-    "reward": ("none", config.RewardConfig),
+    "model": ("default", schema.ModelConfig),
+    "data": ("arithmetic", schema.DataConfig),
+    "sampling": ("default", schema.SamplingConfig),
+    "batcher": ("predictive", schema.BatcherConfig),
+    "memory": ("default", schema.MemoryConfig),
+    "output": ("default", schema.OutputConfig),
+    "reward": ("none", schema.RewardConfig),
 }
 _KEY = re.compile(r"^(\w+): ([^#]*?)(?: # (.*))?$")
 
 _INTRO = """# Configuration
 
-Every key of a job. This page is generated from `conf/` and `rollout/config.py` by `make docs`; edit the comments there.
+Every key of a job. This page is generated from `conf/` and `rollout/config/` by `make docs`; edit the comments there.
 
     python -m rollout [+experiment=NAME] [GROUP=OPTION ...] [GROUP.KEY=VALUE ...]
 
@@ -117,7 +117,7 @@ def _options(group: str) -> list[str]:
 
 
 def _batcher() -> list[str]:
-    lines = ["All policies:", "", *_table("batcher", keys_of(CONF / "batcher" / "_bounds.yaml"), config.BatcherConfig)]
+    lines = ["All policies:", "", *_table("batcher", keys_of(CONF / "batcher" / "_bounds.yaml"), schema.BatcherConfig)]
     for name in ("predictive", "memory", "sla", "paper"):
         lines += [f"`batcher={name}`:", "", *_table("batcher", parameter_keys(PARAMETERS[name]), PARAMETERS[name])]
     return lines
@@ -161,10 +161,10 @@ def page() -> str:
         if len(list((CONF / group).glob("[!_]*.yaml"))) > 1:
             lines += _options(group)
         lines += _batcher() if group == "batcher" else _table(group, keys_of(CONF / group / f"{option}.yaml"), kind)
-    top = [key for key in keys_of(CONF / "config.yaml") if key.name in {field.name for field in fields(config.Config)}]
+    top = [key for key in keys_of(CONF / "config.yaml") if key.name in {field.name for field in fields(schema.Config)}]
     lines += ["## seed", ""]
     for key in top:
-        lines += [f"`{key.name}` ({_type(config.Config, key.name)}, default `{key.default}`): {key.meaning}", ""]
+        lines += [f"`{key.name}` ({_type(schema.Config, key.name)}, default `{key.default}`): {key.meaning}", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

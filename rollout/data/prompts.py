@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 
-from rollout.config import DataConfig
+from rollout.config.schema import DataConfig
 from rollout.data.sources import find_source, load, refuse
 from rollout.errors import InputError, shorten
 

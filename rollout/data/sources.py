@@ -15,7 +15,7 @@ from typing import Any, NoReturn, cast
 import datasets
 
 from rollout.arithmetic import DEFAULT_PROBLEMS, problems
-from rollout.config import DataConfig
+from rollout.config.schema import DataConfig
 from rollout.errors import InputError, shorten
 from rollout.models.errors import first_line
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
 
-from rollout.config import Config, ModelConfig
+from rollout.config.schema import Config, ModelConfig
 from rollout.data.prompts import Prompt, Prompts, read_prompts
 from rollout.errors import Exit, InputError
 from rollout.job.cpu_threads import choose_threads

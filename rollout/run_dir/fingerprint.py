@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rollout.config import Config
+from rollout.config.schema import Config
 from rollout.errors import shorten
 
 _HASHED_WHOLE_BYTES = 1 << 30

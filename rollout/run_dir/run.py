@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rollout.config import Config
+from rollout.config.schema import Config
 from rollout.errors import InputError
 from rollout.run_dir.atomic_write import write_atomically, write_text_atomically
 from rollout.run_dir.fingerprint import Fingerprint, describe, differences

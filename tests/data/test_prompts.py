@@ -11,7 +11,8 @@ from typing import Any
 import datasets
 import pytest
 
-from rollout.config import DataConfig, load_config
+from rollout.config.compose import load_config
+from rollout.config.schema import DataConfig
 from rollout.data.prompts import DatasetRow, Prompts, read_prompts
 from rollout.errors import InputError
 

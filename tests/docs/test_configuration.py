@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from jobs.docs.configuration import PAGE, page
-from rollout.config import dotted_keys, load_config
+from rollout.config.compose import load_config
+from rollout.config.keys import dotted_keys
 
 
 def test_page_is_what_the_generator_gives() -> None:

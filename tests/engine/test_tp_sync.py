@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
 from rollout import Engine
-from rollout.config import load_config
+from rollout.config.compose import load_config
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.tp_sync import SingleProcess, TensorParallelSync, sync_for
 from rollout.errors import InputError

@@ -7,7 +7,9 @@ from dataclasses import asdict, fields
 import pytest
 
 from rollout.batcher.registry import PARAMETERS, POLICIES
-from rollout.config import BatcherConfig, SamplingConfig, dotted_keys, load_config, nearest
+from rollout.config.compose import load_config
+from rollout.config.keys import dotted_keys, nearest
+from rollout.config.schema import BatcherConfig, SamplingConfig
 from rollout.errors import InputError
 from rollout.sampling_params import SamplingParams
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rollout.config import Config, load_config
+from rollout.config.compose import load_config
+from rollout.config.schema import Config
 from rollout.data.prompts import Prompt, Prompts
 from rollout.job.job import Loaded, run_job
 from rollout.job.ranks import Topology

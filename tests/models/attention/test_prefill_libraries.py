@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rollout import Engine, SamplingParams
-from rollout.config import load_config
+from rollout.config.compose import load_config
 from rollout.data.prompts import read_prompts
 from rollout.errors import InputError
 from rollout.job.job import load_engine

@@ -1,0 +1,1 @@
+"""The configuration of a job: its schema, its keys, its checks, and how Hydra composes it."""

@@ -1,0 +1,68 @@
+"""The allowed values of a job's configuration."""
+
+from __future__ import annotations
+
+from rollout.config.schema import Config, ModelConfig
+from rollout.engine_arguments import argument_checks
+from rollout.errors import Check
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+FORMATS = ("parquet", "jsonl")
+
+
+def config_checks(config: Config) -> list[Check]:
+    """Return one check for each value that its type alone does not limit."""
+    return [*_model_checks(config.model), *_engine_checks(config), *_other_checks(config)]
+
+
+#: The configuration group of each of the engine's arguments.
+_ENGINE_GROUPS = {
+    "latency_budget_ms": "batcher",
+    "max_rows": "batcher",
+    "min_rows": "batcher",
+    "max_kv_bytes": "memory",
+    "reserve_fraction": "memory",
+    "attention": "model",
+}
+
+
+def _engine_checks(config: Config) -> list[Check]:
+    checks = argument_checks(
+        latency_budget_ms=config.batcher.latency_budget_ms,
+        max_rows=config.batcher.max_rows,
+        min_rows=config.batcher.min_rows,
+        max_kv_bytes=config.memory.max_kv_bytes,
+        reserve_fraction=config.memory.reserve_fraction,
+        attention=config.model.attention,
+        none="null",
+    )
+    return [check._replace(name=f"{_ENGINE_GROUPS[check.name]}.{check.name}") for check in checks]
+
+
+def _model_checks(model: ModelConfig) -> list[Check]:
+    device, device_map, adapter, sliced = model.device, model.device_map, model.adapter, model.tensor_parallel
+    with_slices = "where model.tensor_parallel is true"
+    index = device.removeprefix("cuda").removeprefix(":")
+    is_device = device in ("auto", "cpu", "cuda") or (device.startswith("cuda:") and index.isdigit())
+    return [
+        Check("model.path", model.path, bool(model.path), "a folder, a hub id or a GGUF file"),
+        Check("model.dtype", model.dtype, model.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+        Check("model.device", device, is_device, "auto, cpu, cuda or cuda:N"),
+        Check("model.device_map", device_map, device_map in (None, "auto"), "auto, or null for one device"),
+        Check("model.device", device, device_map is None or device == "auto", "auto where model.device_map is set"),
+        Check("model.device", device, not sliced or device == "auto", f"auto {with_slices}"),
+        Check("model.device_map", device_map, not (sliced and device_map), f"null {with_slices}"),
+        Check("model.adapter", adapter, not (sliced and adapter), f"null {with_slices}"),
+    ]
+
+
+def _other_checks(config: Config) -> list[Check]:
+    data, output = config.data, config.output
+    return [
+        Check("data.path", data.path, bool(data.path), "a file, a folder, a hub id or builtin:arithmetic"),
+        Check("data.limit", data.limit, data.limit is None or data.limit >= 1, "at least 1, or null for no limit"),
+        Check("output.dir", output.dir, bool(output.dir), "a folder"),
+        Check("output.format", output.format, output.format in FORMATS, f"one of {', '.join(FORMATS)}"),
+        Check("output.rows_per_shard", output.rows_per_shard, output.rows_per_shard >= 1, "at least 1"),
+        Check("seed", config.seed, -(2**63) <= config.seed < 2**63, "a 64-bit integer"),
+    ]

@@ -1,0 +1,86 @@
+"""Compose the configuration with Hydra, and validate it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from rollout.config.checks import config_checks
+from rollout.config.keys import dotted_keys, unknown_key
+from rollout.config.schema import (
+    BATCHER_SCHEMAS,
+    Config,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    OutputConfig,
+    RewardConfig,
+    SamplingConfig,
+)
+from rollout.errors import InputError, check_all
+
+CONFIG_MODULE = "rollout.conf"
+CONFIG_NAME = "config"
+VERSION_BASE = "1.3"
+
+_EXAMPLES = {"output.dir": "runs/my_run", "data.path": "prompts.jsonl", "model.path": "org/model"}
+
+
+def register() -> None:
+    """Register the schemas with Hydra; the YAML files name them in their defaults lists."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, name, node in (
+        ("model", "schema", ModelConfig),
+        ("data", "schema", DataConfig),
+        ("sampling", "schema", SamplingConfig),
+        *(("batcher", f"schema_{policy}", schema) for policy, schema in BATCHER_SCHEMAS.items()),
+        ("memory", "schema", MemoryConfig),
+        ("output", "schema", OutputConfig),
+        ("reward", "schema", RewardConfig),
+    ):
+        store.store(group=group, name=name, node=node)
+
+
+def load_config(overrides: Sequence[str] = ()) -> Config:
+    """Return the validated configuration that ``python -m rollout OVERRIDES`` would run with."""
+    register()
+    with initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE, job_name="rollout"):
+        return validate(compose(CONFIG_NAME, list(overrides)))
+
+
+def validate(composed: DictConfig) -> Config:
+    """Convert the composed configuration into a `Config` whose values are all in range.
+
+    Raises:
+        InputError: a key is unknown, a required key has no value, or a value is out of range.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        keys = " and ".join(missing)
+        raise InputError(f"{keys} must be given, e.g. {missing[0]}={_EXAMPLES.get(missing[0], 'VALUE')}.")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    reward = OmegaConf.to_container(composed.reward, resolve=True)
+    config.reward = reward if isinstance(reward, dict) and reward.get("_target_") else None
+    _refuse_unknown_keys(composed, config)
+    config.sampling.params()
+    config.batcher.policy()
+    check_all(config_checks(config))
+    return config
+
+
+def _refuse_unknown_keys(composed: DictConfig, config: Config) -> None:
+    """Refuse keys that ``+group.key=value`` added but no dataclass declares; Hydra accepts them."""
+    known = dotted_keys(config)
+    for group, node in composed.items():
+        if group == "reward":
+            # Its keys are the arguments of the user's function.
+            continue
+        present = [f"{group!s}.{key!s}" for key in node] if isinstance(node, DictConfig) else [str(group)]
+        for key in present:
+            if key not in known:
+                raise unknown_key(key, known)
