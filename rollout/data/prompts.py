@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,29 +13,11 @@ from typing import Any
 import datasets
 
 from rollout.config.schema import DataConfig
+from rollout.data.dataset_row import DatasetRow, as_length_hint, dataset_row, is_chat, without_nulls
 from rollout.data.sources import find_source, load, refuse
-from rollout.errors import InputError, shorten
-
-Message = dict[str, Any]
-Prompt = str | list[Message] | list[int]
-"""Plain text, chat messages for the template, or token ids."""
+from rollout.errors import InputError
 
 _ROWS_PER_READ = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class DatasetRow:
-    """One input row: its prompt, or the class and text of the error that makes it unusable."""
-
-    index: int
-    row_id: str
-    prompt: Prompt | None
-    columns: dict[str, Any]
-    """All columns if a reward reads them, otherwise those that the configuration names."""
-    error_class: str = ""
-    error: str = ""
-    length_hint: float | None = None
-    """Expected tokens of its completions; None where the column has no positive number."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +43,9 @@ class Prompts:
     def rows(self, start: int, stop: int) -> Iterator[DatasetRow]:
         """Yield the input rows ``[start, stop)``."""
         for index, columns in enumerate(_rows_of(self._dataset[start:stop]), start):
-            row = _dataset_row(index, self.row_ids[index], columns, self._config)
+            row = dataset_row(index, self.row_ids[index], columns, self._config)
             column = self._config.length_hint_column
-            yield row if column is None else replace(row, length_hint=_length_hint(columns[column]))
+            yield row if column is None else replace(row, length_hint=as_length_hint(columns[column]))
 
 
 def read_prompts(config: DataConfig, with_columns: bool = False) -> Prompts:
@@ -103,7 +84,7 @@ def _with_ids(dataset: datasets.Dataset, config: DataConfig, with_columns: bool)
     digest = hashlib.sha256()
     chat_row = None
     for columns in (row for batch in dataset.iter(_ROWS_PER_READ) for row in _rows_of(batch)):
-        prompt = _canonical(_without_nulls(columns[config.prompt_column]))
+        prompt = _canonical(without_nulls(columns[config.prompt_column]))
         row_id = _given_id(columns[config.id_column], len(row_ids), config) if config.id_column else None
         if row_id is None:
             prompt_hash = hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=8).hexdigest()
@@ -111,7 +92,7 @@ def _with_ids(dataset: datasets.Dataset, config: DataConfig, with_columns: bool)
             ordinals[prompt_hash] += 1
         content = _canonical(columns) if with_columns else prompt
         digest.update(f"{row_id}\0{content}\n".encode(errors="surrogatepass"))
-        if chat_row is None and _is_chat(_dataset_row(len(row_ids), row_id, columns, config).prompt):
+        if chat_row is None and is_chat(dataset_row(len(row_ids), row_id, columns, config).prompt):
             chat_row = row_id
         row_ids.append(row_id)
     return Prompts(row_ids=row_ids, content=digest.hexdigest(), chat_row=chat_row, _dataset=dataset, _config=config)
@@ -132,56 +113,6 @@ def _json_default(value: object) -> str:
         return value.isoformat()
     # The repr of other objects, such as images, may hold a memory address, which differs between processes.
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else type(value).__name__
-
-
-# -- one input row ---------------------------------------------------------------------------------------
-
-
-def _dataset_row(index: int, row_id: str, columns: dict[str, Any], config: DataConfig) -> DatasetRow:
-    value = columns[config.prompt_column]
-    row = DatasetRow(index=index, row_id=row_id, prompt=None, columns=columns)
-    if value is None:
-        return replace(row, error_class="bad_prompt", error="The prompt is null.")
-    if value in ("", []):
-        return replace(row, error_class="empty_prompt", error="The prompt is empty.")
-    if isinstance(value, str):
-        return replace(row, prompt=_with_system(value, config))
-    if isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
-        if min(value) < 0:
-            return replace(row, error_class="bad_prompt", error=f"The token id {min(value)} is negative.")
-        return replace(row, prompt=value)
-    if isinstance(value, list) and all(isinstance(item, dict) and isinstance(item.get("role"), str) for item in value):
-        return replace(row, prompt=_with_system(_without_nulls(value), config))
-    shown = shorten(repr(value), longest=80)
-    error = f"The prompt {shown} is neither text, nor chat messages with roles, nor token ids."
-    return replace(row, error_class="bad_prompt", error=error)
-
-
-def _length_hint(value: float | None) -> float | None:
-    return None if value is None or not 0 < value < math.inf else float(value)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Remove null fields: Arrow adds a field of any message to all messages, but templates test for presence."""
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _without_nulls(field) for key, field in value.items() if field is not None}
-    return value
-
-
-def _with_system(prompt: str | list[Message], config: DataConfig) -> str | list[Message]:
-    if isinstance(prompt, str):
-        if not config.as_chat:
-            return prompt
-        prompt = [{"role": "user", "content": prompt}]
-    if config.system_prompt is None or prompt[0]["role"] == "system":
-        return prompt
-    return [{"role": "system", "content": config.system_prompt}, *prompt]
-
-
-def _is_chat(prompt: Prompt | None) -> bool:
-    return isinstance(prompt, list) and isinstance(prompt[0], dict)
 
 
 def _given_id(value: object, index: int, config: DataConfig) -> str:
@@ -234,7 +165,7 @@ def _may_hold_prompts(feature: object) -> bool:
     if isinstance(feature, datasets.Value):
         return feature.dtype in ("string", "large_string")
     if type(feature).__name__ == "Json":
-        # A column of mixed types: `_dataset_row` checks each value.
+        # A column of mixed types: `dataset_row` checks each value.
         return True
     item = getattr(feature, "feature", None)
     if isinstance(item, datasets.Value):

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from rollout.config.schema import Config, ModelConfig
-from rollout.data.prompts import Prompt, Prompts, read_prompts
+from rollout.data.dataset_row import Prompt
+from rollout.data.prompts import Prompts, read_prompts
 from rollout.errors import Exit, InputError
 from rollout.job.cpu_threads import choose_threads
 from rollout.job.progress import Progress

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from jinja2 import TemplateError
 
-from rollout.data.prompts import DatasetRow, Prompt, Prompts
+from rollout.data.dataset_row import DatasetRow, Prompt
+from rollout.data.prompts import Prompts
 from rollout.job.rewards import Reward, score
 from rollout.length_history import LengthHistory
 from rollout.records import Record

@@ -13,7 +13,8 @@ import pytest
 
 from rollout.config.compose import load_config
 from rollout.config.schema import DataConfig
-from rollout.data.prompts import DatasetRow, Prompts, read_prompts
+from rollout.data.dataset_row import DatasetRow
+from rollout.data.prompts import Prompts, read_prompts
 from rollout.errors import InputError
 
 

@@ -21,7 +21,8 @@ import pyarrow as pa
 
 from rollout.config.compose import load_config
 from rollout.config.schema import Config
-from rollout.data.prompts import Prompt, Prompts
+from rollout.data.dataset_row import Prompt
+from rollout.data.prompts import Prompts
 from rollout.job.job import Loaded, run_job
 from rollout.job.ranks import Topology
 from rollout.records import Record
