@@ -21,6 +21,19 @@ class InputError(ValueError):
     """Configuration or input that a job cannot start with; the message is one sentence saying what to do."""
 
 
+class PromptError(InputError):
+    """One prompt that cannot be used: it becomes an error record, and other prompts are unaffected.
+
+    Args:
+        error_class: ``error_class`` of the record, e.g. ``bad_prompt``.
+        message: ``error`` of the record, one sentence.
+    """
+
+    def __init__(self, error_class: str, message: str) -> None:
+        super().__init__(message)
+        self.error_class = error_class
+
+
 class Check(NamedTuple):
     """One parameter, its value, whether the value is allowed, and which values are."""
 
