@@ -11,8 +11,10 @@ from datetime import date, datetime, time
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
 from rollout.config.schema import DataConfig
+from rollout.data.columns import OPTIONAL_COLUMNS, ColumnChoice, columns_read
 from rollout.data.dataset_row import DatasetRow, as_length_hint, dataset_row, is_chat, without_nulls
 from rollout.data.sources import find_source, load, refuse
 from rollout.errors import InputError
@@ -29,6 +31,8 @@ class Prompts:
     """Digest of the ids, the prompts and, with a reward, all columns: what the results depend on."""
     chat_row: str | None
     """Id of the first input row that needs a chat template; None if no row does."""
+    schema: pa.Schema
+    """Names and Arrow types of the input columns that stand in the output (`kept`)."""
     _dataset: datasets.Dataset
     _config: DataConfig
 
@@ -40,6 +44,10 @@ class Prompts:
         """Whether the dataset has a column of length hints."""
         return self._config.length_hint_column is not None
 
+    def kept(self, row: DatasetRow) -> dict[str, Any]:
+        """Return a row's values of the columns in `schema`, as its types hold them; null where the row has none."""
+        return {name: row.columns.get(name) for name in self.schema.names}
+
     def rows(self, start: int, stop: int) -> Iterator[DatasetRow]:
         """Yield the input rows ``[start, stop)``."""
         for index, columns in enumerate(_rows_of(self._dataset[start:stop]), start):
@@ -48,11 +56,12 @@ class Prompts:
             yield row if column is None else replace(row, length_hint=as_length_hint(columns[column]))
 
 
-def read_prompts(config: DataConfig, with_columns: bool = False) -> Prompts:
+def read_prompts(config: DataConfig, with_columns: bool = False, kept: Sequence[str] | None = ()) -> Prompts:
     """Read a dataset and give every input row its id.
 
     Args:
-        with_columns: keep all columns, for a reward; otherwise only those that the configuration names.
+        with_columns: hold all columns, for a reward; otherwise those of ``kept`` and those that the configuration names.
+        kept: columns that stand in the output; None for all.
 
     Raises:
         InputError: the dataset is missing, empty or does not hold prompts; the message says what to change.
@@ -62,11 +71,15 @@ def read_prompts(config: DataConfig, with_columns: bool = False) -> Prompts:
     _check_columns(dataset, config)
     if config.limit is not None:
         dataset = dataset.select(range(min(config.limit, len(dataset))))
-    if not with_columns:
-        columns = (config.prompt_column, config.id_column, config.length_hint_column)
-        dataset = dataset.select_columns(list(dict.fromkeys(name for name in columns if name is not None)))
+    choice = ColumnChoice(
+        read=columns_read(config),
+        optional=OPTIONAL_COLUMNS,
+        kept=None if kept is None else tuple(kept),
+        for_reward=with_columns,
+    )
+    dataset = dataset.select_columns(choice.chosen(dataset.column_names))
     try:
-        prompts = _with_ids(dataset, config, with_columns)
+        prompts = _with_ids(dataset, config, choice)
     except UnicodeDecodeError as error:
         # Arrow does not check the encoding of text; it is decoded only when rows become Python values.
         refuse(source, error)
@@ -78,7 +91,7 @@ def read_prompts(config: DataConfig, with_columns: bool = False) -> Prompts:
     return prompts
 
 
-def _with_ids(dataset: datasets.Dataset, config: DataConfig, with_columns: bool) -> Prompts:
+def _with_ids(dataset: datasets.Dataset, config: DataConfig, choice: ColumnChoice) -> Prompts:
     row_ids: list[str] = []
     ordinals: Counter[str] = Counter()
     digest = hashlib.sha256()
@@ -90,12 +103,22 @@ def _with_ids(dataset: datasets.Dataset, config: DataConfig, with_columns: bool)
             prompt_hash = hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=8).hexdigest()
             row_id = f"{prompt_hash}-{ordinals[prompt_hash]}"
             ordinals[prompt_hash] += 1
-        content = _canonical(columns) if with_columns else prompt
+        content = _canonical(columns) if choice.for_reward else prompt
         digest.update(f"{row_id}\0{content}\n".encode(errors="surrogatepass"))
         if chat_row is None and is_chat(dataset_row(len(row_ids), row_id, columns, config).prompt):
             chat_row = row_id
         row_ids.append(row_id)
-    return Prompts(row_ids=row_ids, content=digest.hexdigest(), chat_row=chat_row, _dataset=dataset, _config=config)
+    schema = dataset.features.arrow_schema
+    if choice.kept is not None:
+        schema = pa.schema([schema.field(name) for name in choice.kept if name in schema.names])
+    return Prompts(
+        row_ids=row_ids,
+        content=digest.hexdigest(),
+        chat_row=chat_row,
+        schema=schema.remove_metadata(),
+        _dataset=dataset,
+        _config=config,
+    )
 
 
 def _rows_of(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
@@ -135,12 +158,8 @@ def _refuse_duplicates(row_ids: Sequence[str], config: DataConfig) -> None:
 
 
 def _check_columns(dataset: datasets.Dataset, config: DataConfig) -> None:
-    for key, column in (
-        ("data.prompt_column", config.prompt_column),
-        ("data.id_column", config.id_column),
-        ("data.length_hint_column", config.length_hint_column),
-    ):
-        if column is not None and column not in dataset.column_names:
+    for key, column in columns_read(config).items():
+        if column not in dataset.column_names:
             raise InputError(
                 f"{key}={column} is not a column of {config.path}, which has {', '.join(dataset.column_names)}."
             )
