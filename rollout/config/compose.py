@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from rollout.config.checks import config_checks
+from rollout.config.key_comments import CONFIG_MODULE
 from rollout.config.keys import dotted_keys, unknown_key
 from rollout.config.schema import (
     BATCHER_SCHEMAS,
@@ -22,7 +23,6 @@ from rollout.config.schema import (
 )
 from rollout.errors import InputError, check_all
 
-CONFIG_MODULE = "rollout.conf"
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
 
