@@ -23,7 +23,7 @@ from rollout.engine.tp_sync import sync_for
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.engine_arguments import argument_checks
 from rollout.errors import InputError, check_all
-from rollout.headroom.headroom import Headroom, after_reserve, headroom_over
+from rollout.headroom.headroom import Headroom, after_reserve, headroom_over, memory_name
 from rollout.length_history import LengthHistory
 from rollout.models.attention.names import AUTO
 from rollout.models.kv_cache.layout import KVLayout
@@ -117,10 +117,11 @@ class Engine:
         self._policy = make_policy(policy, bounds) if isinstance(policy, str) else policy
         self._max_kv_bytes = max_kv_bytes
         self._reserve_fraction = reserve_fraction
+        shares = self._strategy.kv_layout().shares(self._device) or {self._device: 1.0}
+        self.memory = memory_name(shares)
+        """The device whose memory holds the KV cache: cpu, or the UUIDs of its GPUs."""
         if headroom is None:
-            headroom = headroom_over(
-                self._strategy.kv_layout().shares(self._device) or {self._device: 1.0}, reserve_fraction
-            )
+            headroom = headroom_over(shares, reserve_fraction)
         self._headroom = self._sync.headroom(headroom)
         self.context_limit = context_limit(base.config)
         """Maximum tokens of prompt and completion together; None if the model states no limit."""

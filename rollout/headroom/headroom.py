@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -41,6 +41,15 @@ def headroom_for(device: torch.device) -> Headroom:
     if device.type == "cuda":
         return CudaHeadroom(device)
     raise InputError(f"model.device is {device.type!r}, but memory can only be followed on cpu and cuda.")
+
+
+def memory_name(devices: Iterable[torch.device]) -> str:
+    """Name the memory of devices, the same in all processes of a host: ``cpu``, or the UUIDs of GPUs."""
+    names = (
+        str(device) if device.type != "cuda" else f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        for device in devices
+    )
+    return " ".join(sorted(names))
 
 
 def headroom_over(shares: Mapping[torch.device, float], reserve_fraction: float) -> Headroom:

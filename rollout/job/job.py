@@ -53,6 +53,8 @@ class Loaded:
     """The model's dtype."""
     attention: str
     """The value of `Engine.attention`."""
+    memory: str
+    """The value of `Engine.memory`."""
 
 
 def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
@@ -98,7 +100,9 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
             reserve_fraction=config.memory.reserve_fraction,
             attention=attention,
         )
-    return Loaded(engine=engine, dtype=str(model.dtype).removeprefix("torch."), attention=engine.attention)
+    return Loaded(
+        engine=engine, dtype=str(model.dtype).removeprefix("torch."), attention=engine.attention, memory=engine.memory
+    )
 
 
 Load = Callable[[Config, Prompts, Topology], Loaded]
@@ -151,7 +155,7 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
                     reward=reward,
                     previous_lengths=previous_lengths,
                 )
-                _generate(run, loaded.engine, worker, topology, ranks)
+                _generate(run, loaded, worker, topology, ranks)
         elif topology.rank == 0:
             logger.info("The run in %s is complete already; nothing to generate.", paths.root)
     run = run or read_run(paths)
@@ -167,12 +171,12 @@ def _follow(engine: Generator, ranks: Ranks) -> None:
             pass
 
 
-def _generate(run: RunDir, engine: Generator, worker: ShardWorker, topology: Topology, ranks: Ranks) -> None:
+def _generate(run: RunDir, loaded: Loaded, worker: ShardWorker, topology: Topology, ranks: Ranks) -> None:
     """Work on shards until none can be claimed; rank 0 continues until all workers have committed theirs."""
     with ExitStack() as stack:
         stack.enter_context(closing(worker))
         metrics_path = run.paths.metrics(topology.worker)
-        metrics = stack.enter_context(MetricsWriter(metrics_path, topology.worker, run.attempt))
+        metrics = stack.enter_context(MetricsWriter(metrics_path, topology.worker, run.attempt, device=loaded.memory))
         observers = [metrics.step]
         if topology.rank == 0:
             progress = Progress(run.rows * run.samples, lambda: run.committed_samples() + worker.samples_in_open_shards)
@@ -185,8 +189,8 @@ def _generate(run: RunDir, engine: Generator, worker: ShardWorker, topology: Top
         waiting = False
         while not run.complete():
             if worker.claim():
-                for record in engine.run(ranks.share(worker.requests()), on_step=on_step):
-                    worker.accept(record)
+                for record in loaded.engine.run(ranks.share(worker.requests()), on_step=on_step):
+                    metrics.record(worker.accept(record))
             elif topology.rank == 0:
                 # If another worker dies, its shards can be claimed here.
                 if not waiting:

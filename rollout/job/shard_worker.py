@@ -98,12 +98,14 @@ class ShardWorker:
                 requests = in_windows(requests, self._run.rows_per_shard)
             yield from requests
 
-    def accept(self, record: Record) -> None:
-        """Score and store a finished record, and commit its shard if it is complete."""
+    def accept(self, record: Record) -> Record:
+        """Score, store and return a finished record, and commit its shard if it is complete."""
         shard = self._shard_of[record.row_id]
         columns = shard.rows[record.row_id].columns
-        shard.part.append(score(replace(record, attempt=self._run.attempt), columns, self._reward))
+        scored = score(replace(record, attempt=self._run.attempt), columns, self._reward)
+        shard.part.append(scored)
         self._commit_if_finished(shard)
+        return scored
 
     @property
     def samples_in_open_shards(self) -> int:

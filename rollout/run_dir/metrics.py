@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rollout.records import Record
 from rollout.requests import StepReport
 from rollout.run_dir.paths import RunPaths
 
@@ -24,6 +26,7 @@ class MetricsWriter:
 
     Args:
         attempt: number stored in each line, because a file holds the lines of all attempts.
+        device: the device whose memory the headroom is of; workers with one host and device share it.
     """
 
     def __init__(
@@ -33,9 +36,13 @@ class MetricsWriter:
         attempt: int,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
+        *,
+        device: str = "cpu",
     ) -> None:
         self._worker = worker
         self._attempt = attempt
+        self._host = socket.gethostname()
+        self._device = device
         self._clock = clock
         self._now = now
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,13 +51,25 @@ class MetricsWriter:
             # An earlier attempt was killed while writing its last line; start a new one.
             self._file.write(b"\n")
         self._steps: list[StepReport] = []
+        self._finish_reasons: Counter[str] = Counter()
+        self._rewards: list[float] = []
         self._line_start = clock()
+        self._line_end: tuple[float, float] | None = None
+        """When the next line ends, on both clocks; None before that."""
 
     def step(self, report: StepReport) -> None:
-        """Add one step of the engine."""
+        """Add one step of the engine; its records follow."""
+        if self._line_end is not None:
+            self._write_line(*self._line_end)
         self._steps.append(report)
-        if self._clock() - self._line_start >= LINE_SECONDS:
-            self._write_line()
+        if (now := self._clock()) - self._line_start >= LINE_SECONDS:
+            self._line_end = now, self._now()
+
+    def record(self, record: Record) -> None:
+        """Add a record that the last step finished."""
+        self._finish_reasons[record.finish_reason] += 1
+        if record.reward is not None:
+            self._rewards.append(record.reward)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -58,23 +77,26 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._write_line()
+        if self._steps:
+            self._write_line(*(self._line_end or (self._clock(), self._now())))
         self._file.close()
 
-    def _write_line(self) -> None:
+    def _write_line(self, end: float, time_of_day: float) -> None:
+        """Write the line of the steps and records since the last one."""
+        seconds, self._line_start, self._line_end = end - self._line_start, end, None
         steps, self._steps = self._steps, []
-        now = self._clock()
-        seconds, self._line_start = now - self._line_start, now
-        if not steps:
-            return
+        finish_reasons, self._finish_reasons = self._finish_reasons, Counter()
+        rewards, self._rewards = self._rewards, []
         last = steps[-1]
         tokens = sum(step.new_tokens for step in steps)
         # While no row waits, the number of live rows does not show how many could be live.
         under_load = [step.live_rows for step in steps if step.waiting_rows]
         line = {
-            "time": round(self._now(), 3),
+            "time": round(time_of_day, 3),
             "worker": self._worker,
             "attempt": self._attempt,
+            "host": self._host,
+            "device": self._device,
             "seconds": round(seconds, 3),
             "steps": len(steps),
             "live_rows": last.live_rows,
@@ -96,6 +118,9 @@ class MetricsWriter:
             "step_ms": round(sum(step.step_ms for step in steps) / len(steps), 3),
             "step_ms_max": round(max(step.step_ms for step in steps), 3),
             "step_ms_counts": _step_time_counts(step.step_ms for step in steps),
+            "finish_reasons": finish_reasons,
+            "rewards": len(rewards),
+            "reward_sum": sum(rewards),
             "tok_s": round(tokens / seconds, 1) if seconds else 0.0,
         }
         # A single write to a file opened for appending, so that lines of two processes do not mix.

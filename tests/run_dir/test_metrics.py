@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from rollout.job.progress import Progress
+from rollout.records import FinishReason, Record
 from rollout.run_dir.metrics import MetricsWriter, read_lines, read_metrics
 from rollout.run_dir.paths import RunPaths
 from tests.support.jobs import report_of
@@ -29,9 +31,25 @@ def lines_of(paths: RunPaths, worker: int = 0) -> list[dict[str, object]]:
     return [json.loads(line) for line in paths.metrics(worker).read_text().splitlines()]
 
 
+def a_record(sample: int, finish_reason: FinishReason, reward: float | None) -> Record:
+    return Record(
+        row_id="a",
+        sample=sample,
+        prompt_ids=[1],
+        completion_ids=[2],
+        text="",
+        logprobs=[0.0],
+        sampler_logprobs=[0.0],
+        finish_reason=finish_reason,
+        reward=reward,
+    )
+
+
 def test_line_sums_up_a_second(tmp_path: Path) -> None:
     paths, clock = RunPaths(tmp_path), Clock()
-    with MetricsWriter(paths.metrics(2), worker=2, attempt=1, clock=clock, now=lambda: 1000.0) as metrics:
+    with MetricsWriter(
+        paths.metrics(2), worker=2, attempt=1, clock=clock, now=lambda: 1000.0, device="GPU-7"
+    ) as metrics:
         for step in range(20):
             clock.now += 0.125
             metrics.step(
@@ -45,12 +63,17 @@ def test_line_sums_up_a_second(tmp_path: Path) -> None:
                     preempted_rows=step % 2,
                 )
             )
+            for sample in range(step % 2):
+                metrics.record(a_record(sample, "length" if step == 19 else "stop", reward=0.25))
+            metrics.record(a_record(0, "error", reward=None))
     lines = lines_of(paths, 2)
     assert [line["steps"] for line in lines] == [8, 8, 4]
     assert lines[0] == {
         "time": 1000.0,
         "worker": 2,
         "attempt": 1,
+        "host": socket.gethostname(),
+        "device": "GPU-7",
         "seconds": 1.0,
         "steps": 8,
         "live_rows": 8,
@@ -72,8 +95,15 @@ def test_line_sums_up_a_second(tmp_path: Path) -> None:
         "step_ms": 3.5,
         "step_ms_max": 7.0,
         "step_ms_counts": {f"{step}.0": 1 for step in range(8)},
+        "finish_reasons": {"stop": 4, "error": 8},
+        "rewards": 4,
+        "reward_sum": 1.0,
         "tok_s": 16.0,
     }
+    assert [line["finish_reasons"] for line in lines[1:]] == [
+        {"stop": 4, "error": 8},
+        {"stop": 1, "length": 1, "error": 4},
+    ]
     assert lines[2]["new_tokens"] == 8
 
 

@@ -117,7 +117,7 @@ def report_of(step: int, **values: Any) -> StepReport:
 
 def load_fake(engine: FakeEngine | None = None) -> Callable[[Config, Prompts, Topology], Loaded]:
     """Return a function that loads a fake engine, for `run_job`."""
-    return lambda config, prompts, topology: Loaded(engine or FakeEngine(), "float32", "none")
+    return lambda config, prompts, topology: Loaded(engine or FakeEngine(), "float32", "none", "cpu")
 
 
 def refuse_to_load(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
