@@ -65,8 +65,9 @@ def _section(track: Track, lanes: Mapping[str, Track], history: History) -> str:
     named = starts if len(starts) > 1 else None
     marks = history.starts[track.out_of_memory > 0]
     paused = track.level("paused_rows")
-    held, room, limit = (track.level(name) for name in ("kv_bytes", "room_bytes", "max_kv_bytes"))
+    held, limit, headroom = track.level("kv_bytes"), track.level("max_kv_bytes"), track.headroom_bytes()
     unit, factor = byte_unit(float(np.nanmax(held)))
+    headroom_unit, headroom_factor = byte_unit(float(np.nanmax(headroom)))
     if any(track.step_ms_counts):
         times = [
             Series("median", track.step_ms(0.5), "blue", "area"),
@@ -82,10 +83,10 @@ def _section(track: Track, lanes: Mapping[str, Track], history: History) -> str:
         ]),
         ("KV memory", unit, 150, [
             Series("held", held / factor, "blue", "area"),
-            Series("available (held + headroom)", room / factor, "green", leading=False),
-            Series("memory.max_kv_bytes", limit / factor, "red", "dashed", leading=False),
+            Series("limit (memory.max_kv_bytes)", limit / factor, "red", "dashed", leading=False),
         ]),
         ("KV tokens", "in pages held by samples", 110, [Series("tokens", track.level("kv_tokens"), "purple", "area")]),
+        ("Free memory", headroom_unit, 90, [Series(_headroom_name(track), headroom / headroom_factor, "teal", "area")]),
         ("Step time", "ms", 150, [
             *times,
             Series("slowest", track.peak("step_ms_max"), "grey", "level", leading=False),
@@ -117,6 +118,13 @@ def _section(track: Track, lanes: Mapping[str, Track], history: History) -> str:
     # A script element has no entities, and only "<" could end it.
     stored = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return f'<section class="charts">\n{"".join(drawn)}<script type="application/json">{stored}</script>\n</section>\n'
+
+
+def _headroom_name(track: Track) -> str:
+    """Describe the headroom, which is a reading of the machine and no limit of the run."""
+    memories = len(track.headroom)
+    name = "left on the machine, above the reserve"
+    return name if memories == 1 else f"{name}; {memories} hosts or GPUs, each counted once"
 
 
 def _values(series: Series, unit: str) -> list[Any]:

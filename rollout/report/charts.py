@@ -1,4 +1,8 @@
-"""Charts over time as inline SVG. All text from outside is escaped; colours are CSS classes of the page."""
+"""Charts over time as inline SVG. All text from outside is escaped; colours are CSS classes of the page.
+
+A figure holds two nested drawings. The outer one has pixels of the screen, so that text keeps its size on a phone; its
+horizontal positions are percentages. The inner one holds the shapes and is stretched to the width of the page.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from rollout.report.series import FloatArray
-from rollout.report.time_axis import LEFT, RIGHT, WIDTH, TimeAxis, clock
+from rollout.report.time_axis import WIDTH, TimeAxis, clock
 
 _TOP, _BOTTOM = 16, 20
 _LANE = 18
@@ -20,6 +24,8 @@ _LEAST_LANE = 4
 _MOST_LANES = 240
 """Most height in pixels of all lanes of a strip."""
 _LEAST_TOP = 1e-9
+_LEAST_BAR = 3
+"""Least width of a bar of counts, so that short bins are visible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +75,15 @@ def chart(
     parts = []
     for value in np.arange(0, top + step / 2, step):
         y = foot - height * value / top
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{rounded(value)}</text>')
+        parts.append(f'<line class="grid" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_label(rounded(value), y + 3.5))
     parts.append(_frame(axis, _TOP, foot, starts))
+    shapes = []
     left, right = axis.x(bins[0]), axis.x(bins[1])
     for one in series:
-        ys = foot - height * np.minimum(one.values, top) / top
+        # A limit above the scale is not drawn: a line at the top would be read as its value.
+        shown = one.values if one.shape != "dashed" else np.where(one.values <= top, one.values, np.nan)
+        ys = foot - height * np.minimum(shown, top) / top
         runs = list(_runs(left, right, ys))
         if one.shape == "level":
             path = "".join(f"M{x0:.1f} {y:g}H{x1:.1f}" for run in runs for x0, x1, y in run)
@@ -82,10 +91,11 @@ def chart(
             path = "".join(_stairs(run) for run in runs)
         if one.shape == "area":
             below = "".join(f"{_stairs(run)}V{foot}H{run[0][0]:.1f}z" for run in runs)
-            parts.append(f'<path class="area {one.colour}" d="{below}"/>')
-        parts.append(f'<path class="{"line" if one.shape == "area" else one.shape} {one.colour}" d="{path}"/>')
+            shapes.append(f'<path class="area {one.colour}" d="{below}"/>')
+        shapes.append(f'<path class="{"line" if one.shape == "area" else one.shape} {one.colour}" d="{path}"/>')
+    parts.append(_stretched(shapes, foot))
     for x in [] if marks is None else axis.x(marks).tolist():
-        parts.append(f'<line class="mark red" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{foot}"/>')
+        parts.append(f'<line class="mark red" x1="{_percent(x)}" x2="{_percent(x)}" y1="{_TOP}" y2="{foot}"/>')
     legend = [
         (one.colour, one.shape, one.name + (f" (cut off; up to {rounded(peak)})" if peak > top else ""))
         for one in series
@@ -113,7 +123,9 @@ def strip(
     """
     lane_height = max(_LEAST_LANE, min(_LANE, _MOST_LANES // len(lanes)))
     left, right = axis.x(bins[0]), axis.x(bins[1])
-    parts, y = [], 2.0
+    parts: list[str] = []
+    shapes: list[str] = []
+    y = 2.0
     for i, lane in enumerate(lanes):
         if lane_height >= 10 or i % math.ceil(10 / lane_height) == 0:
             parts.append(_label(lane.name, y + min(lane_height, 10)))
@@ -123,7 +135,7 @@ def strip(
             if kind in lane.shares:
                 share = np.divide(lane.shares[kind], total, out=np.zeros(len(left)), where=total > 0)
                 path = _bars(left, right, y + lane_height * base, lane_height * share)
-                parts.append(f'<path class="fill {colour}" d="{path}"/>')
+                shapes.append(f'<path class="fill {colour}" d="{path}"/>')
                 base += share
         y += lane_height + (2 if lane_height > 6 else 1)
     legend = [(colour, "fill", kind) for kind, colour in colours.items() if any(kind in lane.shares for lane in lanes)]
@@ -131,16 +143,18 @@ def strip(
         most = float(counts.values.max())
         heights = 18 * counts.values / max(most, 1)
         parts.append(_label(counts.name, y + 14))
-        # At least two pixels wide, so that short bins are visible.
-        bars = _bars(left, np.maximum(right, left + 2), y + 20 - heights, heights)
-        parts.append(f'<path class="fill {counts.colour}" d="{bars}"/>')
+        bars = _bars(left, np.maximum(right, left + _LEAST_BAR), y + 20 - heights, heights)
+        shapes.append(f'<path class="fill {counts.colour}" d="{bars}"/>')
         legend.append((counts.colour, "fill", f"{counts.name} (at most {rounded(most)} in a bin)"))
         if marks is not None and len(marks):
-            diamonds = "".join(f"M{x:.1f} {y + 2:.1f}l5 7l-5 7l-5-7z" for x in axis.x(marks).tolist())
-            parts.append(f'<path class="diamond red" d="{diamonds}"/>')
-            legend.append(("red", "diamond", "out of memory"))
+            dots = (
+                f'<circle class="dot red" cx="{_percent(x)}" cy="{y + 10:.1f}" r="4"/>' for x in axis.x(marks).tolist()
+            )
+            parts.extend(dots)
+            legend.append(("red", "dot", "out of memory"))
         y += 22
-    return _figure(title, "", legend, _frame(axis, 0, y, None) + "".join(parts), y + _BOTTOM)
+    content = _frame(axis, 0, y, None) + _stretched(shapes, y) + "".join(parts)
+    return _figure(title, "", legend, content, y + _BOTTOM)
 
 
 # -- the parts of a figure -------------------------------------------------------------------------------
@@ -152,9 +166,17 @@ def _figure(title: str, unit: str, legend: Sequence[tuple[str, str, str]], conte
     )
     unit = f" <small>{escape(unit)}</small>" if unit else ""
     return (
-        f'<figure><figcaption><b>{escape(title)}</b>{unit}<ul>{keys}</ul></figcaption><svg viewBox="0 0 {WIDTH} '
-        f'{height:.0f}" role="img" aria-label="{escape(title)}">{content}<line class="cross" y1="0" '
+        f'<figure><figcaption><b>{escape(title)}</b>{unit}<ul>{keys}</ul></figcaption><svg class="time" '
+        f'height="{height:.0f}" role="img" aria-label="{escape(title)}">{content}<line class="cross" y1="0" '
         f'y2="{height - _BOTTOM:.0f}"/></svg></figure>\n'
+    )
+
+
+def _stretched(shapes: Sequence[str], foot: float) -> str:
+    """Draw shapes, whose horizontal positions are those of the time axis, over the whole width."""
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {foot:.1f}" width="100%" height="{foot:.1f}" preserveAspectRatio="none">'
+        f"{''.join(shapes)}</svg>"
     )
 
 
@@ -163,33 +185,41 @@ def _frame(axis: TimeAxis, top: float, foot: float, starts: Mapping[int, float] 
     parts = []
     for left, right, seconds in axis.pauses():
         parts.append(
-            f'<rect class="pause" x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{foot - top:.1f}"/>'
+            f'<rect class="pause" x="{_percent(left)}" y="{top:.1f}" width="{_percent(right - left)}" '
+            f'height="{foot - top:.1f}"/>'
         )
-        if starts is not None and right - left >= 12:
-            x, y = (left + right) / 2 + 3.5, (top + foot) / 2
-            turn = f'transform="rotate(-90 {x:.1f} {y:.1f})"'
-            parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="middle" {turn}>'
-                f"pause {escape(clock(seconds))}</text>"
-            )
-    for x, name in axis.ticks():
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{foot + 3:.1f}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{foot + 15:.1f}" text-anchor="middle">{escape(name)}</text>')
+        if starts is not None and right - left >= 14:
+            x, y = _percent((left + right) / 2), (top + foot) / 2
+            parts.append(f'<text class="tick upright wide" x="{x}" y="{y:.1f}">pause {escape(clock(seconds))}</text>')
+    for x, name, wide in axis.ticks():
+        kind = "wide" if wide else ""
+        parts.append(
+            f'<line class="grid {kind}" x1="{_percent(x)}" x2="{_percent(x)}" y1="{top:.1f}" y2="{foot + 3:.1f}"/>'
+        )
+        place = f'x="{_percent(x)}" y="{foot + 15:.1f}" text-anchor="middle"'
+        parts.append(f'<text class="tick {kind}" {place}>{escape(name)}</text>')
     named = [(number, float(axis.x(time))) for number, time in (starts or {}).items()]
     last = -math.inf
     for i, (number, x) in enumerate(named):
-        parts.append(f'<line class="start" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{foot:.1f}"/>')
-        if x - last < 16:
+        parts.append(f'<line class="start" x1="{_percent(x)}" x2="{_percent(x)}" y1="{top:.1f}" y2="{foot:.1f}"/>')
+        if x - last < 18:
             continue
-        name = f"attempt {number}" if i + 1 == len(named) or named[i + 1][1] - x >= 64 else f"{number}"
-        end = ' text-anchor="end"' if x + 64 > RIGHT else ""
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{top - 4:.1f}"{end}>{name}</text>')
+        name = f"attempt {number}" if i + 1 == len(named) or named[i + 1][1] - x >= 73 else f"{number}"
+        kind = "wide" if x - last < 200 else ""
+        end = ' text-anchor="end"' if x > 0.8 * WIDTH else ""
+        parts.append(f'<text class="tick {kind}" x="{_percent(x)}" y="{top - 4:.1f}"{end}>{name}</text>')
         last = x
     return "".join(parts)
 
 
 def _label(text: str, y: float) -> str:
-    return f'<text class="tick" x="{LEFT - 6}" y="{y:.1f}" text-anchor="end">{escape(text)}</text>'
+    """Write text to the left of the plot."""
+    return f'<text class="tick" x="-6" y="{y:.1f}" text-anchor="end">{escape(text)}</text>'
+
+
+def _percent(x: float) -> str:
+    """Return a position of the time axis as a share of the plot's width."""
+    return f"{100 * x / WIDTH:.2f}%"
 
 
 Point = tuple[float, float, float]

@@ -2,7 +2,7 @@
 const tip = document.getElementById("tip");
 for (const section of document.querySelectorAll("section.charts")) {
   const { left, right, time, figures } = JSON.parse(section.querySelector("script").textContent);
-  const pictures = [...section.querySelectorAll("svg")];
+  const pictures = [...section.querySelectorAll("svg.time")];
   const crosses = pictures.map((picture) => picture.querySelector(".cross"));
   const show = (on) => {
     tip.hidden = !on;
@@ -10,22 +10,25 @@ for (const section of document.querySelectorAll("section.charts")) {
   };
   pictures.forEach((picture, f) => {
     picture.addEventListener("pointerleave", () => show(false));
-    picture.addEventListener("pointermove", (event) => {
+    const move = (event) => {
       const box = picture.getBoundingClientRect();
-      const x = ((event.clientX - box.left) * picture.viewBox.baseVal.width) / box.width;
+      const share = (event.clientX - box.left) / box.width;
+      const x = 1000 * share;
       const bin = right.findIndex((edge) => x <= edge);
       if (bin < 0 || x < left[bin]) return show(false);
       const lines = ([name, unit, values, kinds]) =>
         values[bin] === null ? [] : [`${name}  ${kinds ? kinds[values[bin]] : values[bin].toLocaleString("en")}${unit}`];
       tip.textContent = [time[bin], ...figures[f].flatMap(lines)].join("\n");
       for (const cross of crosses) {
-        cross.setAttribute("x1", x);
-        cross.setAttribute("x2", x);
+        cross.setAttribute("x1", `${100 * share}%`);
+        cross.setAttribute("x2", `${100 * share}%`);
       }
       show(true);
       const beside = event.clientX + 14 + tip.offsetWidth < innerWidth;
-      tip.style.left = `${beside ? event.clientX + 14 : event.clientX - 14 - tip.offsetWidth}px`;
+      tip.style.left = `${Math.max(4, beside ? event.clientX + 14 : event.clientX - 14 - tip.offsetWidth)}px`;
       tip.style.top = `${Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 4)}px`;
-    });
+    };
+    picture.addEventListener("pointermove", move);
+    picture.addEventListener("pointerdown", move);
   });
 }

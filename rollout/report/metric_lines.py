@@ -22,7 +22,7 @@ _NUMBERS = (
 )
 
 
-_LATER_NUMBERS = ("paused_rows", "out_of_memory_events")
+_LATER_NUMBERS = ("paused_rows", "out_of_memory_events", "rewards")
 """Missing in lines of earlier versions, and then 0."""
 
 
@@ -40,10 +40,12 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One valid line of metrics: numbers are finite and, except ``headroom_bytes``, not negative."""
+    """One valid line of metrics: numbers are finite and, except headroom and rewards, not negative."""
 
     worker: int
     attempt: int
+    memory: str
+    """The host and device whose memory the worker uses; workers with equal names share it. Empty in old lines."""
     span: Span
     """The time it covers; the lines of one worker and attempt follow each other without gaps."""
     steps: float
@@ -64,6 +66,11 @@ class Line:
     step_ms_max: float
     step_ms_counts: dict[float, float]
     """Steps by step time in milliseconds, rounded up; empty in lines of earlier versions."""
+    finish_reasons: dict[str, float]
+    """Finished samples by reason; empty in lines of earlier versions."""
+    rewards: float
+    """Finished samples with a reward."""
+    reward_sum: float
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Line | None:
@@ -71,7 +78,7 @@ class Line:
         try:
             number = {name: _number(values[name]) for name in _NUMBERS}
             number |= {name: _number(values.get(name, 0)) for name in _LATER_NUMBERS}
-            end, headroom = number.pop("time"), values["headroom_bytes"]
+            end = number.pop("time")
             seconds = max(number.pop("seconds"), _LEAST_SECONDS)
             reasons = values["reasons"] if "reasons" in values else {values["reason"]: number["steps"]}
             if not (reasons and seconds <= end < _LATEST):
@@ -79,9 +86,14 @@ class Line:
             return cls(
                 worker=int(number.pop("worker")),
                 attempt=int(number.pop("attempt")),
+                memory=f"{values['host']} {values['device']}" if "host" in values and "device" in values else "",
                 span=Span(end - seconds, end),
                 reasons={str(name): _number(steps) for name, steps in reasons.items()},
-                headroom_bytes=math.copysign(_number(abs(headroom)), headroom),
+                headroom_bytes=_signed(values["headroom_bytes"]),
+                reward_sum=_signed(values.get("reward_sum", 0)),
+                finish_reasons={
+                    str(name): _number(samples) for name, samples in values.get("finish_reasons", {}).items()
+                },
                 step_ms_counts={
                     _number(float(ms)): _number(steps) for ms, steps in values.get("step_ms_counts", {}).items()
                 },
@@ -95,6 +107,10 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
         raise ValueError(value)
     return float(value)
+
+
+def _signed(value: Any) -> float:
+    return math.copysign(_number(abs(value)), value)
 
 
 def lines_of(paths: RunPaths) -> Iterator[Line | None]:

@@ -17,6 +17,7 @@ from rollout.report.chart_specs import byte_unit, each_worker, over_time
 from rollout.report.charts import rounded
 from rollout.report.history import Activity, History
 from rollout.report.series import Counts, Limits, add_counts, quantile, share_above
+from rollout.report.tables import table
 from rollout.report.time_axis import clock
 from rollout.run_dir.run import RunDir
 from rollout.run_dir.summary import Totals, format_counts
@@ -158,16 +159,16 @@ def _attempts(subject: Subject, history: History) -> str:
                 f"{activity.preempted_rows:,.0f}",
             ]
         )
-    cells = "".join(f"<th>{name}</th>" for name in _ATTEMPT_COLUMNS)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows)
-    return f'<h2>Attempts</h2>\n<div class="wide"><table>\n<tr>{cells}</tr>\n{lines}</table></div>\n'
+    return f"<h2>Attempts</h2>\n{table(_ATTEMPT_COLUMNS, rows)}"
 
 
 def _notes(history: History) -> str:
     notes = [
         "Times count from the start of the run; pauses, in which no worker ran, are not to scale.",
+        "Free memory is what the machine had left; it is no limit of the run. "
+        "Workers that share a host's memory or a GPU count it once.",
         "Step times are rounded up to two digits.",
-        "Samples, memory and tokens of several workers are summed.",
+        "Samples, KV memory and tokens of several workers are summed.",
     ]
     if history.unreadable:
         lines = _plural(history.unreadable, "line")

@@ -15,8 +15,8 @@ FloatArray = NDArray[np.float64]
 Counts = dict[float, float]
 """Steps by step time in milliseconds, rounded up. Counts may be fractions of a step that spans several bins."""
 
-_LEVELS = ("live_rows", "paused_rows", "row_target", "kv_tokens", "kv_bytes", "room_bytes", "max_kv_bytes")
-_AMOUNTS = ("steps", "busy_ms", "new_tokens", "prefill_tokens")
+_LEVELS = ("live_rows", "paused_rows", "row_target", "kv_tokens", "kv_bytes", "max_kv_bytes")
+_AMOUNTS = ("steps", "busy_ms", "new_tokens", "prefill_tokens", "rewards", "reward_sum")
 _PEAKS = ("step_ms_max", "latency_budget_ms")
 
 
@@ -43,8 +43,12 @@ class Track:
     preempted_rows: FloatArray
     out_of_memory: FloatArray
     """Failures of the allocator."""
+    headroom: dict[str, FloatArray]
+    """By memory: [2, bins] its headroom in bytes multiplied by seconds, and the seconds."""
     reasons: dict[str, FloatArray]
     """Steps by the reason of their decision."""
+    finish_reasons: dict[str, FloatArray]
+    """Finished samples by reason."""
     step_ms_counts: list[Counts]
 
     @classmethod
@@ -57,7 +61,9 @@ class Track:
             peaks=np.full((len(_PEAKS), bins), np.nan),
             preempted_rows=np.zeros(bins),
             out_of_memory=np.zeros(bins),
+            headroom={},
             reasons={},
+            finish_reasons={},
             step_ms_counts=[{} for _ in range(bins)],
         )
 
@@ -65,10 +71,15 @@ class Track:
         """Return the mean of a level in each bin; NaN where the worker did not run.
 
         Args:
-            name: ``live_rows``, ``paused_rows``, ``row_target``, ``kv_tokens``, ``kv_bytes``, ``room_bytes`` (held and
-                headroom, up to the user's limit) or ``max_kv_bytes``.
+            name: ``live_rows``, ``paused_rows``, ``row_target``, ``kv_tokens``, ``kv_bytes`` or ``max_kv_bytes``.
         """
         return self._per_second(self.levels[_LEVELS.index(name)])
+
+    def headroom_bytes(self) -> FloatArray:
+        """Return the headroom in each bin: the mean of what the workers of one memory read, summed over memories."""
+        means = [_ratio(total, seconds) for total, seconds in self.headroom.values()]
+        known = ~np.isnan(means).all(axis=0)
+        return np.where(known, np.nansum(means, axis=0), np.nan)
 
     def level_seconds(self, name: str) -> float:
         """Return a level integrated over time."""
@@ -88,7 +99,14 @@ class Track:
         return np.array([quantile(counts, q) for counts in self.step_ms_counts])
 
     def step_ms_mean(self) -> FloatArray:
-        return _ratio(self.amounts[_AMOUNTS.index("busy_ms")], self.amounts[_AMOUNTS.index("steps")])
+        return self._mean("busy_ms", "steps")
+
+    def reward_mean(self) -> FloatArray:
+        """Return the mean reward of the samples that finished in each bin; NaN where none did."""
+        return self._mean("reward_sum", "rewards")
+
+    def _mean(self, amount: str, count: str) -> FloatArray:
+        return _ratio(self.amounts[_AMOUNTS.index(amount)], self.amounts[_AMOUNTS.index(count)])
 
     def _per_second(self, values: FloatArray) -> FloatArray:
         return _ratio(values, self.covered)
@@ -101,24 +119,28 @@ class Track:
             return
         share = overlap / overlap.sum()
         limit = math.nan if limits.max_kv_bytes is None else limits.max_kv_bytes
-        room = np.fmin(max(0.0, line.kv_bytes + line.headroom_bytes), limit)
-        levels = (line.live_rows, line.paused_rows, line.row_target, line.kv_tokens, line.kv_bytes, room, limit)
+        levels = (line.live_rows, line.paused_rows, line.row_target, line.kv_tokens, line.kv_bytes, limit)
         amounts = (line.steps, line.steps * line.step_ms, line.new_tokens, line.prefill_tokens)
+        amounts += (line.rewards, line.reward_sum)
         budget = math.nan if limits.latency_budget_ms is None else limits.latency_budget_ms
         self.covered[at] += overlap
         self.levels[:, at] += np.outer(levels, overlap)
+        headroom = self.headroom.setdefault(line.memory, np.zeros((2, len(starts))))
+        headroom[:, at] += np.outer((max(0.0, line.headroom_bytes), 1.0), overlap)
         self.amounts[:, at] += np.outer(amounts, share)
         self.peaks[:, at] = np.fmax(self.peaks[:, at], np.array([[line.step_ms_max], [budget]]))
         self.preempted_rows[at.stop - 1] += line.preempted_rows  # not split, to stay whole
         self.out_of_memory[at.stop - 1] += line.out_of_memory_events
         for reason, steps in line.reasons.items():
             self.reasons.setdefault(reason, np.zeros(len(starts)))[at] += steps * share
+        for reason, samples in line.finish_reasons.items():
+            self.finish_reasons.setdefault(reason, np.zeros(len(starts)))[at] += samples * share
         for counts, part in zip(self.step_ms_counts[at], share.tolist(), strict=True):
             add_counts(counts, line.step_ms_counts, part)
 
 
 def sum_tracks(tracks: Iterable[Track]) -> Track:
-    """Combine workers: sum levels and amounts, take the maximum of peaks."""
+    """Combine workers: sum levels and amounts, take the maximum of peaks, count each memory's headroom once."""
     tracks = list(tracks)
     total = Track.empty(len(tracks[0].covered))
     for track in tracks:
@@ -128,8 +150,12 @@ def sum_tracks(tracks: Iterable[Track]) -> Track:
         total.peaks = np.fmax(total.peaks, track.peaks)
         total.preempted_rows += track.preempted_rows
         total.out_of_memory += track.out_of_memory
+        for memory, headroom in track.headroom.items():
+            total.headroom[memory] = total.headroom.get(memory, 0.0) + headroom
         for reason, steps in track.reasons.items():
             total.reasons[reason] = total.reasons.get(reason, 0.0) + steps
+        for reason, samples in track.finish_reasons.items():
+            total.finish_reasons[reason] = total.finish_reasons.get(reason, 0.0) + samples
         for counts, more in zip(total.step_ms_counts, track.step_ms_counts, strict=True):
             add_counts(counts, more)
     return total

@@ -11,12 +11,10 @@ import numpy as np
 from rollout.report.metric_lines import Span
 from rollout.report.series import FloatArray
 
-WIDTH = 960
-"""Width of a chart in pixels."""
-LEFT, RIGHT = 74, 950
-"""Edges of the plot; the vertical axis is to the left of it."""
+WIDTH = 1000
+"""Width of the plot in units; a unit is about 0.9 pixels on a desktop and 0.3 on a phone."""
 _GAP = 24
-"""Width in pixels of a pause, which is not to scale."""
+"""Width of a pause, which is not to scale."""
 _MOST_GAPS = 0.35
 """Largest share of the plot's width that all pauses may take."""
 _TICK_SECONDS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800] + [3600 * h for h in (1, 2, 3, 6, 12, 24, 48, 168)]
@@ -32,10 +30,10 @@ class TimeAxis:
     def __init__(self, spans: Sequence[Span]) -> None:
         self.spans = spans
         self.begin = spans[0].start
-        gap = min(_GAP, _MOST_GAPS * (RIGHT - LEFT) / max(1, len(spans) - 1))
-        scale = (RIGHT - LEFT - gap * (len(spans) - 1)) / sum(span.seconds for span in spans)
+        gap = min(_GAP, _MOST_GAPS * WIDTH / max(1, len(spans) - 1))
+        scale = (WIDTH - gap * (len(spans) - 1)) / sum(span.seconds for span in spans)
         times, xs = [], []
-        x = float(LEFT)
+        x = 0.0
         for span in spans:
             times += [span.start, span.end]
             xs += [x, x + scale * span.seconds]
@@ -44,7 +42,7 @@ class TimeAxis:
         self._scale = scale
 
     def x(self, times: FloatArray | float) -> FloatArray:
-        """Return the positions of times, in pixels."""
+        """Return the positions of times, in units of the plot."""
         xs: FloatArray = np.interp(times, self._times, self._xs)
         return xs
 
@@ -53,18 +51,20 @@ class TimeAxis:
         for i in range(1, len(self.spans)):
             yield self._xs[2 * i - 1], self._xs[2 * i], self.spans[i].start - self.spans[i - 1].end
 
-    def ticks(self) -> Iterator[tuple[float, str]]:
-        """Yield the position and label of round times since the start, as many as are readable."""
-        step = next((s for s in _TICK_SECONDS if s * self._scale >= 80), _TICK_SECONDS[-1])
-        last = -math.inf
+    def ticks(self) -> Iterator[tuple[float, str, bool]]:
+        """Yield round times since the start: position, label, and whether only a wide screen has room for it."""
+        step = next((s for s in _TICK_SECONDS if s * self._scale >= 90), _TICK_SECONDS[-1])
+        last = last_on_phone = -math.inf
         for span in self.spans:
             first, until = (math.ceil((t - self.begin) / step) for t in (span.start, span.end))
             # Bounds the loop for a run whose clock jumped by years.
             for k in range(first, min(until, first + WIDTH)):
-                x = float(self.x(self.begin + k * step))
-                if x - last >= 60:
-                    yield x, clock(k * step)
-                    last = x
+                x, name = float(self.x(self.begin + k * step)), clock(k * step)
+                if x - last < max(68, 12 * len(name)):
+                    continue
+                wide = x - last_on_phone < max(160, 30 * len(name))
+                yield x, name, wide
+                last, last_on_phone = x, last_on_phone if wide else x
 
 
 def clock(seconds: float) -> str:

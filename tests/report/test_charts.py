@@ -10,7 +10,7 @@ import pytest
 
 from rollout.report.charts import Series
 from rollout.report.metric_lines import Span
-from rollout.report.time_axis import LEFT, RIGHT, TimeAxis, clock
+from rollout.report.time_axis import WIDTH, TimeAxis, clock
 from rollout.run_dir.paths import RunPaths
 from tests.support.report import figure, history_of
 
@@ -41,6 +41,15 @@ def test_scale_has_few_round_steps_and_covers_all_values(paths: RunPaths, top: f
     assert all(0 <= y <= 170 for y in heights)
 
 
+def test_limit_above_the_scale_is_named_but_not_drawn(paths: RunPaths) -> None:
+    limit = Series("limit", np.repeat([20.0, 1000.0], 50), "red", "dashed", leading=False)
+    text = figure(history_of(paths), Series("held", np.full(100, 14.0), "blue", "area"), limit)
+    (path,) = re.findall(r'class="dashed red" d="([^"]*)"', text)
+    assert path.count("H") == 1
+    assert path.endswith("H500.0")
+    assert "limit (cut off; up to 1,000)" in text
+
+
 def test_lines_are_broken_at_unknown_values(paths: RunPaths) -> None:
     history = history_of(paths)
     values = np.full(100, 10.0)
@@ -53,20 +62,22 @@ def test_pauses_are_narrow_and_ticks_readable() -> None:
     spans = [Span(0, 100), Span(10_000, 10_300), Span(10_310, 10_311)]
     axis = TimeAxis(spans)
     xs = axis.x(np.array([0, 100, 10_000, 10_300, 10_310, 10_311]))
-    assert (xs[0], xs[-1]) == (LEFT, pytest.approx(RIGHT))
+    assert (xs[0], xs[-1]) == (0, pytest.approx(WIDTH))
     assert (np.diff(xs) > 0).all()
     assert xs[3] - xs[2] == pytest.approx(3 * (xs[1] - xs[0]))
     assert [(round(right - left), seconds) for left, right, seconds in axis.pauses()] == [(24, 9900), (24, 10)]
     ticks = list(axis.ticks())
     assert 5 <= len(ticks) <= 15
-    assert min(np.diff([x for x, _ in ticks])) >= 60
-    assert [name for _, name in ticks[:4]] == ["0:00", "1:00", "2:47:00", "2:48:00"]
+    assert min(np.diff([x for x, _, _ in ticks])) >= 60
+    assert 2 <= len(on_phone := [x for x, _, wide in ticks if not wide]) <= 5
+    assert min(np.diff(on_phone)) >= 160
+    assert [name for _, name, _ in ticks[:4]] == ["0:00", "1:00", "2:47:00", "2:48:00"]
 
 
 def test_many_pauses_take_a_limited_share() -> None:
     axis = TimeAxis([Span(100.0 * i, 100.0 * i + 10) for i in range(500)])
     widths = [right - left for left, right, _ in axis.pauses()]
-    assert sum(widths) == pytest.approx(0.35 * (RIGHT - LEFT))
+    assert sum(widths) == pytest.approx(0.35 * WIDTH)
 
 
 @pytest.mark.parametrize(

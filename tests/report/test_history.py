@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from typing import Any
@@ -94,8 +95,6 @@ def test_history_sums_workers_and_separates_attempts_and_pauses(paths: RunPaths)
     np.testing.assert_allclose(both.level("live_rows"), [10] * 10 + [2] * 5)
     np.testing.assert_allclose(both.level("row_target"), [12] * 10 + [6] * 5)
     np.testing.assert_allclose(both.rate("new_tokens"), [20] * 10 + [10] * 5)
-    np.testing.assert_allclose(both.level("room_bytes")[:10], 900)  # each worker's up to its limit
-    np.testing.assert_allclose(both.level("room_bytes")[10:], 200 + (1 << 20))
     np.testing.assert_allclose(both.level("max_kv_bytes"), [900] * 10 + [math.nan] * 5)
     assert both.preempted_rows.tolist() == [0] * 10 + [2] * 5
     assert np.isnan(history.tracks[1].level("live_rows")[10:]).all()
@@ -104,11 +103,24 @@ def test_history_sums_workers_and_separates_attempts_and_pauses(paths: RunPaths)
     assert (second.seconds, second.workers, second.preempted_rows) == (5, {0}, 10)
 
 
-def test_negative_headroom_leaves_less_room_than_is_held(paths: RunPaths) -> None:
-    steps = [{"kv_bytes": 1000, "headroom_bytes": headroom} for headroom in (500, 500, -300, -300, -2000, -2000)]
-    write_metrics(paths, 0, 0, BEGAN, steps)
-    (track,) = read_history(paths, {}).tracks.values()
-    np.testing.assert_allclose(track.level("room_bytes"), [1500, 700, 0])
+def test_headroom_of_one_memory_counts_once(paths: RunPaths) -> None:
+    workers = [("a", "cpu", 500), ("a", "cpu", 700), ("a", "GPU-1", 90), ("b", "cpu", 1000), ("b", "cpu", -4)]
+    for worker, (_, device, headroom) in enumerate(workers):
+        write_metrics(paths, worker, 0, BEGAN, [{"headroom_bytes": headroom}] * 6, device=device)
+        lines = [json.loads(line) for line in paths.metrics(worker).read_text().splitlines()]
+        renamed = [json.dumps(line | {"host": workers[worker][0]}) + "\n" for line in lines]
+        paths.metrics(worker).write_text("".join(renamed))
+    history = read_history(paths, {})
+    both = sum_tracks(history.tracks.values())
+    np.testing.assert_allclose(both.headroom_bytes(), [600 + 90 + 500] * 3)
+    np.testing.assert_allclose(history.tracks[3].headroom_bytes(), [1000] * 3)
+
+
+def test_headroom_of_lines_without_a_host_counts_once(paths: RunPaths) -> None:
+    lines = [a_line(worker=worker, headroom_bytes=1000) for worker in range(3)]
+    paths.metrics(0).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    both = sum_tracks(read_history(paths, {}).tracks.values())
+    np.testing.assert_allclose(both.headroom_bytes(), [1000])
 
 
 def test_bins_preserve_totals(paths: RunPaths) -> None:

@@ -120,17 +120,16 @@ def test_page_holds_all_values_for_the_pointer(paths: RunPaths, capsys: pytest.C
     write_metrics(paths, 0, 0, BEGAN, steps)
     page = drawn(paths, capsys)
     (data,) = page.data
-    assert page.tags.count("svg") == page.tags.count("figure") == len(data["figures"]) == 6
+    assert page.tags.count("figure") == len(data["figures"]) == 7
     assert {len(data[name]) for name in ("left", "right", "time")} == {4}
     assert data["time"][1] == "0:01  (22:13:21 UTC)"
     assert all(len(values) == 4 for figure in data["figures"] for _, _, values, *_ in figure)
     assert hover(page, 0)["live"] == [5, 6, 7, 8]
     assert hover(page, 1) == {"memory": [50] * 4, "cap": [50] * 4}
-    assert hover(page, 2) == {"held": [3] * 4, "available (held + headroom)": [4] * 4} | {
-        "memory.max_kv_bytes": [None] * 4
-    }
-    assert hover(page, 4) == {"median": [500] * 4, "p95": [500] * 4, "slowest": [500] * 4, "budget": [400] * 4}
-    assert hover(page, 5)["generated"] == [10] * 4
+    assert hover(page, 2) == {"held": [3] * 4, "limit (memory.max_kv_bytes)": [None] * 4}
+    assert hover(page, 4) == {"left on the machine, above the reserve": [1] * 4}
+    assert hover(page, 5) == {"median": [500] * 4, "p95": [500] * 4, "slowest": [500] * 4, "budget": [400] * 4}
+    assert hover(page, 6)["generated"] == [10] * 4
     assert "steps over budget 100 %" in page.text
 
 
@@ -160,18 +159,18 @@ def test_attempts_and_pauses_are_labelled(paths: RunPaths, capsys: pytest.Captur
     assert "1 worker · 3 attempts" in text
     assert "pause 1:02:00" in text
     assert "pause 23:57:50" in text
-    assert text.count("attempt 1 ") == 5
+    assert text.count("attempt 1 ") == 6
     assert "steps over budget 50 % of 450 ms or 800 ms" in text
     assert "1 2023-11-14 22:13:00 node7 1 sla 800 ms 2 GiB 0:05 50 10.0 500, 500, 500 ms 0 % 0" in text
     assert "2 2023-11-14 22:13:00 node7 1 sla none 2 GiB 0:05 50 10.0 500, 500, 500 ms 0 " in text
-    assert hover(page, 4)["budget"] == [450] * 5 + [800] * 5 + [None] * 5
+    assert hover(page, 5)["budget"] == [450] * 5 + [800] * 5 + [None] * 5
 
 
 def test_preemption_and_allocation_failures_are_marked(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     write_metrics(paths, 0, 0, BEGAN, [{"reason": "memory"}] * 8)
     page = drawn(paths, capsys)
     assert "preempted samples 0 out of memory 0 times" in page.text
-    assert not [value for _, value in page.attributes if value in ("mark red", "diamond red")]
+    assert not [value for _, value in page.attributes if value in ("mark red", "dot red")]
     reasons = ["memory"] * 4 + ["oom"] * 4 + ["hold"] * 4 + ["oom"] * 2
     steps = [{"reason": reason, "preempted_rows": 3 * (reason == "hold")} for reason in reasons]
     for step, failures in ((4, 1), (13, 2)):
@@ -204,7 +203,7 @@ def test_lines_without_step_time_counts_show_the_mean(paths: RunPaths, capsys: p
         del line["step_ms_counts"]
     paths.metrics(0).write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = drawn(paths, capsys)
-    assert hover(page, 4) == {"mean": [250] * 3, "slowest": [300.5] * 3, "budget": [None] * 3}
+    assert hover(page, 5) == {"mean": [250] * 3, "slowest": [300.5] * 3, "budget": [None] * 3}
     assert "step time p50 ? p95 ?, p99 ?" in page.text
 
 

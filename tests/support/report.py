@@ -21,11 +21,17 @@ VOID = {"meta"}
 
 
 def write_metrics(
-    paths: RunPaths, worker: int, attempt: int, began: float, steps: list[dict[str, Any]], step_s: float = 0.5
+    paths: RunPaths,
+    worker: int,
+    attempt: int,
+    began: float,
+    steps: list[dict[str, Any]],
+    step_s: float = 0.5,
+    device: str = "cpu",
 ) -> None:
     """Write the metrics of a worker whose steps take ``step_s`` each."""
     now = began
-    with MetricsWriter(paths.metrics(worker), worker, attempt, lambda: now, lambda: now) as metrics:
+    with MetricsWriter(paths.metrics(worker), worker, attempt, lambda: now, lambda: now, device=device) as metrics:
         for number, values in enumerate(steps):
             now += step_s
             metrics.step(report_of(number, **{"step_ms": 1e3 * step_s} | values))
