@@ -28,6 +28,8 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 #: bits in any batch (seen on x86-64 with AVX2 and AVX512_BF16 for 2 to 2048 rows), which plain products do not.
 _ROWS_HINT = 128
 
+_FORWARD = nn.Linear.forward
+
 #: Models already warned about patched linear layers.
 _warned: WeakSet[nn.Module] = WeakSet()
 
@@ -42,7 +44,8 @@ class PackedLinears:
     Layers that receive the same input run as one product, computed when the first of them is called.
 
     Copies are made by the constructor, so create a new instance after weights change. They take as much memory as the
-    weights (4 bytes per parameter in float32). Nothing is copied on a GPU.
+    weights (4 bytes per parameter in float32). Nothing is copied on a GPU. A layer whose weight is another tensor while
+    the model calls it, as parametrizations make it, computes by its own forward.
 
     Args:
         model: the module.
@@ -118,11 +121,27 @@ class PackedLinears:
     def applied(self) -> Iterator[None]:
         """Make the layers compute from their copies inside the block."""
         try:
-            with patched(self._products):
+            with patched((layer, _while_weight_stays(layer, product)) for layer, product in self._products):
                 yield
         finally:
             for merged in self._merged:
                 merged.clear()
+
+
+def _while_weight_stays(layer: nn.Linear, product: Product) -> Product:
+    """Return a forward that calls the layer's own forward instead of the product if the layer has another weight.
+
+    PEFT parametrizes the layers of its ``target_parameters`` only while it calls them, so no copy can be made then.
+    """
+    weight, parameters = layer.weight, layer._parameters
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if parameters.get("weight") is not weight:
+            out: torch.Tensor = type(layer).forward(layer, x)
+            return out
+        return product(x)
+
+    return forward
 
 
 class _MergedProduct:
@@ -179,10 +198,12 @@ def _joined_bias(group: LinearGroup) -> torch.Tensor | None:
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    """Return whether a layer is an unpatched ``nn.Linear`` on a CPU with an ordinary weight."""
+    """Return whether a layer is an unpatched ``nn.Linear`` on a CPU with an ordinary weight of its own."""
     return (
         type(layer) is nn.Linear
+        and nn.Linear.forward is _FORWARD
         and not _is_patched(layer)
+        and "weight" in layer._parameters  # torch's older weight_norm computes the weight in a hook
         and type(layer.weight.data) is torch.Tensor
         and layer.weight.device.type == "cpu"
         and layer.weight.layout == torch.strided

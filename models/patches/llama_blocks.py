@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
@@ -84,7 +85,7 @@ def _plain_layers(module: nn.Module, known: frozenset[object], *names: str) -> l
     if "forward" in vars(module) or not inspect.isfunction(type(module).forward):
         return None
     layers = [layer for name in names if isinstance(layer := getattr(module, name, None), nn.Linear)]
-    hooked = any(getattr(layer, hooks) for layer in layers for hooks in _HOOKS)
+    hooked = _has_any_global_hook() or any(getattr(layer, hooks) for layer in layers for hooks in _HOOKS)
     if len(layers) != len(names) or hooked or _bytecode(type(module)) not in known:
         return None
     return layers

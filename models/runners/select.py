@@ -7,6 +7,7 @@ from torch import nn
 from rollout.models.attention.names import AUTO
 from rollout.models.device import is_out_of_memory
 from rollout.models.errors import UnsupportedAttention, UnsupportedModel, clause
+from rollout.models.module.adapters import refuse_adapters
 from rollout.models.module.inspect import family_name
 from rollout.models.runners.base import RunStrategy
 from rollout.models.runners.packed import PackedStrategy
@@ -26,6 +27,7 @@ def select_strategy(model: nn.Module, choice: str = AUTO) -> RunStrategy:
         UnsupportedModel: no strategy can run this model; the message gives the reason of each.
         torch.OutOfMemoryError, MemoryError: the parity check ran out of memory.
     """
+    refuse_adapters(model)
     reasons: list[str] = []
     cause: Exception | None = None
     for strategy_type in STRATEGIES:

@@ -27,6 +27,7 @@ from rollout.headroom.headroom import Headroom, after_reserve, headroom_over, me
 from rollout.length_history import LengthHistory
 from rollout.models.attention.names import AUTO
 from rollout.models.kv_cache.layout import KVLayout
+from rollout.models.module.adapters import refuse_adapters
 from rollout.models.module.inspect import context_limit, output_device, unwrap_model, vocabulary_size
 from rollout.models.patches.linears import PackedLinears
 from rollout.models.patches.norms_and_rope import FusedModules
@@ -217,9 +218,13 @@ class Engine:
         """Generate for a stream of requests and yield records as they finish.
 
         The module is borrowed only while steps run, so between records it is as its owner left it.
+
+        Raises:
+            UnsupportedModel: the model's active PEFT adapter cannot be served.
         """
         start = time.perf_counter()
         self.stats = None
+        refuse_adapters(self.model)  # another adapter may be active than in the last call
         layout = self._strategy.kv_layout()
         patches = self._make_patches(layout)  # before the KV budget: the packed weights take their share of memory
         queue = WaitingQueue(

@@ -1,0 +1,57 @@
+"""Refuse PEFT adapters that do more than change the weights of each token's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from rollout.models.errors import UnsupportedModel
+
+#: PEFT types that need more than a token and the tokens before it, with the reason as part of a sentence.
+_REASONS = {
+    "XLORA": "weighs its experts by the whole sequence of every forward",
+    "LILY": "weighs its experts by the whole sequence of every forward",
+    "POLY": "needs the id of a task with every forward",
+}
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuse a model whose active PEFT adapter cannot be served. A disabled adapter is not refused.
+
+    Raises:
+        UnsupportedModel: the adapter is of such a type; the message is one sentence with the remedy.
+    """
+    for wrapper in _peft_models(model):
+        for name in wrapper.active_adapters:
+            reason = why_unsupported(wrapper.peft_config.get(name))
+            if reason:
+                raise UnsupportedModel(
+                    f"The model's active adapter {name!r} {reason}, which this engine does not serve: "
+                    "set another adapter active, or call the engine inside model.disable_adapter()."
+                )
+
+
+def why_unsupported(config: Any) -> str:
+    """Return the type of an adapter and why it is not served, as the end of a sentence; empty if it is served.
+
+    Args:
+        config: a ``PeftConfig``.
+    """
+    kind = str(getattr(getattr(config, "peft_type", None), "value", ""))
+    if getattr(config, "is_prompt_learning", False):
+        return f"is of type {kind} and puts learned tokens or keys before every prompt"
+    if getattr(config, "alora_invocation_tokens", None):
+        return "is an activated LoRA (alora_invocation_tokens) and changes only the tokens after its invocation"
+    return f"is of type {kind} and {_REASONS[kind]}" if kind in _REASONS else ""
+
+
+def _peft_models(model: nn.Module) -> Iterator[Any]:
+    """Yield the PEFT wrappers around a transformers model whose adapters are not disabled."""
+    inner: Any = model
+    while inner is not None:
+        is_peft = hasattr(inner, "get_base_model")
+        if is_peft and not getattr(inner, "_adapters_disabled", False):
+            yield inner
+        inner = inner.get_base_model() if is_peft else getattr(inner, "module", getattr(inner, "_orig_mod", None))
