@@ -2,11 +2,11 @@
 
     python -m jobs.bench.families_table [--write] [--seconds 240] [FAMILY ...]
 
-runs from the repository's root over every family that transformers can load as a causal language model, or over those
-named on the command line. For each it makes a tiny random model and generates greedily with rows that join late and,
-unless the family keeps recurrent states, are preempted. In float32 completions must equal ``generate`` and
-log-probabilities a plain forward; in bfloat16 the mean distance is reported. ``--write`` puts the table into
-``docs/families.md``.
+runs from the repository's root over every family that transformers can load as a causal language model or as one that
+also reads images or sound, which is served for text here, or over those named on the command line. For each it makes a
+tiny random model and generates greedily with rows that join late and, unless the family keeps recurrent states, are
+preempted. In float32 completions must equal ``generate`` and log-probabilities a plain forward; in bfloat16 the mean
+distance is reported. ``--write`` puts the tables into ``docs/families.md``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,25 @@ import resource
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from rollout import Engine, SamplingParams
@@ -34,7 +45,7 @@ from rollout.models.runners.recurrent import RecurrentStrategy
 from rollout.models.runners.select import select_strategy
 from tests.support import tiny_models
 from tests.support.parity import greedy, random_prompts, teacher_forced, tight_engine
-from tests.support.tiny_models import SERVED, VOCABULARY, random_model
+from tests.support.tiny_models import SERVED, VOCABULARY
 
 _PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 _MARKERS = ("<!-- written by jobs.bench.families_table -->", "<!-- end -->")
@@ -121,14 +132,24 @@ _SENSES: dict[str, Any] = {
     "out_hidden_size": 64,
     "vocab_size": 8,
 }
+#: Model classes of each family; one that also reads images or sound may have two, for text alone and for both.
+_MULTIMODAL = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+_WITH_SENSES = {
+    f"{family}/multimodal" if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else family: name
+    for family, name in _MULTIMODAL.items()
+    if name != MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
+}
+FAMILIES: dict[str, Any] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | _WITH_SENSES
 _OWN = object()
 """The family's own value of a field."""
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_SECTIONED = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text", "cosmos3_edge_text")
 #: Extra configuration of single families.
 _FIXES: dict[str, dict[str, Any]] = {
     # Latent attention: heads are rotated over what is called head_dim, and keys are not shared.
     **{
         family: {"head_dim": 8, "num_key_value_heads": 4}
-        for family in ("axk1", "deepseek_v2", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu")
+        for family in ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu")
     },
     "dbrx": {
         "d_model": 64,
@@ -144,6 +165,15 @@ _FIXES: dict[str, dict[str, Any]] = {
     "xlnet": {"max_position_embeddings": _OWN},
     "xlstm": {"v_head_dim": _OWN},
     "reformer": {"axial_pos_embds": False},
+    # Rotary embeddings of several axes: sections of half a head, or of the half that is rotated.
+    **{family: {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}} for family in _SECTIONED},
+    **{
+        family: {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}
+        for family in ("glm4v_text", "glm4v_moe_text", "glm_ocr_text")
+    },
+    "hunyuan_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [2, 2, 2, 2]}},
+    # Fields that its attention ignores and generate's cache does not.
+    "qwen3_vl_moe_text": {"sliding_window": _OWN, "use_sliding_window": _OWN},
 }
 
 
@@ -167,9 +197,18 @@ def tiny_config(family: str) -> PreTrainedConfig:
     """A configuration of ``family`` in which every size is small and every window shorter than the test's texts."""
     if family in SERVED:
         return tiny_models.tiny_config(family)
-    kind = CONFIG_MAPPING[family]
-    fields = _known(kind(), _FIELDS)
-    return kind(**{name: value for name, value in fields.items() if value is not _OWN})
+    kind = CONFIG_MAPPING[family.removesuffix("/multimodal")]
+    return kind(**_known(kind(), _FIELDS))
+
+
+def _auto_class(family: str) -> Any:
+    """Return the auto class that makes a model of ``family``."""
+    if family not in _WITH_SENSES:
+        return AutoModelForCausalLM
+    name = family.removesuffix("/multimodal")
+    return (
+        AutoModelForImageTextToText if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else AutoModelForMultimodalLM
+    )
 
 
 def _known(default: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +220,8 @@ def _known(default: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
             parts[name] = _known(part, _SENSES if name.startswith(("vision", "audio")) else _FIELDS)
             parts[name]["model_type"] = part.model_type
     some = {name: value for name, value in fields.items() if _has(default, name)}
-    return some | parts | _FIXES.get(default.model_type, {})
+    own = some | parts | _FIXES.get(default.model_type, {})
+    return {name: value for name, value in own.items() if value is not _OWN}
 
 
 def _has(default: PreTrainedConfig, name: str) -> bool:
@@ -194,6 +234,7 @@ def _has(default: PreTrainedConfig, name: str) -> bool:
 
 def tried(family: str) -> Result:
     """Make a tiny model of ``family`` and compare the engine's output with the model's."""
+    random_model = partial(tiny_models.random_model, auto_class=_auto_class(family))
     try:
         config = tiny_config(family)
         with torch.device("meta"):
@@ -329,6 +370,13 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def tables(results: Sequence[Result]) -> str:
+    """Return one table of the families for text alone, and one of those that also read images or sound."""
+    text = [result for result in results if result.family not in _WITH_SENSES]
+    senses = [result for result in results if result.family in _WITH_SENSES]
+    return f"## Text\n\n{table(text)}\n\n## Text, images and sound\n\n{table(senses)}"
+
+
 def write(text: str) -> None:
     """Put ``text`` between the markers of the page."""
     page = _PAGE.read_text(encoding="utf-8")
@@ -340,7 +388,7 @@ def write(text: str) -> None:
 def main(arguments: Iterable[str] | None = None) -> None:
     """Try families; print a line per family, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", default=list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    parser.add_argument("families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--seconds", type=float, default=240)
     options = parser.parse_args(None if arguments is None else list(arguments))
@@ -350,9 +398,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
     for family in options.families:
         results.append(in_a_process(family, options.seconds))
         print(results[-1], flush=True)
-    print(table(results))
+    print(tables(results))
     if options.write:
-        write(table(results))
+        write(tables(results))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,6 +22,7 @@ from transformers import (
 
 from rollout.models.device import cpu_multiplies
 from rollout.models.errors import UnsupportedModel, clause
+from rollout.models.loading.architecture import select_architecture
 from rollout.models.loading.checkpoint import check_adapter, check_folder, resolve_path
 from rollout.models.loading.gguf import read_model, read_tokenizer, require_gguf
 from rollout.models.loading.multi_gpu import device_map_options, refuse_disk_offload, tensor_parallel_options
@@ -33,8 +32,6 @@ __all__ = ["ModelSource", "load_model", "load_tokenizer", "resolve_device", "res
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CAUSAL_NAMES = ("CausalLM", "LMHead")
-"""Parts of the class names of causal language models, including classes that transformers renamed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +149,17 @@ def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) 
 def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> PreTrainedModel:
     check_folder(folder)
     config = _config(source, folder)
-    _check_causal(config, source)
+    architecture = select_architecture(config, source.path, trust_remote_code=source.trust_remote_code)
     dtype = resolve_dtype(source.dtype, device, _stored_dtype(config))
     placement: dict[str, Any] = {}
     if source.device_map is not None:
-        placement = device_map_options(source.path, config, device=device, device_map=source.device_map)
+        placement = device_map_options(
+            source.path, config, architecture.model_class, device=device, device_map=source.device_map
+        )
     elif source.tensor_parallel:
         placement = tensor_parallel_options(source.path, config)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = architecture.auto_class.from_pretrained(
             folder,
             config=config,
             dtype="auto" if dtype is None else dtype,
@@ -226,23 +225,6 @@ def _config(source: ModelSource, folder: Path) -> PreTrainedConfig:
             f"transformers cannot configure ({clause(error)})."
         ) from error
     return config
-
-
-def _check_causal(config: PreTrainedConfig, source: ModelSource) -> None:
-    """Refuse a model that does not declare itself a causal language model, even if a class could load its weights."""
-    if source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModel(
-            f"path {source.path!r} is of model_type {config.model_type!r}, which is no causal language model."
-        )
-    known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    names = {cls.__name__ for cls in (known if isinstance(known, tuple | list) else (known,)) if cls is not None}
-    declared = config.architectures or []
-    if declared and not any(name in names or any(part in name for part in CAUSAL_NAMES) for name in declared):
-        raise UnsupportedModel(
-            f"path {source.path!r} was saved as {', '.join(declared)}, which is no causal language model."
-        )
 
 
 def _stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from rollout.models.errors import UnsupportedModel
@@ -15,11 +15,19 @@ from rollout.models.errors import UnsupportedModel
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 
 
-def device_map_options(path: str, config: PreTrainedConfig, *, device: torch.device, device_map: str) -> dict[str, Any]:
+def device_map_options(
+    path: str,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel] | None,
+    *,
+    device: torch.device,
+    device_map: str,
+) -> dict[str, Any]:
     """Return the arguments that make accelerate spread the layers over this process's CUDA devices.
 
     Args:
         path: names the model in messages.
+        model_class: class of the model, if transformers has one.
         device: the device of this process for a model on one device.
 
     Raises:
@@ -32,7 +40,6 @@ def device_map_options(path: str, config: PreTrainedConfig, *, device: torch.dev
             "leave device_map unset."
         )
     free_bytes = _free_bytes_per_device()
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if len(free_bytes) > 1 and getattr(model_class, "_is_stateful", False):
         raise UnsupportedModel(
             f"path {path!r} is of model_type {config.model_type!r}, which keeps recurrent states and must lie on "

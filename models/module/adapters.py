@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from rollout.models.errors import UnsupportedModel
 
@@ -50,8 +51,12 @@ def why_unsupported(config: Any) -> str:
 def _peft_models(model: nn.Module) -> Iterator[Any]:
     """Yield the PEFT wrappers around a transformers model whose adapters are not disabled."""
     inner: Any = model
-    while inner is not None:
-        is_peft = hasattr(inner, "get_base_model")
-        if is_peft and not getattr(inner, "_adapters_disabled", False):
-            yield inner
-        inner = inner.get_base_model() if is_peft else getattr(inner, "module", getattr(inner, "_orig_mod", None))
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "get_base_model"):
+            if not getattr(inner, "_adapters_disabled", False):
+                yield inner
+            inner = inner.get_base_model()
+        else:
+            inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))
+            if inner is None:
+                return

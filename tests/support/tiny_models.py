@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from tests.support.devices import DEVICE
 
@@ -155,6 +162,24 @@ for _new in ("bailing_hybrid", "lfm3"):
     if _new not in CONFIG_MAPPING:
         del STATE[_new]
 
+_TEXT = _BASE | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "image_size": 28,
+    "patch_size": 14,
+}
+_DEPTH = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+
+#: Families that also read images, served for text: the fields of their text and vision configurations.
+MULTIMODAL: dict[str, dict[str, dict[str, Any]]] = {
+    "gemma3": {"text_config": _TEXT | {"sliding_window": _WINDOW}, "vision_config": _VISION},
+    "idefics3": {"text_config": _TEXT | {"model_type": "llama"}, "vision_config": _VISION},
+    "llava": {"text_config": _TEXT | {"model_type": "llama"}, "vision_config": _VISION | {"projection_dim": 32}},
+    "mistral3": {"text_config": _TEXT | {"model_type": "mistral"}, "vision_config": _VISION},
+    "qwen2_5_vl": {"text_config": _TEXT | _SECTIONS, "vision_config": _DEPTH},
+    "qwen3_vl": {"text_config": _TEXT | _SECTIONS, "vision_config": _DEPTH | {"deepstack_visual_indexes": [0]}},
+}
+
 TIERS = {"packed": INTERFACE, "padded": GATHERING}
 SERVED: dict[str, dict[str, Any]] = {
     family: fields for tier in (*TIERS.values(), STATE) for family, fields in tier.items()
@@ -185,12 +210,20 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **fields)
 
 
-def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_multimodal(family: str) -> PreTrainedModel:
+    """Return a model of `MULTIMODAL` with seeded random weights in eval mode, on the CPU."""
+    fields = MULTIMODAL[family]
+    return random_model(AutoConfig.for_model(family, **fields), auto_class=AutoModelForImageTextToText)
+
+
+def random_model(
+    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, *, auto_class: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     """Return a model with seeded random weights in eval mode; every call gives the same."""
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = auto_class.from_config(config)
     finally:
         torch.random.set_rng_state(state)
     with torch.no_grad():
