@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,8 @@ class Record:
     ``logprobs`` has one number per completion token: ``log_softmax(logits / temperature)`` over the full vocabulary
     in fp32 (raw logits when greedy). ``sampler_logprobs`` is the same after top-k, top-p and min-p renormalisation.
     ``completion_ids`` keeps the end-of-sequence id. ``error_class`` and ``error`` are empty unless ``finish_reason``
-    is ``error`` or a reward function failed (``reward_failed``).
+    is ``error`` or a reward function failed (``reward_failed``). ``row`` holds the other columns of a prompt that was
+    given as a mapping.
     """
 
     row_id: str
@@ -38,6 +39,11 @@ class Record:
     seed: int = 0
     weight_version: int = 0
     attempt: int = 0
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+
+RECORD_COLUMNS = tuple(f.name for f in fields(Record) if f.name != "row")
+"""The columns that a run writes of a record, in their order; the input's columns stand after the first two."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,16 @@ from rollout.errors import Exit, InputError
 from rollout.run_dir.part_file import SampleKey
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import RunDir, read_row_ids, read_run
-from rollout.run_dir.shards import file_sha256, read_manifest, read_shard
+from rollout.run_dir.shards import (
+    COUNTED_COLUMNS,
+    Manifest,
+    RecordCounts,
+    count_table,
+    file_sha256,
+    read_columns,
+    read_manifest,
+    read_shard,
+)
 
 SHOWN = 20
 """Most items of each kind to list; the others are counted."""
@@ -86,17 +96,37 @@ def _checked_shard(run: RunDir, shard: int, findings: Findings) -> pa.Table | No
             raise ValueError("its sha256 differs from its manifest's")
         if manifest.fingerprint != run.fingerprint.digest:
             raise ValueError("its manifest has another fingerprint")
-        table = read_shard(path, ["row_id", "sample", "error_class"])
-        rows = pc.count_distinct(table.column("row_id")).as_py()
-        if (table.num_rows, rows) != (manifest.samples, manifest.rows):
-            raise ValueError(
-                f"it has {table.num_rows} samples of {rows} input rows, but its manifest declares "
-                f"{manifest.samples} samples of {manifest.rows}"
-            )
+        if (manifest.shard, manifest.file) != (shard, path.name):
+            raise ValueError(f"its manifest describes shard {manifest.shard}, {manifest.file}")
+        _check_columns(read_columns(path), run)
+        table = read_shard(path, COUNTED_COLUMNS)
+        _check_counts(count_table(table), manifest)
     except ValueError as error:
         findings.torn.append(f"{path.name}: {error}")
         return None
     return table
+
+
+def _check_columns(found: dict[str, str], run: RunDir) -> None:
+    """Refuse other columns than the run's; in JSON lines, only their names are known."""
+    typed = run.format == "parquet"
+    differing = [
+        f"{name} is {found.get(name, 'absent')}"
+        for name in dict.fromkeys([*run.columns, *found])
+        if name not in found or name not in run.columns or (typed and found[name] != run.columns[name])
+    ]
+    if differing:
+        raise ValueError(f"its columns differ from the run's: {', '.join(differing)}")
+
+
+def _check_counts(found: RecordCounts, manifest: Manifest) -> None:
+    """Refuse a manifest whose counts are not those of the records."""
+    for name, value in asdict(found).items():
+        declared = getattr(manifest, name)
+        # Shards hold rewards in fp32, manifests their sum in fp64.
+        close = name == "reward_sum" and math.isclose(value, declared, rel_tol=1e-5, abs_tol=1e-5 * found.rewards)
+        if value != declared and not close:
+            raise ValueError(f"its manifest declares {name}={declared}, but its records have {name}={value}")
 
 
 def _count_samples(table: pa.Table, row_ids: pa.ChunkedArray, occurrences: np.ndarray, findings: Findings) -> None:

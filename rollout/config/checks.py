@@ -8,6 +8,7 @@ from rollout.errors import Check
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMATS = ("parquet", "jsonl")
+LOGPROBS = ("both", "model", "none")
 
 
 def config_checks(config: Config) -> list[Check]:
@@ -58,11 +59,15 @@ def _model_checks(model: ModelConfig) -> list[Check]:
 
 def _other_checks(config: Config) -> list[Check]:
     data, output = config.data, config.output
+    keep = data.keep_columns
+    are_names = isinstance(keep, str) or (isinstance(keep, list) and all(isinstance(name, str) for name in keep))
     return [
         Check("data.path", data.path, bool(data.path), "a file, a folder, a hub id or builtin:arithmetic"),
         Check("data.limit", data.limit, data.limit is None or data.limit >= 1, "at least 1, or null for no limit"),
+        Check("data.keep_columns", keep, are_names and keep != "", "all, a list of columns, or [] for none"),
         Check("output.dir", output.dir, bool(output.dir), "a folder"),
         Check("output.format", output.format, output.format in FORMATS, f"one of {', '.join(FORMATS)}"),
+        Check("output.logprobs", output.logprobs, output.logprobs in LOGPROBS, f"one of {', '.join(LOGPROBS)}"),
         Check("output.rows_per_shard", output.rows_per_shard, output.rows_per_shard >= 1, "at least 1"),
         Check("seed", config.seed, -(2**63) <= config.seed < 2**63, "a 64-bit integer"),
     ]

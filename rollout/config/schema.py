@@ -45,6 +45,7 @@ class DataConfig:
     limit: int | None = MISSING
     as_chat: bool = MISSING
     system_prompt: str | None = MISSING
+    keep_columns: Any = MISSING
 
 
 @dataclass
@@ -123,11 +124,12 @@ class MemoryConfig:
 
 @dataclass
 class OutputConfig:
-    """The run directory, the format of its shards, and their size in input rows."""
+    """The run directory, the format of its shards, their size in input rows, and their columns."""
 
     dir: str = MISSING
     format: str = MISSING
     rows_per_shard: int = MISSING
+    logprobs: str = MISSING
 
 
 @dataclass

@@ -11,13 +11,14 @@ from datetime import date, datetime, time
 from typing import Any
 
 import datasets
-import pyarrow as pa
 
 from rollout.config.schema import DataConfig
 from rollout.data.columns import OPTIONAL_COLUMNS, ColumnChoice, columns_read
 from rollout.data.dataset_row import DatasetRow, as_length_hint, dataset_row, is_chat, without_nulls
+from rollout.data.kept_columns import KeptColumns, kept_columns, named_columns
 from rollout.data.sources import find_source, load, refuse
 from rollout.errors import InputError
+from rollout.records import RECORD_COLUMNS
 
 _ROWS_PER_READ = 1000
 
@@ -31,8 +32,8 @@ class Prompts:
     """Digest of the ids, the prompts and, with a reward, all columns: what the results depend on."""
     chat_row: str | None
     """Id of the first input row that needs a chat template; None if no row does."""
-    schema: pa.Schema
-    """Names and Arrow types of the input columns that stand in the output (`kept`)."""
+    kept: KeptColumns
+    """The input columns that stand in the output."""
     _dataset: datasets.Dataset
     _config: DataConfig
 
@@ -44,10 +45,6 @@ class Prompts:
         """Whether the dataset has a column of length hints."""
         return self._config.length_hint_column is not None
 
-    def kept(self, row: DatasetRow) -> dict[str, Any]:
-        """Return a row's values of the columns in `schema`, as its types hold them; null where the row has none."""
-        return {name: row.columns.get(name) for name in self.schema.names}
-
     def rows(self, start: int, stop: int) -> Iterator[DatasetRow]:
         """Yield the input rows ``[start, stop)``."""
         for index, columns in enumerate(_rows_of(self._dataset[start:stop]), start):
@@ -56,12 +53,11 @@ class Prompts:
             yield row if column is None else replace(row, length_hint=as_length_hint(columns[column]))
 
 
-def read_prompts(config: DataConfig, with_columns: bool = False, kept: Sequence[str] | None = ()) -> Prompts:
+def read_prompts(config: DataConfig, with_columns: bool = False) -> Prompts:
     """Read a dataset and give every input row its id.
 
     Args:
-        with_columns: hold all columns, for a reward; otherwise those of ``kept`` and those that the configuration names.
-        kept: columns that stand in the output; None for all.
+        with_columns: give rows all columns, for a reward; otherwise those that the configuration names.
 
     Raises:
         InputError: the dataset is missing, empty or does not hold prompts; the message says what to change.
@@ -74,12 +70,14 @@ def read_prompts(config: DataConfig, with_columns: bool = False, kept: Sequence[
     choice = ColumnChoice(
         read=columns_read(config),
         optional=OPTIONAL_COLUMNS,
-        kept=None if kept is None else tuple(kept),
+        kept=named_columns(config),
         for_reward=with_columns,
     )
-    dataset = dataset.select_columns(choice.chosen(dataset.column_names))
+    kept = kept_columns(dataset, config, RECORD_COLUMNS)
+    # Columns that are kept alone are copied without being decoded, when a shard is written.
+    dataset = dataset.select_columns(replace(choice, kept=()).chosen(dataset.column_names))
     try:
-        prompts = _with_ids(dataset, config, choice)
+        prompts = _with_ids(dataset, kept, config, choice)
     except UnicodeDecodeError as error:
         # Arrow does not check the encoding of text; it is decoded only when rows become Python values.
         refuse(source, error)
@@ -91,7 +89,7 @@ def read_prompts(config: DataConfig, with_columns: bool = False, kept: Sequence[
     return prompts
 
 
-def _with_ids(dataset: datasets.Dataset, config: DataConfig, choice: ColumnChoice) -> Prompts:
+def _with_ids(dataset: datasets.Dataset, kept: KeptColumns, config: DataConfig, choice: ColumnChoice) -> Prompts:
     row_ids: list[str] = []
     ordinals: Counter[str] = Counter()
     digest = hashlib.sha256()
@@ -108,14 +106,11 @@ def _with_ids(dataset: datasets.Dataset, config: DataConfig, choice: ColumnChoic
         if chat_row is None and is_chat(dataset_row(len(row_ids), row_id, columns, config).prompt):
             chat_row = row_id
         row_ids.append(row_id)
-    schema = dataset.features.arrow_schema
-    if choice.kept is not None:
-        schema = pa.schema([schema.field(name) for name in choice.kept if name in schema.names])
     return Prompts(
         row_ids=row_ids,
         content=digest.hexdigest(),
         chat_row=chat_row,
-        schema=schema.remove_metadata(),
+        kept=kept,
         _dataset=dataset,
         _config=config,
     )

@@ -25,6 +25,7 @@ from rollout.requests import Request, StepReport
 from rollout.run_dir.fingerprint import fingerprint_of
 from rollout.run_dir.metrics import MetricsWriter
 from rollout.run_dir.previous_lengths import read_lengths
+from rollout.run_dir.record_table import ABSENT_LOGPROBS, shard_schema
 from rollout.run_dir.run import RunDir, existing_run, open_run, prepare_folder, read_run
 from rollout.run_dir.shard_locks import FileLocks
 from rollout.run_dir.summary import summarise
@@ -124,7 +125,15 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
     if previous_lengths is not None:
         logger.info("Read the lengths of %d prompts from %s.", len(previous_lengths), config.data.lengths_from)
     paths = prepare_folder(config.output.dir)
-    fingerprint = fingerprint_of(config, prompts.content, _model_path(config))
+    kept = prompts.kept
+    fingerprint = fingerprint_of(
+        config,
+        prompts.content,
+        _model_path(config),
+        kept=list(kept.names.values()),
+        kept_content=kept.digest(),
+    )
+    schema = shard_schema(kept.schema, config.output.format, ABSENT_LOGPROBS[config.output.logprobs])
     run = existing_run(paths, fingerprint)
     with closing(Ranks(topology)) as ranks:
         if not ranks.broadcast(run is not None and run.complete()):
@@ -135,6 +144,7 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
                     config,
                     fingerprint,
                     prompts.row_ids,
+                    schema=schema,
                     dtype=loaded.dtype,
                     attention=loaded.attention,
                     workers=topology.workers,
@@ -149,6 +159,7 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
                     run=run,
                     locks=locks,
                     prompts=prompts,
+                    schema=schema,
                     encode=loaded.engine.encode,
                     params=config.sampling.params(),
                     seed=config.seed,

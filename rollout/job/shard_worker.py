@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pyarrow as pa
 from jinja2 import TemplateError
 
 from rollout.data.dataset_row import DatasetRow, Prompt
@@ -15,6 +16,7 @@ from rollout.length_history import LengthHistory
 from rollout.records import Record
 from rollout.requests import Request, in_windows
 from rollout.run_dir.part_file import PartFile, SampleKey
+from rollout.run_dir.record_table import ABSENT_LOGPROBS, KeptRows
 from rollout.run_dir.run import RunDir
 from rollout.run_dir.shard_locks import ShardLocks
 from rollout.run_dir.shards import commit
@@ -61,6 +63,7 @@ class ShardWorker:
         run: RunDir,
         locks: ShardLocks,
         prompts: Prompts,
+        schema: pa.Schema,
         encode: Encode,
         params: SamplingParams,
         seed: int,
@@ -70,6 +73,9 @@ class ShardWorker:
         self._run = run
         self._locks = locks
         self._prompts = prompts
+        self._schema = schema
+        """The columns of the shards."""
+        self._absent: dict[str, Any] = {name: [] for name in ABSENT_LOGPROBS["none"] if name not in schema.names}
         self._encode = encode
         self._params = params
         self._seed = seed
@@ -102,7 +108,8 @@ class ShardWorker:
         """Score, store and return a finished record, and commit its shard if it is complete."""
         shard = self._shard_of[record.row_id]
         columns = shard.rows[record.row_id].columns
-        scored = score(replace(record, attempt=self._run.attempt), columns, self._reward)
+        stored = replace(record, attempt=self._run.attempt, **self._absent)
+        scored = score(stored, columns, self._reward)
         shard.part.append(scored)
         self._commit_if_finished(shard)
         return scored
@@ -191,7 +198,13 @@ class ShardWorker:
             return
         records = sorted(shard.part.records(), key=lambda record: (shard.rows[record.row_id].index, record.sample))
         run = self._run
-        commit(run.paths, shard.index, run.format, records, run.fingerprint.digest)
+        indices = run.shard_rows(shard.index)
+        kept = KeptRows(
+            table=self._prompts.kept.table(indices.start, indices.stop),
+            indices=[shard.rows[record.row_id].index - indices.start for record in records],
+        )
+        digest = run.fingerprint.digest
+        commit(run.paths, shard.index, run.format, records, digest, schema=self._schema, kept=kept)
         shard.part.close()
         # Another worker that saw the run complete may have removed the folder.
         shard.part.path.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -37,13 +37,17 @@ class Fingerprint:
         return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint_of(config: Config, content: str, model: Path) -> Fingerprint:
+def fingerprint_of(
+    config: Config, content: str, model: Path, *, kept: Sequence[str] = (), kept_content: str = ""
+) -> Fingerprint:
     """Compute the fingerprint of a job.
 
     Args:
         content: digest of the data (`rollout.data.prompts.Prompts.content`).
         model: the local folder or file of ``model.path``. Its contents are hashed, not its name: a moved or downloaded
             copy is the same model.
+        kept: the input columns in the output, by their names there.
+        kept_content: digest of their values.
     """
     adapter = config.model.adapter
     return Fingerprint(
@@ -54,11 +58,14 @@ def fingerprint_of(config: Config, content: str, model: Path) -> Fingerprint:
             "model.dtype": config.model.dtype,
             "model.trust_remote_code": config.model.trust_remote_code,
             "data.content": content,
+            "data.keep_columns": list(kept),
+            "data.kept_content": kept_content,
             "data.as_chat": config.data.as_chat,
             "data.system_prompt": config.data.system_prompt,
             **{f"sampling.{key}": value for key, value in asdict(config.sampling).items()},
             "reward": config.reward,
             "output.format": config.output.format,
+            "output.logprobs": config.output.logprobs,
             "seed": config.seed,
         }
     )

@@ -24,9 +24,10 @@ from rollout.errors import InputError
 from rollout.run_dir.atomic_write import write_atomically, write_text_atomically
 from rollout.run_dir.fingerprint import Fingerprint, describe, differences
 from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.record_table import SCHEMA, describe_columns
 from rollout.run_dir.shard_locks import locked
 
-FORMAT = 1
+FORMAT = 2
 """Version of the directory's layout; incremented when earlier directories can no longer be read."""
 SHARDS_PER_WORKER = 8
 """Least number of shards per worker when there are several, so that a slow worker does not delay the end."""
@@ -45,6 +46,8 @@ class RunDir:
     """Samples of each input row."""
     rows_per_shard: int
     format: str
+    columns: dict[str, str]
+    """Name and Arrow type of each column of the shards, in their order."""
     dtype: str
     """The dtype that ``model.dtype`` resolved to in the first attempt; later attempts must use the same."""
     attempt: int
@@ -125,6 +128,7 @@ def read_run(paths: RunPaths) -> RunDir:
             samples=stored["samples"],
             rows_per_shard=stored["rows_per_shard"],
             format=stored["output_format"],
+            columns=dict(stored["columns"]),
             dtype=stored["dtype"],
             attempt=len(stored["attempts"]) - 1,
         )
@@ -150,6 +154,7 @@ def open_run(
     fingerprint: Fingerprint,
     row_ids: Sequence[str],
     *,
+    schema: pa.Schema = SCHEMA,
     dtype: str,
     attention: str,
     workers: int,
@@ -157,6 +162,9 @@ def open_run(
     """Start a run in the folder, or resume the one it holds, and record this attempt.
 
     The first attempt decides the partition into shards; later ones keep it, whatever their number of workers.
+
+    Args:
+        schema: the columns of the shards.
 
     Raises:
         InputError: the folder holds a run with another fingerprint or dtype.
@@ -168,6 +176,7 @@ def open_run(
             # Written before run.json, whose presence means that the directory is usable.
             write_atomically(paths.rows, paths.temporary(paths.rows), lambda target: pq.write_table(table, target))
             stored = _new_run_json(config, fingerprint, rows=len(row_ids), dtype=dtype, workers=workers)
+            stored["columns"] = describe_columns(schema, config.output.format)
         else:
             stored = read_run_json(paths)
         if stored["dtype"] != dtype:

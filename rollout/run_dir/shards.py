@@ -5,39 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rollout.errors import InputError
 from rollout.models.errors import first_line
 from rollout.records import Record
 from rollout.run_dir.atomic_write import write_atomically, write_text_atomically
+from rollout.run_dir.json_values import json_value
 from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.record_table import SCHEMA, KeptRows, as_utf8, table_of
 
-SCHEMA = pa.schema(
-    [
-        pa.field("row_id", pa.string()),
-        pa.field("sample", pa.int32()),
-        pa.field("prompt_ids", pa.list_(pa.int32())),
-        pa.field("completion_ids", pa.list_(pa.int32())),
-        pa.field("text", pa.string()),
-        pa.field("logprobs", pa.list_(pa.float32())),
-        pa.field("sampler_logprobs", pa.list_(pa.float32())),
-        pa.field("finish_reason", pa.string()),
-        pa.field("error_class", pa.string()),
-        pa.field("error", pa.string()),
-        pa.field("reward", pa.float32()),
-        pa.field("seed", pa.int64()),
-        pa.field("weight_version", pa.int32()),
-        pa.field("attempt", pa.int32()),
-    ]
-)
+_BLOCK_BYTES = 1 << 26
+"""Input columns are copied in blocks of about this size, since every sample of a row has a copy of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +84,60 @@ def count_records(records: Sequence[Record]) -> RecordCounts:
     )
 
 
-def commit(paths: RunPaths, index: int, form: str, records: Sequence[Record], fingerprint: str) -> Manifest:
+COUNTED_COLUMNS = [
+    *("row_id", "sample", "prompt_ids", "completion_ids"),
+    *("finish_reason", "error_class", "reward"),
+]
+"""The columns that `count_table` reads."""
+
+
+def count_table(table: pa.Table) -> RecordCounts:
+    """Count the records of a shard that was read, as `count_records` does; rewards are summed in fp32's precision."""
+    rows, classes = table.column("row_id"), table.column("error_class")
+    in_error = pc.not_equal(classes, "")
+    rewards = table.column("reward")
+    return RecordCounts(
+        rows=pc.count_distinct(rows).as_py(),
+        samples=table.num_rows,
+        error_rows=pc.count_distinct(rows.filter(in_error)).as_py(),
+        errors=_value_counts(classes.filter(in_error)),
+        finish_reasons=_value_counts(table.column("finish_reason")),
+        prompt_tokens=_total(pc.list_value_length(table.column("prompt_ids"))),
+        completion_tokens=_total(pc.list_value_length(table.column("completion_ids"))),
+        rewards=len(rewards) - rewards.null_count,
+        reward_sum=float(_total(rewards.cast(pa.float64()))),
+    )
+
+
+def _value_counts(values: pa.ChunkedArray) -> dict[str, int]:
+    return {str(entry["values"]): entry["counts"] for entry in values.value_counts().to_pylist()}
+
+
+def _total(values: pa.ChunkedArray) -> Any:
+    return pc.sum(values, min_count=0).as_py()
+
+
+def commit(
+    paths: RunPaths,
+    index: int,
+    form: str,
+    records: Sequence[Record],
+    fingerprint: str,
+    *,
+    schema: pa.Schema = SCHEMA,
+    kept: KeptRows | None = None,
+) -> Manifest:
     """Write a shard and then its manifest, which commits it.
 
     A kill between the two leaves a shard without a manifest, and the next worker writes both again.
+
+    Args:
+        schema: the columns to write.
+        kept: those of them that are the input's.
     """
     path = paths.shard(index, form)
-    write_atomically(path, paths.temporary(path), lambda target: _WRITERS[form](records, target))
+    blocks = _blocks(records, kept)
+    write_atomically(path, paths.temporary(path), lambda target: _WRITERS[form](blocks, schema, target))
     manifest = Manifest(
         **asdict(count_records(records)),
         shard=index,
@@ -125,65 +158,104 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a shard as a table with the declared schema.
+def read_columns(path: Path) -> dict[str, str]:
+    """Return the type of each column of a shard; in JSON lines, all types are ``json``.
 
     Raises:
-        ValueError: the file cannot be read, or has another schema.
+        ValueError: the file cannot be read.
     """
     try:
         if path.suffix == ".parquet":
-            found = pq.read_schema(path)
-            if not found.equals(SCHEMA):
-                raise ValueError(f"its schema differs from the declared one: {_schema_difference(found)}")
-            return pq.read_table(path, columns=columns)
+            return {field.name: str(field.type) for field in pq.read_schema(path)}
         with open(path, encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
-        for number, record in enumerate(records, 1):
-            if not isinstance(record, dict) or list(record) != SCHEMA.names:
-                raise ValueError(f"line {number} does not have the declared columns")
-        table = pa.Table.from_pylist(records, schema=SCHEMA)
-        return table if columns is None else table.select(columns)
+            return dict.fromkeys(json.loads(file.readline()), "json")
     except (OSError, pa.ArrowException) as error:
         raise ValueError(first_line(error)) from error
 
 
-def _schema_difference(found: pa.Schema) -> str:
+def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read a shard as a table; a record's columns have the declared types.
+
+    In JSON lines, input columns have the types that their values suggest, or are JSON text where values are mixed.
+
+    Raises:
+        ValueError: the file cannot be read, or has other columns than a record's and the input's.
+    """
+    try:
+        if path.suffix == ".parquet":
+            found = pq.read_schema(path)
+            _check_schema(found)
+            return pq.read_table(path, columns=columns)
+        with open(path, encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
+        names = list(records[0]) if records and isinstance(records[0], dict) else SCHEMA.names
+        for number, record in enumerate(records, 1):
+            if not isinstance(record, dict) or list(record) != names or not record.keys() >= _REQUIRED:
+                raise ValueError(f"line {number} does not have the declared columns")
+        wanted = names if columns is None else columns
+        return pa.table({name: _read_column([record[name] for record in records], name) for name in wanted})
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise ValueError(first_line(error)) from error
+
+
+_OPTIONAL = {"logprobs", "sampler_logprobs"}
+_REQUIRED = set(SCHEMA.names) - _OPTIONAL
+
+
+def _check_schema(found: pa.Schema) -> None:
+    """Refuse a schema without a record's columns, or with other types of them."""
     differing = [
-        f"{name} is {found.field(name).type if name in found.names else 'absent'}"
-        for name in SCHEMA.names
-        if name not in found.names or not found.field(name).equals(SCHEMA.field(name))
+        f"{field.name} is {found.field(field.name).type if field.name in found.names else 'absent'}"
+        for field in SCHEMA
+        if (field.name in _REQUIRED if field.name not in found.names else found.field(field.name).type != field.type)
     ]
-    return ", ".join(differing or [f"columns {', '.join(found.names)}"])
+    if differing:
+        raise ValueError(f"its schema differs from the declared one: {', '.join(differing)}")
 
 
-def _write_parquet(records: Sequence[Record], path: Path) -> None:
-    pq.write_table(table_of(records), path, compression="zstd")
+def _read_column(values: list[Any], name: str) -> pa.Array:
+    if name in SCHEMA.names:
+        return pa.array(values, SCHEMA.field(name).type)
+    try:
+        return pa.array(values)
+    except pa.ArrowException:
+        return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
 
 
-def _write_jsonl(records: Sequence[Record], path: Path) -> None:
+class _Block(NamedTuple):
+    """Records that are written together, and their input columns."""
+
+    records: Sequence[Record]
+    kept: pa.Table
+
+
+def _blocks(records: Sequence[Record], kept: KeptRows | None) -> Iterator[_Block]:
+    if kept is None or not kept.table.num_columns:
+        yield _Block(records, pa.table({}))
+        return
+    bytes_per_row = kept.table.nbytes // kept.table.num_rows + 1
+    size = max(1, _BLOCK_BYTES // bytes_per_row)
+    for start in range(0, len(records), size):
+        yield _Block(records[start : start + size], kept.table.take(pa.array(kept.indices[start : start + size])))
+
+
+def _write_parquet(blocks: Iterable[_Block], schema: pa.Schema, path: Path) -> None:
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for records, kept in blocks:
+            writer.write_table(table_of(records, schema, kept))
+
+
+def _write_jsonl(blocks: Iterable[_Block], schema: pa.Schema, path: Path) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        for record in records:
-            values = {name: getattr(record, name) for name in SCHEMA.names}
-            file.write(json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n")
+        for records, kept in blocks:
+            for number, record in enumerate(records):
+                values = {
+                    name: json_value(kept.column(name)[number]) if name in kept.column_names else getattr(record, name)
+                    for name in schema.names
+                }
+                line = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+                file.write(as_utf8(line) + "\n")
 
 
-_WRITERS = {"parquet": _write_parquet, "jsonl": _write_jsonl}
-
-
-def table_of(records: Sequence[Record]) -> pa.Table:
-    """Convert records into a table with the declared schema."""
-    return pa.Table.from_arrays([_column(records, field) for field in SCHEMA], schema=SCHEMA)
-
-
-def _column(records: Sequence[Record], field: pa.Field) -> pa.Array:
-    values: list[Any] = [getattr(record, field.name) for record in records]
-    if not pa.types.is_list(field.type):
-        return pa.array(values, field.type)
-    dtype = field.type.value_type.to_pandas_dtype()
-    flat = np.concatenate([np.empty(0, dtype), *(np.asarray(value, dtype) for value in values)])
-    return pa.ListArray.from_arrays(_offsets(values), pa.array(flat), type=field.type)
-
-
-def _offsets(values: Iterable[Sequence[Any]]) -> pa.Array:
-    return pa.array(np.cumsum([0, *(len(value) for value in values)]), pa.int32())
+_Writer = Callable[[Iterable[_Block], pa.Schema, Path], None]
+_WRITERS: dict[str, _Writer] = {"parquet": _write_parquet, "jsonl": _write_jsonl}

@@ -137,9 +137,9 @@ def _with_folder(path: Path) -> Path:
 
 
 def _record(values: dict[str, Any]) -> Any:
-    from rollout.records import Record
+    from rollout.records import RECORD_COLUMNS, Record
 
-    return Record(**values)
+    return Record(**{name: values[name] for name in RECORD_COLUMNS})
 
 
 def test_run_resumes_with_other_execution_settings(tmp_path: Path) -> None:

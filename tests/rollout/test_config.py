@@ -40,12 +40,13 @@ def test_defaults_match_the_contract() -> None:
         "limit": None,
         "as_chat": False,
         "system_prompt": None,
+        "keep_columns": "all",
     }
     assert config.sampling.params() == SamplingParams()
     assert (config.batcher.name, config.batcher.latency_budget_ms) == ("predictive", None)
     assert (config.batcher.max_rows, config.batcher.min_rows) == (1024, 1)
     assert asdict(config.memory) == {"max_kv_bytes": None, "reserve_fraction": 0.05}
-    assert asdict(config.output) == {"dir": "out", "format": "parquet", "rows_per_shard": 1024}
+    assert asdict(config.output) == {"dir": "out", "format": "parquet", "rows_per_shard": 1024, "logprobs": "both"}
     assert (config.reward, config.seed) == (None, 0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +14,8 @@ import pytest
 from rollout.errors import Exit
 from rollout.job.job import run_job
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.shards import SCHEMA, file_sha256, read_manifest, read_shard
+from rollout.run_dir.record_table import SCHEMA
+from rollout.run_dir.shards import Manifest, count_table, file_sha256, read_manifest, read_shard
 from rollout.verify import main, verify
 from tests.support.jobs import config_of, load_fake
 
@@ -41,8 +42,7 @@ def rewrite(paths: RunPaths, index: int, change: Callable[[pa.Table], pa.Table])
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
     values = asdict(read_manifest(paths.manifest(index)))
-    values |= {"bytes": path.stat().st_size, "sha256": file_sha256(path), "samples": table.num_rows}
-    values |= {"rows": len(set(table.column("row_id").to_pylist()))}
+    values |= {"bytes": path.stat().st_size, "sha256": file_sha256(path), **asdict(count_table(table))}
     paths.manifest(index).write_text(json.dumps(values))
 
 
@@ -144,10 +144,23 @@ def test_shard_with_another_schema_is_listed(tmp_path: Path) -> None:
     assert "reward is absent" in verify(paths.root).torn[0]
 
 
-def test_shard_whose_counts_differ_from_its_manifest_is_listed(paths: RunPaths) -> None:
-    values = asdict(read_manifest(paths.manifest(0))) | {"samples": 7}
-    paths.manifest(0).write_text(json.dumps(values))
-    assert "its manifest declares 7 samples of 3" in verify(paths.root).torn[0]
+@pytest.mark.parametrize("name", [field.name for field in fields(Manifest)])
+def test_manifest_that_differs_from_its_shard_in_any_field_is_listed(paths: RunPaths, name: str) -> None:
+    values = asdict(read_manifest(paths.manifest(0)))
+    changed = (
+        {**values[name], "other": 1} if isinstance(values[name], dict) else values[name] * 2 + type(values[name])(7)
+    )
+    paths.manifest(0).write_text(json.dumps(values | {name: changed}))
+    assert len(verify(paths.root).torn) == 1
+
+
+def test_manifest_is_compared_with_every_kind_of_record(tmp_path: Path) -> None:
+    rows = [{"prompt": prompt, "answer": "3"} for prompt in ["a", "", "b", "c", None]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = "reward._target_=tests.job.test_rewards.length"
+    config = config_of(tmp_path, f"data.path={tmp_path}/rows.jsonl", reward, "sampling.n=3", "output.rows_per_shard=2")
+    assert run_job(config, load_fake()) == Exit.ERROR_ROWS
+    assert verify(tmp_path / "out").complete
 
 
 def test_uncommitted_shard_is_listed(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,11 @@ import pytest
 
 import rollout.run_dir.atomic_write
 from rollout.errors import InputError
-from rollout.records import Record
+from rollout.records import RECORD_COLUMNS, Record
 from rollout.requests import Request
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.shards import SCHEMA, commit, file_sha256, read_manifest, read_shard, table_of
+from rollout.run_dir.record_table import SCHEMA, table_of
+from rollout.run_dir.shards import commit, file_sha256, read_manifest, read_shard
 from rollout.sampling_params import SamplingParams
 from tests.support.jobs import record_of
 
@@ -57,7 +58,7 @@ def test_schema_matches_the_contract() -> None:
         "weight_version": pa.int32(),
         "attempt": pa.int32(),
     }
-    assert SCHEMA.names == list(Record.__dataclass_fields__)
+    assert SCHEMA.names == list(RECORD_COLUMNS)
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])

@@ -1,0 +1,90 @@
+"""The input columns that stand in a run's output, and their names there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import datasets
+import pyarrow as pa
+
+from rollout.config.schema import DataConfig
+from rollout.errors import InputError
+
+ALL = "all"
+PREFIX = "input_"
+"""Put before the name of an input column that a record has as well."""
+_ROWS_PER_BLOCK = 1000
+
+
+@dataclass(frozen=True)
+class KeptColumns:
+    """Columns of a dataset, read from disk on demand in Arrow's types: nothing is decoded."""
+
+    names: dict[str, str]
+    """The name in the output of each input column."""
+    _dataset: datasets.Dataset
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns under their names in the output, with the metadata by which ``datasets`` knows e.g. images."""
+        if not self.names:
+            return pa.schema([])
+        features = self._dataset.features
+        return datasets.Features({new: features[old] for old, new in self.names.items()}).arrow_schema
+
+    def table(self, start: int, stop: int) -> pa.Table:
+        """Return the columns of the input rows ``[start, stop)``."""
+        if not self.names:
+            return pa.table({})
+        return self._read(start, stop).rename_columns(list(self.names.values())).cast(self.schema)
+
+    def digest(self) -> str:
+        """Hash the names, the types and the values of all input rows."""
+        digest = hashlib.sha256(str(self.schema.remove_metadata()).encode(errors="surrogatepass"))
+        for start in range(0, len(self._dataset) if self.names else 0, _ROWS_PER_BLOCK):
+            stop = min(start + _ROWS_PER_BLOCK, len(self._dataset))
+            # Taken rows lie in fresh buffers, so equal values have equal bytes however the dataset stores them.
+            block = self._read(start, stop).take(pa.array(range(stop - start))).combine_chunks()
+            for batch in block.to_batches():
+                digest.update(batch.serialize())
+        return digest.hexdigest()
+
+    def _read(self, start: int, stop: int) -> pa.Table:
+        return cast(pa.Table, self._dataset[start:stop])
+
+
+def named_columns(config: DataConfig) -> tuple[str, ...] | None:
+    """Return the columns that ``data.keep_columns`` names, None for all."""
+    keep: str | list[str] = config.keep_columns
+    return None if keep == ALL else tuple(dict.fromkeys([keep] if isinstance(keep, str) else keep))
+
+
+def kept_columns(dataset: datasets.Dataset, config: DataConfig, record_columns: Sequence[str]) -> KeptColumns:
+    """Return the columns of a dataset that ``data.keep_columns`` names.
+
+    Args:
+        record_columns: the columns of a record; an input column of the same name gets a prefix.
+
+    Raises:
+        InputError: a column does not exist, or its name in the output is another column's.
+    """
+    named = named_columns(config)
+    columns = dataset.column_names if named is None else named
+    for name in columns:
+        if name not in dataset.column_names:
+            raise InputError(
+                f"data.keep_columns names {name}, which is not a column of {config.path}; it has "
+                f"{', '.join(dataset.column_names)}."
+            )
+    names = {name: f"{PREFIX}{name}" if name in record_columns else name for name in columns}
+    for old, new in names.items():
+        if old != new and (new in columns or new in record_columns):
+            raise InputError(
+                f"data.keep_columns: the input column {old} would be written as {new}, which {config.path} has as "
+                f"well; rename one of them, or name the columns to keep without {old}."
+            )
+    kept = dataset.select_columns(list(columns)).with_format("arrow")
+    return KeptColumns(names=names, _dataset=kept)
