@@ -1,4 +1,4 @@
-"""Draw a run from its metrics as one self-contained HTML file: ``python -m rollout.report DIR``."""
+"""Draw a run from its metrics and records as one self-contained HTML file: ``python -m rollout.report DIR``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rollout.errors import Exit, InputError
+from rollout.report.data_statistics import read_statistics
 from rollout.report.history import read_history
 from rollout.report.page import Subject, page
+from rollout.report.record_files import record_files
+from rollout.report.samples_to_read import SamplePicker
 from rollout.report.series import Limits
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import read_run, read_run_json
@@ -20,13 +23,20 @@ def report(folder: Path) -> str:
     """Draw the page of a run, which may still be running.
 
     Raises:
-        InputError: the folder holds no run, or a run without metrics.
+        InputError: the folder holds no run, or a run without metrics and without finished samples.
     """
     paths = RunPaths(folder)
     run, description = read_run(paths), read_run_json(paths)
     limits = {number: _limits(attempt) for number, attempt in enumerate(description["attempts"])}
     subject = Subject(run=run, description=description, totals=read_totals(run), limits=limits)
-    return page(subject, read_history(paths, limits))
+    history = read_history(paths, limits)
+    picker = SamplePicker()
+    statistics = read_statistics(record_files(run), picker)
+    if not history.spans and not subject.totals.samples:
+        raise InputError(
+            f"{paths.root} holds a run with nothing to draw: it has no finished sample and no complete line of metrics."
+        )
+    return page(subject, history, statistics, picker)
 
 
 def _limits(attempt: object) -> Limits:

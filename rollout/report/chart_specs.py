@@ -13,7 +13,7 @@ import numpy as np
 
 from rollout.report.charts import Lane, Series, chart, strip
 from rollout.report.history import History
-from rollout.report.series import Track, sum_tracks
+from rollout.report.series import FloatArray, Track, sum_tracks
 from rollout.report.time_axis import TimeAxis, clock
 
 MOST_WORKERS = 64
@@ -27,6 +27,7 @@ _COLOURS = {
     "over_budget": "pink",
     "oom": "red",
 }
+FINISH_COLOURS = {"stop": "green", "length": "orange", "abort": "grey", "error": "red"}
 _OTHER_COLOURS = ("teal", "yellow", "brown")
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("bytes", 1))
 
@@ -108,6 +109,33 @@ def _section(track: Track, lanes: Mapping[str, Track], history: History) -> str:
     strips = [Lane(name, one.reasons) for name, one in lanes.items()]
     drawn.insert(1, strip("Reasons for the target", axis, bins, strips, colours, counts=events, marks=marks))
     values.insert(1, _reason_values(lanes, list(colours)) + ([_values(preempted, "")] if events else []))
+    return _charts(drawn, values, history)
+
+
+def finished_over_time(history: History) -> str:
+    """Draw finish reasons and the mean reward of the samples that finished at each time; empty if unknown."""
+    track = sum_tracks(history.tracks.values())
+    if not track.finish_reasons:
+        return ""
+    axis, bins = TimeAxis(history.spans), (history.starts, history.ends)
+    others = [name for name in track.finish_reasons if name not in FINISH_COLOURS]
+    colours = FINISH_COLOURS | {name: _OTHER_COLOURS[i % len(_OTHER_COLOURS)] for i, name in enumerate(others)}
+    colours = {name: colour for name, colour in colours.items() if name in track.finish_reasons}
+    finished = Series("finished", np.sum(list(track.finish_reasons.values()), axis=0), "blue")
+    lane = Lane("share", track.finish_reasons)
+    drawn = [strip("Finish reasons over time", axis, bins, [lane], colours, counts=finished)]
+    values = [[*_shares(track.finish_reasons, list(colours)), _values(finished, "")]]
+    reward = track.reward_mean()
+    if not np.isnan(reward).all():
+        means = [Series("mean of the samples that finished", reward, "purple")]
+        drawn.append(chart("Reward over time", "", axis, bins, means, height=110))
+        values.append([_values(means[0], "")])
+    return _charts(drawn, values, history)
+
+
+def _charts(drawn: Sequence[str], values: Sequence[list[Any]], history: History) -> str:
+    """Join figures that share the time axis, with the values that the page's script shows under the pointer."""
+    axis, bins = TimeAxis(history.spans), (history.starts, history.ends)
     left, right = (np.round(axis.x(times), 1).tolist() for times in bins)
     data = {
         "left": left,
@@ -137,12 +165,7 @@ def _reason_values(lanes: Mapping[str, Track], reasons: Sequence[str]) -> list[l
     """Return the share of each reason in percent for one lane, the most frequent reason of each for several."""
     if len(lanes) == 1:
         (track,) = lanes.values()
-        total = np.sum(list(track.reasons.values()), axis=0)
-        shares = {
-            name: 100 * np.divide(steps, total, out=np.zeros_like(total), where=total > 0)
-            for name, steps in track.reasons.items()
-        }
-        return [[name, " %", [round(v) or None for v in shares[name].tolist()]] for name in reasons if name in shares]
+        return _shares(track.reasons, reasons)
     values = []
     for name, track in lanes.items():
         steps = np.array([track.reasons.get(reason, np.zeros_like(track.covered)) for reason in reasons])
@@ -150,6 +173,15 @@ def _reason_values(lanes: Mapping[str, Track], reasons: Sequence[str]) -> list[l
         most = np.where(known, steps.argmax(axis=0), -1).tolist()
         values.append([name, "", [None if kind < 0 else kind for kind in most], list(reasons)])
     return values
+
+
+def _shares(counts: Mapping[str, FloatArray], names: Sequence[str]) -> list[list[Any]]:
+    """Return the share of each name in percent."""
+    total = np.sum(list(counts.values()), axis=0)
+    shares = {
+        name: 100 * np.divide(count, total, out=np.zeros_like(total), where=total > 0) for name, count in counts.items()
+    }
+    return [[name, " %", [round(v) or None for v in shares[name].tolist()]] for name in names if name in shares]
 
 
 def _reason_colours(tracks: Iterable[Track]) -> dict[str, str]:

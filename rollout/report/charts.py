@@ -16,14 +16,14 @@ from typing import Literal
 import numpy as np
 
 from rollout.report.series import FloatArray
-from rollout.report.time_axis import WIDTH, TimeAxis, clock
+from rollout.report.svg import FOOT, WIDTH, figure, label, percent, round_steps, rounded
+from rollout.report.time_axis import TimeAxis, clock
 
-_TOP, _BOTTOM = 16, 20
+_TOP = 16
 _LANE = 18
 _LEAST_LANE = 4
 _MOST_LANES = 240
 """Most height in pixels of all lanes of a strip."""
-_LEAST_TOP = 1e-9
 _LEAST_BAR = 3
 """Least width of a bar of counts, so that short bins are visible."""
 
@@ -69,21 +69,21 @@ def chart(
         starts: start times of attempts, by number.
         marks: times of allocation failures.
     """
-    top = _top(series)
-    step, top = _steps(top)
+    low, top = _range(series)
+    step, low, top = round_steps(low, top)
     foot = _TOP + height
     parts = []
-    for value in np.arange(0, top + step / 2, step):
-        y = foot - height * value / top
+    for value in np.arange(low, top + step / 2, step):
+        y = foot - height * (value - low) / (top - low)
         parts.append(f'<line class="grid" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_label(rounded(value), y + 3.5))
+        parts.append(label(rounded(value), y + 3.5))
     parts.append(_frame(axis, _TOP, foot, starts))
     shapes = []
     left, right = axis.x(bins[0]), axis.x(bins[1])
     for one in series:
         # A limit above the scale is not drawn: a line at the top would be read as its value.
         shown = one.values if one.shape != "dashed" else np.where(one.values <= top, one.values, np.nan)
-        ys = foot - height * np.minimum(shown, top) / top
+        ys = foot - height * (np.minimum(shown, top) - low) / (top - low)
         runs = list(_runs(left, right, ys))
         if one.shape == "level":
             path = "".join(f"M{x0:.1f} {y:g}H{x1:.1f}" for run in runs for x0, x1, y in run)
@@ -95,13 +95,13 @@ def chart(
         shapes.append(f'<path class="{"line" if one.shape == "area" else one.shape} {one.colour}" d="{path}"/>')
     parts.append(_stretched(shapes, foot))
     for x in [] if marks is None else axis.x(marks).tolist():
-        parts.append(f'<line class="mark red" x1="{_percent(x)}" x2="{_percent(x)}" y1="{_TOP}" y2="{foot}"/>')
+        parts.append(f'<line class="mark red" x1="{percent(x)}" x2="{percent(x)}" y1="{_TOP}" y2="{foot}"/>')
     legend = [
         (one.colour, one.shape, one.name + (f" (cut off; up to {rounded(peak)})" if peak > top else ""))
         for one in series
         if (peak := float(np.nanmax(one.values, initial=-math.inf))) > -math.inf
     ]
-    return _figure(title, unit, legend, "".join(parts), foot + _BOTTOM)
+    return figure(title, unit, legend, "".join(parts), foot + FOOT)
 
 
 def strip(
@@ -128,7 +128,7 @@ def strip(
     y = 2.0
     for i, lane in enumerate(lanes):
         if lane_height >= 10 or i % math.ceil(10 / lane_height) == 0:
-            parts.append(_label(lane.name, y + min(lane_height, 10)))
+            parts.append(label(lane.name, y + min(lane_height, 10)))
         total = np.sum(list(lane.shares.values()), axis=0)
         base = np.zeros(len(left))
         for kind, colour in colours.items():
@@ -142,34 +142,22 @@ def strip(
     if counts is not None:
         most = float(counts.values.max())
         heights = 18 * counts.values / max(most, 1)
-        parts.append(_label(counts.name, y + 14))
+        parts.append(label(counts.name, y + 14))
         bars = _bars(left, np.maximum(right, left + _LEAST_BAR), y + 20 - heights, heights)
         shapes.append(f'<path class="fill {counts.colour}" d="{bars}"/>')
-        legend.append((counts.colour, "fill", f"{counts.name} (at most {rounded(most)} in a bin)"))
+        legend.append((counts.colour, "fill", f"{counts.name} (at most {most:,.0f} in a bin)"))
         if marks is not None and len(marks):
             dots = (
-                f'<circle class="dot red" cx="{_percent(x)}" cy="{y + 10:.1f}" r="4"/>' for x in axis.x(marks).tolist()
+                f'<circle class="dot red" cx="{percent(x)}" cy="{y + 10:.1f}" r="4"/>' for x in axis.x(marks).tolist()
             )
             parts.extend(dots)
             legend.append(("red", "dot", "out of memory"))
         y += 22
     content = _frame(axis, 0, y, None) + _stretched(shapes, y) + "".join(parts)
-    return _figure(title, "", legend, content, y + _BOTTOM)
+    return figure(title, "", legend, content, y + FOOT)
 
 
 # -- the parts of a figure -------------------------------------------------------------------------------
-
-
-def _figure(title: str, unit: str, legend: Sequence[tuple[str, str, str]], content: str, height: float) -> str:
-    keys = "".join(
-        f'<li><i class="key {shape} {colour}"></i>{escape(name)}</li>' for colour, shape, name in legend if name
-    )
-    unit = f" <small>{escape(unit)}</small>" if unit else ""
-    return (
-        f'<figure><figcaption><b>{escape(title)}</b>{unit}<ul>{keys}</ul></figcaption><svg class="time" '
-        f'height="{height:.0f}" role="img" aria-label="{escape(title)}">{content}<line class="cross" y1="0" '
-        f'y2="{height - _BOTTOM:.0f}"/></svg></figure>\n'
-    )
 
 
 def _stretched(shapes: Sequence[str], foot: float) -> str:
@@ -185,41 +173,32 @@ def _frame(axis: TimeAxis, top: float, foot: float, starts: Mapping[int, float] 
     parts = []
     for left, right, seconds in axis.pauses():
         parts.append(
-            f'<rect class="pause" x="{_percent(left)}" y="{top:.1f}" width="{_percent(right - left)}" '
+            f'<rect class="pause" x="{percent(left)}" y="{top:.1f}" width="{percent(right - left)}" '
             f'height="{foot - top:.1f}"/>'
         )
         if starts is not None and right - left >= 14:
-            x, y = _percent((left + right) / 2), (top + foot) / 2
-            parts.append(f'<text class="tick upright wide" x="{x}" y="{y:.1f}">pause {escape(clock(seconds))}</text>')
+            place = f'x="{percent((left + right) / 2)}" y="{(top + foot) / 2:.1f}"'
+            parts.append(f'<text class="tick upright wide" {place}>pause {escape(clock(seconds))}</text>')
     for x, name, wide in axis.ticks():
         kind = "wide" if wide else ""
         parts.append(
-            f'<line class="grid {kind}" x1="{_percent(x)}" x2="{_percent(x)}" y1="{top:.1f}" y2="{foot + 3:.1f}"/>'
+            f'<line class="grid {kind}" x1="{percent(x)}" x2="{percent(x)}" y1="{top:.1f}" y2="{foot + 3:.1f}"/>'
         )
-        place = f'x="{_percent(x)}" y="{foot + 15:.1f}" text-anchor="middle"'
+        anchor = "middle" if x < 0.94 * WIDTH else "end"  # so that no label widens the page
+        place = f'x="{percent(x)}" y="{foot + 15:.1f}" text-anchor="{anchor}"'
         parts.append(f'<text class="tick {kind}" {place}>{escape(name)}</text>')
     named = [(number, float(axis.x(time))) for number, time in (starts or {}).items()]
     last = -math.inf
     for i, (number, x) in enumerate(named):
-        parts.append(f'<line class="start" x1="{_percent(x)}" x2="{_percent(x)}" y1="{top:.1f}" y2="{foot:.1f}"/>')
+        parts.append(f'<line class="start" x1="{percent(x)}" x2="{percent(x)}" y1="{top:.1f}" y2="{foot:.1f}"/>')
         if x - last < 18:
             continue
         name = f"attempt {number}" if i + 1 == len(named) or named[i + 1][1] - x >= 73 else f"{number}"
         kind = "wide" if x - last < 200 else ""
         end = ' text-anchor="end"' if x > 0.8 * WIDTH else ""
-        parts.append(f'<text class="tick {kind}" x="{_percent(x)}" y="{top - 4:.1f}"{end}>{name}</text>')
+        parts.append(f'<text class="tick {kind}" x="{percent(x)}" y="{top - 4:.1f}"{end}>{name}</text>')
         last = x
     return "".join(parts)
-
-
-def _label(text: str, y: float) -> str:
-    """Write text to the left of the plot."""
-    return f'<text class="tick" x="-6" y="{y:.1f}" text-anchor="end">{escape(text)}</text>'
-
-
-def _percent(x: float) -> str:
-    """Return a position of the time axis as a share of the plot's width."""
-    return f"{100 * x / WIDTH:.2f}%"
 
 
 Point = tuple[float, float, float]
@@ -267,30 +246,18 @@ def _bars(left: FloatArray, right: FloatArray, tops: FloatArray, heights: FloatA
 # -- scales ----------------------------------------------------------------------------------------------
 
 
-def _top(series: Sequence[Series]) -> float:
-    """Return the highest value to show.
+def _range(series: Sequence[Series]) -> tuple[float, float]:
+    """Return the lowest and highest value to show; the lowest is at most 0.
 
     A few outliers, such as a first step that compiles, or a series that does not lead must not flatten the rest.
     """
     finite = [(one.leading, one.values[np.isfinite(one.values)]) for one in series]
     leading = [values for leads, values in finite if leads and len(values)]
     if not leading:
-        return 1.0
+        return 0.0, 1.0
+    low = min(0.0, *(float(values.min()) for values in leading))
     highest = max(float(values.max()) for values in leading)
     usual = max(float(np.quantile(values, 0.95)) for values in leading)
     top = highest if highest <= 4 * usual else 1.6 * usual
     others = [float(values.max()) for leads, values in finite if not leads and len(values)]
-    return max([top, *(min(other, 1.5 * top) for other in others)])
-
-
-def _steps(top: float) -> tuple[float, float]:
-    """Return a round spacing of three to six grid lines that reach ``top``, and the value of the last line."""
-    top = top if top > _LEAST_TOP else 1.0
-    unit = 10.0 ** math.floor(math.log10(top / 3))
-    step = next(unit * m for m in (1, 2, 2.5, 5, 10, 20) if unit * m * 6 >= top * 1.04)
-    return step, step * math.ceil(top * 1.04 / step - 1e-9)
-
-
-def rounded(value: float) -> str:
-    """Format a number with four significant digits, or as a whole number from 1000."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return low, max([top, 0.0, *(min(other, 1.5 * top) for other in others)])

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rollout.errors import InputError
 from rollout.report.metric_lines import Line, Span, lines_of
 from rollout.report.series import Counts, FloatArray, Limits, Track, add_counts
 from rollout.run_dir.metrics import LINE_SECONDS
@@ -51,7 +50,7 @@ class Activity:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The metrics of a run."""
+    """The metrics of a run; without spans, bins and tracks if there are none."""
 
     spans: list[Span]
     """The times in which any worker ran."""
@@ -73,9 +72,6 @@ def read_history(paths: RunPaths, limits: Mapping[int, Limits]) -> History:
 
     Args:
         limits: by attempt.
-
-    Raises:
-        InputError: the run has no metrics.
     """
     spans: defaultdict[tuple[int, int], list[Span]] = defaultdict(list)
     attempts: defaultdict[int, Activity] = defaultdict(Activity)
@@ -86,11 +82,6 @@ def read_history(paths: RunPaths, limits: Mapping[int, Limits]) -> History:
             continue
         _join(spans[line.worker, line.attempt], line.span)
         attempts[line.attempt].add(line)
-    if not spans:
-        raise InputError(
-            f"{paths.root} holds a run without metrics: no complete line in metrics/rank-*.jsonl, to which each worker "
-            "appends one per second."
-        )
     for attempt, activity in attempts.items():
         activity.spans = _union(span for key, own in spans.items() if key[1] == attempt for span in own)
     ran = _union(span for own in spans.values() for span in own)
@@ -127,5 +118,7 @@ def _union(spans: Iterable[Span]) -> list[Span]:
 def _bins(spans: list[Span]) -> tuple[FloatArray, FloatArray]:
     """Return the starts and ends of the bins, each [bins]."""
     width = max(LINE_SECONDS, sum(span.seconds for span in spans) / MOST_BINS)
+    if not spans:
+        return np.empty(0), np.empty(0)
     edges = [np.linspace(span.start, span.end, max(1, round(span.seconds / width)) + 1) for span in spans]
     return np.concatenate([edge[:-1] for edge in edges]), np.concatenate([edge[1:] for edge in edges])

@@ -2,7 +2,7 @@
 const tip = document.getElementById("tip");
 for (const section of document.querySelectorAll("section.charts")) {
   const { left, right, time, figures } = JSON.parse(section.querySelector("script").textContent);
-  const pictures = [...section.querySelectorAll("svg.time")];
+  const pictures = [...section.querySelectorAll("svg.plot")];
   const crosses = pictures.map((picture) => picture.querySelector(".cross"));
   const show = (on) => {
     tip.hidden = !on;

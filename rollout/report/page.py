@@ -13,10 +13,13 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from rollout.report.chart_specs import byte_unit, each_worker, over_time
-from rollout.report.charts import rounded
+from rollout.report.chart_specs import byte_unit, each_worker, finished_over_time, over_time
+from rollout.report.data_section import data_section
+from rollout.report.data_statistics import DataStatistics
 from rollout.report.history import Activity, History
+from rollout.report.samples_to_read import SamplePicker
 from rollout.report.series import Counts, Limits, add_counts, quantile, share_above
+from rollout.report.svg import rounded
 from rollout.report.tables import table
 from rollout.report.time_axis import clock
 from rollout.run_dir.run import RunDir
@@ -39,26 +42,30 @@ class Subject:
     limits: Mapping[int, Limits]
     """By attempt."""
 
+    @property
+    def prompt_column(self) -> str:
+        """The value of ``data.prompt_column``."""
+        return str(_mapping(_mapping(self.description.get("config")).get("data")).get("prompt_column", "prompt"))
+
     def attempt(self, number: int) -> dict[str, Any]:
         """Return an attempt as ``run.json`` describes it; empty if it does not."""
         stored = self.description["attempts"]
         return _mapping(stored[number]) if isinstance(stored, list) and number < len(stored) else {}
 
 
-def page(subject: Subject, history: History) -> str:
+def page(subject: Subject, history: History, statistics: DataStatistics, picker: SamplePicker) -> str:
     """Draw the whole HTML document; it loads nothing, and its content security policy forbids it."""
     style, script = (_resource(name) for name in ("page.css", "hover.js"))
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}"
     name = escape(subject.run.paths.root.resolve().name)
+    finished = finished_over_time(history) if history.spans else ""
     content = "".join(
         (
             f'<h1>{name}</h1>\n<p class="under">{escape(" · ".join(_subtitle(subject, history)))}</p>\n',
             _tiles(subject, history),
             _facts(subject),
-            over_time(history),
-            _attempts(subject, history),
-            each_worker(history),
-            _notes(history),
+            _performance(subject, history) if history.spans else "",
+            data_section(statistics, picker, subject.prompt_column, finished),
         )
     )
     return (
@@ -78,10 +85,18 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
+def _performance(subject: Subject, history: History) -> str:
+    """Draw the half of the page about the run."""
+    return "".join((over_time(history), _attempts(subject, history), each_worker(history), _notes(history)))
+
+
 def _subtitle(subject: Subject, history: History) -> list[str]:
+    state = "complete" if subject.run.complete() else "not complete"
+    if not history.spans:
+        return [state, "no metrics, hence no charts over time"]
     began = datetime.fromtimestamp(history.spans[0].start, UTC)
     return [
-        "complete" if subject.run.complete() else "not complete",
+        state,
         f"began {began:%Y-%m-%d %H:%M:%S} UTC",
         _plural(len(history.tracks), "worker"),
         _plural(len(history.attempts), "attempt"),
@@ -90,6 +105,22 @@ def _subtitle(subject: Subject, history: History) -> list[str]:
 
 def _tiles(subject: Subject, history: History) -> str:
     run, totals = subject.run, subject.totals
+    tiles = [
+        ("samples", f"{totals.samples:,}", f"of {run.rows * run.samples:,}; {totals.shards} of {run.shards} shards"),
+        ("tokens generated", f"{totals.completion_tokens:,}", f"{totals.prompt_tokens:,} in prompts"),
+        *(_speed(subject, history) if history.spans else ()),
+        ("prompts with errors", f"{totals.error_rows:,}", format_counts(totals.errors)) if totals.errors else None,
+        ("mean reward", f"{totals.mean_reward:.4f}", "") if totals.mean_reward is not None else None,
+    ]
+    cells = (
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>\n"
+        for name, value, more in filter(None, tiles)
+    )
+    return f'<dl class="tiles">\n{"".join(cells)}</dl>\n'
+
+
+def _speed(subject: Subject, history: History) -> list[tuple[str, str, str] | None]:
+    """Return the tiles about speed: name, value and remark of each."""
     seconds = sum(span.seconds for span in history.spans)
     tokens = sum(attempt.new_tokens for attempt in history.attempts.values())
     preempted = sum(attempt.preempted_rows for attempt in history.attempts.values())
@@ -98,22 +129,13 @@ def _tiles(subject: Subject, history: History) -> str:
     p50, p95, p99 = (_ms(quantile(times, q)) for q in (0.5, 0.95, 0.99))
     over, of = _over_budget(history.attempts, subject.limits)
     oom = round(sum(activity.out_of_memory_events for activity in history.attempts.values()))
-    tiles = [
-        ("samples", f"{totals.samples:,}", f"of {run.rows * run.samples:,}; {totals.shards} of {run.shards} shards"),
-        ("tokens generated", f"{totals.completion_tokens:,}", f"{totals.prompt_tokens:,} in prompts"),
+    return [
         ("tokens/s", f"{tokens / seconds:,.1f}", f"over {clock(seconds)} of running"),
         ("live samples", f"{live:,.1f}", "on average" + (", all workers" if len(history.tracks) > 1 else "")),
         ("step time p50", p50, f"p95 {p95}, p99 {p99}"),
         ("steps over budget", _percent(over), of) if of else None,
         ("preempted samples", f"{preempted:,.0f}", f"out of memory {_plural(oom, 'time')}"),
-        ("prompts with errors", f"{totals.error_rows:,}", format_counts(totals.errors)) if totals.errors else None,
-        ("mean reward", f"{totals.mean_reward:.4f}", "") if totals.mean_reward is not None else None,
-    ]  # fmt: skip
-    cells = (
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>\n"
-        for name, value, more in filter(None, tiles)
-    )
-    return f'<dl class="tiles">\n{"".join(cells)}</dl>\n'
+    ]
 
 
 def _facts(subject: Subject) -> str:

@@ -120,8 +120,8 @@ class Track:
         share = overlap / overlap.sum()
         limit = math.nan if limits.max_kv_bytes is None else limits.max_kv_bytes
         levels = (line.live_rows, line.paused_rows, line.row_target, line.kv_tokens, line.kv_bytes, limit)
-        amounts = (line.steps, line.steps * line.step_ms, line.new_tokens, line.prefill_tokens)
-        amounts += (line.rewards, line.reward_sum)
+        tokens = (line.new_tokens, line.prefill_tokens)
+        amounts = (line.steps, line.steps * line.step_ms, *tokens, line.rewards, line.reward_sum)
         budget = math.nan if limits.latency_budget_ms is None else limits.latency_budget_ms
         self.covered[at] += overlap
         self.levels[:, at] += np.outer(levels, overlap)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+_LONG = 40
+"""Characters from which a cell does not stand beside its name on a narrow screen."""
+
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Draw a table; columns and cells are plain text."""
@@ -12,8 +15,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = (
         f"<tr>{''.join(_cell(name, cell) for name, cell in zip(columns, row, strict=True))}</tr>\n" for row in rows
     )
-    return f'<table class="cards">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{"".join(lines)}</tbody>\n</table>\n'
+    return (
+        f'<div class="scroll"><table class="cards">\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{''.join(lines)}</tbody>\n</table></div>\n"
+    )
 
 
 def _cell(name: str, text: str) -> str:
-    return f'<td data-name="{escape(name)}">{escape(text)}</td>'
+    kind = ' class="long"' if len(text) > _LONG else ""
+    return f'<td data-name="{escape(name)}"{kind}>{escape(text)}</td>'

@@ -10,9 +10,8 @@ import numpy as np
 
 from rollout.report.metric_lines import Span
 from rollout.report.series import FloatArray
+from rollout.report.svg import WIDTH
 
-WIDTH = 1000
-"""Width of the plot in units; a unit is about 0.9 pixels on a desktop and 0.3 on a phone."""
 _GAP = 24
 """Width of a pause, which is not to scale."""
 _MOST_GAPS = 0.35

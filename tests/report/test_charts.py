@@ -10,7 +10,8 @@ import pytest
 
 from rollout.report.charts import Series
 from rollout.report.metric_lines import Span
-from rollout.report.time_axis import WIDTH, TimeAxis, clock
+from rollout.report.svg import WIDTH
+from rollout.report.time_axis import TimeAxis, clock
 from rollout.run_dir.paths import RunPaths
 from tests.support.report import figure, history_of
 
