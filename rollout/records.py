@@ -22,7 +22,8 @@ class Record:
     in fp32 (raw logits when greedy). ``sampler_logprobs`` is the same after top-k, top-p and min-p renormalisation.
     ``completion_ids`` keeps the end-of-sequence id. ``error_class`` and ``error`` are empty unless ``finish_reason``
     is ``error`` or a reward function failed (``reward_failed``). ``row`` holds the other columns of a prompt that was
-    given as a mapping.
+    given as a mapping. ``reasoning`` is what stood between the model's think tokens, if the engine splits it from
+    ``text``.
     """
 
     row_id: str
@@ -39,10 +40,13 @@ class Record:
     seed: int = 0
     weight_version: int = 0
     attempt: int = 0
+    reasoning: str = ""
     row: Mapping[str, Any] = field(default_factory=dict)
 
 
-RECORD_COLUMNS = tuple(f.name for f in fields(Record) if f.name != "row")
+REASONING = "reasoning"
+"""The column that a run writes before the text if reasoning is split from it."""
+RECORD_COLUMNS = tuple(f.name for f in fields(Record) if f.name not in (REASONING, "row"))
 """The columns that a run writes of a record, in their order; the input's columns stand after the first two."""
 
 

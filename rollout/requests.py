@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
 
 from rollout.sampling_params import SamplingParams
 
@@ -24,6 +25,11 @@ class Request:
     """Indices of the samples to generate; None: all ``params.n``. A resumed job asks for the missing ones."""
     expected_tokens: float | None = None
     """Expected length of a completion, None if unknown. Affects only the order of admission."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """What the caller gave beside the prompt; stands in the records."""
+    error_class: str = ""
+    error: str = ""
+    """Why the prompt cannot be used; it becomes error records."""
     ahead: int = 0
     """Number of following requests that can be read without waiting, so that they may be reordered together."""
 

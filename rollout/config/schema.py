@@ -130,6 +130,8 @@ class OutputConfig:
     format: str = MISSING
     rows_per_shard: int = MISSING
     logprobs: str = MISSING
+    skip_special_tokens: bool = MISSING
+    split_reasoning: bool = MISSING
 
 
 @dataclass

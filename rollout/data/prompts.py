@@ -53,11 +53,14 @@ class Prompts:
             yield row if column is None else replace(row, length_hint=as_length_hint(columns[column]))
 
 
-def read_prompts(config: DataConfig, with_columns: bool = False) -> Prompts:
+def read_prompts(
+    config: DataConfig, with_columns: bool = False, record_columns: Sequence[str] = RECORD_COLUMNS
+) -> Prompts:
     """Read a dataset and give every input row its id.
 
     Args:
         with_columns: give rows all columns, for a reward; otherwise those that the configuration names.
+        record_columns: names that input columns cannot have in the output.
 
     Raises:
         InputError: the dataset is missing, empty or does not hold prompts; the message says what to change.
@@ -73,7 +76,7 @@ def read_prompts(config: DataConfig, with_columns: bool = False) -> Prompts:
         kept=named_columns(config),
         for_reward=with_columns,
     )
-    kept = kept_columns(dataset, config, RECORD_COLUMNS)
+    kept = kept_columns(dataset, config, record_columns)
     # Columns that are kept alone are copied without being decoded, when a shard is written.
     dataset = dataset.select_columns(replace(choice, kept=()).chosen(dataset.column_names))
     try:

@@ -10,40 +10,93 @@ from transformers import PreTrainedTokenizerBase
 
 Ids = Sequence[int] | NDArray[np.int64]
 
+_CONTEXT_TOKENS = 8
+"""Prompt tokens that are decoded before a completion: some decoders drop the space that a text begins with."""
+_MOST_CONTEXT_TOKENS = 512
+
 
 class Detokenizer:
     """Decodes token ids and finds stop strings in the text.
 
-    Stop strings are searched in the text without special tokens. A completion's ids end with the token
-    that completes the stop string; its text ends before the stop string.
+    A completion's text is what follows the prompt's text, spaces included. Stop strings are searched in it. A
+    completion's ids end with the token that completes the stop string; its text ends before the stop string.
+
+    Args:
+        tokenizer: decodes; None: all text is empty.
+        skip_special_tokens: leave special tokens out of the text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._special_ids = frozenset() if tokenizer is None else frozenset(special_ids(tokenizer))
 
     def decode(self, ids: Ids) -> str:
-        """Return the text of ``ids`` without special tokens, or an empty string without a tokenizer."""
+        """Return the text of ``ids`` alone, or an empty string without a tokenizer."""
         if self._tokenizer is None:
             return ""
         plain_ids = [int(i) for i in ids]
-        return str(self._tokenizer.decode(plain_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        skip = self._skip_special_tokens
+        return str(self._tokenizer.decode(plain_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
-    def ends_at_stop(self, ids: Ids, stops: Sequence[str]) -> bool:
+    def decode_after(self, prompt_ids: Ids, ids: Ids) -> str:
+        """Return the text of ``ids`` as it follows the prompt's text.
+
+        If the prompt ends amid the bytes of a character, the character belongs to the completion.
+        """
+        size, before = _CONTEXT_TOKENS, ""
+        while True:
+            context = self._last_of(prompt_ids, size)
+            before = self.decode(context)
+            # The context may begin inside a character; some decoders then replace all bytes after it.
+            if "\ufffd" not in before or len(context) < size or size >= _MOST_CONTEXT_TOKENS:
+                break
+            size *= 4
+        text = self.decode([*context, *ids])
+        if text.startswith(before):
+            return text[len(before) :]
+        return text[next(i for i, (a, b) in enumerate(zip(before, text + "\0", strict=False)) if a != b) :]
+
+    def ends_at_stop(self, prompt_ids: Ids, ids: Ids, stops: Sequence[str]) -> bool:
         """Return whether the text of ``ids`` contains one of ``stops``.
 
         This runs after every token, so the whole text is decoded only if a tail contains a stop string. A character
         takes at most four tokens; 8 more allow for a first token that decodes differently without its predecessors.
         """
         size = 4 * max(map(len, stops)) + 8
+        if len(ids) <= size:
+            return _first_stop(self.decode_after(prompt_ids, ids), stops) is not None
         tail = self.decode(ids[-size:])
         if "\ufffd" in tail:  # The tail may begin inside a character; some decoders then replace all bytes after it.
             tail += "".join(self.decode(ids[-size - shift :]) for shift in (1, 2, 3))
-        return any(stop in tail for stop in stops) and _first_stop(self.decode(ids), stops) is not None
+        return (
+            any(stop in tail for stop in stops) and _first_stop(self.decode_after(prompt_ids, ids), stops) is not None
+        )
 
-    def before_stop(self, ids: Ids, stops: Sequence[str]) -> str:
+    def before_stop(self, prompt_ids: Ids, ids: Ids, stops: Sequence[str]) -> str:
         """Return the text of ``ids`` up to its earliest stop string."""
-        text = self.decode(ids)
-        return text[: _first_stop(text, stops)]
+        return cut_at_stop(self.decode_after(prompt_ids, ids), stops)
+
+    def _last_of(self, prompt_ids: Ids, size: int) -> list[int]:
+        """Return up to ``size`` last tokens of a prompt that have text."""
+        last: list[int] = []
+        for token in reversed(prompt_ids):
+            if not self._skip_special_tokens or token not in self._special_ids:
+                last.append(int(token))
+                if len(last) == size:
+                    break
+        return last[::-1]
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids that decoding leaves out as special tokens."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {int(i) for i, token in added.items() if token.special} | {int(i) for i in tokenizer.all_special_ids}
+
+
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """Return a text up to its earliest stop string."""
+    return text[: _first_stop(text, stops)]
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> int | None:

@@ -19,6 +19,7 @@ from rollout.batcher.types import Bounds, Policy
 from rollout.engine.detokenizer import Detokenizer
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.loop import Loop
+from rollout.engine.reasoning import ReasoningSplitter, warn_if_skipped
 from rollout.engine.tp_sync import sync_for
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.engine_arguments import argument_checks
@@ -72,6 +73,8 @@ class Engine:
         reserve_fraction: share of the device's total memory to leave free.
         attention: name of a backend (`rollout.models.attention.names`); ``auto``: the engine's fastest for this model.
         headroom: free memory to follow instead of the devices' own.
+        skip_special_tokens: leave special tokens, such as the one that ends a completion, out of the text.
+        split_reasoning: put what stands between the model's think tokens into ``reasoning`` instead of ``text``.
 
     Raises:
         UnsupportedModel: the model, or the model with that attention, is not supported; the message says why.
@@ -91,6 +94,8 @@ class Engine:
         reserve_fraction: float = 0.05,
         attention: str = AUTO,
         headroom: Headroom | None = None,
+        skip_special_tokens: bool = True,
+        split_reasoning: bool = False,
     ) -> None:
         check_all(
             argument_checks(
@@ -127,7 +132,14 @@ class Engine:
         self.context_limit = context_limit(base.config)
         """Maximum tokens of prompt and completion together; None if the model states no limit."""
         self._vocab_size = vocabulary_size(model)
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+        if split_reasoning and tokenizer is None:
+            raise InputError("split_reasoning needs a tokenizer: create the engine with one.")
+        self._reasoning = None
+        if tokenizer is not None and split_reasoning:
+            self._reasoning = ReasoningSplitter(tokenizer, skip_special_tokens)
+        elif tokenizer is not None and skip_special_tokens:
+            warn_if_skipped(tokenizer)
         self._eos_ids = _eos_ids(base.generation_config)
         _warn_about_unapplied_processors(base.generation_config)
         self._lengths = LengthHistory(_REMEMBERED_PROMPTS)
@@ -247,6 +259,7 @@ class Engine:
             policy=self._policy,
             queue=queue,
             detokenizer=self._detokenizer,
+            reasoning=self._reasoning,
             eos_ids=self._eos_ids,
             weight_version=self.weight_version,
             on_step=on_step,

@@ -18,6 +18,7 @@ from rollout.engine.kv_memory import KVMemory
 from rollout.engine.observation import observe
 from rollout.engine.oom_limits import OutOfMemoryLimits
 from rollout.engine.pending_tokens import PendingTokens
+from rollout.engine.reasoning import ReasoningSplitter
 from rollout.engine.record_builder import RecordBuilder
 from rollout.engine.scheduler import Scheduler
 from rollout.engine.step_reporter import StepReporter, StepResult
@@ -48,6 +49,7 @@ class Loop:
         queue: waiting rows.
         detokenizer: decodes completions and finds stop strings.
         eos_ids: end-of-sequence ids.
+        reasoning: tells reasoning from text; None: all is text.
         weight_version: stamped on records.
         on_step: called with a report of every step.
         overlap: read each step's tokens one step later, so the device never waits for the host; None means: on a GPU.
@@ -64,6 +66,7 @@ class Loop:
         queue: WaitingQueue,
         detokenizer: Detokenizer,
         eos_ids: Sequence[int],
+        reasoning: ReasoningSplitter | None = None,
         weight_version: int = 0,
         on_step: Callable[[StepReport], None] | None = None,
         overlap: bool | None = None,
@@ -79,7 +82,9 @@ class Loop:
         self._sync = sync or SingleProcess()
         self.tally = Tally()
         self._reporter = StepReporter(tally=self.tally, kv=kv, queue=queue, on_step=on_step)
-        self._records = RecordBuilder(detokenizer=detokenizer, tally=self.tally, weight_version=weight_version)
+        self._records = RecordBuilder(
+            detokenizer=detokenizer, tally=self.tally, weight_version=weight_version, reasoning=reasoning
+        )
         self._scheduler = Scheduler(kv=kv, queue=queue, tally=self.tally, settle=self._settle)
         self._pending: PendingTokens | None = None
         """Sampled tokens that have not been read yet."""
@@ -267,7 +272,8 @@ class Loop:
         if token in params.stop_token_ids:
             return True
         completion_ids = self._scheduler.live.received_tokens(slot)
-        return bool(params.stop) and self._detokenizer.ends_at_stop(completion_ids, params.stop)
+        prompt_ids = self._scheduler.live.row(slot).request.prompt_ids
+        return bool(params.stop) and self._detokenizer.ends_at_stop(prompt_ids, completion_ids, params.stop)
 
     def _finish(self, slot: int, stopped: bool) -> None:
         """Build the record of a row that ends with its last received token."""

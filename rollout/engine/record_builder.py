@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rollout.engine.batch_row import NO_COMPLETION, Completion
 from rollout.engine.detokenizer import Detokenizer
+from rollout.engine.reasoning import CompletionText, ReasoningSplitter
 from rollout.records import FinishReason, Record
 from rollout.requests import Request
 from rollout.stats import Tally
@@ -14,12 +15,16 @@ class RecordBuilder:
 
     Args:
         detokenizer: decodes completions.
+        reasoning: tells reasoning from text; None: all is text.
         tally: counters to update.
         weight_version: stamped on every record.
     """
 
-    def __init__(self, detokenizer: Detokenizer, tally: Tally, weight_version: int) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, tally: Tally, weight_version: int, reasoning: ReasoningSplitter | None = None
+    ) -> None:
         self._detokenizer = detokenizer
+        self._reasoning = reasoning
         self._tally = tally
         self._weight_version = weight_version
         self._records: list[Record] = []
@@ -59,13 +64,14 @@ class RecordBuilder:
         self._tally.prompt_tokens += len(request.prompt_ids)
         self._tally.output_tokens += len(completion)
         ids = completion.tokens.tolist()
+        parts = self._parts(request, ids)
         self._records.append(
             Record(
                 row_id=request.row_id,
                 sample=sample,
                 prompt_ids=list(request.prompt_ids),
                 completion_ids=ids,
-                text=self._detokenizer.before_stop(ids, request.params.stop),
+                text=parts.text,
                 logprobs=completion.logprobs.tolist(),
                 sampler_logprobs=completion.sampler_logprobs.tolist(),
                 finish_reason=finish_reason,
@@ -73,5 +79,12 @@ class RecordBuilder:
                 error=error,
                 seed=request.seed,
                 weight_version=self._weight_version,
+                reasoning=parts.reasoning,
+                row=request.row,
             )
         )
+
+    def _parts(self, request: Request, ids: list[int]) -> CompletionText:
+        prompt_ids, stops = request.prompt_ids, request.params.stop
+        parts = None if self._reasoning is None else self._reasoning.split(prompt_ids, ids, stops)
+        return parts or CompletionText("", self._detokenizer.before_stop(prompt_ids, ids, stops))

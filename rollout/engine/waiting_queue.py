@@ -111,6 +111,8 @@ class WaitingQueue:
         self._has_new |= request.ahead > 0
 
     def _rejection(self, request: Request) -> RejectedRequest | None:
+        if request.error_class:
+            return RejectedRequest(request, request.error_class, request.error)
         prompt_ids, count = request.prompt_ids, len(request.prompt_ids)
         if count == 0:
             return RejectedRequest(request, "empty_prompt", "The prompt has no tokens.")

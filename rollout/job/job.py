@@ -20,7 +20,7 @@ from rollout.job.progress import Progress
 from rollout.job.ranks import Ranks, Topology
 from rollout.job.rewards import load_reward
 from rollout.job.shard_worker import ShardWorker
-from rollout.records import Record
+from rollout.records import REASONING, RECORD_COLUMNS, Record
 from rollout.requests import Request, StepReport
 from rollout.run_dir.fingerprint import fingerprint_of
 from rollout.run_dir.metrics import MetricsWriter
@@ -100,6 +100,8 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
             max_kv_bytes=config.memory.max_kv_bytes,
             reserve_fraction=config.memory.reserve_fraction,
             attention=attention,
+            skip_special_tokens=config.output.skip_special_tokens,
+            split_reasoning=config.output.split_reasoning,
         )
     return Loaded(
         engine=engine, dtype=str(model.dtype).removeprefix("torch."), attention=engine.attention, memory=engine.memory
@@ -120,7 +122,8 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
     """
     topology = Topology.from_environment(os.environ, config.model.tensor_parallel)
     reward = load_reward(config.reward)
-    prompts = read_prompts(config.data, with_columns=reward is not None)
+    record_columns = (*RECORD_COLUMNS, *([REASONING] if config.output.split_reasoning else ()))
+    prompts = read_prompts(config.data, with_columns=reward is not None, record_columns=record_columns)
     previous_lengths = None if config.data.lengths_from is None else read_lengths(config.data.lengths_from)
     if previous_lengths is not None:
         logger.info("Read the lengths of %d prompts from %s.", len(previous_lengths), config.data.lengths_from)
@@ -133,7 +136,9 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
         kept=list(kept.names.values()),
         kept_content=kept.digest(),
     )
-    schema = shard_schema(kept.schema, config.output.format, ABSENT_LOGPROBS[config.output.logprobs])
+    schema = shard_schema(
+        kept.schema, config.output.format, ABSENT_LOGPROBS[config.output.logprobs], config.output.split_reasoning
+    )
     run = existing_run(paths, fingerprint)
     with closing(Ranks(topology)) as ranks:
         if not ranks.broadcast(run is not None and run.complete()):

@@ -66,6 +66,8 @@ def fingerprint_of(
             "reward": config.reward,
             "output.format": config.output.format,
             "output.logprobs": config.output.logprobs,
+            "output.skip_special_tokens": config.output.skip_special_tokens,
+            "output.split_reasoning": config.output.split_reasoning,
             "seed": config.seed,
         }
     )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rollout.records import RECORD_COLUMNS, Record
+from rollout.records import REASONING, RECORD_COLUMNS, Record
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ SYNC_SECONDS = 1.0
 # Lists of numbers are stored as base64 of their little-endian bytes: exact, a fifth of the size of decimal text, and
 # much faster to write, which the engine's loop waits for.
 _ARRAYS = {"prompt_ids": "<i4", "completion_ids": "<i4", "logprobs": "<f4", "sampler_logprobs": "<f4"}
+_FIELDS = (*RECORD_COLUMNS, REASONING)
 
 
 class SampleKey(NamedTuple):
@@ -34,7 +35,7 @@ class SampleKey(NamedTuple):
 
 def encode_record(record: Record) -> bytes:
     """Encode a record as one line."""
-    values = {name: getattr(record, name) for name in RECORD_COLUMNS}
+    values = {name: getattr(record, name) for name in _FIELDS}
     for name, dtype in _ARRAYS.items():
         values[name] = base64.b64encode(np.asarray(values[name], dtype=dtype).tobytes()).decode("ascii")
     return json.dumps(values, separators=(",", ":")).encode("ascii") + b"\n"
@@ -47,7 +48,7 @@ def decode_record(line: bytes) -> Record:
         ValueError: the line does not hold a complete record.
     """
     values: Any = json.loads(line)
-    if not isinstance(values, dict) or set(values) != set(RECORD_COLUMNS):
+    if not isinstance(values, dict) or set(values) != set(_FIELDS):
         raise ValueError("the line does not have the fields of a record")
     for name, dtype in _ARRAYS.items():
         values[name] = np.frombuffer(base64.b64decode(values[name], validate=True), dtype=dtype).tolist()

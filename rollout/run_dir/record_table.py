@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rollout.records import Record
+from rollout.records import REASONING, Record
 from rollout.run_dir.json_values import json_value
 
 SCHEMA = pa.schema(
@@ -44,18 +44,21 @@ class KeptRows(NamedTuple):
     indices: Sequence[int]
 
 
-def shard_schema(kept: pa.Schema, form: str, absent: Sequence[str] = ()) -> pa.Schema:
+def shard_schema(kept: pa.Schema, form: str, absent: Sequence[str] = (), split_reasoning: bool = False) -> pa.Schema:
     """Return the schema of a run's shards: the columns of a record, with the kept input columns after the first two.
 
     Input columns whose type Parquet cannot hold become JSON text.
 
     Args:
         absent: columns of a record that the run does not write.
+        split_reasoning: whether reasoning has a column of its own.
     """
     inputs = [
         field.with_type(pa.string()) if form == "parquet" and not _fits_parquet(field) else field for field in kept
     ]
     columns = [field for field in SCHEMA if field.name not in absent]
+    if split_reasoning:
+        columns.insert(SCHEMA.get_field_index("text"), pa.field(REASONING, pa.string()))
     return pa.schema([*columns[:2], *inputs, *columns[2:]], metadata=kept.metadata)
 
 

@@ -29,7 +29,8 @@ def parameters(of: Any) -> list[tuple[str, bool, str]]:
     """Return name, whether it is by keyword alone, and the default of each parameter."""
     found = inspect.signature(of).parameters.values()
     return [
-        (p.name, p.kind is p.KEYWORD_ONLY, "" if p.default is p.empty else repr(p.default))
+        # A default that a factory makes is an empty mapping.
+        (p.name, p.kind is p.KEYWORD_ONLY, "" if p.default is p.empty else repr(p.default).replace("<factory>", "{}"))
         for p in found
         if p.name != "self"
     ]

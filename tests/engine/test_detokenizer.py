@@ -71,7 +71,7 @@ def special(text: Detokenizer) -> int:
 
 def stopped_at(text: Detokenizer, ids: Sequence[int], stops: Sequence[str]) -> int | None:
     """How many tokens it takes, asked after each as the loop does."""
-    return next((n for n in range(1, len(ids) + 1) if text.ends_at_stop(ids[:n], stops)), None)
+    return next((n for n in range(1, len(ids) + 1) if text.ends_at_stop((), ids[:n], stops)), None)
 
 
 def test_the_tokenizers_of_these_tests_are_hard_enough() -> None:
@@ -105,10 +105,10 @@ def test_text_ends_before_the_earliest_stop_string(name: str, written: str, stop
     ids = ids_of(text, written)
     count = stopped_at(text, ids, stops)
     assert count is not None
-    assert text.before_stop(ids[:count], stops) == left
+    assert text.before_stop((), ids[:count], stops) == left
     decoded = text.decode(ids[: count - 1])
     assert not any(stop in decoded for stop in stops), "it stopped no token later than it could"
-    assert text.before_stop(ids, stops) == left, "what comes after does not change the text"
+    assert text.before_stop((), ids, stops) == left, "what comes after does not change the text"
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -116,8 +116,8 @@ def test_a_stop_string_that_is_not_there_does_not_stop(name: str) -> None:
     text = TEXTS[name]()
     ids = ids_of(text, "then stop here")
     assert stopped_at(text, ids, ("sto p", "Stop", "stop  ")) is None
-    assert text.before_stop(ids, ("sto p",)) == "then stop here"
-    assert text.before_stop(ids, ()) == "then stop here"
+    assert text.before_stop((), ids, ("sto p",)) == "then stop here"
+    assert text.before_stop((), ids, ()) == "then stop here"
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -156,7 +156,7 @@ def test_stops_are_found_as_soon_as_they_are_in_the_text(name: str, seed: int) -
         assert stopped_at(text, ids, stops) == first, (ids, stops)
         if first is not None:
             found += 1
-            cut = text.before_stop(ids[:first], stops)
+            cut = text.before_stop((), ids[:first], stops)
             decoded = text.decode(ids[:first])
             assert decoded.startswith(cut)
             assert any(decoded[len(cut) :].startswith(stop) for stop in stops)
@@ -172,7 +172,7 @@ def test_a_stop_string_far_into_a_long_text_is_found(name: str) -> None:
     before = ids_of(text, "then naïve " * 30)
     ids = before + ids_of(text, stop)
     assert stopped_at(text, ids, (stop, "zzz")) == len(ids)
-    assert text.before_stop(ids, (stop,)) == text.decode(ids).removesuffix(stop)
+    assert text.before_stop((), ids, (stop,)) == text.decode(ids).removesuffix(stop)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -184,11 +184,46 @@ def test_a_stop_string_amid_characters_of_many_bytes_is_found(name: str, stop: s
         ids = ids_of(text, before + stop + before)
         end = len(ids_of(text, before + stop))
         assert stopped_at(text, ids, (stop,)) == end
-        assert text.before_stop(ids[:end], (stop,)) == before
+        assert text.before_stop((), ids[:end], (stop,)) == before
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
     text = Detokenizer(None)
     assert text.decode([1, 2, 3]) == ""
-    assert not text.ends_at_stop([1, 2, 3], ("a",))
-    assert text.before_stop([1, 2, 3], ("a",)) == ""
+    assert not text.ends_at_stop((), [1, 2, 3], ("a",))
+    assert text.before_stop((), [1, 2, 3], ("a",)) == ""
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_is_what_follows_the_text_of_the_prompt(name: str) -> None:
+    text = TEXTS[name]()
+    for whole in (
+        " then stop",
+        "the end  then",
+        "naïve 東京\U0001f601 END.",
+        "\U0001f601\U0001f601東東東東東東東東東東東東",
+        "a\n b",
+    ):
+        ids = ids_of(text, whole)
+        for at in range(1, len(ids)):
+            before, after = text.decode(ids[:at]), text.decode_after(ids[:at], ids[at:])
+            assert before.rstrip("\ufffd") + after == text.decode(ids), at
+            assert text.decode_after([*ids[:at], special(text)], ids[at:]) == after, "special tokens have no text"
+
+
+def test_first_space_is_kept_and_may_begin_a_stop_string() -> None:
+    text = with_byte_fallback()
+    prompt, ids = ids_of(text, "the end"), ids_of(text, "then stop")
+    assert text.decode(ids) == "then stop"
+    assert text.decode_after(prompt, ids) == " then stop"
+    assert text.ends_at_stop(prompt, ids, (" then",))
+    assert not text.ends_at_stop((), ids, (" then",))
+    assert text.before_stop(prompt, ids, (" stop",)) == " then"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_special_tokens_are_kept_if_wanted(name: str) -> None:
+    text = Detokenizer(TEXTS[name]()._tokenizer, skip_special_tokens=False)
+    ids = ids_of(text, "then")
+    assert text.decode_after([*ids, special(text)], [*ids, special(text)]).strip() == f"then{SPECIAL}"
+    assert text.before_stop(ids, [*ids, special(text), *ids], (SPECIAL,)).strip() == "then"

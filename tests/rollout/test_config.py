@@ -46,7 +46,14 @@ def test_defaults_match_the_contract() -> None:
     assert (config.batcher.name, config.batcher.latency_budget_ms) == ("predictive", None)
     assert (config.batcher.max_rows, config.batcher.min_rows) == (1024, 1)
     assert asdict(config.memory) == {"max_kv_bytes": None, "reserve_fraction": 0.05}
-    assert asdict(config.output) == {"dir": "out", "format": "parquet", "rows_per_shard": 1024, "logprobs": "both"}
+    assert asdict(config.output) == {
+        "dir": "out",
+        "format": "parquet",
+        "rows_per_shard": 1024,
+        "logprobs": "both",
+        "skip_special_tokens": True,
+        "split_reasoning": False,
+    }
     assert (config.reward, config.seed) == (None, 0)
 
 

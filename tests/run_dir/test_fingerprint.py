@@ -193,7 +193,7 @@ def test_fingerprint_of_a_fixed_job_never_changes(tmp_path: Path) -> None:
     fingerprint = fingerprint_of(config, prompts.content, model)
     assert fingerprint.values["model.weights"] == "ea20527061cb224d352d32df61f713453d71e09e4387f70837669618a50e6669"
     assert fingerprint.values["model.tokenizer"] == "facdb120c16a18592b9a7ee5cac5c60fbc5eb32b15b1d767762544b7e2452158"
-    assert fingerprint.digest == "5236b99bfda1a7100b0783787f436c7a63729c3d6a69f8bed02701904130579c"
+    assert fingerprint.digest == "2b38e94ee0083e2cf957b5f3ac3a8c5797ec8b7604853040fe9e1c094b72ffa4"
 
 
 def test_fingerprint_of_the_default_job_never_changes(tmp_path: Path) -> None:
@@ -203,4 +203,4 @@ def test_fingerprint_of_the_default_job_never_changes(tmp_path: Path) -> None:
     (tmp_path / "model" / "tokenizer.json").write_text('{"a": 1}')
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     fingerprint = fingerprint_of(config, prompts.content, tmp_path / "model")
-    assert fingerprint.digest == "e788c1077cb29da52972915c0e24e3dd881a2a32234e85e16d5c09c58304635b"
+    assert fingerprint.digest == "463088cc459d4108a07650b1f77366e1c23a134084efcc8f34ea89bb868b8b6e"

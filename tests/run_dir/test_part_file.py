@@ -61,7 +61,7 @@ def test_line_of_a_fixed_record_never_changes() -> None:
     assert encode_record(record) == (
         b'{"row_id":"a","sample":1,"prompt_ids":"AQAAAAIAAAA=","completion_ids":"AwAAAA==","text":"\\u00e9",'
         b'"logprobs":"AAAAvw==","sampler_logprobs":"AACAvg==","finish_reason":"stop","error_class":"","error":"",'
-        b'"reward":null,"seed":7,"weight_version":0,"attempt":0}\n'
+        b'"reward":null,"seed":7,"weight_version":0,"attempt":0,"reasoning":""}\n'
     )
 
 
