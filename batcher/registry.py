@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -12,6 +11,7 @@ from rollout.batcher.policies.paper import PaperParameters, PaperPolicy
 from rollout.batcher.policies.predictive import PredictiveParameters, PredictivePolicy
 from rollout.batcher.policies.sla import SlaParameters, SlaPolicy
 from rollout.batcher.policies.static import StaticPolicy
+from rollout.batcher.suggestions import describe_names
 from rollout.batcher.types import Bounds, Policy
 
 POLICIES: Mapping[str, Callable[..., Policy]] = {
@@ -39,19 +39,11 @@ def make_policy(name: str, bounds: Bounds, **parameters: Any) -> Policy:
     if not 1 <= bounds.min_rows <= bounds.max_rows:
         raise ValueError(f"min_rows is {bounds.min_rows}, but must be from 1 to max_rows ({bounds.max_rows}).")
     if name not in POLICIES:
-        raise ValueError(f"There is no policy {name!r}; {_suggestion(name, POLICIES)}.")
+        raise ValueError(f"There is no policy {name!r}; {describe_names(name, POLICIES)}.")
     known = [field.name for field in fields(PARAMETERS[name])] if name in PARAMETERS else []
     for parameter in parameters:
         if parameter not in known:
-            raise ValueError(f"The policy {name!r} has no parameter {parameter!r}; {_suggestion(parameter, known)}.")
+            raise ValueError(f"The policy {name!r} has no parameter {parameter!r}; {describe_names(parameter, known)}.")
     if name not in PARAMETERS:
         return POLICIES[name](bounds)
     return POLICIES[name](bounds, PARAMETERS[name](**parameters))
-
-
-def _suggestion(wrong: str, names: Iterable[str]) -> str:
-    known = list(names)
-    if not known:
-        return "it has none"
-    nearest = difflib.get_close_matches(wrong, known, n=1, cutoff=0.0)[0]
-    return f"the nearest is {nearest!r} (known: {', '.join(known)})"

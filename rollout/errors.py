@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import NamedTuple
 
+from rollout.batcher.suggestions import near_name
+
 
 class Exit(IntEnum):
     """Exit statuses of a job."""
@@ -51,7 +53,22 @@ def check_all(checks: Iterable[Check]) -> None:
     """
     for check in checks:
         if not check.allowed:
-            raise InputError(f"{check.name} is {check.value!r}, but must be {check.wanted}.")
+            raise InputError(f"{check.name} is {check.value!r}, but must be {check.wanted}{_nearest(check)}.")
+
+
+#: What others call some values.
+_SPELLINGS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_SPELLINGS |= {"flash_attention_2": "flash_attn", "fa2": "flash_attn", "json": "jsonl", "wandb.ai": "wandb"}
+
+
+def _nearest(check: Check) -> str:
+    """Return which of the names in ``one of a, b`` the value may mean, as the end of a sentence."""
+    if not check.wanted.startswith("one of ") or not isinstance(check.value, str):
+        return ""
+    names = check.wanted.removeprefix("one of ").replace(" or ", ", ").split(", ")
+    typed = check.value.lower().removeprefix("torch.")
+    near = _SPELLINGS.get(typed, near_name(typed, names))
+    return f"; the nearest is {near}" if near in names else ""
 
 
 def shorten(text: str, longest: int, keep: int | None = None) -> str:

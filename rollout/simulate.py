@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import difflib
 import json
 import math
 import sys
@@ -15,9 +14,11 @@ from statistics import fmean
 
 import numpy as np
 
+from rollout.argument_parser import SentenceParser
 from rollout.batcher.simulation.compare import Comparison, Spec, parse_spec
 from rollout.batcher.simulation.simulator import Machine
 from rollout.batcher.simulation.workloads import WORKLOADS, Workload, named_workload, workload_of
+from rollout.batcher.suggestions import describe_names
 from rollout.errors import Exit, InputError
 
 _DEFAULT_POLICIES = "static:256,memory,sla,paper,watermark:0.02,predictive,oracle"
@@ -148,11 +149,7 @@ def _make_workload(arguments: argparse.Namespace, seed: int) -> Workload:
             name, requests=arguments.requests, seed=seed, max_new=arguments.max_new, group=arguments.group
         )
     if not Path(name).is_file():
-        nearest = difflib.get_close_matches(name, WORKLOADS, n=1, cutoff=0.0)[0]
-        known = ", ".join(WORKLOADS)
-        raise InputError(
-            f"--lengths {name} is neither a file nor a workload; the nearest workload is {nearest} (known: {known})."
-        )
+        raise InputError(f"--lengths {name} is neither a file nor a workload; {describe_names(name, WORKLOADS)}.")
     return read_lengths(Path(name), requests=arguments.requests, max_new=arguments.max_new, group=arguments.group or 1)
 
 
@@ -206,14 +203,6 @@ def _report(results: Sequence[Result], best_static: Sequence[str]) -> str:
 # -- the command line --------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    """Report errors in one sentence, without the usage text."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """Raise ``InputError`` instead of exiting."""
-        raise InputError(f"{message[:1].upper()}{message[1:].rstrip('.')}.")
-
-
 def _parse_costs(text: str) -> tuple[float, float, float, float]:
     try:
         c0, c1, c2, c3 = (float(part) for part in text.split(","))
@@ -241,7 +230,7 @@ def _parse_milliseconds(text: str) -> float:
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser("python -m rollout.simulate", description=__doc__, allow_abbrev=False)
+    parser = SentenceParser("python -m rollout.simulate", description=__doc__)
     parser.add_argument(
         "--lengths",
         required=True,

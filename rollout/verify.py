@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections import Counter
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rollout.argument_parser import SentenceParser
 from rollout.errors import Exit, InputError
 from rollout.run_dir.part_file import SampleKey
 from rollout.run_dir.paths import RunPaths
@@ -29,6 +29,7 @@ from rollout.run_dir.shards import (
     read_shard,
 )
 
+_EPILOG = "Exit status: 0 the run is complete; 1 it is not, and each finding is printed; 2 there is no run in DIR."
 SHOWN = 20
 """Most items of each kind to list; the others are counted."""
 
@@ -185,11 +186,10 @@ def report(findings: Findings) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the findings; return 0 if the run is complete, 1 if it is not, 2 if there is no run."""
-    parser = argparse.ArgumentParser("python -m rollout.verify", description=__doc__)
-    parser.add_argument("dir", type=Path, help="the output.dir of a run")
-    folder = parser.parse_args(arguments).dir
+    parser = SentenceParser("python -m rollout.verify", description=__doc__, epilog=_EPILOG)
+    parser.add_argument("dir", metavar="DIR", type=Path, help="the output.dir of a run")
     try:
-        findings = verify(folder)
+        findings = verify(parser.parse_args(arguments).dir)
     except InputError as error:
         print(error, file=sys.stderr)
         return Exit.BAD_INPUT

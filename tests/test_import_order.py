@@ -16,13 +16,14 @@ LEVELS = {
         "loading sampling attention",
         "runners patches",
     ],
-    "batcher": ["types", "estimators preemption admission_order", "policies", "registry", "simulation"],
+    "batcher": ["types suggestions", "estimators preemption admission_order", "policies", "registry", "simulation"],
     "rollout": [
         "errors logs arithmetic stats",
-        "records sampling_params headroom engine_arguments",
+        "records sampling_params headroom engine_arguments argument_parser",
         "requests length_history config",
-        "override_errors data engine run_dir",
+        "data engine run_dir",
         "job verify report simulate",
+        "cli",
         "__main__",
     ],
 }

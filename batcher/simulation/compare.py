@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from rollout.batcher.simulation.lower_bound import lower_bound_s
 from rollout.batcher.simulation.oracle import OraclePolicy
 from rollout.batcher.simulation.simulator import WATERMARK, Machine, Outcome, simulate
 from rollout.batcher.simulation.workloads import Workload
+from rollout.batcher.suggestions import describe_names
 from rollout.batcher.types import Bounds
 
 MAX_ROWS = 4096
@@ -43,8 +43,7 @@ def parse_spec(text: str) -> Spec:
     name, colon, value = text.strip().partition(":")
     names = [*POLICIES, "watermark", "oracle"]
     if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        raise ValueError(f"There is no policy {name!r}; the nearest is {nearest!r} (known: {', '.join(names)}).")
+        raise ValueError(f"There is no policy {name!r}; {describe_names(name, names)}.")
     if name == "watermark":
         share = _parse_number(value or str(WATERMARK))
         if share is None or not 0 <= share < 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Sequence
 
 from hydra import compose, initialize_config_module
@@ -26,6 +28,7 @@ from rollout.errors import InputError, check_all
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
 
+_PATHS = (("model", "path"), ("model", "adapter"), ("data", "path"), ("data", "lengths_from"), ("output", "dir"))
 _EXAMPLES = {"output.dir": "runs/my_run", "data.path": "prompts.jsonl", "model.path": "org/model"}
 
 
@@ -67,10 +70,27 @@ def validate(composed: DictConfig) -> Config:
     reward = OmegaConf.to_container(composed.reward, resolve=True)
     config.reward = reward if isinstance(reward, dict) and reward.get("_target_") else None
     _refuse_unknown_keys(composed, config)
+    _expand_home(config)
     config.sampling.params()
     config.batcher.policy()
     check_all(config_checks(config))
     return config
+
+
+def _expand_home(config: Config) -> None:
+    """Expand ``~`` in the paths of a file; on a command line the shell does it for most of them."""
+    for group, name in _PATHS:
+        value = getattr(getattr(config, group), name)
+        if isinstance(value, str) and value.startswith("~"):
+            setattr(getattr(config, group), name, os.path.expanduser(value))
+
+
+def with_examples(composed: DictConfig) -> DictConfig:
+    """Return a copy with an example for each key that must be given and is not."""
+    filled = copy.deepcopy(composed)
+    for key in OmegaConf.missing_keys(filled):
+        OmegaConf.update(filled, key, _EXAMPLES.get(key, "VALUE"))
+    return filled
 
 
 def _refuse_unknown_keys(composed: DictConfig, config: Config) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rollout.argument_parser import SentenceParser
 from rollout.errors import Exit, InputError
 from rollout.report.data_statistics import read_statistics
 from rollout.report.history import read_history
@@ -54,12 +54,12 @@ def _limits(attempt: object) -> Limits:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page, print its path and return 0; return 2 if there is nothing to draw."""
-    parser = argparse.ArgumentParser("python -m rollout.report", description=__doc__)
-    parser.add_argument("dir", type=Path, help="the output.dir of a run")
-    parser.add_argument("--output", type=Path, help="the file to write (default: DIR/report.html)")
-    options = parser.parse_args(arguments)
-    path = options.output or RunPaths(options.dir).report
+    parser = SentenceParser("python -m rollout.report", description=__doc__)
+    parser.add_argument("dir", metavar="DIR", type=Path, help="the output.dir of a run")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="the file to write (default: DIR/report.html)")
     try:
+        options = parser.parse_args(arguments)
+        path = options.output or RunPaths(options.dir).report
         text = report(options.dir)
         try:
             path.write_text(text, encoding="utf-8", errors="replace")  # "replace" for unpaired surrogates

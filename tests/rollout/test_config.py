@@ -132,7 +132,7 @@ def test_values_out_of_range_are_refused(override: str, key: str, wanted: str) -
 
 @pytest.mark.parametrize("override", ["+sampling.foo=1", "+foo=1", "+batcher.alpah=3"])
 def test_added_keys_are_refused(override: str) -> None:
-    with pytest.raises(InputError, match=f"no key {override[1:].split('=')[0]}; the nearest is"):
+    with pytest.raises(InputError, match=rf"There is no key {override[1:].split('=')[0]}; (the|`python)"):
         load_config([OUT, override])
 
 
@@ -146,3 +146,9 @@ def test_nearest_prefers_the_same_last_part() -> None:
     assert nearest("temperature", keys) == "sampling.temperature"
     assert nearest("sampler.max_new_token", keys) == "sampling.max_new_tokens"
     assert nearest("output.path", keys) in ("data.path", "model.path")
+    assert nearest("Sampling_N", keys) == "sampling.n"
+
+
+@pytest.mark.parametrize("key", ["quantum", "sampling.quantum", "lr", "data.zzz", "x"])
+def test_no_key_is_nearest_to_one_that_resembles_none(key: str) -> None:
+    assert nearest(key, dotted_keys(load_config([OUT]))) is None

@@ -109,7 +109,7 @@ def test_malformed_file_raises_input_error(tmp_path: Path, text: str, said: str)
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--lengths", "conf"], "neither a file nor a workload; the nearest workload is conv"),
+        (["--lengths", "conf"], "neither a file nor a workload; the nearest is 'conv'"),
         (["--lengths", "conv", "--policies", "predictve"], "no policy 'predictve'; the nearest is 'predictive'"),
         (["--lengths", "conv", "--policies", "static:many"], "write static:ROWS"),
         (["--lengths", "conv", "--policies", "static:0"], "write static:ROWS"),
@@ -119,7 +119,7 @@ def test_malformed_file_raises_input_error(tmp_path: Path, text: str, said: str)
         (["--lengths", "conv", "--budget-ms", "-3"], "not a number of milliseconds"),
         (["--lengths", "conv", "--kv-tokens", "none"], "not a whole number"),
         (["--lengths", "conv", "--kv-tokens", "64"], "does not fit into 64 tokens"),
-        (["--lengths", "conv", "--request", "5"], "--request 5"),
+        (["--lengths", "conv", "--request", "5"], "--request is no option: write --requests."),
         ([], "--lengths"),
     ],
 )

@@ -1,0 +1,128 @@
+"""Explain in one sentence why Hydra cannot compose a configuration, or OmegaConf not resolve it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+    ValidationError,
+)
+from yaml import MarkedYAMLError, YAMLError
+
+from rollout.cli.overrides import Known, explain_unknown_key
+from rollout.cli.quoting import shell_word
+from rollout.cli.values import describe_wrong_type
+from rollout.errors import InputError
+from rollout.models.errors import first_line
+
+#: What composing raises for a user's own files and overrides.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, AttributeError)
+_IN_FILE = re.compile(r"In '([^']+)'")
+
+
+def explain(error: BaseException, known: Known) -> str:
+    """Return one sentence that names the key, the value or the file at fault and what to do."""
+    causes = list(_chain(error))
+    if refused := next((cause for cause in causes if isinstance(cause, InputError)), None):
+        return str(refused)
+    where = next((f"In {match[1]}: " for cause in causes if (match := _IN_FILE.match(str(cause)))), "")
+    for cause in causes:
+        sentence = _sentence(cause, known)
+        if sentence:
+            return where + sentence
+    message = first_line(error).rstrip(".")
+    details = [first_line(cause).rstrip(".") for cause in causes[1:]]
+    return ": ".join(dict.fromkeys(part for part in [message, *details] if part)) + "."
+
+
+def _sentence(cause: BaseException, known: Known) -> str | None:
+    if isinstance(cause, MissingConfigException):
+        return _missing_file(cause)
+    if isinstance(cause, OmegaConfBaseException):
+        return _omegaconf(cause, known)
+    if isinstance(cause, YAMLError):
+        mark = cause.problem_mark if isinstance(cause, MarkedYAMLError) else None
+        place = f"{mark.name}, line {mark.line + 1}" if mark else "A configuration file"
+        problem = cause.problem if isinstance(cause, MarkedYAMLError) else first_line(cause)
+        return f"{place} is not YAML ({problem})."
+    return _override(str(cause), known) if isinstance(cause, HydraException) else None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _missing_file(error: MissingConfigException) -> str | None:
+    if error.missing_cfg_file is None:
+        return None
+    group, _, name = error.missing_cfg_file.rpartition("/")
+    offered = sorted(option for option in error.options or () if not option.startswith(("_", "schema")))
+    if group:
+        return f"There is no {group}={name}; {group} is one of {', '.join(offered)}." if offered else None
+    return f"There is no configuration {name}: --config-name names a file of --config-dir, without .yaml."
+
+
+def _override(message: str, known: Known) -> str | None:
+    if match := re.match(r"Could not override '([^']+)'\.\s+To append to your config use (\+.*)", message, re.DOTALL):
+        key, argument = match[1], match[2].strip()
+        if key.startswith("reward."):
+            return f"An argument of the reward is added to its configuration: write {shell_word(argument)}."
+        if key in known.keys:
+            return _other_policy(key)
+        if any(key.startswith(f"{name}.") for name in known.keys):
+            return f"{key} is added to its configuration: write {shell_word(argument)}."
+        if key.startswith("hydra."):
+            return f"There is no key {key}: --cfg hydra prints Hydra's own keys."
+        return explain_unknown_key(key, argument.partition("=")[2], known)
+    return None
+
+
+def _other_policy(key: str) -> str:
+    from rollout.config.schema import BATCHER_SCHEMAS
+
+    name = key.rpartition(".")[2]
+    policies = [policy for policy, kind in BATCHER_SCHEMAS.items() if name in kind.__dataclass_fields__]
+    chosen = " or ".join(f"batcher={policy}" for policy in policies)
+    return f"{key} belongs to another policy: add {chosen}, or leave it out."
+
+
+def _omegaconf(error: OmegaConfBaseException, known: Known) -> str | None:
+    key, message = error.full_key or "", first_line(error)
+    if isinstance(error, InterpolationResolutionError | UnsupportedInterpolationType):
+        return _interpolation(error, key, message)
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return explain_unknown_key(key, None, known) if key else None
+    if isinstance(error, ValidationError) and key in known.keys:
+        # The value stands in the message alone.
+        value = re.search(r"[Vv]alue '(.*)'", message) or re.search(r"into '([^']*)'", message)
+        shown = value[1] if value else "null" if "None" in message else "something else"
+        return describe_wrong_type(known.keys[key], None if shown in ("None", "null") else shown, shown)
+    return None
+
+
+def _interpolation(error: OmegaConfBaseException, key: str, message: str) -> str:
+    if match := re.search(r"Environment variable '([^']+)' not found", str(error)):
+        return (
+            f"{key} needs the environment variable {match[1]}, which is not set: "
+            f"export it, or write ${{oc.env:{match[1]},DEFAULT}}."
+        )
+    if isinstance(error, InterpolationKeyError) and (match := re.search(r"Interpolation key '([^']+)'", message)):
+        return (
+            f"{key} has ${{{match[1]}}}, but there is no key {match[1]}: for the text itself write \\${{{match[1]}}}."
+        )
+    if isinstance(error, UnsupportedInterpolationType):
+        name = re.search(r"interpolation type (\S+)", message)
+        shown = name[1] if name else "unknown"
+        return f"{key} has ${{{shown}:…}}, which stands for nothing here: write ${{oc.env:NAME}} for a variable."
+    return f"{key} cannot be resolved: {message.rstrip('.')}."
