@@ -43,6 +43,7 @@ class DataConfig:
     length_hint_column: str | None = MISSING
     lengths_from: str | None = MISSING
     limit: int | None = MISSING
+    streaming: bool = MISSING
     as_chat: bool = MISSING
     system_prompt: str | None = MISSING
     keep_columns: Any = MISSING

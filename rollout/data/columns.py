@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import pyarrow as pa
 
 from rollout.config.schema import DataConfig
+from rollout.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +35,88 @@ class ColumnChoice:
         """Return the available columns that are held, in the dataset's order."""
         if self.all:
             return list(available)
-        wanted = {*self.read.values(), *self.optional, *(self.kept or ())}
+        named = (*self.read.values(), *self.optional, *(self.kept or ()))
+        wanted = {path[0] for name in named if (path := resolve(name, available))}
         return [name for name in available if name in wanted]
+
+    def named(self) -> frozenset[str]:
+        """Return the columns that the configuration reads, of which a file must not have two."""
+        return frozenset((*self.read.values(), *self.optional))
+
+    def check(self, where: str, available: Sequence[str]) -> None:
+        """Refuse a file or dataset that lacks a column which a configuration key names.
+
+        Raises:
+            InputError: a column is missing; the message names the key, the file and the columns it has.
+        """
+        for key, column in self.read.items():
+            if not resolve(column, available):
+                raise InputError(f"{key}={column} is not a column of {where}, which has {_listed(available)}.")
+
+    def check_prompt_type(self, where: str, schema: pa.Schema) -> None:
+        """Refuse a file of typed columns whose prompt column has a type that no prompt has.
+
+        Raises:
+            InputError: so it is; the message names the file and the type.
+        """
+        column = self.read["data.prompt_column"]
+        if column in schema.names and not _may_hold_prompts(kind := schema.field(column).type):
+            raise InputError(
+                f"data.prompt_column={column} holds {kind} values in {where}, but prompts are text, lists of chat "
+                "messages or lists of token ids."
+            )
+
+    def key(self) -> list[Any]:
+        """Return what tells this choice from others, as JSON can hold it."""
+        return list(astuple(self))
+
+
+def _may_hold_prompts(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        item = kind.value_type
+        return any(test(item) for test in (pa.types.is_null, pa.types.is_integer, pa.types.is_struct, is_json))
+    return any(test(kind) for test in (pa.types.is_null, *_TEXT_TYPES, is_json))
+
+
+def is_json(kind: pa.DataType) -> bool:
+    """Return whether values of a type are JSON text that stands for what it says."""
+    return isinstance(kind, pa.JsonType)
+
+
+_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:50]) + (", ..." if len(names) > 50 else "")
+
+
+def resolve(name: str, available: Iterable[str]) -> list[str]:
+    """Return the column that a name refers to, then the fields inside it; empty if there is no such column.
+
+    ``body.messages`` is the column of this name, or if there is none, the field ``messages`` of the column ``body``.
+    """
+    available = set(available)
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        if (column := ".".join(parts[:count])) in available:
+            return [column, *parts[count:]]
+    return []
+
+
+def field_of(columns: dict[str, Any], path: list[str]) -> Any:
+    """Return the value that a row has at a path of `resolve`; None if an object on the way lacks the field.
+
+    An object may be stored as its JSON text.
+    """
+    value: Any = columns
+    for name in path:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                return None
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def columns_read(config: DataConfig) -> dict[str, str]:

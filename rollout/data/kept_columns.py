@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
-import datasets
 import pyarrow as pa
 
 from rollout.config.schema import DataConfig
+from rollout.data.column_values import MIXED
+from rollout.data.row_store import RowStore
 from rollout.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 ALL = "all"
 PREFIX = "input_"
@@ -25,35 +29,31 @@ class KeptColumns:
 
     names: dict[str, str]
     """The name in the output of each input column."""
-    _dataset: datasets.Dataset
+    _store: RowStore
 
     @property
     def schema(self) -> pa.Schema:
         """The columns under their names in the output, with the metadata by which ``datasets`` knows e.g. images."""
-        if not self.names:
-            return pa.schema([])
-        features = self._dataset.features
-        return datasets.Features({new: features[old] for old, new in self.names.items()}).arrow_schema
+        fields = [(new, self._store.types[old]) for old, new in self.names.items()]
+        features = {new: self._store.features[old] for old, new in self.names.items() if old in self._store.features}
+        noted = {"huggingface": json.dumps({"info": {"features": features}})} if features else None
+        return pa.schema(fields, metadata=noted)
 
     def table(self, start: int, stop: int) -> pa.Table:
         """Return the columns of the input rows ``[start, stop)``."""
-        if not self.names:
-            return pa.table({})
-        return self._read(start, stop).rename_columns(list(self.names.values())).cast(self.schema)
+        columns = [self._store.column(name, start, stop) for name in self.names]
+        return pa.table(columns, schema=self.schema)
 
     def digest(self) -> str:
         """Hash the names, the types and the values of all input rows."""
         digest = hashlib.sha256(str(self.schema.remove_metadata()).encode(errors="surrogatepass"))
-        for start in range(0, len(self._dataset) if self.names else 0, _ROWS_PER_BLOCK):
-            stop = min(start + _ROWS_PER_BLOCK, len(self._dataset))
+        for start in range(0, len(self._store) if self.names else 0, _ROWS_PER_BLOCK):
+            stop = min(start + _ROWS_PER_BLOCK, len(self._store))
             # Taken rows lie in fresh buffers, so equal values have equal bytes however the dataset stores them.
-            block = self._read(start, stop).take(pa.array(range(stop - start))).combine_chunks()
-            for batch in block.to_batches():
+            block = self.table(start, stop).take(pa.array(range(stop - start))).combine_chunks()
+            for batch in block.replace_schema_metadata().to_batches():
                 digest.update(batch.serialize())
         return digest.hexdigest()
-
-    def _read(self, start: int, stop: int) -> pa.Table:
-        return cast(pa.Table, self._dataset[start:stop])
 
 
 def named_columns(config: DataConfig) -> tuple[str, ...] | None:
@@ -62,7 +62,7 @@ def named_columns(config: DataConfig) -> tuple[str, ...] | None:
     return None if keep == ALL else tuple(dict.fromkeys([keep] if isinstance(keep, str) else keep))
 
 
-def kept_columns(dataset: datasets.Dataset, config: DataConfig, record_columns: Sequence[str]) -> KeptColumns:
+def kept_columns(store: RowStore, config: DataConfig, record_columns: Sequence[str]) -> KeptColumns:
     """Return the columns of a dataset that ``data.keep_columns`` names.
 
     Args:
@@ -72,12 +72,12 @@ def kept_columns(dataset: datasets.Dataset, config: DataConfig, record_columns: 
         InputError: a column does not exist, or its name in the output is another column's.
     """
     named = named_columns(config)
-    columns = dataset.column_names if named is None else named
+    columns = [name for name in store.columns if name in store.types] if named is None else named
     for name in columns:
-        if name not in dataset.column_names:
+        if name not in store.columns:
             raise InputError(
                 f"data.keep_columns names {name}, which is not a column of {config.path}; it has "
-                f"{', '.join(dataset.column_names)}."
+                f"{', '.join(store.columns)}."
             )
     names = {name: f"{PREFIX}{name}" if name in record_columns else name for name in columns}
     for old, new in names.items():
@@ -86,5 +86,9 @@ def kept_columns(dataset: datasets.Dataset, config: DataConfig, record_columns: 
                 f"data.keep_columns: the input column {old} would be written as {new}, which {config.path} has as "
                 f"well; rename one of them, or name the columns to keep without {old}."
             )
-    kept = dataset.select_columns(list(columns)).with_format("arrow")
-    return KeptColumns(names=names, _dataset=kept)
+    if mixed := [name for name in columns if store.types[name] == MIXED]:
+        logger.info(
+            "Column(s) with values of several types stand in the output as JSON, which datasets decodes: %s.",
+            ", ".join(mixed),
+        )
+    return KeptColumns(names=names, _store=store)

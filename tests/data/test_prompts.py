@@ -220,7 +220,7 @@ def test_torn_parquet_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_list(ROWS).to_parquet(path)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(InputError, match=rf"data\.path={path} cannot be read"):
+    with pytest.raises(InputError, match=rf"^{path} cannot be read"):
         read_prompts(data(path))
 
 
@@ -243,16 +243,16 @@ def test_column_without_prompts_is_refused(tmp_path: Path, values: list[Any]) ->
         read_prompts(data(path))
 
 
-@pytest.mark.parametrize("path", ["builtin:nothing", "a.txt", "no_such_owner/no_such_dataset"])
+@pytest.mark.parametrize("path", ["builtin:nothing", "a.pdf", "no_such_owner/no_such_dataset"])
 def test_path_without_a_dataset_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.pdf").write_text("text")
     with pytest.raises(InputError, match=r"^data\.path"):
         read_prompts(data(path))
 
 
-def test_folder_without_a_saved_dataset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="save_to_disk did not write"):
+def test_folder_without_data_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"folder in which no file can be read; readable are \.jsonl"):
         read_prompts(data(tmp_path))
 
 
@@ -284,7 +284,7 @@ def test_length_hint_of_nan_or_infinity_is_unknown(tmp_path: Path) -> None:
     assert [row.length_hint for row in rows_of(prompts)] == [None, None, 7.0]
 
 
-@pytest.mark.parametrize("values", [["5", "6"], [True, False], [[5], [6]], [None, None]])
+@pytest.mark.parametrize("values", [["five", "six"], [True, False], [[5], [6]], [None, None]])
 def test_column_without_length_hints_is_refused(tmp_path: Path, values: list[Any]) -> None:
     rows = [{"prompt": str(i), "tokens": value} for i, value in enumerate(values)]
     path = write(tmp_path / "rows.jsonl", rows)

@@ -38,6 +38,7 @@ def test_defaults_match_the_contract() -> None:
         "length_hint_column": None,
         "lengths_from": None,
         "limit": None,
+        "streaming": False,
         "as_chat": False,
         "system_prompt": None,
         "keep_columns": "all",

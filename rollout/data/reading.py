@@ -1,0 +1,224 @@
+"""Read the rows of a source once into a store that every later access maps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import datasets
+import pyarrow as pa
+from filelock import FileLock
+
+from rollout.arithmetic import DEFAULT_PROBLEMS, problems
+from rollout.config.schema import DataConfig
+from rollout.data.arrow_formats import ARROW_FORMATS, as_batches, read_arrow_format
+from rollout.data.columns import ColumnChoice
+from rollout.data.data_files import DataFile
+from rollout.data.row_store import RowStore, RowWriter
+from rollout.data.sources import Source
+from rollout.data.text_formats import Batch, read_text_format
+from rollout.errors import InputError
+from rollout.models.errors import first_line
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+"""Raised when files of an earlier version are to be read anew."""
+_IN_MEMORY_BYTES = 32 << 20
+"""Files of less than this are read into memory by each process, larger ones into the cache by one of them."""
+
+
+def load(source: Source, config: DataConfig, choice: ColumnChoice) -> RowStore:
+    """Load the rows of a source.
+
+    Raises:
+        InputError: it cannot be read, or has no input rows; the message names the file and the line.
+    """
+    # The job draws its own progress and reports failures in one sentence.
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        store = _load(source, config, choice)
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001  # readers raise many kinds of errors; each means bad input
+        _refuse(f"data.path={source.path}", error)
+    if not len(store):
+        raise InputError(f"data.path={source.path} holds no input rows.")
+    return store
+
+
+def _load(source: Source, config: DataConfig, choice: ColumnChoice) -> RowStore:
+    if source.kind == "builtin":
+        rows = problems(config.limit or DEFAULT_PROBLEMS)
+        return _of_table(pa.Table.from_pylist(rows), choice, config)
+    if source.kind == "saved":
+        return _of_dataset(_saved(source, config), choice, config)
+    if source.kind == "hub":
+        if not config.streaming and config.limit is None:
+            loaded = datasets.load_dataset(source.path, name=config.name, split=config.split)
+            return _of_dataset(loaded, choice, config)
+        builder = datasets.load_dataset_builder(source.path, name=config.name)
+        identity = [source.path, builder.hash, str(builder.version), config.split]
+        return _cached(identity, config, choice, lambda writer: _stream(builder, config, choice, writer))
+    if sum(file.expanded_bytes() for file in source.files) < _IN_MEMORY_BYTES:
+        sink = pa.BufferOutputStream()
+        _write(sink, lambda writer: _read_files(source, config, choice, writer))
+        return RowStore.from_buffer(sink.getvalue())
+    identity = [file.identity() for file in source.files]
+    return _cached(identity, config, choice, lambda writer: _read_files(source, config, choice, writer))
+
+
+def _saved(source: Source, config: DataConfig) -> datasets.Dataset:
+    try:
+        loaded = datasets.load_from_disk(source.path)
+    except IndexError as error:
+        # load_from_disk indexes the folder's first data file, which an empty dataset does not have.
+        raise InputError(f"data.path={source.path} holds no input rows.") from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if config.split not in loaded:
+        raise InputError(f"data.split={config.split} is not in {config.path}, which has {', '.join(sorted(loaded))}.")
+    return cast(datasets.Dataset, loaded[config.split])
+
+
+def _of_dataset(dataset: datasets.Dataset, choice: ColumnChoice, config: DataConfig) -> RowStore:
+    if dataset._indices is not None:
+        dataset = dataset.flatten_indices()
+    return _of_table(dataset.data.table, choice, config, dataset.features.to_dict())
+
+
+def _of_table(
+    table: pa.Table, choice: ColumnChoice, config: DataConfig, features: dict[str, Any] | None = None
+) -> RowStore:
+    if table.num_rows:
+        choice.check(config.path, table.column_names)
+        choice.check_prompt_type(config.path, table.schema)
+    held = table.select(choice.chosen(table.column_names))
+    held = held if config.limit is None else held.slice(0, config.limit)
+    return RowStore.of_table(held, table.column_names, features or {})
+
+
+def _stream(builder: Any, config: DataConfig, choice: ColumnChoice, writer: RowWriter) -> None:
+    """Write the rows of a dataset of the Hub as they come, without downloading its files."""
+    rows = builder.as_streaming_dataset(split=config.split)
+    if config.limit is None:
+        logger.info("Reading all rows of %s as they come; data.limit reads only so many.", config.path)
+    else:
+        rows = rows.take(config.limit)
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        for batch in as_batches(table.select(choice.chosen(table.column_names)), table.column_names):
+            _append(batch, writer)
+
+
+def _read_files(source: Source, config: DataConfig, choice: ColumnChoice, writer: RowWriter) -> None:
+    empty: list[str] = []
+    for file in source.files:
+        left = None if config.limit is None else config.limit - writer.rows
+        if left == 0:
+            break
+        before = writer.rows
+        writer.begin_file(file.name)
+        found: dict[str, None] = {}
+        try:
+            for batch in _batches(file, config, choice, left):
+                found.update(dict.fromkeys(batch.columns))
+                if file.format in ARROW_FORMATS:
+                    choice.check_prompt_type(file.path, batch.table.schema)
+                _append(batch, writer)
+        except InputError:
+            raise
+        except Exception as error:  # noqa: BLE001  # a file cut short, a page that does not decompress, no permission
+            _refuse(file.path, error)
+        if writer.rows == before:
+            empty.append(file.name)
+        else:
+            choice.check(file.path, list(found))
+    if empty and writer.rows:
+        logger.warning("%d of %d files hold no rows: %s.", len(empty), len(source.files), ", ".join(empty[:5]))
+
+
+def _batches(file: DataFile, config: DataConfig, choice: ColumnChoice, limit: int | None) -> Iterator[Batch]:
+    if file.format in ARROW_FORMATS:
+        return read_arrow_format(file, choice.chosen, limit)
+    return read_text_format(file, choice.chosen, limit, once=choice.named(), text_column=config.prompt_column)
+
+
+def _append(batch: Batch, writer: RowWriter) -> None:
+    writer.add_columns(batch.columns)
+    writer.add_features(batch.features)
+    writer.write(batch.table, batch.types)
+
+
+def _write(sink: Any, produce: Callable[[RowWriter], None]) -> None:
+    writer = RowWriter(sink)
+    produce(writer)
+    writer.close()
+
+
+def _cached(
+    identity: Iterable[Any], config: DataConfig, choice: ColumnChoice, produce: Callable[[RowWriter], None]
+) -> RowStore:
+    """Open the store of what ``identity`` names in the cache; write it first if no process has yet."""
+    key = [_VERSION, list(identity), config.limit, config.prompt_column, choice.key()]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "rollout" / f"{digest}.rows"
+    if (store := _open(path)) is not None:
+        return store
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # A file system without locks costs only that several processes read the files.
+            with suppress(OSError, NotImplementedError):
+                stack.enter_context(FileLock(f"{path}.lock"))
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=digest)
+        except OSError as error:
+            raise InputError(
+                f"The cache folder {path.parent} cannot be written ({first_line(error)}): set HF_DATASETS_CACHE to "
+                "a folder with enough space."
+            ) from error
+        if (store := _open(path)) is not None:
+            os.unlink(name)
+            os.close(handle)
+            return store
+        try:
+            with open(handle, "wb") as sink:
+                _write(pa.PythonFile(sink, mode="w"), produce)
+            _publish(name, path)
+            return RowStore.from_buffer(pa.memory_map(str(path)).read_buffer())
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(name)
+
+
+def _publish(name: str, path: Path) -> None:
+    """Give a written store its place, unless another process has: a link never replaces what others have mapped."""
+    try:
+        os.link(name, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        # The file system has no links.
+        os.replace(name, path)
+
+
+def _open(path: Path) -> RowStore | None:
+    """Open a store in the cache; None if there is none, or none that is whole."""
+    try:
+        return RowStore.from_buffer(pa.memory_map(str(path)).read_buffer())
+    except (OSError, ValueError):
+        return None
+
+
+def _refuse(what: str, error: BaseException) -> NoReturn:
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    raise InputError(f"{what} cannot be read: {first_line(cause)}.") from error
