@@ -7,11 +7,13 @@ import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import count
+from numbers import Integral
 from typing import Any, cast
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rollout.batcher.admission_order import Ordering
 from rollout.batcher.registry import make_policy
@@ -19,14 +21,17 @@ from rollout.batcher.types import Bounds, Policy
 from rollout.engine.detokenizer import Detokenizer
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.loop import Loop
+from rollout.engine.params_arguments import given_params
+from rollout.engine.prompt_arguments import GivenPrompt, check_prompt, given_prompts, given_row_ids
 from rollout.engine.reasoning import ReasoningSplitter, warn_if_skipped
 from rollout.engine.tp_sync import sync_for
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.engine_arguments import argument_checks
-from rollout.errors import InputError, check_all
+from rollout.errors import InputError, PromptError, check_all
 from rollout.headroom.headroom import Headroom, after_reserve, headroom_over, memory_name
 from rollout.length_history import LengthHistory
 from rollout.models.attention.names import AUTO
+from rollout.models.errors import first_line
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.module.adapters import refuse_adapters
 from rollout.models.module.inspect import context_limit, output_device, unwrap_model, vocabulary_size
@@ -54,6 +59,9 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """A text, a list of chat messages, or token ids."""
+Prompts = Iterable[Any]
+"""Prompts in any form of `rollout.engine.prompt_arguments`."""
+Params = SamplingParams | Mapping[str, Any] | Iterable[SamplingParams | Mapping[str, Any]] | GenerationConfig | None
 
 
 class Engine:
@@ -149,80 +157,97 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompts,
+        params: Params = None,
         *,
         seed: int = 0,
-        row_ids: Sequence[str] | None = None,
+        row_ids: Iterable[str | int] | None = None,
+        attention_mask: Any = None,
     ) -> Batch:
         """Generate completions of all prompts; records come in prompt order, then sample order.
 
+        A prompt that cannot be used is an error record, and the others are unaffected.
+
         Args:
-            prompts: texts, chat message lists or token-id lists.
-            params: one for all prompts, or one per prompt.
+            prompts: texts, chat message lists, token-id lists, rows of a dataset with a column ``prompt``, or a
+                tokenizer's output. A single one is one prompt. Ids may be tensors or arrays, [B, P] with a mask.
+            params: one for all prompts, or one per prompt: `SamplingParams`, mappings of its fields, or transformers'
+                ``GenerationConfig``.
             seed: the noise of a token depends only on the seed, the row id, the sample and the position.
-            row_ids: one string per prompt that keys its noise; by default the prompt's index.
+            row_ids: one string or whole number per prompt that keys its noise; by default the prompt's index.
+            attention_mask: [B, P], 0 where the ids in ``prompts`` are padding.
 
         Raises:
-            InputError: lists differ in length, ids repeat, or a prompt cannot be tokenised.
+            InputError: an argument has no form that can be read, lists differ in length, or ids repeat.
         """
-        prompts = list(prompts)
-        ids = [str(i) for i in range(len(prompts))] if row_ids is None else list(row_ids)
-        if len(ids) != len(prompts):
-            raise InputError(f"row_ids has {len(ids)} entries, but there are {len(prompts)} prompts.")
-        if len(set(ids)) != len(ids):
-            raise InputError("row_ids must differ from each other.")
+        given = list(given_prompts(prompts, attention_mask, self._pad_id))
+        ids = [str(i) for i in range(len(given))] if row_ids is None else list(given_row_ids(row_ids, given))
         order = {row_id: i for i, row_id in enumerate(ids)}
-        records = list(self.stream(prompts, params, seed=seed, row_ids=ids))
+        records = list(self._stream(given, params, seed, ids))
         records.sort(key=lambda record: (order[record.row_id], record.sample))
         assert self.stats is not None
         return Batch(records=tuple(records), stats=self.stats)
 
     def stream(
         self,
-        prompts: Iterable[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompts,
+        params: Params = None,
         *,
         seed: int = 0,
-        row_ids: Iterable[str] | None = None,
+        row_ids: Iterable[str | int] | None = None,
+        attention_mask: Any = None,
     ) -> Iterator[Record]:
         """Generate like `generate`, but yield records as they finish and read ``prompts`` only as rows are admitted.
 
         If ``prompts`` is a sequence, up to 4096 of them are ordered together by the lengths that earlier calls
         observed, so that long completions start early.
         """
-        if isinstance(params, Sequence) and isinstance(prompts, Sequence) and len(params) != len(prompts):
-            raise InputError(f"params has {len(params)} entries, but there are {len(prompts)} prompts.")
-        requests = self._requests(prompts, SamplingParams() if params is None else params, seed=seed, row_ids=row_ids)
-        if isinstance(prompts, Sequence) and self._lengths:
+        given = given_prompts(prompts, attention_mask, self._pad_id)
+        ids = (str(i) for i in count()) if row_ids is None else given_row_ids(row_ids, given)
+        return self._stream(given, params, seed, ids)
+
+    def _stream(
+        self, given: Iterable[GivenPrompt], params: Params, seed: int, row_ids: Iterable[str]
+    ) -> Iterator[Record]:
+        if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+            raise InputError(f"seed is {seed!r}, but must be a 64-bit integer.")
+        requests = self._requests(given, given_params(params, given), seed=int(seed), row_ids=iter(row_ids))
+        if isinstance(given, Sequence) and self._lengths:
             requests = in_windows(requests, _WINDOW)
         return self.run(requests)
 
     def _requests(
-        self,
-        prompts: Iterable[Prompt],
-        params: SamplingParams | Sequence[SamplingParams],
-        seed: int,
-        row_ids: Iterable[str] | None,
+        self, prompts: Iterable[GivenPrompt], params: Iterator[SamplingParams], seed: int, row_ids: Iterator[str]
     ) -> Iterator[Request]:
         """Yield a request per prompt, with the completion length that earlier calls observed for it."""
-        ids = (str(i) for i in count()) if row_ids is None else iter(row_ids)
-        for i, prompt in enumerate(prompts):
-            row_id, prompt_ids = next(ids, None), self.encode(prompt)
+        for i, given in enumerate(prompts):
+            row_id, row_params = next(row_ids, None), next(params)
             if row_id is None:
                 raise InputError(f"row_ids ends after {i} entries, but there are more prompts.")
-            row_params = params if isinstance(params, SamplingParams) else params[i]
             if row_params.stop and self.tokenizer is None:
                 raise InputError(
                     "The engine has no tokenizer for stop strings: create it with one, or use stop_token_ids."
                 )
-            yield Request(
-                row_id=row_id,
-                prompt_ids=prompt_ids,
-                params=row_params,
-                seed=seed,
-                expected_tokens=self._lengths.expected(prompt_ids),
-            )
+            request = Request(row_id=row_id, prompt_ids=(), params=row_params, seed=seed, row=given.row)
+            try:
+                prompt_ids = self._encode_given(given)
+            except PromptError as error:
+                yield replace(request, error_class=error.error_class, error=str(error))
+            else:
+                yield replace(request, prompt_ids=prompt_ids, expected_tokens=self._lengths.expected(prompt_ids))
+
+    def _encode_given(self, given: GivenPrompt) -> list[int]:
+        check_prompt(given.prompt)
+        try:
+            return self.encode(given.prompt)
+        except InputError:
+            raise
+        except Exception as error:  # templates and tokenizers raise many kinds of errors
+            raise PromptError("bad_prompt", f"The prompt cannot be tokenised: {first_line(error)}") from error
+
+    @property
+    def _pad_id(self) -> int | None:
+        return None if self.tokenizer is None else self.tokenizer.pad_token_id
 
     def run(
         self, requests: Iterable[Request], *, on_step: Callable[[StepReport], None] | None = None

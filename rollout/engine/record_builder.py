@@ -85,6 +85,8 @@ class RecordBuilder:
         )
 
     def _parts(self, request: Request, ids: list[int]) -> CompletionText:
+        if not ids:
+            return CompletionText("", "")  # the ids of a rejected prompt may be none that can be decoded
         prompt_ids, stops = request.prompt_ids, request.params.stop
         parts = None if self._reasoning is None else self._reasoning.split(prompt_ids, ids, stops)
         return parts or CompletionText("", self._detokenizer.before_stop(prompt_ids, ids, stops))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -123,7 +124,8 @@ class WaitingQueue:
             return RejectedRequest(request, "prompt_too_long", error)
         if min(prompt_ids) < 0 or max(prompt_ids) >= self._vocab_size:
             error = f"The prompt has token ids outside of the vocabulary of {self._vocab_size}."
-            return RejectedRequest(request, "bad_prompt", error)
+            # Records hold ids of 32 bits.
+            return RejectedRequest(replace(request, prompt_ids=()), "bad_prompt", error)
         return None
 
     # -- order ---------------------------------------------------------------------------------------

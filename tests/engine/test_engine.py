@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -40,7 +41,8 @@ def test_texts_messages_and_ids_are_the_same_prompts(engine: Engine) -> None:
     batch = engine.generate(prompts, _SHORT, row_ids=["a", "b", "c"])
     assert [record.prompt_ids for record in batch] == [[7, 5, 6, 8]] * 3
     assert [record.row_id for record in batch] == ["a", "b", "c"]
-    assert batch[0].text == " ".join(f"w{i}" for i in batch[0].completion_ids if i not in (0, 2))
+    # The space that parts it from the prompt's text belongs to it.
+    assert batch[0].text == "".join(f" w{i}" for i in batch[0].completion_ids if i not in (0, 2))
 
 
 def test_records_come_in_prompt_order_then_sample_order(engine: Engine) -> None:
@@ -141,9 +143,44 @@ def test_no_prompts_give_an_empty_batch(engine: Engine) -> None:
 def test_stream_with_too_few_row_ids_raises_input_error(engine: Engine) -> None:
     params = SamplingParams(max_new_tokens=1)
     with pytest.raises(InputError, match="row_ids ends after 1 entries, but there are more prompts"):
-        list(engine.stream([[5], [6]], params, row_ids=["a"]))
+        list(engine.stream(iter([[5], [6]]), params, row_ids=["a"]))
 
 
 def test_stop_strings_without_a_tokenizer_raise_input_error() -> None:
     with pytest.raises(InputError, match="no tokenizer for stop strings"):
         Engine(tiny("llama"), None).generate([[5, 6]], SamplingParams(stop=("a",), max_new_tokens=2))
+
+
+def test_a_bad_prompt_is_one_error_record(engine: Engine) -> None:
+    prompts: list[Any] = [
+        "w5 w6",
+        None,
+        [{"role": "user", "content": "w5"}],
+        [1.5],
+        [-1],
+        "w7 \ud800",
+        {"text": "w5"},
+        [9],
+    ]
+    batch = engine.generate(prompts, _SHORT)
+    assert [record.row_id for record in batch] == [str(i) for i in range(8)]
+    assert [record.error_class for record in batch] == [
+        *("", "bad_prompt", "", "bad_prompt", "bad_prompt", "bad_prompt", "bad_prompt", "")
+    ]
+    alone = engine.generate(prompts[-1:], _SHORT, row_ids=[7])
+    assert alone[0].completion_ids == batch[7].completion_ids
+    assert all(record.error and record.finish_reason == "error" for record in batch if record.error_class)
+
+
+def test_a_row_of_a_dataset_stands_in_its_records(engine: Engine) -> None:
+    batch = engine.generate([{"prompt": "w5 w6", "answer": 3}], SamplingParams(n=2, max_new_tokens=2))
+    assert [(record.row, record.prompt_ids) for record in batch] == [({"answer": 3}, [5, 6])] * 2
+    assert engine.generate("w5", _SHORT)[0].row == {}
+
+
+def test_padded_ids_generate_as_without_padding(engine: Engine) -> None:
+    ids, mask = torch.tensor([[0, 0, 5], [7, 5, 6]]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+    padded = engine.generate(ids, _SHORT, attention_mask=mask)
+    assert padded.records == engine.generate([[5], [7, 5, 6]], _SHORT).records
+    streamed = engine.stream(ids, {"max_new_tokens": 2, "ignore_eos": True}, attention_mask=mask, row_ids=[5, 6])
+    assert sorted((record.row_id, len(record.completion_ids)) for record in streamed) == [("5", 2), ("6", 2)]
