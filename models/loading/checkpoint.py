@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from rollout.models.errors import clause
+from rollout.models.errors import clause, first_line
 from rollout.models.loading.default_model import PREFIX, packaged_folder
 
 CONFIG = "config.json"
@@ -24,6 +24,15 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PIPELINE = "model_index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -57,25 +66,95 @@ def resolve_path(path: str, revision: str | None = None, *, weights: bool = True
     return _download(path, revision, patterns)
 
 
+class ModelFiles(NamedTuple):
+    """Where a model lies on this machine."""
+
+    model: Path
+    """Folder or GGUF file of the model."""
+    adapter: Path | None
+    """Folder of the adapter that is loaded onto it."""
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder or GGUF file of the tokenizer: the adapter's, if it has one of its own."""
+        own = self.adapter is not None and any((self.adapter / name).is_file() for name in TOKENIZER_FILES)
+        return self.adapter if own and self.adapter is not None else self.model
+
+
+def locate(
+    path: str, revision: str | None = None, adapter: str | None = None, *, weights: bool = True, code: bool = False
+) -> ModelFiles:
+    """Return the local files of a model and its adapter; a path to an adapter means its base model with the adapter.
+
+    Args: as of `resolve_path`.
+        adapter: folder of a PEFT adapter.
+
+    Raises:
+        ValueError: a model or an adapter is missing; one sentence that begins with the parameter.
+    """
+    found = Path(resolve_path(path, revision, weights=weights, code=code))
+    folder = None if adapter is None else Path(adapter).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"adapter {adapter!r} is no folder here: give one that PEFT's save_pretrained wrote.")
+    if not _is_adapter(found):
+        return ModelFiles(found, folder)
+    if folder is not None:
+        raise ValueError(
+            f"path {path!r} is itself a PEFT adapter, and only one is loaded: set path to the model that "
+            f"adapter {adapter!r} was trained on."
+        )
+    base, base_revision = _base_of(path, found)
+    remedy = "set path to the model it was trained on and adapter to this folder"
+    try:
+        model = Path(resolve_path(base, base_revision, weights=weights, code=code))
+    except ValueError as error:
+        raise ValueError(
+            f"path {path!r} is a PEFT adapter of {base!r}, which is not found here ({first_line(error)}): {remedy}."
+        ) from error
+    if _is_adapter(model):
+        raise ValueError(f"path {path!r} is a PEFT adapter of another adapter, {base!r}: merge that one first.")
+    return ModelFiles(model, found)
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter and no model; some trainers leave the model's configuration there."""
+    return (folder / ADAPTER_CONFIG).is_file() and not any(
+        (folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)
+    )
+
+
+def _base_of(path: str, folder: Path) -> tuple[str, str | None]:
+    """Return the path and the revision of an adapter's base model."""
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"path {path!r} has an {ADAPTER_CONFIG} that is not valid JSON ({error}).") from error
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not base:
+        raise ValueError(
+            f"path {path!r} is a PEFT adapter whose {ADAPTER_CONFIG} names no base model: "
+            "set path to the model it was trained on and adapter to this folder."
+        )
+    return str(base), config.get("revision")
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that is not a checkpoint of one model in safetensors.
 
     Raises:
         ValueError: files are missing, or could only be read by unpickling; one sentence with the remedy.
     """
-    has_config, has_adapter = (folder / CONFIG).is_file(), (folder / ADAPTER_CONFIG).is_file()
-    if has_adapter and not has_config:
-        raise ValueError(
-            f"path {str(folder)!r} is a PEFT adapter, not a model: "
-            "set path to the model it was trained on and adapter to this folder."
-        )
-    if has_adapter:
+    if (folder / ADAPTER_CONFIG).is_file():
         # transformers would apply the adapter or not, depending on which packages are installed.
         raise ValueError(
             f"path {str(folder)!r} holds both a model and a PEFT adapter: "
             "move the adapter's files to a folder of their own and set adapter to it."
         )
-    if not has_config:
+    if (folder / PIPELINE).is_file():
+        raise ValueError(
+            f"path {str(folder)!r} is a diffusion pipeline ({PIPELINE}), which is no causal language model."
+        )
+    if not (folder / CONFIG).is_file():
         raise ValueError(
             f"path {str(folder)!r} has no {CONFIG}: give a folder that save_pretrained wrote, or a GGUF file."
         )

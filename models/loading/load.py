@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +20,10 @@ from transformers import (
 
 from rollout.models.device import cpu_multiplies
 from rollout.models.errors import UnsupportedModel, clause
+from rollout.models.loading.adapter import require_adapter, with_adapter
 from rollout.models.loading.architecture import select_architecture
-from rollout.models.loading.checkpoint import check_adapter, check_folder, resolve_path
+from rollout.models.loading.chat_template import own_template
+from rollout.models.loading.checkpoint import ModelFiles, check_folder, locate, resolve_path
 from rollout.models.loading.gguf import read_model, read_tokenizer, require_gguf
 from rollout.models.loading.multi_gpu import device_map_options, refuse_disk_offload, tensor_parallel_options
 
@@ -56,45 +56,54 @@ class ModelSource:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model; the weights of a Hub id are not downloaded.
+    """Load the tokenizer of a model, or its adapter's own; the weights of a Hub id are not downloaded.
 
     Raises:
         ValueError: there is none, or it cannot be read; one sentence that begins with the parameter.
     """
-    path = Path(resolve_path(source.path, source.revision, weights=False, code=source.trust_remote_code))
+    files = locate(source.path, source.revision, source.adapter, weights=False, code=source.trust_remote_code)
+    path = files.tokenizer
     if path.is_file():
         _check_gguf(path)
     try:
         if path.is_file():
-            return read_tokenizer(path)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=source.trust_remote_code
-        )
+            tokenizer = read_tokenizer(path)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
     except Exception as error:
+        parameter = f"path {source.path!r}" if path == files.model else f"adapter {str(path)!r}"
         raise ValueError(
-            f"path {source.path!r} has no tokenizer that can be loaded ({clause(error)}): "
-            "save the model's tokenizer beside it."
+            f"{parameter} has no tokenizer that can be loaded ({clause(error)}): save the model's tokenizer beside it."
         ) from error
+    template = own_template(files, tokenizer.chat_template)
+    if template is not None:
+        tokenizer.chat_template = template
     return tokenizer
 
 
-def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
-    """Load a model onto its device in eval mode and merge its adapter, if any.
+def load_model(source: ModelSource, device: torch.device) -> nn.Module:
+    """Load a model onto its device in eval mode, with its adapter merged.
+
+    An adapter that cannot be merged stays around the transformers module.
 
     Raises:
         UnsupportedModel: it is no causal language model, or its architecture is unknown.
         ValueError: it is missing or cannot be loaded; one sentence that begins with the parameter.
     """
-    if source.adapter is not None:
-        _require_peft(source.adapter)
-    path = Path(resolve_path(source.path, source.revision, code=source.trust_remote_code))
-    model = _from_gguf(source, path, device) if path.is_file() else _from_folder(source, path, device)
+    path, adapter = locate(source.path, source.revision, source.adapter, code=source.trust_remote_code)
+    adapter_config = None if adapter is None else require_adapter(adapter)
+    base = _from_gguf(source, path, device) if path.is_file() else _from_folder(source, path, device)
     if not (source.device_map or source.tensor_parallel):
-        _move_to_device(model, device)
-    if source.adapter is not None:
-        model = _merge_adapter(model, Path(source.adapter).expanduser(), device)
-    model.eval()
-    return model
+        _move_to_device(base, device)
+    if adapter is None:
+        return base.eval()
+    return with_adapter(base, adapter, adapter_config, device, _tokenizer_size(source, adapter)).eval()
+
+
+def _tokenizer_size(source: ModelSource, adapter: Path) -> int | None:
+    """Return the number of ids of an adapter's own tokenizer, None if it has none."""
+    own = ModelFiles(adapter.parent, adapter).tokenizer == adapter
+    return len(load_tokenizer(source)) if own else None
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -240,39 +249,3 @@ def _move_to_device(model: PreTrainedModel, device: torch.device) -> None:
             f"path needs more memory for its weights than {device} has free: "
             "use a device with more memory, a smaller model, or dtype=bfloat16."
         ) from error
-
-
-def _require_peft(adapter: str) -> None:
-    folder = Path(adapter).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"adapter {adapter!r} is no folder here: give one that PEFT's save_pretrained wrote.")
-    check_adapter(folder)
-    if util.find_spec("peft") is None:
-        raise ValueError("adapter needs the package peft: `pip install 'rollout[peft]'`.")
-
-
-def _merge_adapter(model: PreTrainedModel, adapter: Path, device: torch.device) -> PreTrainedModel:
-    """Add an adapter's update to the weights and return the plain module, as fast as without the adapter."""
-    from peft import PeftConfig, PeftModel  # an optional dependency, slow to import
-
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-    except Exception as error:
-        raise ValueError(f"adapter {str(adapter)!r} cannot be read ({clause(error)}).") from error
-    if config.is_prompt_learning:
-        raise UnsupportedModel(
-            f"adapter {str(adapter)!r} is of type {config.peft_type.value}, "
-            "which learns prompts instead of weights and so cannot be merged."
-        )
-    try:
-        with warnings.catch_warnings():
-            # PEFT only warns about adapter weights that it did not find.
-            warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            wrapped = PeftModel.from_pretrained(model, str(adapter), config=config, torch_device=str(device))
-        merged: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)
-    except Exception as error:
-        raise ValueError(
-            f"adapter {str(adapter)!r} does not fit the model at path ({clause(error)}): "
-            "set path to the model it was trained on."
-        ) from error
-    return merged

@@ -129,10 +129,12 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
         logger.info("Read the lengths of %d prompts from %s.", len(previous_lengths), config.data.lengths_from)
     paths = prepare_folder(config.output.dir)
     kept = prompts.kept
+    model, adapter = _model_files(config)
     fingerprint = fingerprint_of(
         config,
         prompts.content,
-        _model_path(config),
+        model,
+        adapter,
         kept=list(kept.names.values()),
         kept_content=kept.digest(),
     )
@@ -224,13 +226,14 @@ def _print_summary(run: RunDir) -> Exit:
     return Exit.ERROR_ROWS if summary.totals.error_rows else Exit.COMPLETE
 
 
-def _model_path(config: Config) -> Path:
+def _model_files(config: Config) -> tuple[Path, Path | None]:
+    """Return the local folder or file of the model, and the folder of its adapter."""
     # Imports torch, so it runs after the other input is checked.
-    from rollout.models.loading.checkpoint import resolve_path
+    from rollout.models.loading.checkpoint import locate
 
     model = config.model
     with _naming_model_keys():
-        return Path(resolve_path(model.path, model.revision, code=model.trust_remote_code))
+        return locate(model.path, model.revision, model.adapter, code=model.trust_remote_code)
 
 
 @contextmanager

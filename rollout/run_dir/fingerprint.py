@@ -38,7 +38,13 @@ class Fingerprint:
 
 
 def fingerprint_of(
-    config: Config, content: str, model: Path, *, kept: Sequence[str] = (), kept_content: str = ""
+    config: Config,
+    content: str,
+    model: Path,
+    adapter: Path | None = None,
+    *,
+    kept: Sequence[str] = (),
+    kept_content: str = "",
 ) -> Fingerprint:
     """Compute the fingerprint of a job.
 
@@ -46,15 +52,16 @@ def fingerprint_of(
         content: digest of the data (`rollout.data.prompts.Prompts.content`).
         model: the local folder or file of ``model.path``. Its contents are hashed, not its name: a moved or downloaded
             copy is the same model.
+        adapter: the folder of its adapter.
         kept: the input columns in the output, by their names there.
         kept_content: digest of their values.
     """
-    adapter = config.model.adapter
     return Fingerprint(
         {
             "model.weights": weights_digest(model),
             "model.tokenizer": tokenizer_digest(model),
-            "model.adapter": None if adapter is None else weights_digest(Path(adapter).expanduser()),
+            "model.adapter": None if adapter is None else weights_digest(adapter),
+            **({} if adapter is None else {"model.adapter_tokenizer": tokenizer_digest(adapter)}),
             "model.dtype": config.model.dtype,
             "model.trust_remote_code": config.model.trust_remote_code,
             "data.content": content,

@@ -23,8 +23,8 @@ from rollout.run_dir.fingerprint import (
 from tests.support.jobs import config_of, fake_model
 
 
-def made(folder: Path, *overrides: str, content: str = "c") -> Fingerprint:
-    return fingerprint_of(config_of(folder, *overrides), content, folder / "model")
+def made(folder: Path, *overrides: str, content: str = "c", adapter: Path | None = None) -> Fingerprint:
+    return fingerprint_of(config_of(folder, *overrides), content, folder / "model", adapter)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,17 @@ def test_execution_settings_do_not_differ(tmp_path: Path, override: str) -> None
 
 def test_data_content_differs(tmp_path: Path) -> None:
     assert differences(made(tmp_path), made(tmp_path, content="other")) == ["data.content"]
+
+
+def test_adapters_weights_and_tokenizer_differ(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    fake_model(adapter)
+    before = made(tmp_path, adapter=adapter)
+    assert differences(before, made(tmp_path)) == ["model.adapter", "model.adapter_tokenizer"]
+    (adapter / "chat_template.jinja").write_text("other")
+    assert differences(before, made(tmp_path, adapter=adapter)) == ["model.adapter_tokenizer"]
+    (adapter / "adapter_model.safetensors").write_bytes(b"other")
+    assert differences(before, made(tmp_path, adapter=adapter)) == ["model.adapter", "model.adapter_tokenizer"]
 
 
 def test_moved_model_has_the_same_digest(tmp_path: Path) -> None:

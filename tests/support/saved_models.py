@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rollout.models.loading.load import ModelSource, load_model
 
 CPU = torch.device("cpu")
 
@@ -34,3 +37,13 @@ def save_tiny(folder: Path) -> None:
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2, "three": 3}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
+
+
+def refused(source: ModelSource, kind: type[Exception] = ValueError) -> str:
+    """Return the one-sentence error that `load_model` raises."""
+    with pytest.raises(kind) as caught:
+        load_model(source, CPU)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -25,19 +24,9 @@ from rollout.models.loading.load import (
     resolve_dtype,
     resolve_path,
 )
-from tests.support.saved_models import CPU, tiny_config
+from tests.support.saved_models import CPU, refused, tiny_config
 
 CUDA = torch.device("cuda", 0)
-
-
-def refused(source: ModelSource, kind: type[Exception] = ValueError) -> str:
-    """Return the one-sentence error that `load_model` raises."""
-    with pytest.raises(kind) as caught:
-        load_model(source, CPU)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    return message
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -231,51 +220,3 @@ class TestDtype:
     def test_unknown_dtype_name_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"^dtype is 'bf16'"):
             resolve_dtype("bf16", CPU, None)
-
-
-class TestAdapter:
-    @pytest.fixture
-    def adapter(self, saved: Path, tmp_path: Path) -> Path:
-        peft = pytest.importorskip("peft")
-        torch.manual_seed(1)
-        base = LlamaForCausalLM.from_pretrained(saved, dtype=torch.float32)
-        settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-        wrapped = peft.get_peft_model(base, settings).eval()
-        wrapped.save_pretrained(tmp_path / "adapter")
-        with torch.no_grad():
-            logits = wrapped(input_ids=torch.arange(8)[None]).logits
-        torch.save(logits, tmp_path / "adapter" / "expected.logits")
-        return tmp_path / "adapter"
-
-    def test_adapter_is_merged(self, saved: Path, adapter: Path) -> None:
-        model = load_model(ModelSource(str(saved), dtype="float32", adapter=str(adapter)), CPU)
-        assert isinstance(model, LlamaForCausalLM)
-        assert not model.training
-        with torch.no_grad():
-            logits = model(input_ids=torch.arange(8)[None]).logits
-        torch.testing.assert_close(logits, torch.load(adapter / "expected.logits"), atol=1e-5, rtol=1e-5)
-
-    def test_adapter_of_another_model_is_refused(self, adapter: Path, tmp_path: Path) -> None:
-        config = tiny_config()
-        config.num_hidden_layers = 3
-        LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
-        source = ModelSource(str(tmp_path / "other"), dtype="float32", adapter=str(adapter))
-        assert "does not fit the model at path" in refused(source)
-
-    def test_adapter_as_path_is_refused(self, adapter: Path) -> None:
-        assert "is a PEFT adapter, not a model" in refused(ModelSource(str(adapter)))
-
-    def test_model_and_adapter_in_one_folder_are_refused(self, folder: Path, adapter: Path) -> None:
-        shutil.copy(adapter / "adapter_config.json", folder)
-        assert "both a model and a PEFT adapter" in refused(ModelSource(str(folder)))
-
-    def test_pickled_adapter_is_refused(self, saved: Path, adapter: Path) -> None:
-        (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-        assert "no adapter_model.safetensors" in refused(ModelSource(str(saved), adapter=str(adapter)))
-
-    def test_missing_adapter_is_refused(self, saved: Path) -> None:
-        assert "adapter '/none' is no folder" in refused(ModelSource(str(saved), adapter="/none"))
-
-    def test_adapter_without_peft_is_refused(self, monkeypatch: pytest.MonkeyPatch, saved: Path, adapter: Path) -> None:
-        monkeypatch.setattr(load.util, "find_spec", lambda name: None)
-        assert "needs the package peft" in refused(ModelSource(str(saved), adapter=str(adapter)))
