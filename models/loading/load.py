@@ -95,9 +95,11 @@ def load_model(source: ModelSource, device: torch.device) -> nn.Module:
     base = _from_gguf(source, path, device) if path.is_file() else _from_folder(source, path, device)
     if not (source.device_map or source.tensor_parallel):
         _move_to_device(base, device)
-    if adapter is None:
-        return base.eval()
-    return with_adapter(base, adapter, adapter_config, device, _tokenizer_size(source, adapter)).eval()
+    model: nn.Module = base
+    if adapter is not None:
+        model = with_adapter(base, adapter, adapter_config, device, _tokenizer_size(source, adapter))
+    model.eval()
+    return model
 
 
 def _tokenizer_size(source: ModelSource, adapter: Path) -> int | None:
