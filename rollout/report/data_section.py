@@ -36,7 +36,7 @@ def data_section(statistics: DataStatistics, picker: SamplePicker, prompt_column
             _lengths(statistics),
             over_time,
             _rewards(statistics),
-            _prompts(statistics, picker, prompt_column),
+            _prompts(picker, prompt_column),
             _errors(statistics, picker),
             _samples(picker.samples(), prompt_column),
         )
@@ -145,10 +145,8 @@ def _groups(statistics: DataStatistics) -> str:
     )
 
 
-def _prompts(statistics: DataStatistics, picker: SamplePicker, prompt_column: str) -> str:
+def _prompts(picker: SamplePicker, prompt_column: str) -> str:
     """List some prompts of low, mixed and high reward."""
-    if not statistics.groups.prompts:
-        return ""
     rows = [
         [
             one.why,
@@ -157,7 +155,7 @@ def _prompts(statistics: DataStatistics, picker: SamplePicker, prompt_column: st
         ]
         for one in picker.prompts()
     ]
-    return table(("chosen for", "reward", "prompt"), rows)
+    return table(("chosen for", "reward", "prompt"), rows) if rows else ""
 
 
 # -- errors --------------------------------------------------------------------------------------------

@@ -155,8 +155,14 @@ class SamplePicker:
         }
 
     def prompts(self) -> list[SampleToRead]:
-        """Read a sample of each chosen prompt; no prompt twice."""
-        rules = [(kind, shortlist.best) for kind, shortlist in self._prompts.items()]
+        """Read a sample of each chosen prompt; no prompt twice, and none for a value that all prompts have."""
+        lowest, widest, highest = (shortlist.best for shortlist in self._prompts.values())
+        worthy = (
+            [one for one in lowest if one.value < highest[0].value],
+            [one for one in widest if one.value > 0],
+            [one for one in highest if one.value > lowest[0].value],
+        )
+        rules = list(zip(self._prompts, worthy, strict=True))
         chosen = _read(_first_unused(rules * PROMPTS))
         return sorted(chosen, key=lambda one: list(self._prompts).index(one.why))
 

@@ -202,8 +202,15 @@ def test_prompts_are_chosen_by_their_rewards(paths: RunPaths) -> None:
     assert ("lowest mean reward", "row-9", -5) in chosen
     assert ("widest spread", "row-7", 11.18) in chosen
     assert ("highest mean reward", "row-11", 25) in chosen
-    assert len({row for _, row, _ in chosen}) == len(chosen) == 9
+    assert len({row for _, row, _ in chosen}) == len(chosen) == 7
     assert found.groups.mixed == 1
+
+
+def test_prompts_of_equal_rewards_are_not_listed(paths: RunPaths) -> None:
+    write_shards(paths, {0: [record(row, sample, reward=0.5) for row in range(9) for sample in range(2)]})
+    found, picker = statistics_of(paths)
+    assert found.groups.constant == {0.5: 9}
+    assert picker.prompts() == []
 
 
 def chosen_order(why: str) -> int:
