@@ -23,7 +23,7 @@ def completion_logprobs(model: torch.nn.Module, padded: Padded) -> torch.Tensor:
     ids = torch.cat([padded.prompt_ids, padded.completion_ids], dim=1)
     mask = torch.cat([padded.prompt_mask, padded.completion_mask], dim=1)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.float()
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.float()
     first = padded.prompt_ids.shape[1] - 1  # the last prompt token predicts the first completion token
     logprobs = logits[:, first:-1].log_softmax(dim=-1)
     return logprobs.gather(2, padded.completion_ids.unsqueeze(2)).squeeze(2)
