@@ -202,9 +202,9 @@ def sampling() -> None:
         zeros = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
         one, none = torch.ones(rows, device=DEVICE), torch.zeros(rows, device=DEVICE)
         ways = (
-            RowSampling(one, zeros, one, none, keys, zeros, 0, False, False, False),
-            RowSampling(one, zeros, 0.95 * one, none, keys, zeros, 0, True, False, False),
-            RowSampling(one, zeros + 50, one, none, keys, zeros, 50, False, False, False),
+            RowSampling(one, zeros, one, none, keys, zeros, 0, False, False),
+            RowSampling(one, zeros, 0.95 * one, none, keys, zeros, 0, True, False),
+            RowSampling(one, zeros + 50, one, none, keys, zeros, 50, False, False),
         )
         plain, top_p, top_k = (timed(partial(sample, logits, way, zeros), repeat=8) for way in ways)
         say(

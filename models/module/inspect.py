@@ -70,6 +70,14 @@ def vocabulary_size(model: nn.Module) -> int:
     return int(embeddings.weight.shape[0])
 
 
+def logits_size(model: nn.Module) -> int:
+    """Return the number of token ids that the model has logits for."""
+    head: Any = unwrap_model(model).get_output_embeddings()
+    # An adapter may wrap the head; a sharded weight has the shape of its part.
+    size = getattr(head, "out_features", None)
+    return size if isinstance(size, int) else vocabulary_size(model)
+
+
 def context_limit(config: Any) -> int | None:
     """Return the maximum tokens of a sequence from a transformers configuration, None if it states no limit.
 

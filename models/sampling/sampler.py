@@ -3,8 +3,11 @@
 Gumbel-max in two levels: first over blocks of the vocabulary by their log-sum-exp, then over the tokens of the
 winning block. It samples exactly from the softmax and needs a few hundred random numbers per row instead of one per
 vocabulary entry. Rounding noise in the logits flips a draw only about as often as it moves probability mass. A
-compiled kernel (CPU) and two Triton kernels (GPU) do the same; the tensor operations here are their reference, and
-the fallback where they are unavailable.
+compiled kernel (CPU) and two Triton kernels (GPU) do the same; tensor operations are their reference, and the fallback
+where they are unavailable.
+
+Rows with filters or token rules are drawn a second time, from the changed logits; the first draw gives the model's own
+log-probabilities.
 """
 
 from __future__ import annotations
@@ -15,18 +18,16 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 
 from rollout.models.device import failure_of
-from rollout.models.sampling.base import BLOCK, GumbelKernel
+from rollout.models.sampling.base import GumbelKernel
 from rollout.models.sampling.gumbel_cpu import gumbel_max
-from rollout.models.sampling.philox import gumbel
+from rollout.models.sampling.gumbel_tensor import TensorGumbelMax
+from rollout.models.sampling.logit_edits import LogitEdits
 from rollout.models.sampling.top_p import top_p_threshold
 
 logger = logging.getLogger(__name__)
 
-_CPU_ROWS = 16
-"""Rows per chunk of the tensor operations on a CPU, so that their logits stay in cache between the passes."""
 _TOLERANCE = 1e-5
 """Largest error of a kernel's log-probabilities in the self-test."""
 
@@ -52,7 +53,8 @@ class RowSampling:
     """The largest top_k of any row; 0 where it is off for all."""
     any_top_p: bool
     any_min_p: bool
-    any_greedy: bool
+    edited: tuple[EditedRows, ...] = ()
+    """Rows with token rules; the flags above are for the others."""
 
     @property
     def filtered(self) -> bool:
@@ -60,7 +62,8 @@ class RowSampling:
         return self.most_top_k > 0 or self.any_top_p or self.any_min_p
 
     def rows(self, part: slice) -> RowSampling:
-        """Return the parameters of a slice of the rows."""
+        """Return the parameters of a slice of rows without token rules."""
+        assert not self.edited, "token rules name rows by their index in the batch"
         return replace(
             self,
             temperature=self.temperature[part],
@@ -73,6 +76,14 @@ class RowSampling:
 
 
 @dataclass(frozen=True, slots=True)
+class EditedRows:
+    """Some rows of a batch that have token rules: the rules, and the parameters of these rows alone."""
+
+    edits: LogitEdits
+    rows: RowSampling
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled:
     """One token for each row, all of shape [B]."""
 
@@ -81,7 +92,7 @@ class Sampled:
     logprobs: torch.Tensor
     """float32: log-probabilities under ``log_softmax(logits / temperature)``; under the raw logits where greedy."""
     sampler_logprobs: torch.Tensor
-    """float32: log-probabilities after filtering and renormalisation."""
+    """float32: log-probabilities after token rules, filters and renormalisation; NaN where no token may be drawn."""
 
 
 def sample(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
@@ -93,17 +104,7 @@ def sample(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> 
         positions: [B] int64, number of tokens already in each completion.
     """
     kernel = gumbel_max() if logits.device.type == "cpu" else _triton_kernel(logits.device)
-    if kernel is not None:
-        return _sample_by_kernel(kernel, logits, rows, positions)
-    if logits.device.type != "cpu" or len(logits) <= _CPU_ROWS:
-        return _sample_by_tensor_ops(logits, rows, positions)
-    parts = [slice(start, start + _CPU_ROWS) for start in range(0, len(logits), _CPU_ROWS)]
-    sampled = [_sample_by_tensor_ops(logits[part], rows.rows(part), positions[part]) for part in parts]
-    return Sampled(
-        tokens=torch.cat([part.tokens for part in sampled]),
-        logprobs=torch.cat([part.logprobs for part in sampled]),
-        sampler_logprobs=torch.cat([part.sampler_logprobs for part in sampled]),
-    )
+    return sample_with(kernel or TensorGumbelMax(), logits, rows, positions)
 
 
 @cache
@@ -139,11 +140,10 @@ def _self_test(kernel: GumbelKernel, device: torch.device) -> str | None:
         most_top_k=0,
         any_top_p=False,
         any_min_p=False,
-        any_greedy=True,
     )
     positions = 5 * number
     tokens, logprobs, log_sums = kernel.draw(logits, rows.temperature, rows.keys, rows.samples, positions)
-    expected = _sample_by_tensor_ops(logits, rows, positions)
+    expected = sample_with(TensorGumbelMax(), logits, rows, positions)
     if not torch.equal(tokens, expected.tokens):
         return "it draws different tokens"
     error = float((logprobs - expected.logprobs).abs().max())
@@ -152,46 +152,48 @@ def _self_test(kernel: GumbelKernel, device: torch.device) -> str | None:
     return None if error <= _TOLERANCE else f"its log-probabilities differ by {error:.2g} (tolerance {_TOLERANCE})"
 
 
-def _sample_by_kernel(
-    kernel: GumbelKernel, logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor
-) -> Sampled:
-    """Sample by a kernel. A row without filters gets the same bits whether or not other rows have filters."""
+def sample_with(kernel: GumbelKernel, logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
+    """Sample by a kernel, see `sample`. A row gets the same bits whatever rules and filters other rows have."""
     noise = (rows.keys, rows.samples, positions)
     draws = kernel.draw(logits, rows.temperature, *noise)
-    if not rows.filtered:
-        return Sampled(tokens=draws.tokens, logprobs=draws.logprobs, sampler_logprobs=draws.logprobs)
-    scores = _scores(logits, rows)
-    # The scores are already divided by the temperature, which must still be 0 where greedy.
-    filtered = kernel.draw(filter_scores(scores, rows), (rows.temperature > 0).float(), *noise)
-    chosen = scores.gather(1, filtered.tokens[:, None])[:, 0].double()
-    return Sampled(
-        tokens=filtered.tokens,
-        logprobs=(chosen - draws.log_sums).float(),
-        sampler_logprobs=filtered.logprobs,
-    )
+    sampled = Sampled(tokens=draws.tokens, logprobs=draws.logprobs, sampler_logprobs=draws.logprobs)
+    if rows.filtered:
+        scores = _scores(logits, rows)
+        sampled = _draw_from(kernel, filter_scores(scores, rows), scores, rows, positions, draws.log_sums)
+    for part in rows.edited:
+        at = part.edits.at
+        raw = logits.index_select(0, at).float()
+        edited = raw.clone()
+        part.edits.apply(edited, positions[at])
+        scores = _scores(edited, part.rows)
+        kept = filter_scores(scores, part.rows)
+        redrawn = _draw_from(kernel, kept, _scores(raw, part.rows), part.rows, positions[at], draws.log_sums[at])
+        sampled = Sampled(
+            tokens=sampled.tokens.index_copy(0, at, redrawn.tokens),
+            logprobs=sampled.logprobs.index_copy(0, at, redrawn.logprobs),
+            sampler_logprobs=sampled.sampler_logprobs.index_copy(0, at, redrawn.sampler_logprobs),
+        )
+    return sampled
+
+
+def _draw_from(
+    kernel: GumbelKernel,
+    kept: torch.Tensor,
+    scores: torch.Tensor,
+    rows: RowSampling,
+    positions: torch.Tensor,
+    log_sums: torch.Tensor,
+) -> Sampled:
+    """Draw from ``kept`` [B, V]; the model's log-probabilities are those of ``scores`` [B, V] with ``log_sums`` [B]."""
+    # Both are already divided by the temperature, which must still be 0 where greedy.
+    draws = kernel.draw(kept, (rows.temperature > 0).float(), rows.keys, rows.samples, positions)
+    chosen = scores.gather(1, draws.tokens[:, None])[:, 0].double()
+    return Sampled(tokens=draws.tokens, logprobs=(chosen - log_sums).float(), sampler_logprobs=draws.logprobs)
 
 
 def _scores(logits: torch.Tensor, rows: RowSampling) -> torch.Tensor:
     """Return logits [B, V] as float32 over the temperature; unscaled where greedy."""
     return logits.float() / torch.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
-
-
-def _sample_by_tensor_ops(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
-    """Sample by tensor operations, the reference of the kernels."""
-    scores = _scores(logits, rows)
-    kept = filter_scores(scores, rows) if rows.filtered else scores
-    blocks = F.pad(kept, (0, -kept.shape[1] % BLOCK), value=-torch.inf).unflatten(1, (-1, BLOCK))
-    sums = blocks.logsumexp(-1)
-    noise = gumbel(sums.shape[1] + BLOCK, rows.keys, rows.samples, positions)
-    block = (sums + noise[:, : sums.shape[1]]).argmax(-1)
-    winning_block = blocks[torch.arange(len(blocks), device=blocks.device), block]
-    tokens = block * BLOCK + (winning_block + noise[:, sums.shape[1] :]).argmax(-1)
-    if rows.any_greedy:
-        tokens = torch.where(rows.temperature > 0, tokens, kept.argmax(-1))
-    kept_log_sum = sums.logsumexp(-1)
-    log_sum = scores.logsumexp(-1) if rows.filtered else kept_log_sum
-    chosen = scores.gather(1, tokens[:, None])[:, 0]
-    return Sampled(tokens=tokens, logprobs=chosen - log_sum, sampler_logprobs=chosen - kept_log_sum)
 
 
 def filter_scores(scores: torch.Tensor, rows: RowSampling) -> torch.Tensor:

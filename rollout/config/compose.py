@@ -21,7 +21,6 @@ from rollout.config.schema import (
     ModelConfig,
     OutputConfig,
     RewardConfig,
-    SamplingConfig,
 )
 from rollout.errors import InputError, check_all
 
@@ -39,7 +38,6 @@ def register() -> None:
     for group, name, node in (
         ("model", "schema", ModelConfig),
         ("data", "schema", DataConfig),
-        ("sampling", "schema", SamplingConfig),
         *(("batcher", f"schema_{policy}", schema) for policy, schema in BATCHER_SCHEMAS.items()),
         ("memory", "schema", MemoryConfig),
         ("output", "schema", OutputConfig),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
+from itertools import takewhile
 from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
@@ -107,7 +108,7 @@ def _sections(group: str, option: str) -> list[Section]:
         policies = [option, *(name for name in PARAMETERS if name != option)]
         return [Section("", common), *(Section(name, _parameters(name)) for name in policies)]
     kind = schema.RewardConfig if group == "reward" else get_type_hints(schema.Config)[group]
-    return [Section("", _keys(option, kind, group))]
+    return [Section("", [*_keys(option, kind, group), *_nested_keys(kind, group)])]
 
 
 def _keys(file: str, kind: type[Any], group: str = "") -> list[Key]:
@@ -117,6 +118,17 @@ def _keys(file: str, kind: type[Any], group: str = "") -> list[Key]:
         for name, (default, meaning) in _lines(conf() / group, file).items()
         if name in {field.name for field in fields(kind)}
     ]
+
+
+def _nested_keys(kind: type[Any], group: str) -> list[Key]:
+    """Return the keys of a group that ``config.yaml`` sets itself, because Hydra reserves their names in a group."""
+    lines = iter((conf() / "config.yaml").read_text(encoding="utf-8").splitlines())
+    for line in lines:
+        if line == f"{group}:":
+            break
+    indented = takewhile(lambda line: line.startswith("  "), lines)
+    matches = map(_KEY.match, (line.removeprefix("  ") for line in indented))
+    return [Key(f"{group}.{m[1]}", _type(kind, m[1]), m[2].strip(), m[3]) for m in matches if m]
 
 
 def _lines(folder: Traversable, file: str) -> dict[str, tuple[str, str]]:

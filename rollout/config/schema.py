@@ -10,7 +10,7 @@ from omegaconf import MISSING
 from rollout.batcher.registry import PARAMETERS, POLICIES, make_policy
 from rollout.batcher.types import Bounds, Policy
 from rollout.errors import InputError
-from rollout.sampling_params import SamplingParams
+from rollout.sampling_params import PARAMETER_NAMES, SamplingParams
 
 # Nothing changes these dataclasses after `validate`. They are not `frozen=True` because OmegaConf treats frozen
 # dataclasses as read-only, and Hydra must merge groups and overrides into them.
@@ -51,7 +51,7 @@ class DataConfig:
 
 @dataclass
 class SamplingConfig:
-    """How completions are sampled: the fields of :class:`rollout.sampling_params.SamplingParams`."""
+    """How completions are sampled: the fields of :class:`rollout.sampling_params.SamplingParams`, and their origin."""
 
     n: int = MISSING
     temperature: float = MISSING
@@ -62,6 +62,15 @@ class SamplingConfig:
     stop: list[str] = MISSING
     stop_token_ids: list[int] = MISSING
     ignore_eos: bool = MISSING
+    repetition_penalty: float = MISSING
+    presence_penalty: float = MISSING
+    frequency_penalty: float = MISSING
+    min_new_tokens: int = MISSING
+    logit_bias: Any = MISSING
+    bad_words: Any = MISSING
+    allowed_token_ids: Any = MISSING
+    defaults: str = MISSING
+    """Hydra reserves this name in the files of a group, so ``conf/config.yaml`` sets it."""
 
     def params(self) -> SamplingParams:
         """Return the sampling parameters for the engine.
@@ -69,9 +78,8 @@ class SamplingConfig:
         Raises:
             InputError: a value is out of range.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
         try:
-            return SamplingParams(**values | {"stop": tuple(self.stop), "stop_token_ids": tuple(self.stop_token_ids)})
+            return SamplingParams(**{name: getattr(self, name) for name in PARAMETER_NAMES})
         except InputError as error:
             # Its sentences begin with the name of the parameter.
             raise InputError(f"sampling.{error}") from error

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rollout.batcher.types import IntArray
+from rollout.models.sampling.token_rules import TokenRules
 from rollout.requests import Request
 
 Float32Array = NDArray[np.float32]
@@ -61,6 +62,8 @@ class BatchRow:
     """Maximum tokens to generate: ``max_new_tokens``, or fewer if the context limit is reached first."""
     completion: Completion = NO_COMPLETION
     """Tokens that it had generated when it was preempted."""
+    rules: TokenRules | None = None
+    """What its parameters do to its logits before temperature and filters; None: nothing."""
 
     @property
     def expected_tokens(self) -> float:

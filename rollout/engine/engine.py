@@ -24,17 +24,19 @@ from rollout.engine.loop import Loop
 from rollout.engine.params_arguments import given_params
 from rollout.engine.prompt_arguments import GivenPrompt, check_prompt, given_prompts, given_row_ids
 from rollout.engine.reasoning import ReasoningSplitter, warn_if_skipped
+from rollout.engine.rule_compiler import RuleCompiler
 from rollout.engine.tp_sync import sync_for
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.engine_arguments import argument_checks
 from rollout.errors import InputError, PromptError, check_all
+from rollout.generation_defaults import eos_ids, not_offered
 from rollout.headroom.headroom import Headroom, after_reserve, headroom_over, memory_name
 from rollout.length_history import LengthHistory
 from rollout.models.attention.names import AUTO
 from rollout.models.errors import first_line
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.module.adapters import refuse_adapters
-from rollout.models.module.inspect import context_limit, output_device, unwrap_model, vocabulary_size
+from rollout.models.module.inspect import context_limit, logits_size, output_device, unwrap_model, vocabulary_size
 from rollout.models.patches.linears import PackedLinears
 from rollout.models.patches.norms_and_rope import FusedModules
 from rollout.models.patches.shared_inputs import layers_with_shared_inputs
@@ -148,8 +150,12 @@ class Engine:
             self._reasoning = ReasoningSplitter(tokenizer, skip_special_tokens)
         elif tokenizer is not None and skip_special_tokens:
             warn_if_skipped(tokenizer)
-        self._eos_ids = _eos_ids(base.generation_config)
-        _warn_about_unapplied_processors(base.generation_config)
+        self._eos_ids = eos_ids(base.generation_config)
+        for name, value in not_offered(base.generation_config).items():
+            logger.warning("The model's generation_config sets %s=%r, which this engine does not apply.", name, value)
+        self._rules = RuleCompiler(
+            tokenizer, eos_ids=self._eos_ids, vocab_size=min(self._vocab_size, logits_size(model))
+        )
         self._lengths = LengthHistory(_REMEMBERED_PROMPTS)
         self._ordering = Ordering()
         self.stats: Stats | None = None
@@ -265,7 +271,11 @@ class Engine:
         layout = self._strategy.kv_layout()
         patches = self._make_patches(layout)  # before the KV budget: the packed weights take their share of memory
         queue = WaitingQueue(
-            requests, context_limit=self.context_limit, vocab_size=self._vocab_size, ordering=self._ordering
+            requests,
+            context_limit=self.context_limit,
+            vocab_size=self._vocab_size,
+            ordering=self._ordering,
+            compile_rules=self._rules.compile,
         )
         queue.fill(_FIRST_ROWS)
         kv = KVMemory(
@@ -347,27 +357,3 @@ def _describe(strategy: str, attention: str) -> str:
     """Return attention and run strategy in words, e.g. ``compiled attention (packed batches)``."""
     unnamed = {"own": "their own attention", "none": "no attention"}
     return f"{unnamed.get(attention, f'{attention} attention')} ({strategy} batches)"
-
-
-def _eos_ids(generation_config: Any) -> list[int]:
-    """Return the end-of-sequence ids, of which a model may have several."""
-    eos = getattr(generation_config, "eos_token_id", None)
-    return [] if eos is None else [int(i) for i in (eos if isinstance(eos, list | tuple) else [eos])]
-
-
-def _warn_about_unapplied_processors(generation_config: Any) -> None:
-    """Warn about default logits processors that transformers' ``generate`` would apply and this engine does not."""
-    defaults = {
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "suppress_tokens": None,
-        "begin_suppress_tokens": None,
-        "bad_words_ids": None,
-        "min_length": 0,
-        "min_new_tokens": None,
-        "forced_eos_token_id": None,
-    }
-    for name, default in defaults.items():
-        value = getattr(generation_config, name, default)
-        if value not in (None, default):
-            logger.warning("The model's generation_config sets %s=%r, which this engine does not apply.", name, value)

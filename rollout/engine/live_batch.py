@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +12,10 @@ from numpy.typing import NDArray
 from rollout.batcher.types import IntArray
 from rollout.engine.batch_row import BatchRow, Completion, Float32Array, noise_key
 from rollout.models.arrays import uploaded
-from rollout.models.sampling.sampler import RowSampling
+from rollout.models.sampling.logit_edits import logit_edits
+from rollout.models.sampling.sampler import EditedRows, RowSampling
+from rollout.models.sampling.token_history import TokenHistory
+from rollout.models.sampling.token_rules import TokenRules
 
 _GROWTH = 16
 _NO_STATE: IntArray = np.zeros(0, np.int64)
@@ -61,6 +65,8 @@ class LiveBatch:
         """True once the row has finished; tokens sampled after its last one are discarded."""
         self.non_finite: NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Whether any log-probability of the row was not finite."""
+        self.no_token: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Whether the row's parameters left no token to draw; the last token then is none of its completion."""
         self._tokens_at_join: IntArray = np.zeros(0, np.int64)
         self._temperature: NDArray[np.float32] = np.zeros(0, np.float32)
         self._top_k: IntArray = np.zeros(0, np.int64)
@@ -68,6 +74,12 @@ class LiveBatch:
         self._min_p: NDArray[np.float32] = np.zeros(0, np.float32)
         self._keys: IntArray = np.zeros((0, 2), np.int64)
         self._samples: IntArray = np.zeros(0, np.int64)
+        self._rules: list[TokenRules | None] = []
+        self._ruled: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        """Whether the row has token rules."""
+        self._history = TokenHistory(device)
+        self._history_rows: IntArray = np.zeros(0, np.int64)
+        """Row of the history, where the row's rules need one."""
         self._last = torch.zeros(0, dtype=torch.int64, device=device)
         """[slots] the most recently sampled token, on the device."""
         self._tokens: IntArray = np.zeros((0, _GROWTH), np.int64)
@@ -144,6 +156,7 @@ class LiveBatch:
         self.groups[slot] = row.group.number
         self.ended[slot] = False
         self.non_finite[slot] = False
+        self.no_token[slot] = False
         self._tokens_at_join[slot] = done
         params = row.request.params
         self.ignore_eos[slot] = params.ignore_eos
@@ -154,6 +167,10 @@ class LiveBatch:
         self._min_p[slot] = params.min_p
         self._keys[slot] = noise_key(row.request.seed, row.request.row_id)
         self._samples[slot] = row.sample
+        self._rules[slot] = row.rules
+        self._ruled[slot] = row.rules is not None
+        if row.rules is not None and row.rules.needs_history:
+            self._history_rows[slot] = self._history.add(row.rules, row.group.prompt_ids, row.completion.tokens)
         self._tokens[slot, :done] = row.completion.tokens
         self._logprobs[slot, :done] = row.completion.logprobs
         self._sampler_logprobs[slot, :done] = row.completion.sampler_logprobs
@@ -167,6 +184,9 @@ class LiveBatch:
         self.active = self.active[self.active != slot]
         self.occupied = self.occupied[self.occupied != slot]
         self._rows[slot] = None
+        rules, self._rules[slot] = self._rules[slot], None
+        if rules is not None and rules.needs_history:
+            self._history.remove(int(self._history_rows[slot]))
         self.page_tables[slot] = 0
         self._free.append(slot)
 
@@ -175,6 +195,7 @@ class LiveBatch:
         old = len(self._rows)
         new = max(_GROWTH, 2 * old)
         self._rows.extend([None] * (new - old))
+        self._rules.extend([None] * (new - old))
         self._free.extend(range(new - 1, old - 1, -1))
         self.page_tables = _longer(self.page_tables, new)
         self.page_counts = _longer(self.page_counts, new)
@@ -189,6 +210,7 @@ class LiveBatch:
         self.has_stops = _longer(self.has_stops, new)
         self.ended = _longer(self.ended, new)
         self.non_finite = _longer(self.non_finite, new)
+        self.no_token = _longer(self.no_token, new)
         self._tokens_at_join = _longer(self._tokens_at_join, new)
         self._temperature = _longer(self._temperature, new)
         self._top_k = _longer(self._top_k, new)
@@ -196,6 +218,8 @@ class LiveBatch:
         self._min_p = _longer(self._min_p, new)
         self._keys = _longer(self._keys, new)
         self._samples = _longer(self._samples, new)
+        self._ruled = _longer(self._ruled, new)
+        self._history_rows = _longer(self._history_rows, new)
         self._tokens = _longer(self._tokens, new)
         self._logprobs = _longer(self._logprobs, new)
         self._sampler_logprobs = _longer(self._sampler_logprobs, new)
@@ -229,6 +253,8 @@ class LiveBatch:
     def advance(self, slots: IntArray, tokens: torch.Tensor) -> None:
         """Count one sampled token, still on the device, per slot; rows at their limit stop being active."""
         self._last[uploaded(slots, self._device)] = tokens
+        for part in self.sampling(slots).edited:
+            part.edits.append(tokens)
         self.generated[slots] += 1
         below_limit = self.generated[self.active] < self.limits[self.active]
         if not below_limit.all():
@@ -260,8 +286,8 @@ class LiveBatch:
         return tokens
 
     def completion(self, slot: int) -> Completion:
-        """Return a copy of the row's received tokens and their log-probabilities."""
-        received = int(self.received[slot])
+        """Return a copy of the row's tokens and their log-probabilities: all received but one drawn from none."""
+        received = int(self.received[slot]) - int(self.no_token[slot])
         return Completion(
             tokens=self._tokens[slot, :received].copy(),
             logprobs=self._logprobs[slot, :received].copy(),
@@ -276,6 +302,19 @@ class LiveBatch:
         return self._sampling
 
     def _make_sampling(self, slots: IntArray) -> RowSampling:
+        ruled = self._ruled[slots]
+        if not ruled.any():
+            return self._parameters(slots)
+        edits = logit_edits(
+            [self._rules[slot] for slot in slots.tolist()], self._history, self._history_rows[slots], self._device
+        )
+        edited = [EditedRows(edits=part, rows=self._parameters(slots[part.members])) for part in edits]
+        return replace(self._parameters(slots, slots[~ruled]), edited=tuple(edited))
+
+    def _parameters(self, slots: IntArray, flagged: IntArray | None = None) -> RowSampling:
+        """Return the parameters of ``slots``; those of ``flagged``, by default all, set the flags."""
+        flagged = slots if flagged is None else flagged
+
         def tensor(array: NDArray[Any]) -> torch.Tensor:
             return uploaded(array[slots], self._device)
 
@@ -286,10 +325,9 @@ class LiveBatch:
             min_p=tensor(self._min_p),
             keys=tensor(self._keys),
             samples=tensor(self._samples),
-            most_top_k=int(self._top_k[slots].max()),
-            any_top_p=bool((self._top_p[slots] < 1).any()),
-            any_min_p=bool((self._min_p[slots] > 0).any()),
-            any_greedy=bool((self._temperature[slots] == 0).any()),
+            most_top_k=int(self._top_k[flagged].max(initial=0)),
+            any_top_p=bool((self._top_p[flagged] < 1).any()),
+            any_min_p=bool((self._min_p[flagged] > 0).any()),
         )
 
 

@@ -247,6 +247,8 @@ class Loop:
         live, slots, positions = self._scheduler.live, pending.slots, pending.positions
         read = pending.read()
         live.non_finite[slots] |= ~np.isfinite(read.logprobs)
+        # Of a row whose tokens are all banned, only the sampler's log-probability is not finite.
+        live.no_token[slots] = np.isnan(read.sampler_logprobs) & ~live.non_finite[slots]
         wanted = ~live.ended[slots]
         live.receive(
             slots[wanted],
@@ -256,9 +258,10 @@ class Loop:
             sampler_logprobs=read.sampler_logprobs[wanted],
         )
         stopped = np.isin(read.tokens, self._eos_ids) & ~live.ignore_eos[slots]
-        for i in np.flatnonzero(live.has_stops[slots] & wanted & ~stopped).tolist():
+        stopped &= ~live.no_token[slots]
+        for i in np.flatnonzero(live.has_stops[slots] & wanted & ~(stopped | live.no_token[slots])).tolist():
             stopped[i] = self._hits_stop(int(slots[i]), int(read.tokens[i]))
-        ended = stopped | live.non_finite[slots] | (positions + 1 >= live.limits[slots])
+        ended = stopped | live.non_finite[slots] | live.no_token[slots] | (positions + 1 >= live.limits[slots])
         for i in np.flatnonzero(wanted & ended).tolist():
             self._finish(int(slots[i]), bool(stopped[i]))
         # Other ended rows keep their pages: a step in flight still writes to them, possibly non-finite numbers.
@@ -283,6 +286,10 @@ class Loop:
         if live.non_finite[slot]:
             error = "The model's logits are not finite."
             self._records.fail(row.request, row.sample, completion, error_class="not_finite", error=error)
+            return
+        if live.no_token[slot]:
+            error = f"The sampling parameters ban every token at position {len(completion)} of the completion."
+            self._records.fail(row.request, row.sample, completion, error_class="no_token_allowed", error=error)
             return
         cut = not stopped and len(completion) >= row.limit
         self._queue.learn(row, len(completion))

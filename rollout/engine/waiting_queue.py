@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
 from typing import NamedTuple
@@ -14,7 +14,10 @@ import numpy as np
 from rollout.batcher.admission_order import Ordering
 from rollout.batcher.types import WaitingRows
 from rollout.engine.batch_row import BatchRow, Group
+from rollout.errors import InputError
+from rollout.models.sampling.token_rules import TokenRules
 from rollout.requests import Request
+from rollout.sampling_params import SamplingParams
 
 #: Waiting rows that an observation lists.
 _OBSERVED_ROWS = 64
@@ -36,6 +39,7 @@ class WaitingQueue:
         context_limit: maximum tokens of prompt and completion together; None: no limit.
         vocab_size: token ids must be below this.
         ordering: orders rows by their expected lengths.
+        compile_rules: compiles a request's parameters; raises InputError if they do not suit the model.
     """
 
     def __init__(
@@ -44,11 +48,13 @@ class WaitingQueue:
         context_limit: int | None,
         vocab_size: int,
         ordering: Ordering | None = None,
+        compile_rules: Callable[[SamplingParams], TokenRules | None] = lambda _: None,
     ) -> None:
         self._requests: Iterator[Request] = iter(requests)
         self._context_limit = context_limit
         self._vocab_size = vocab_size
         self._ordering = Ordering() if ordering is None else ordering
+        self._compile_rules = compile_rules
         self._rows: deque[BatchRow] = deque()
         self._last_group: Group | None = None
         self._groups = count()
@@ -95,6 +101,11 @@ class WaitingQueue:
         if rejected is not None:
             self._rejected.append(rejected)
             return
+        try:
+            rules = self._compile_rules(request.params)
+        except InputError as error:
+            self._rejected.append(RejectedRequest(request, "bad_params", str(error)))
+            return
         prompt = np.asarray(request.prompt_ids, np.int64)
         if self._last_group is None or not np.array_equal(self._last_group.prompt_ids, prompt):
             self._last_group = Group(next(self._groups), prompt)
@@ -102,7 +113,7 @@ class WaitingQueue:
         if self._context_limit is not None:
             limit = min(limit, self._context_limit - len(prompt))
         rows = [
-            BatchRow(request=request, sample=sample, group=self._last_group, limit=limit)
+            BatchRow(request=request, sample=sample, group=self._last_group, limit=limit, rules=rules)
             for sample in request.wanted_samples
         ]
         self._rows.extend(rows)

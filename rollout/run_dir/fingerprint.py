@@ -6,13 +6,13 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rollout.config.schema import Config
+from rollout.config.schema import Config, SamplingConfig
 from rollout.errors import shorten
+from rollout.sampling_params import PARAMETER_NAMES, SamplingParams
 
 _HASHED_WHOLE_BYTES = 1 << 30
 """Files up to this size are hashed whole, larger ones by `_hash_blocks`."""
@@ -21,6 +21,10 @@ _TENSOR_BLOCK_BYTES = 1 << 14
 _TOKENIZER_PREFIXES = (
     *("tokenizer", "vocab", "merges", "special_tokens", "added_tokens"),
     *("chat_template", "spiece", "spm"),
+)
+_FIRST_PARAMETERS = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "max_new_tokens"),
+    *("stop", "stop_token_ids", "ignore_eos"),
 )
 _MODEL_SUFFIXES = (".safetensors", ".gguf", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 
@@ -69,7 +73,7 @@ def fingerprint_of(
             "data.kept_content": kept_content,
             "data.as_chat": config.data.as_chat,
             "data.system_prompt": config.data.system_prompt,
-            **{f"sampling.{key}": value for key, value in asdict(config.sampling).items()},
+            **_sampling_values(config.sampling),
             "reward": config.reward,
             "output.format": config.output.format,
             "output.logprobs": config.output.logprobs,
@@ -78,6 +82,20 @@ def fingerprint_of(
             "seed": config.seed,
         }
     )
+
+
+def _sampling_values(sampling: SamplingConfig) -> dict[str, Any]:
+    """Return the sampling parameters that runs have always had, and the later ones that are not off.
+
+    A run that began before a parameter existed can so be resumed.
+    """
+    params, off = sampling.params(), SamplingParams()
+    values = {name: getattr(params, name) for name in PARAMETER_NAMES}
+    return {
+        f"sampling.{name}": value
+        for name, value in values.items()
+        if name in _FIRST_PARAMETERS or value != getattr(off, name)
+    }
 
 
 def differences(old: Fingerprint, new: Fingerprint) -> list[str]:

@@ -213,7 +213,6 @@ class Model:
         assert sampling.most_top_k == max(p.top_k for p in params)
         assert sampling.any_top_p == any(p.top_p < 1 for p in params)
         assert sampling.any_min_p == any(p.min_p > 0 for p in params)
-        assert sampling.any_greedy == any(p.temperature == 0 for p in params)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -33,6 +33,11 @@ def made(folder: Path, *overrides: str, content: str = "c", adapter: Path | None
         ("sampling.temperature=0.5", ["sampling.temperature"]),
         ("sampling.n=2", ["sampling.n"]),
         ("sampling.stop=[x]", ["sampling.stop"]),
+        ("sampling.repetition_penalty=1.1", ["sampling.repetition_penalty"]),
+        ("sampling.min_new_tokens=3", ["sampling.min_new_tokens"]),
+        ("sampling.logit_bias={5: -1}", ["sampling.logit_bias"]),
+        ("sampling.bad_words=[x,[1,2]]", ["sampling.bad_words"]),
+        ("sampling.allowed_token_ids=[1,2]", ["sampling.allowed_token_ids"]),
         ("seed=1", ["seed"]),
         ("data.as_chat=true", ["data.as_chat"]),
         ("data.system_prompt=x", ["data.system_prompt"]),
@@ -61,6 +66,14 @@ def test_settings_that_change_results_differ(tmp_path: Path, override: str, keys
 )
 def test_execution_settings_do_not_differ(tmp_path: Path, override: str) -> None:
     assert made(tmp_path).digest == made(tmp_path, override).digest
+
+
+@pytest.mark.parametrize(
+    "override", ["sampling.repetition_penalty=1", "sampling.logit_bias={}", "sampling.bad_words=[]"]
+)
+def test_parameters_that_are_off_do_not_differ_from_runs_without_them(tmp_path: Path, override: str) -> None:
+    assert made(tmp_path).digest == made(tmp_path, override).digest
+    assert not any("penalty" in key or "bad_words" in key for key in made(tmp_path, override).values)
 
 
 def test_data_content_differs(tmp_path: Path) -> None:

@@ -33,5 +33,4 @@ def rows_of(rows: list[One]) -> RowSampling:
         most_top_k=max(row.top_k for row in rows),
         any_top_p=any(row.top_p < 1 for row in rows),
         any_min_p=any(row.min_p > 0 for row in rows),
-        any_greedy=any(row.temperature == 0 for row in rows),
     )

@@ -143,7 +143,6 @@ def _expected(
         most_top_k=params.top_k,
         any_top_p=params.top_p < 1,
         any_min_p=params.min_p > 0,
-        any_greedy=params.temperature == 0,
     )
     tokens: list[int] = []
     logprobs: list[float] = []

@@ -19,6 +19,7 @@ from rollout.models.sampling import gumbel_cpu as module
 from rollout.models.sampling import sampler
 from rollout.models.sampling.base import Draws, GumbelKernel
 from rollout.models.sampling.gumbel_cpu import GumbelMax, gumbel_max
+from rollout.models.sampling.gumbel_tensor import TensorGumbelMax
 from rollout.models.sampling.gumbel_triton import TritonGumbelMax
 from rollout.models.sampling.sampler import RowSampling, Sampled, sample
 from tests.support.devices import GPU
@@ -70,7 +71,6 @@ def rows_of(
         most_top_k=0,
         any_top_p=False,
         any_min_p=False,
-        any_greedy=0.0 in temperatures,
     )
 
 
@@ -84,7 +84,7 @@ def case(
 
 
 def by_tensors(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
-    return sampler._sample_by_tensor_ops(logits, rows, positions)
+    return sampler.sample_with(TensorGumbelMax(), logits, rows, positions)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout.models.sampling import sampler, top_p, top_p_triton
+from rollout.models.sampling.gumbel_tensor import TensorGumbelMax
 from rollout.models.sampling.top_p import is_threshold, threshold_by_sorting
 from rollout.models.sampling.top_p_triton import threshold
 from tests.support.devices import GPU
@@ -116,13 +117,13 @@ def test_tensor_operations_of_sampling_never_synchronize(rows: list[One], monkey
     logits = scores_of(2000, 0.5, 4, len(rows), torch.device("cpu"))
     parameters, positions = rows_of(rows), torch.arange(len(rows))
     with NoSynchronization():
-        found = sampler._sample_by_tensor_ops(logits, parameters, positions)
+        found = sampler.sample_with(TensorGumbelMax(), logits, parameters, positions)
     monkeypatch.setattr(sampler, "top_p_threshold", threshold_by_sorting)
-    by_sorting = sampler._sample_by_tensor_ops(logits, parameters, positions)
+    by_sorting = sampler.sample_with(TensorGumbelMax(), logits, parameters, positions)
     assert torch.equal(found.tokens, by_sorting.tokens)
     if any(row.top_p < 1 for row in rows):
         with pytest.raises(AssertionError, match=r"_local_scalar_dense.* synchronizes"), NoSynchronization():
-            sampler._sample_by_tensor_ops(logits, parameters, positions)
+            sampler.sample_with(TensorGumbelMax(), logits, parameters, positions)
 
 
 def test_failing_top_p_kernel_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
