@@ -53,3 +53,10 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
             assert heading in anchors, f"{target} in {page}"
+
+
+def test_contents_name_every_page() -> None:
+    docs = ROOT / "docs"
+    text = (docs / "README.md").read_text(encoding="utf-8")
+    pages = {page.relative_to(docs).as_posix() for page in [*docs.glob("*.md"), docs / "results" / "README.md"]}
+    assert set(re.findall(r"\]\((?!\.\.)([^)#]+)\)", text)) == pages - {"README.md"}
