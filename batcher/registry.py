@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, cast
 
 from rollout.batcher.policies.memory import MemoryParameters, MemoryPolicy
 from rollout.batcher.policies.paper import PaperParameters, PaperPolicy
@@ -12,7 +12,7 @@ from rollout.batcher.policies.predictive import PredictiveParameters, Predictive
 from rollout.batcher.policies.sla import SlaParameters, SlaPolicy
 from rollout.batcher.policies.static import StaticPolicy
 from rollout.batcher.suggestions import describe_names
-from rollout.batcher.types import Bounds, Policy
+from rollout.batcher.types import Bounds, Decision, Observation, Policy
 
 POLICIES: Mapping[str, Callable[..., Policy]] = {
     "static": StaticPolicy,
@@ -47,3 +47,37 @@ def make_policy(name: str, bounds: Bounds, **parameters: Any) -> Policy:
     if name not in PARAMETERS:
         return POLICIES[name](bounds)
     return POLICIES[name](bounds, PARAMETERS[name](**parameters))
+
+
+class BoundedPolicy:
+    """Keeps the decisions of a caller's policy within the bounds on rows."""
+
+    def __init__(self, policy: Policy, bounds: Bounds) -> None:
+        self._policy = policy
+        self._bounds = bounds
+
+    def decide(self, observation: Observation) -> Decision:
+        decision = self._policy.decide(observation)
+        rows = min(max(decision.rows, self._bounds.min_rows), self._bounds.max_rows)
+        return decision if rows == decision.rows else replace(decision, rows=rows)
+
+
+def bounded(policy: object, bounds: Bounds) -> Policy:
+    """Hold a caller's own policy to the bounds on rows; those of this package have bounds already.
+
+    Raises:
+        ValueError: it is no policy, or there is a latency budget, which only policies made by name keep.
+    """
+    if isinstance(policy, type) or not callable(getattr(policy, "decide", None)):
+        raise ValueError(
+            f"policy is {policy!r}, but must be one of {', '.join(POLICIES)}, or an object with a method "
+            "decide(observation)."
+        )
+    own = cast(Policy, policy)
+    if type(own) in POLICIES.values():
+        return own
+    if bounds.latency_budget_ms is not None:
+        raise ValueError(
+            "latency_budget_ms is only for policies that are made by name: leave it out, and let your policy keep it."
+        )
+    return BoundedPolicy(own, bounds)

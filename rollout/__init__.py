@@ -14,11 +14,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Engine", "Record", "SamplingParams"]
 
+__version__: str
+
 _MODULES = {"Batch": "records", "Engine": "engine.engine", "Record": "records", "SamplingParams": "sampling_params"}
 
 
 def __getattr__(name: str) -> Any:
     """Import public names on first use, so that a job refuses bad input before importing torch and transformers."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("rollout")
     if name not in _MODULES:
         raise AttributeError(f"module 'rollout' has no attribute {name!r}")
     from importlib import import_module

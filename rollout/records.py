@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow as pa
+
+from rollout.errors import InputError, shorten
+from rollout.record_columns import PREFIX, SCHEMA, as_utf8, column_of
+
 if TYPE_CHECKING:
+    import datasets
+    import pandas
     import torch
 
     from rollout.stats import Stats
@@ -14,7 +22,10 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-@dataclass(frozen=True, slots=True)
+_SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Record:
     """One completion, or the error that prevented it.
 
@@ -43,6 +54,15 @@ class Record:
     reasoning: str = ""
     row: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Describe the record in a line, without its lists of numbers."""
+        end = self.finish_reason if not self.error_class else f"{self.finish_reason}: {self.error_class}"
+        reward = "" if self.reward is None else f", reward {self.reward:g}"
+        return (
+            f"<Record {self.row_id!r} sample {self.sample}: {len(self.prompt_ids)} + {len(self.completion_ids)} "
+            f"tokens, {end}{reward}, {shorten(self.text, _SHOWN_CHARACTERS)!r}>"
+        )
+
 
 REASONING = "reasoning"
 """The column that a run writes before the text if reasoning is split from it."""
@@ -68,7 +88,7 @@ class Padded:
     """[B, R] float32, 0 on padding."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Batch:
     """The records of one call, in prompt order, then sample order."""
 
@@ -83,6 +103,48 @@ class Batch:
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)
+
+    def __repr__(self) -> str:
+        """Describe the batch in a line."""
+        rows = len({record.row_id for record in self.records})
+        tokens = sum(len(record.completion_ids) for record in self.records)
+        errors = sum(bool(record.error_class) for record in self.records)
+        return f"<Batch of {len(self)} records of {rows} prompts: {tokens} tokens, {errors} errors>"
+
+    def to_dataset(self) -> datasets.Dataset:
+        """Return the records as a dataset: the columns of a job's shards, with those of `Record.row`.
+
+        A column of a row that a record has gets the prefix ``input_``. Values of mixed types become JSON text.
+        ``reasoning`` is a column if a record has any.
+
+        Raises:
+            InputError: a column's name with the prefix is another column's.
+        """
+        import datasets
+
+        own = list(SCHEMA)
+        if any(record.reasoning for record in self.records):
+            own.insert(SCHEMA.get_field_index("text"), pa.field(REASONING, pa.string()))
+        taken = {column.name for column in own}
+        names = {name: f"{PREFIX}{name}" if name in taken else name for name in self._row_columns()}
+        if clash := names.keys() & {new for old, new in names.items() if new != old}:
+            raise InputError(
+                f"The rows of the prompts have a column {clash.pop()} and one that would be renamed to it."
+            )
+        rows = {new: [record.row.get(old) for record in self.records] for old, new in names.items()}
+        columns = [
+            *((field.name, column_of(self.records, field)) for field in own[:2]),
+            *((name, _column_of_rows(values)) for name, values in rows.items()),
+            *((field.name, column_of(self.records, field)) for field in own[2:]),
+        ]
+        return datasets.Dataset(pa.table(dict(columns)))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the columns of `to_dataset` as a table of pandas."""
+        return self.to_dataset().to_pandas()
+
+    def _row_columns(self) -> Iterable[str]:
+        return dict.fromkeys(name for record in self.records for name in record.row)
 
     def to_padded(self, pad_token_id: int) -> Padded:
         """Return the records as padded CPU tensors; an error record contributes the tokens it has."""
@@ -110,3 +172,11 @@ class Batch:
             logprobs=padded([record.logprobs for record in self.records], 0.0, torch.float32, "right"),
             sampler_logprobs=padded([record.sampler_logprobs for record in self.records], 0.0, torch.float32, "right"),
         )
+
+
+def _column_of_rows(values: list[Any]) -> pa.Array:
+    """Return values of any kind as an array; of mixed kinds, or kinds that Arrow does not know, as JSON text."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
+        return pa.array([None if value is None else as_utf8(json.dumps(value, default=str)) for value in values])

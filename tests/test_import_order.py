@@ -18,7 +18,7 @@ LEVELS = {
     ],
     "batcher": ["types suggestions", "estimators preemption admission_order", "policies", "registry", "simulation"],
     "rollout": [
-        "errors logs arithmetic stats generation_defaults",
+        "errors logs arithmetic stats generation_defaults record_columns",
         "records sampling_params headroom engine_arguments argument_parser",
         "requests length_history config",
         "data engine run_dir",

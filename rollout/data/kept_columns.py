@@ -14,12 +14,11 @@ from rollout.config.schema import DataConfig
 from rollout.data.column_values import MIXED
 from rollout.data.row_store import RowStore
 from rollout.errors import InputError
+from rollout.record_columns import PREFIX
 
 logger = logging.getLogger(__name__)
 
 ALL = "all"
-PREFIX = "input_"
-"""Put before the name of an input column that a record has as well."""
 _ROWS_PER_BLOCK = 1000
 
 

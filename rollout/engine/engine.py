@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rollout.batcher.admission_order import Ordering
-from rollout.batcher.registry import make_policy
+from rollout.batcher.registry import bounded, make_policy
 from rollout.batcher.types import Bounds, Policy
 from rollout.engine.detokenizer import Detokenizer
 from rollout.engine.kv_memory import KVMemory
@@ -130,7 +130,7 @@ class Engine:
         decoding; own: the model's code; none: the model has no attention."""
         logger.info("Running the model's own modules with %s.", _describe(self._strategy.name, self.attention))
         bounds = Bounds(min_rows=min_rows, max_rows=max_rows, latency_budget_ms=latency_budget_ms)
-        self._policy = make_policy(policy, bounds) if isinstance(policy, str) else policy
+        self._policy = make_policy(policy, bounds) if isinstance(policy, str) else bounded(policy, bounds)
         self._max_kv_bytes = max_kv_bytes
         self._reserve_fraction = reserve_fraction
         shares = self._strategy.kv_layout().shares(self._device) or {self._device: 1.0}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import fields
 from itertools import repeat
 from typing import Any
 
+from rollout.batcher.suggestions import describe_names
 from rollout.errors import InputError, shorten
 from rollout.sampling_params import SamplingParams
 
@@ -60,9 +60,9 @@ def _one(given: Any) -> SamplingParams:
         raise InputError(f"params has {shorten(repr(given), 60)}, but must have SamplingParams.")
     for name in given:
         if name not in _NAMES:
-            nearest = difflib.get_close_matches(str(name), _NAMES, n=1)
-            hint = f"the nearest is {nearest[0]}" if nearest else f"there are {', '.join(_NAMES)}"
-            raise InputError(f"params names {name!r}, which is no sampling parameter; {hint}.")
+            raise InputError(
+                f"params names {name!r}, which is no sampling parameter; {describe_names(str(name), _NAMES)}."
+            )
     return SamplingParams(**given)
 
 

@@ -20,12 +20,13 @@ from rollout.job.progress import Progress
 from rollout.job.ranks import Ranks, Topology
 from rollout.job.rewards import load_reward
 from rollout.job.shard_worker import ShardWorker
+from rollout.record_columns import ABSENT_LOGPROBS
 from rollout.records import REASONING, RECORD_COLUMNS, Record
 from rollout.requests import Request, StepReport
 from rollout.run_dir.fingerprint import fingerprint_of
 from rollout.run_dir.metrics import MetricsWriter
 from rollout.run_dir.previous_lengths import read_lengths
-from rollout.run_dir.record_table import ABSENT_LOGPROBS, shard_schema
+from rollout.run_dir.record_table import shard_schema
 from rollout.run_dir.run import RunDir, existing_run, open_run, prepare_folder, read_run
 from rollout.run_dir.shard_locks import FileLocks
 from rollout.run_dir.summary import summarise

@@ -13,10 +13,11 @@ from rollout.data.dataset_row import DatasetRow, Prompt
 from rollout.data.prompts import Prompts
 from rollout.job.rewards import Reward, score
 from rollout.length_history import LengthHistory
+from rollout.record_columns import ABSENT_LOGPROBS
 from rollout.records import Record
 from rollout.requests import Request, in_windows
 from rollout.run_dir.part_file import PartFile, SampleKey
-from rollout.run_dir.record_table import ABSENT_LOGPROBS, KeptRows
+from rollout.run_dir.record_table import KeptRows
 from rollout.run_dir.run import RunDir
 from rollout.run_dir.shard_locks import ShardLocks
 from rollout.run_dir.shards import commit

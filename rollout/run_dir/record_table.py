@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rollout.record_columns import SCHEMA, column_of
 from rollout.records import REASONING, Record
 from rollout.run_dir.json_values import json_value
-
-SCHEMA = pa.schema(
-    [
-        pa.field("row_id", pa.string()),
-        pa.field("sample", pa.int32()),
-        pa.field("prompt_ids", pa.list_(pa.int32())),
-        pa.field("completion_ids", pa.list_(pa.int32())),
-        pa.field("text", pa.string()),
-        pa.field("logprobs", pa.list_(pa.float32())),
-        pa.field("sampler_logprobs", pa.list_(pa.float32())),
-        pa.field("finish_reason", pa.string()),
-        pa.field("error_class", pa.string()),
-        pa.field("error", pa.string()),
-        pa.field("reward", pa.float32()),
-        pa.field("seed", pa.int64()),
-        pa.field("weight_version", pa.int32()),
-        pa.field("attempt", pa.int32()),
-    ]
-)
-
-
-#: The columns that each value of `output.logprobs` leaves out.
-ABSENT_LOGPROBS = {"both": (), "model": ("sampler_logprobs",), "none": ("logprobs", "sampler_logprobs")}
 
 
 class KeptRows(NamedTuple):
@@ -82,15 +59,6 @@ def _as_stored(schema: pa.Schema) -> pa.Schema:
     return pq.read_schema(pa.BufferReader(sink.getvalue()))
 
 
-def as_utf8(text: str) -> str:
-    """Return a text with U+FFFD for each lone surrogate, which UTF-8 cannot hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
-    return text
-
-
 def table_of(records: Sequence[Record], schema: pa.Schema = SCHEMA, kept: pa.Table | None = None) -> pa.Table:
     """Convert records into a table.
 
@@ -100,7 +68,7 @@ def table_of(records: Sequence[Record], schema: pa.Schema = SCHEMA, kept: pa.Tab
     inputs = () if kept is None else kept.column_names
     return pa.Table.from_arrays(
         [
-            _input_column(kept.column(field.name), field) if field.name in inputs else _column(records, field)
+            _input_column(kept.column(field.name), field) if field.name in inputs else column_of(records, field)
             for field in schema
         ],
         schema=schema,
@@ -111,18 +79,3 @@ def _input_column(values: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray |
     if values.type == field.type:
         return values
     return pa.array([json.dumps(json_value(value)) if value.is_valid else None for value in values], pa.string())
-
-
-def _column(records: Sequence[Record], field: pa.Field) -> pa.Array:
-    values: list[Any] = [getattr(record, field.name) for record in records]
-    if pa.types.is_string(field.type):
-        return pa.array([as_utf8(value) for value in values], field.type)
-    if not pa.types.is_list(field.type):
-        return pa.array(values, field.type)
-    dtype = field.type.value_type.to_pandas_dtype()
-    flat = np.concatenate([np.empty(0, dtype), *(np.asarray(value, dtype) for value in values)])
-    return pa.ListArray.from_arrays(_offsets(values), pa.array(flat), type=field.type)
-
-
-def _offsets(values: Iterable[Sequence[Any]]) -> pa.Array:
-    return pa.array(np.cumsum([0, *(len(value) for value in values)]), pa.int32())

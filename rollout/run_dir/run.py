@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 
 from rollout.config.schema import Config
 from rollout.errors import InputError
+from rollout.record_columns import SCHEMA
 from rollout.run_dir.atomic_write import write_atomically, write_text_atomically
 from rollout.run_dir.fingerprint import Fingerprint, describe, differences
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.record_table import SCHEMA, describe_columns
+from rollout.run_dir.record_table import describe_columns
 from rollout.run_dir.shard_locks import locked
 
 FORMAT = 2

@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 
 from rollout.errors import InputError
 from rollout.models.errors import first_line
+from rollout.record_columns import SCHEMA, as_utf8
 from rollout.records import Record
 from rollout.run_dir.atomic_write import write_atomically, write_text_atomically
 from rollout.run_dir.json_values import json_value
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.record_table import SCHEMA, KeptRows, as_utf8, table_of
+from rollout.run_dir.record_table import KeptRows, table_of
 
 _BLOCK_BYTES = 1 << 26
 """Input columns are copied in blocks of about this size, since every sample of a row has a copy of them."""

@@ -14,7 +14,7 @@ from rollout.batcher.policies.paper import PaperPolicy
 from rollout.batcher.policies.predictive import PredictivePolicy
 from rollout.batcher.policies.sla import SlaPolicy
 from rollout.batcher.policies.static import StaticPolicy
-from rollout.batcher.registry import POLICIES, make_policy
+from rollout.batcher.registry import POLICIES, bounded, make_policy
 from rollout.batcher.types import OVER_BUDGET, Bounds, Decision, FinishedRow, Observation
 from tests.support.observations import observe, step
 
@@ -173,3 +173,35 @@ def test_batcher_reads_no_clock_and_does_no_io():
                 continue
             for name in names:
                 assert name.startswith("rollout.batcher.") or name.split(".")[0] in allowed, (module.name, name)
+
+
+class Fixed:
+    """A caller's policy: always the same target."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def decide(self, observation: Observation) -> Decision:
+        return Decision(self.rows, 7, "fixed", decode_rows=2)
+
+
+@pytest.mark.parametrize(("rows", "held"), [(1, 2), (3, 3), (99, 5)])
+def test_a_callers_policy_is_held_to_the_bounds(rows: int, held: int) -> None:
+    decision = bounded(Fixed(rows), Bounds(min_rows=2, max_rows=5)).decide(observe())
+    assert decision == Decision(held, 7, "fixed", decode_rows=2)
+
+
+@pytest.mark.parametrize("policy", [None, 3, Fixed, object()])
+def test_an_object_that_decides_nothing_is_refused(policy: object) -> None:
+    with pytest.raises(ValueError, match=r"policy is .*decide\(observation\)"):
+        bounded(policy, Bounds())
+
+
+def test_a_budget_is_refused_for_a_callers_policy() -> None:
+    with pytest.raises(ValueError, match="latency_budget_ms is only for policies that are made by name"):
+        bounded(Fixed(1), Bounds(latency_budget_ms=5))
+
+
+def test_a_policy_of_this_package_keeps_its_own_bounds() -> None:
+    policy = make_policy("sla", Bounds(latency_budget_ms=5))
+    assert bounded(policy, Bounds(latency_budget_ms=5)) is policy

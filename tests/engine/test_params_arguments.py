@@ -44,7 +44,7 @@ def test_params_are_taken_in_any_form(params: Any, expected: list[SamplingParams
         ([FIVE], "params has 1 entries, but there are 2 prompts"),
         (iter([FIVE]), "params ends after 1 entries"),
         ([FIVE, None], "params has None"),
-        ({"max_tokens": 3}, "'max_tokens', which is no sampling parameter; the nearest is max_new_tokens"),
+        ({"max_tokens": 3}, "'max_tokens', which is no sampling parameter; the nearest is 'max_new_tokens'"),
         ({"n": 0}, "n is 0"),
         ({3: 0}, "names 3"),
     ],

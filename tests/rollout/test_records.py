@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
 
-from rollout.records import Batch, Record
+import rollout
+from rollout.errors import InputError
+from rollout.records import RECORD_COLUMNS, Batch, Record
 from rollout.stats import Tally
 
 STATS = Tally().stats(0, 0, 0.0)
@@ -95,3 +99,50 @@ def test_a_batch_is_a_sequence_of_its_records() -> None:
     assert batch[-1] is records[1]
     assert list(batch) == list(records)
     assert batch.stats is STATS
+
+
+def rows_of_a_batch() -> Batch:
+    first = replace(record("a", [1, 2], [3]), text=" héllo", row={"x": 1, "text": "mine", "mix": 1, "l": [{"b": None}]})
+    second = replace(record("b", [1], []), finish_reason="error", error_class="bad_prompt", error="\ud800", reward=0.5)
+    return Batch((first, replace(second, row={"x": 2, "mix": "s", "bad": "\ud800"})), STATS)
+
+
+def test_dataset_has_the_columns_of_shards_and_of_rows() -> None:
+    batch = rows_of_a_batch()
+    dataset = batch.to_dataset()
+    names = [*RECORD_COLUMNS[:2], "x", "input_text", "mix", "l", "bad", *RECORD_COLUMNS[2:]]
+    assert dataset.column_names == names
+    assert dataset.features["logprobs"].feature.dtype == "float32"
+    for row, made in zip(dataset, batch, strict=True):
+        values = {name: getattr(made, name) for name in RECORD_COLUMNS} | {"error": made.error and "\ufffd"}
+        assert {name: row[name] for name in RECORD_COLUMNS} == values
+    assert [dataset[name][:] for name in ("x", "input_text", "mix")] == [[1, 2], ["mine", None], ["1", '"s"']]
+    assert dataset["l"][:] == [[{"b": None}], None]
+    assert batch.to_pandas()["x"].tolist() == [1, 2]
+
+
+def test_reasoning_is_a_column_where_there_is_any() -> None:
+    batch = Batch((replace(record("a", [1], [2]), reasoning="so", text="then"),), STATS)
+    assert batch.to_dataset().column_names[4:6] == ["reasoning", "text"]
+
+
+def test_dataset_of_an_empty_batch_has_the_columns() -> None:
+    assert Batch((), STATS).to_dataset().column_names == list(RECORD_COLUMNS)
+
+
+def test_columns_that_clash_are_refused() -> None:
+    clashing = replace(record("a", [1], [2]), row={"text": 1, "input_text": 2})
+    with pytest.raises(InputError, match="input_text"):
+        Batch((clashing,), STATS).to_dataset()
+
+
+def test_records_and_batches_are_shown_in_a_line() -> None:
+    batch = Batch((replace(record("a", [1] * 500, [2] * 500), text="word " * 500, reward=0.5),) * 3, STATS)
+    assert repr(batch) == "<Batch of 3 records of 1 prompts: 1500 tokens, 0 errors>"
+    assert repr(batch[0]).startswith("<Record 'a' sample 0: 500 + 500 tokens, length, reward 0.5, 'word word")
+    assert len(repr(batch[0])) < 150
+    assert "error: bad_prompt" in repr(rows_of_a_batch()[1])
+
+
+def test_package_has_a_version() -> None:
+    assert rollout.__version__ == version("rollout")

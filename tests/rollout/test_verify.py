@@ -13,8 +13,8 @@ import pytest
 
 from rollout.errors import Exit
 from rollout.job.job import run_job
+from rollout.record_columns import SCHEMA
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.record_table import SCHEMA
 from rollout.run_dir.shards import Manifest, count_table, file_sha256, read_manifest, read_shard
 from rollout.verify import main, verify
 from tests.support.jobs import config_of, load_fake

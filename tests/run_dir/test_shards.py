@@ -14,10 +14,11 @@ import pytest
 
 import rollout.run_dir.atomic_write
 from rollout.errors import InputError
+from rollout.record_columns import SCHEMA
 from rollout.records import RECORD_COLUMNS, Record
 from rollout.requests import Request
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.record_table import SCHEMA, table_of
+from rollout.run_dir.record_table import table_of
 from rollout.run_dir.shards import commit, file_sha256, read_manifest, read_shard
 from rollout.sampling_params import SamplingParams
 from tests.support.jobs import record_of
