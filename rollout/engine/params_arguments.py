@@ -10,6 +10,7 @@ from typing import Any
 
 from rollout.batcher.suggestions import describe_names
 from rollout.errors import InputError, shorten
+from rollout.generation_defaults import not_offered, recommended_sampling
 from rollout.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -70,12 +71,13 @@ def _is_generation_config(given: Any) -> bool:
     return any(kind.__name__ == "GenerationConfig" for kind in type(given).__mro__)
 
 
-#: Fields of a ``GenerationConfig`` that change no completion here.
-_WITHOUT_EFFECT = {
+#: Fields of a ``GenerationConfig`` that are taken, or that change no completion here.
+_HONOURED = {
     *("transformers_version", "_from_model_config", "pad_token_id", "bos_token_id", "max_length", "max_new_tokens"),
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config"),
     *("disable_compile", "continuous_batching_config", "low_memory", "return_dict_in_generate", "output_scores"),
     *("output_logits", "do_sample", "num_return_sequences", "eos_token_id", "stop_strings"),
+    *("suppress_tokens", "sequence_bias", "bad_words_ids"),
 }
 _FILTERS = ("temperature", "top_k", "top_p", "min_p")
 _TOP_K = 50
@@ -85,22 +87,21 @@ _TOP_K = 50
 def _from_generation_config(config: Any) -> SamplingParams:
     """Return the parameters that a transformers ``GenerationConfig`` means to ``generate``."""
     off = config._get_default_generation_params()
-    given = {
-        name: value
-        for name, value in config.to_diff_dict().items()
-        if name not in _WITHOUT_EFFECT and value is not None and (name in _FILTERS or value != off.get(name))
-    }
+    given = recommended_sampling(config)
+    # Fields that only describe the output, or the speed, change no completion here.
+    set_fields = {name: value for name, value in config.to_diff_dict().items() if value not in (None, off.get(name))}
+    unknown = not_offered(config) | {n: v for n, v in set_fields.items() if n not in _HONOURED and n not in given}
+    unknown.pop("stop_strings", None)
+    if unknown:
+        shown = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
+        raise InputError(f"params is a GenerationConfig that sets {shown}, which this engine does not offer: unset it.")
     if not config.max_new_tokens:
         raise InputError("params is a GenerationConfig without max_new_tokens: set it.")
     filters = {name: given.pop(name) for name in _FILTERS if name in given}
-    if unknown := [f"{name}={value!r}" for name, value in given.items() if name not in _NAMES]:
-        raise InputError(
-            f"params is a GenerationConfig that sets {', '.join(unknown)}, which this engine does not offer: unset it."
-        )
     if config.do_sample:
         filters = {"top_k": _TOP_K} | filters
     else:
-        if changed := [f"{name}={value!r}" for name, value in filters.items() if value != off.get(name)]:
+        if changed := [f"{name}={value!r}" for name, value in set_fields.items() if name in _FILTERS]:
             logger.warning(
                 "The GenerationConfig sets %s, but not do_sample=True: completions are greedy, as with generate.",
                 ", ".join(changed),
@@ -113,7 +114,6 @@ def _from_generation_config(config: Any) -> SamplingParams:
     )
     return SamplingParams(
         n=config.num_return_sequences or 1,
-        max_new_tokens=config.max_new_tokens,
         stop=config.stop_strings or (),
         **ends,
         **filters,

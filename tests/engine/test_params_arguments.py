@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from itertools import islice, repeat
 from typing import Any
 
@@ -60,6 +61,9 @@ def test_generation_config_keeps_its_meaning(caplog: pytest.LogCaptureFixture) -
     config = GenerationConfig(max_new_tokens=5, eos_token_id=[2, 3], stop_strings=["x"], num_beams=1)
     expected = SamplingParams(max_new_tokens=5, temperature=0, stop_token_ids=(2, 3), ignore_eos=True, stop=("x",))
     assert taken([config, config]) == [expected] * 2
+    config = GenerationConfig(max_new_tokens=5, do_sample=True, repetition_penalty=1.5, suppress_tokens=[3], top_k=7)
+    expected = SamplingParams(max_new_tokens=5, repetition_penalty=1.5, logit_bias={3: -math.inf}, top_k=7)
+    assert taken(config, 1) == [expected]
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         assert taken(GenerationConfig(max_new_tokens=5, temperature=0.5), 1) == [
@@ -70,7 +74,11 @@ def test_generation_config_keeps_its_meaning(caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"max_new_tokens": 5, "num_beams": 4}, "num_beams=4"), ({"do_sample": True}, "without max_new_tokens")],
+    [
+        ({"max_new_tokens": 5, "num_beams": 4}, "num_beams=4"),
+        ({"max_new_tokens": 5, "max_time": 4.0}, "max_time=4.0"),
+        ({"do_sample": True}, "without max_new_tokens"),
+    ],
 )
 def test_generation_config_that_cannot_be_honoured_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
