@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import count
-from numbers import Integral
 from typing import Any, cast
 
 from torch import nn
@@ -22,7 +21,7 @@ from rollout.engine.detokenizer import Detokenizer
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.loop import Loop
 from rollout.engine.params_arguments import given_params
-from rollout.engine.prompt_arguments import GivenPrompt, check_prompt, given_prompts, given_row_ids
+from rollout.engine.prompt_arguments import GivenPrompt, check_prompt, given_prompts, given_row_ids, given_seed
 from rollout.engine.reasoning import ReasoningSplitter, warn_if_skipped
 from rollout.engine.rule_compiler import RuleCompiler
 from rollout.engine.tp_sync import sync_for
@@ -215,9 +214,7 @@ class Engine:
     def _stream(
         self, given: Iterable[GivenPrompt], params: Params, seed: int, row_ids: Iterable[str]
     ) -> Iterator[Record]:
-        if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
-            raise InputError(f"seed is {seed!r}, but must be a 64-bit integer.")
-        requests = self._requests(given, given_params(params, given), seed=int(seed), row_ids=iter(row_ids))
+        requests = self._requests(given, given_params(params, given), seed=given_seed(seed), row_ids=iter(row_ids))
         if isinstance(given, Sequence) and self._lengths:
             requests = in_windows(requests, _WINDOW)
         return self.run(requests)

@@ -109,7 +109,7 @@ def _from_generation_config(config: Any) -> SamplingParams:
         filters = {"temperature": 0.0}
     # The ids of the configuration take the place of the model's.
     eos = config.eos_token_id
-    ends = (
+    ends: dict[str, Any] = (
         {} if eos is None else {"ignore_eos": True, "stop_token_ids": eos if isinstance(eos, list | tuple) else [eos]}
     )
     return SamplingParams(

@@ -191,10 +191,21 @@ def given_row_ids(row_ids: Any, prompts: Iterable[GivenPrompt]) -> Iterator[str]
     return _checked_ids(row_ids)
 
 
+def given_seed(seed: Any) -> int:
+    """Return a seed as an int.
+
+    Raises:
+        InputError: it is no 64-bit integer.
+    """
+    if not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**63:
+        raise InputError(f"seed is {shorten(repr(seed), 60)}, but must be a 64-bit integer.")
+    return int(seed)
+
+
 def _checked_ids(row_ids: Iterable[Any]) -> Iterator[str]:
     seen: set[str] = set()
     for given in row_ids:
-        if not isinstance(given, str | Integral) or isinstance(given, bool):
+        if type(given) is bool or not isinstance(given, str | Integral):
             raise InputError(f"row_ids has {shorten(repr(given), 60)}, but ids are strings or whole numbers.")
         row_id = str(given)
         if row_id in seen:

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from rollout import record_columns
 from rollout.models.errors import first_line
 from rollout.records import RECORD_COLUMNS
-from rollout.run_dir import record_table
 from rollout.run_dir.part_file import read_whole_records
 from rollout.run_dir.run import RunDir
 
@@ -24,7 +24,7 @@ BATCH_RECORDS = 8192
 _JSON_BLOCK_BYTES = 1 << 25
 """Read at a time; a line of JSON must be shorter."""
 SCHEMA = pa.schema(
-    record_table.SCHEMA.field(name)
+    record_columns.SCHEMA.field(name)
     for name in (
         *("row_id", "sample", "prompt_ids", "completion_ids"),
         *("finish_reason", "error_class", "error", "reward"),

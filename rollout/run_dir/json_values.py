@@ -75,17 +75,17 @@ def _duration(scalar: pa.Scalar) -> float:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
     variable = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
-    return variable or types.is_fixed_size_binary(kind)
+    return bool(variable or types.is_fixed_size_binary(kind))
 
 
 def _is_list(kind: pa.DataType) -> bool:
     views = types.is_list_view(kind) or types.is_large_list_view(kind)
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or views
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or views)
 
 
 #: The first whose test holds converts a value; the last converts all others.

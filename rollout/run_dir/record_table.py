@@ -65,10 +65,12 @@ def table_of(records: Sequence[Record], schema: pa.Schema = SCHEMA, kept: pa.Tab
     Args:
         kept: the input columns among those of the schema, with one row per record.
     """
-    inputs = () if kept is None else kept.column_names
+    inputs = pa.table({}) if kept is None else kept
     return pa.Table.from_arrays(
         [
-            _input_column(kept.column(field.name), field) if field.name in inputs else column_of(records, field)
+            _input_column(inputs.column(field.name), field)
+            if field.name in inputs.column_names
+            else column_of(records, field)
             for field in schema
         ],
         schema=schema,

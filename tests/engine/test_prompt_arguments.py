@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from rollout.engine.prompt_arguments import GivenPrompt, check_prompt, given_prompts, given_row_ids
+from rollout.engine.prompt_arguments import GivenPrompt, check_prompt, given_prompts, given_row_ids, given_seed
 from rollout.errors import InputError, PromptError
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -127,3 +127,10 @@ def test_row_ids_become_strings() -> None:
 def test_other_row_ids_are_refused(row_ids: Any, message: str) -> None:
     with pytest.raises(InputError, match=f"row_ids .*{message}"):
         list(given_row_ids(row_ids, [GivenPrompt("a"), GivenPrompt("b")]))
+
+
+@pytest.mark.parametrize("seed", ["x", None, 1.5, 2**63])
+def test_other_seeds_are_refused(seed: Any) -> None:
+    assert given_seed(np.int64(3)) == 3
+    with pytest.raises(InputError, match="seed is .*, but must be a 64-bit integer"):
+        given_seed(seed)
