@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rollout.batcher.preemption import Victim
+from rollout.batcher.simulation.simulated_queue import SimulatedQueue
 from rollout.batcher.simulation.workloads import Workload
 from rollout.batcher.types import FinishedRow, IntArray, ceil_div
 
@@ -52,28 +52,6 @@ class BatchComposition(NamedTuple):
     prefill_tokens: int
 
 
-class _WaitingPrompts:
-    """Prompt tokens of waiting rows; the prompt of a group counts once."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._rows: dict[int, int] = {}
-
-    def add(self, group: int, tokens: int) -> None:
-        """Add a waiting row."""
-        rows = self._rows.get(group, 0)
-        if not rows:
-            self.tokens += tokens
-        self._rows[group] = rows + 1
-
-    def remove(self, group: int, tokens: int) -> None:
-        """Remove a waiting row."""
-        self._rows[group] -= 1
-        if not self._rows[group]:
-            self.tokens -= tokens
-            del self._rows[group]
-
-
 class SimulatedRows:
     """Waiting, prefilling and decoding rows, and the pages of the pool that they share.
 
@@ -110,19 +88,16 @@ class SimulatedRows:
             raise ValueError(
                 f"A row of {longest} tokens does not fit into {kv_tokens} tokens of memory; increase the memory."
             )
-        self.queue = deque(range(len(workload)))
+        self.queue = SimulatedQueue(workload)
         self.kept = np.zeros(len(workload), np.int64)
         """[all rows] generated tokens that a preempted row has kept."""
         self.live: IntArray = np.zeros((10, 0), np.int64)
         """[fields, live rows], oldest row first."""
         self.prefills: list[Prefill] = []
-        self.waiting_prompts = _WaitingPrompts()
         self.recomputed_tokens = 0
         """Tokens prefilled more than once, because of preemption."""
         self.preempted_rows = 0
         self.paused_steps = 0
-        self.moves = 0
-        """Number of changes to the queue."""
         self._prompts: list[int] = workload.prompt_tokens.tolist()
         self._groups: list[int] = workload.groups.tolist()
         self._holders: dict[int, int] = {}
@@ -131,8 +106,6 @@ class SimulatedRows:
         """Prompt pages of each of these groups."""
         self._joinable: dict[int, Prefill] = {}
         """The prefill of each group's prompt that further rows of the group may join."""
-        for group, prompt in zip(self._groups, self._prompts, strict=True):
-            self.waiting_prompts.add(group, prompt)
 
     @property
     def alive(self) -> int:
@@ -164,13 +137,13 @@ class SimulatedRows:
         # Each row in prefill will need a page of its own when it starts to decode.
         prefilling = alive - self.decoding
         while alive < rows and self.queue:
-            row = self.queue[0]
+            row = self.queue.first()
             group, prompt, kept = self._groups[row], self._prompts[row], int(self.kept[row])
             reserve = prefilling + int(self._watermark * self.pages) if alive else 0
             if not kept and group in self._joinable:
                 if not self._has_room(1, reserve):
                     return
-                self._joinable[group].rows.append(self._pop())
+                self._joinable[group].rows.append(self.queue.pop())
             else:
                 if budget <= 0:
                     return
@@ -189,7 +162,7 @@ class SimulatedRows:
                     own_pages=own,
                     shared_pages=shared,
                     recomputes=kept > 0,
-                    rows=[self._pop()],
+                    rows=[self.queue.pop()],
                 )
                 self.prefills.append(prefill)
                 if not kept:
@@ -197,18 +170,6 @@ class SimulatedRows:
                 budget -= prefill.remaining
             alive += 1
             prefilling += 1
-
-    def _pop(self) -> int:
-        self.moves += 1
-        row = self.queue.popleft()
-        self.waiting_prompts.remove(self._groups[row], self._prompts[row])
-        return row
-
-    def _put_back(self, rows: Sequence[int]) -> None:
-        self.moves += 1
-        self.queue.extendleft(reversed(rows))
-        for row in rows:
-            self.waiting_prompts.add(self._groups[row], self._prompts[row])
 
     # -- computing -----------------------------------------------------------------------------------
 
@@ -261,7 +222,7 @@ class SimulatedRows:
             fitting = 1
             while fitting < len(prefill.rows) and self._has_room(fitting * partial):
                 fitting += 1
-            self._put_back(prefill.rows[fitting:])
+            self.queue.put_back(prefill.rows[fitting:])
             self._share_prompt(prefill)
             # Where another prefill stored the group's prompt first, the first row keeps its own copy of it.
             joining.append(self._decode_row(prefill.rows[0], group, prefill.own_pages, prefill.shared_pages))
@@ -344,7 +305,7 @@ class SimulatedRows:
         """
         if self.prefills:
             prefill = self.prefills[-1]
-            self._put_back([prefill.rows.pop()])
+            self.queue.put_back([prefill.rows.pop()])
             self.preempted_rows += 1
             if not prefill.rows:
                 self._remove_prefill(prefill)
@@ -362,7 +323,7 @@ class SimulatedRows:
         self.preempted_rows += 1
         self._free(slot)
         self.live = np.delete(live, slot, axis=1)
-        self._put_back([row])
+        self.queue.put_back([row])
         return True
 
     def _recompute_tokens(self) -> IntArray:

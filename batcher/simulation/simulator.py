@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -156,7 +155,7 @@ class _Simulation:
         self._waiting: WaitingRows | None = None
         """The waiting rows as last observed, valid while the queue has not changed."""
         self._waiting_moves = 0
-        """``SimulatedRows.moves`` at that observation."""
+        """``SimulatedQueue.moves`` at that observation."""
         self._rng = np.random.default_rng([seed, 1])
 
     def run(self) -> Outcome:
@@ -223,7 +222,7 @@ class _Simulation:
             generated_tokens=joined(live[GENERATED].copy(), self._rows.kept[prefilling]),
             max_new_tokens=joined(live[LIMIT], self._limits[prefilling]),
             waiting_rows=len(self._rows.queue),
-            waiting_prompt_tokens=self._rows.waiting_prompts.tokens,
+            waiting_prompt_tokens=self._rows.queue.prompt_tokens,
             kv_tokens_held=self._rows.used * self._rows.page_tokens,
             kv_tokens_free=(self._rows.pages - self._rows.used) * self._rows.page_tokens,
             headroom_bytes=(self._rows.pages - self._rows.used) * self._rows.page_tokens,
@@ -240,8 +239,8 @@ class _Simulation:
         return observation
 
     def _observe_waiting(self) -> WaitingRows:
-        if self._waiting is None or self._waiting_moves != self._rows.moves:
-            self._waiting_moves = self._rows.moves
+        if self._waiting is None or self._waiting_moves != self._rows.queue.moves:
+            self._waiting_moves = self._rows.queue.moves
             rows = np.fromiter(islice(self._rows.queue, _LOOKAHEAD_ROWS), np.int64)
             self._waiting = WaitingRows(
                 prompt_tokens=self._workload.prompt_tokens[rows],
@@ -264,7 +263,7 @@ class _Simulation:
             expected_tokens=hints[rest],
             kv_tokens=self._rows.pages * self._rows.page_tokens,
         )
-        self._rows.queue = deque(begun + rest[order].tolist())
+        self._rows.queue.reorder(begun + rest[order].tolist())
         self._waiting = None
 
     # -- forward -----------------------------------------------------------------------------------
