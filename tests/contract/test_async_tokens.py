@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 
 from rollout import Engine, SamplingParams
-from rollout.batcher.types import Decision, Observation
+from rollout.batcher.policies.static import StaticPolicy
+from rollout.batcher.types import Bounds
 from rollout.engine.loop import Loop
 from tests.support.parity import random_prompts, tight_engine
 from tests.support.tiny_models import tiny
@@ -18,13 +19,6 @@ _PARAMS = (
     SamplingParams(n=3, max_new_tokens=20, temperature=1.3, stop_token_ids=tuple(range(50, 190, 7))),
     SamplingParams(n=1, max_new_tokens=1),
 )
-
-
-class Small:
-    """Few rows, and prompts in parts."""
-
-    def decide(self, observation: Observation) -> Decision:
-        return Decision(5, 13, "test")
 
 
 @pytest.mark.parametrize(("family", "atol"), [("llama", 1e-5), ("bloom", 1e-5), ("falcon_h1", 3e-5)])
@@ -38,7 +32,8 @@ def test_records_are_the_same(family: str, atol: float, monkeypatch: pytest.Monk
     assert {record.finish_reason for record in expected} == {"stop", "length"}
 
     monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, overlap=True))
-    engines = [Engine(model, None), Engine(model, None, max_rows=1), Engine(model, None, policy=Small())]
+    policy = StaticPolicy(Bounds(max_rows=5, prefill_tokens=13))
+    engines = [Engine(model, None), Engine(model, None, max_rows=1), Engine(model, None, policy=policy)]
     if family != "falcon_h1":  # preemption computes its states in another order
         engines.append(tight_engine(model, 26))
     for engine in engines:

@@ -18,7 +18,7 @@ from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.runners.packed import PackedRunner, PackedStrategy
 from tests.support.devices import DEVICE, GPU
-from tests.support.tiny_models import INTERFACE, VOCABULARY, tiny
+from tests.support.tiny_models import PACKED, VOCABULARY, tiny
 from tests.support.triton_interpreter import kernels_run_here
 
 #: Relative to the logits' size. In half precision the two round weights and values at other places.
@@ -35,8 +35,8 @@ _BLOCKS = TileSizes(16, 16, 4)
 
 def logits_of(model: PreTrainedModel, steps_for: Callable[[PagePool], AttentionBackend]) -> torch.Tensor:
     """Of all forwards."""
-    tier = PackedStrategy(model)
-    layout = tier.kv_layout()
+    strategy = PackedStrategy(model)
+    layout = strategy.kv_layout()
     pool = PagePool(layout, 3, DEVICE)
     for _ in range(4):
         pool.grow()
@@ -45,7 +45,7 @@ def logits_of(model: PreTrainedModel, steps_for: Callable[[PagePool], AttentionB
     tables = rng.permutation(pool.free_pages).reshape(4, 3)
     runner = PackedRunner(model, pool, steps_for(pool))
     logits = []
-    with tier.borrow():
+    with strategy.borrow():
         for parts in _FORWARDS:
             logits.append(
                 runner.forward(
@@ -70,7 +70,7 @@ def assert_agrees_with_gathering(family: str, steps_for: Callable[[PagePool], At
         assert worst < tolerance, (dtype, distance)
 
 
-@pytest.mark.parametrize("family", INTERFACE)
+@pytest.mark.parametrize("family", PACKED)
 def test_the_fastest_attention_agrees_with_the_gathering_one(family: str) -> None:
     def steps_for(pool: PagePool) -> AttentionBackend:
         steps = fastest_backend(pool)

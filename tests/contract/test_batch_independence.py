@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout import Engine, Record, SamplingParams
+from rollout.batcher.policies.static import StaticPolicy
+from rollout.batcher.types import Bounds
 from rollout.headroom.fake import FakeHeadroom
 from rollout.requests import Request
 from tests.support.filter_edges import sampler_logprobs_agree
@@ -119,13 +121,8 @@ def test_long_prompts_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -> No
     params = SamplingParams(n=2, max_new_tokens=10)
     expected = Engine(model, None).generate(prompts, params)
 
-    from rollout.batcher.types import Decision, Observation
-
-    class SmallPrefills:
-        def decide(self, observation: Observation) -> Decision:
-            return Decision(6, 13, "test")
-
-    found = Engine(model, None, policy=SmallPrefills()).generate(prompts, params)
+    policy = StaticPolicy(Bounds(max_rows=6, prefill_tokens=13))
+    found = Engine(model, None, policy=policy).generate(prompts, params)
     assert found.stats.steps > expected.stats.steps
     _assert_same(expected.records, found.records)
     assert worst_logprob(model, list(found)) < 1e-5

@@ -7,19 +7,21 @@ import pytest
 from rollout import Engine, SamplingParams
 from rollout.models.errors import UnsupportedModel
 from tests.support.parity import greedy, random_prompts, tight_engine, worst_logprob
-from tests.support.tiny_models import REFUSED, SERVED, TIERS, tiny
+from tests.support.tiny_models import BY_STRATEGY, REFUSED, SERVED, tiny
 
 _NEW_TOKENS = 24
 #: Too few pages of 16 tokens for the rows that are let in: one of up to 304 tokens, others of up to 48, and 24 more.
 _PAGES = 22
 
 
-@pytest.mark.parametrize(("tier", "family"), [(tier, family) for tier in TIERS for family in TIERS[tier]])
-def test_own_numbers_with_rows_joining_late_and_preempted(tier: str, family: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "family"), [(name, family) for name, families in BY_STRATEGY.items() for family in families]
+)
+def test_own_numbers_with_rows_joining_late_and_preempted(strategy: str, family: str) -> None:
     model = tiny(family, eos_token_id=None)  # every row runs to its limit, so that pages run out
     prompts = random_prompts(11, 7)
     engine = tight_engine(model, _PAGES, max_rows=4)
-    assert engine._strategy.name == tier
+    assert engine._strategy.name == strategy
     batch = engine.generate(prompts, SamplingParams(max_new_tokens=_NEW_TOKENS, temperature=0))
     assert batch.stats.preempted_rows > 0
     assert batch.stats.live_rows_max < len(prompts)

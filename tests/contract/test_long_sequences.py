@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout import Engine, Record, SamplingParams
-from rollout.batcher.types import Decision, Observation
+from rollout.batcher.policies.static import StaticPolicy
+from rollout.batcher.types import Bounds
 from tests.support.parity import greedy, tight_engine
 from tests.support.tiny_models import VOCABULARY, tiny
 
@@ -83,13 +84,6 @@ def test_longrope_where_generate_would_go_on_with_other_keys(family: str) -> Non
     assert_own_numbers(model, list(Engine(model, None).generate(prompts(), _GREEDY)))
 
 
-class Chunked:
-    """Prefills a few tokens a step, so that long prompts begin before they pass the boundary."""
-
-    def decide(self, observation: Observation) -> Decision:
-        return Decision(7, 13, "test")
-
-
 @pytest.mark.usefixtures("at_once_and_late")
 def test_samples_do_not_depend_on_company() -> None:
     """Samples of one prompt share its pages until they cross; batches mix texts on both sides."""
@@ -97,9 +91,11 @@ def test_samples_do_not_depend_on_company() -> None:
     params = SamplingParams(n=2, max_new_tokens=_NEW_TOKENS, ignore_eos=True)
     expected = Engine(model, None).generate(prompts(), params, seed=4)
     assert expected.stats.preempted_rows > 0
+    # A few prompt tokens per step, so that long prompts begin before they pass the boundary.
+    policy = StaticPolicy(Bounds(max_rows=7, prefill_tokens=13))
     engines = {
         "a few": Engine(model, None, max_rows=3),
-        "in chunks": Engine(model, None, policy=Chunked()),
+        "in chunks": Engine(model, None, policy=policy),
         "squeezed": tight_engine(model, 12),
     }
     for name, engine in engines.items():

@@ -10,12 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout import Engine, Record, SamplingParams
-from rollout.batcher.types import Decision, Observation
+from rollout.batcher.policies.static import StaticPolicy
+from rollout.batcher.types import Bounds, Decision, Observation
 from rollout.headroom.fake import FakeHeadroom
 from rollout.models.runners.select import select_strategy
 from rollout.requests import Request, StepReport
 from tests.support.parity import random_prompts, worst_logprob
-from tests.support.tiny_models import STATE, tiny
+from tests.support.tiny_models import RECURRENT, tiny
 
 _NEW_TOKENS = 20
 #: What rounding does to log-probabilities. The random states of some amplify it: ``generate`` itself differs by as
@@ -46,7 +47,7 @@ def _own(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[flo
     return tokens, [float(logprobs[i, token]) for i, token in enumerate(tokens)]
 
 
-@pytest.mark.parametrize("family", STATE)
+@pytest.mark.parametrize("family", RECURRENT)
 def test_own_numbers_with_rows_joining_late(family: str) -> None:
     model = tiny(family)
     engine = Engine(model, None, max_rows=3)
@@ -78,13 +79,6 @@ def _assert_same(family: str, expected: Sequence[Record], found: Sequence[Record
         assert other.logprobs == pytest.approx(one.logprobs, abs=_rounding(family))
 
 
-class Small:
-    """Few rows, and fewer prompt tokens a step than most prompts have."""
-
-    def decide(self, observation: Observation) -> Decision:
-        return Decision(4, 13, "test")
-
-
 @pytest.mark.parametrize("family", _KINDS)
 def test_caps_order_company_and_small_prefills(family: str) -> None:
     model = tiny(family)
@@ -97,7 +91,8 @@ def test_caps_order_company_and_small_prefills(family: str) -> None:
 
     alone = Engine(model, None, max_rows=1).generate(prompts, params, seed=4, row_ids=ids)
     back = Engine(model, None, max_rows=3).generate(prompts[::-1], params, seed=4, row_ids=ids[::-1])
-    small = Engine(model, None, policy=Small()).generate(prompts, params, seed=4, row_ids=ids)
+    policy = StaticPolicy(Bounds(max_rows=4, prefill_tokens=13))  # fewer than most prompts have
+    small = Engine(model, None, policy=policy).generate(prompts, params, seed=4, row_ids=ids)
     for found, rows in ((alone, 1), (back, 3), (small, 4)):
         assert found.stats.live_rows_max == rows
         assert found.stats.preempted_rows == 0

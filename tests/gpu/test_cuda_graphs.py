@@ -171,5 +171,5 @@ def test_an_engine_replays_graphs_and_draws_what_it_does_without(monkeypatch: py
 
 
 def test_a_gpu_s_runner_captures() -> None:
-    tier = PackedStrategy(tiny("llama"))
-    assert isinstance(tier.runner(PagePool(tier.kv_layout(), 4, DEVICE)), CudaGraphRunner)
+    strategy = PackedStrategy(tiny("llama"))
+    assert isinstance(strategy.runner(PagePool(strategy.kv_layout(), 4, DEVICE)), CudaGraphRunner)

@@ -80,10 +80,10 @@ class World:
         graphs: Graphs | None = None,
     ) -> None:
         self.model = tiny("llama", num_hidden_layers=2) if model is None else model
-        self.tier = PackedStrategy(self.model)
-        self.layout = self.tier.kv_layout()
+        self.strategy = PackedStrategy(self.model)
+        self.layout = self.strategy.kv_layout()
         self.fake = FakeGraphs()
-        self.borrowed = self.tier._borrowed
+        self.borrowed = self.strategy._borrowed
         self.pools = [PagePool(self.layout, slab_pages, DEVICE) for _ in range(2)]
         steps = [TritonBackend(pool) for pool in self.pools]
         self.plain, eager = (PackedRunner(self.model, pool, s) for pool, s in zip(self.pools, steps, strict=True))
@@ -101,7 +101,7 @@ class World:
         padding = padded_batch_size(len(parts)) - len(parts) if all(count == 1 for _, count in parts) else 0
         logits = []
         for which, runner in enumerate((self.plain, self.runner)):
-            with self.tier.borrow():
+            with self.strategy.borrow():
                 packed = self._packed(which, [*parts, *parts[:1] * (0 if which else padding)])
                 logits.append(runner.forward(packed)[: len(parts)])
         for text, count in parts:

@@ -32,11 +32,11 @@ from tests.support.tiny_models import VOCABULARY, tiny
 CONTEXT = 4096
 EOS = 2
 
-INTERFACE = ("llama", "gemma2", "mistral", "gpt_oss", "deepseek_v3")
-GATHERING = ("bloom", "gptj", "gpt_neo")
-STATE = ("lfm2", "falcon_h1", "qwen3_next")
+PACKED = ("llama", "gemma2", "mistral", "gpt_oss", "deepseek_v3")
+PADDED = ("bloom", "gptj", "gpt_neo")
+RECURRENT = ("lfm2", "falcon_h1", "qwen3_next")
 #: What rounding may do to log-probabilities; recurrent states carry it on.
-TOLERANCE = dict.fromkeys((*INTERFACE, *GATHERING), 1e-5) | {"lfm2": 1e-4, "falcon_h1": 1e-4, "qwen3_next": 1e-4}
+TOLERANCE = dict.fromkeys((*PACKED, *PADDED), 1e-5) | {"lfm2": 1e-4, "falcon_h1": 1e-4, "qwen3_next": 1e-4}
 
 _EDGES = sorted(
     {1, 2, 3, 15, 16, 17, CONTEXT - 17, CONTEXT - 1, CONTEXT}
@@ -110,7 +110,7 @@ def _params(draw: st.DrawFn, most_tokens: int) -> SamplingParams:
 @st.composite
 def cases(draw: st.DrawFn, prompt_tokens: int, output_tokens: int) -> Case:
     """A call of at most about so many tokens in prompts and outputs."""
-    tier = draw(st.sampled_from([INTERFACE, INTERFACE, GATHERING, STATE]))
+    families = draw(st.sampled_from([PACKED, PACKED, PADDED, RECURRENT]))
     prompts: list[Prompt] = []
     for _ in range(draw(st.integers(1, 12))):
         length = draw(_LENGTHS)
@@ -124,9 +124,9 @@ def cases(draw: st.DrawFn, prompt_tokens: int, output_tokens: int) -> Case:
         prompts.append(Prompt(length, common, params))
         prompt_tokens -= length
         output_tokens -= params.n * params.max_new_tokens
-    recurrent = tier is STATE  # a row that is computed again sums up its states in another order
+    recurrent = families is RECURRENT  # a row that is computed again sums up its states in another order
     return Case(
-        family=draw(st.sampled_from(tier)),
+        family=draw(st.sampled_from(families)),
         prompts=tuple(prompts),
         policy=draw(st.sampled_from(("static", "predictive") if recurrent else _POLICIES)),
         max_rows=draw(st.sampled_from([1, 2, 3, 8, 64])),

@@ -40,7 +40,7 @@ _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, 
 # fails. A suffix after "/" names a variant of a family.
 
 #: Packed strategy: attention goes through transformers' attention interface.
-INTERFACE: dict[str, dict[str, Any]] = {
+PACKED: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {},
@@ -90,7 +90,7 @@ INTERFACE: dict[str, dict[str, Any]] = {
 }
 
 #: Padded strategy: the model has its own attention code.
-GATHERING: dict[str, dict[str, Any]] = {
+PADDED: dict[str, dict[str, Any]] = {
     "bloom": {},
     "falcon": {},
     "falcon/alibi": {"alibi": True},
@@ -124,7 +124,7 @@ _MLA = {"q_lora_rank": 24, "kv_lora_rank": 16, "v_head_dim": 12, "head_dim": 8, 
 }
 
 #: Recurrent strategy: states, alone or together with keys and values.
-STATE: dict[str, dict[str, Any]] = {
+RECURRENT: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 8},
     "falcon_mamba": {"state_size": 8},
@@ -160,7 +160,7 @@ STATE: dict[str, dict[str, Any]] = {
 # The oldest supported transformers does not have these families.
 for _new in ("bailing_hybrid", "lfm3"):
     if _new not in CONFIG_MAPPING:
-        del STATE[_new]
+        del RECURRENT[_new]
 
 _TEXT = _BASE | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
@@ -180,9 +180,9 @@ MULTIMODAL: dict[str, dict[str, dict[str, Any]]] = {
     "qwen3_vl": {"text_config": _TEXT | _SECTIONS, "vision_config": _DEPTH | {"deepstack_visual_indexes": [0]}},
 }
 
-TIERS = {"packed": INTERFACE, "padded": GATHERING}
+BY_STRATEGY = {"packed": PACKED, "padded": PADDED}
 SERVED: dict[str, dict[str, Any]] = {
-    family: fields for tier in (*TIERS.values(), STATE) for family, fields in tier.items()
+    family: fields for families in (*BY_STRATEGY.values(), RECURRENT) for family, fields in families.items()
 }
 
 #: Families that must be refused, each with a word of the reason.

@@ -16,7 +16,7 @@ from rollout.models.attention.probe import classify, probe
 from rollout.models.errors import UnsupportedModel
 from rollout.models.kv_cache.layout import KVLayout, MaskKind
 from rollout.models.module.borrow import BorrowedModule
-from tests.support.tiny_models import INTERFACE, tiny
+from tests.support.tiny_models import PACKED, tiny
 
 FULL, WINDOW, CHUNK = MaskKind(), MaskKind("window", 12), MaskKind("chunk", 12)
 
@@ -109,7 +109,7 @@ def test_module_that_attends_twice_has_two_attention_layers() -> None:
     assert len(layout.layers) == 2 * len({layer.module for layer in layout.layers}) == 8
 
 
-@pytest.mark.parametrize("family", sorted(set(INTERFACE) - set(LAYOUTS) - {"diffllama"}))
+@pytest.mark.parametrize("family", sorted(set(PACKED) - set(LAYOUTS) - {"diffllama"}))
 def test_families_have_one_attention_layer_per_module(family: str) -> None:
     layout = probed(tiny(family))
     assert len(layout.layers) == len({layer.module for layer in layout.layers}) == 4

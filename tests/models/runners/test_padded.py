@@ -14,7 +14,7 @@ from rollout.models.errors import UnsupportedModel
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.runners.padded import PaddedRunner, PaddedStrategy
-from tests.support.tiny_models import GATHERING, VOCABULARY, tiny
+from tests.support.tiny_models import PADDED, VOCABULARY, tiny
 
 _SIZE = 16
 
@@ -63,7 +63,7 @@ class Sequences:
             )
 
 
-@pytest.mark.parametrize("family", GATHERING)
+@pytest.mark.parametrize("family", PADDED)
 def test_mixed_prefills_chunks_and_decodes_match_plain_forwards(family: str) -> None:
     """Some lengths are batched with padding, others are not, and all slots hold NaN at first."""
     sequences = Sequences(tiny(family), [60, 41, 40, 33, 9, 2])

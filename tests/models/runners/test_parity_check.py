@@ -19,7 +19,7 @@ from rollout.models.runners.packed import PackedStrategy
 from rollout.models.runners.parity_check import check_parity
 from rollout.models.runners.recurrent import RecurrentStrategy
 from rollout.models.runners.select import select_strategy
-from tests.support.tiny_models import INTERFACE, tiny
+from tests.support.tiny_models import PACKED, tiny
 
 
 class Mistaken(PackedStrategy):
@@ -44,7 +44,7 @@ def check_with(model: PreTrainedModel, **changes: Any) -> None:
     check_parity(strategy)
 
 
-@pytest.mark.parametrize("family", INTERFACE)
+@pytest.mark.parametrize("family", PACKED)
 def test_supported_families_pass(family: str) -> None:
     check(tiny(family))
 
