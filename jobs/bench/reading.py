@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import inspect
 import json
 import os
 import random
@@ -20,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -55,10 +55,10 @@ def write_files(folder: Path, rows: int) -> None:
 def read(path: str, overrides: list[str]) -> None:
     """Read a file as a job does, and print seconds, rows and peak megabytes as JSON."""
     config = load_config(["output.dir=unused", f"data.path='{path}'", "data.id_column=id", *overrides]).data
-    options = {"kept": None} if "kept" in inspect.signature(read_prompts).parameters else {"with_columns": True}
-    before, start = _peak_mb(), time.perf_counter()
-    prompts = read_prompts(config, **options)
-    read_seconds = time.perf_counter() - start
+    before, start, cpu_start = _peak_mb(), time.perf_counter(), time.process_time()
+    prompts = read_prompts(config)
+    prompts.kept.digest()
+    read_seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     start = time.perf_counter()
     middle = len(prompts) // 2
     shard = list(prompts.rows(middle, middle + 1024))
@@ -67,12 +67,20 @@ def read(path: str, overrides: list[str]) -> None:
             {
                 "rows": len(prompts),
                 "seconds": round(read_seconds, 2),
+                "cpu_seconds": round(cpu_seconds, 2),
                 "shard_ms": round(1000 * (time.perf_counter() - start) * 1024 / len(shard), 1),
                 "start_mb": round(before),
+                "own_mb": round(_own_mb()),
                 "peak_mb": round(_peak_mb()),
             }
         )
     )
+
+
+def _own_mb() -> float:
+    """Return the resident memory that is no mapped file: the system takes back what is mapped when it needs to."""
+    process = psutil.Process().memory_info()
+    return float(process.rss - process.shared) / 2**20
 
 
 def _peak_mb() -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 JSON = pa.json_()
 """Storage of values that no one Arrow type holds unchanged: JSON text."""
@@ -75,16 +77,76 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 
 def merge_types(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     """Return the type that holds values of both, `MIXED` if there is none."""
-    if one == other:
+    if one == other or pa.types.is_null(other):
         return one
-    if MIXED in (one, other):
-        return other if pa.types.is_null(one) else one if pa.types.is_null(other) else MIXED
-    try:
-        schemas = [pa.schema([("value", kind)]) for kind in (one, other)]
-        merged = pa.unify_schemas(schemas, promote_options="permissive").field("value").type
-    except pa.ArrowException:
+    if pa.types.is_null(one):
+        return other
+    for same, merge in _MERGES:
+        if same(one) and same(other):
+            merged = merge(one, other)
+            return merged if _fields(merged) <= _MOST_FIELDS else MIXED
+    return MIXED
+
+
+def _merge_integers(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    if pa.uint64() in (one, other) and (pa.types.is_signed_integer(one) or pa.types.is_signed_integer(other)):
         return MIXED
-    return merged if _fields(merged) <= _MOST_FIELDS else MIXED
+    return _unified(one, other)
+
+
+def _merge_timestamps(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    return _unified(one, other) if one.tz == other.tz else MIXED
+
+
+def _unified(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    schemas = [pa.schema([("value", kind)]) for kind in (one, other)]
+    return pa.unify_schemas(schemas, promote_options="permissive").field("value").type
+
+
+def _merge_lists(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    item = merge_types(one.value_type, other.value_type)
+    large = pa.types.is_large_list(one) or pa.types.is_large_list(other)
+    return MIXED if item == MIXED else pa.large_list(item) if large else pa.list_(item)
+
+
+def _merge_structs(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    fields: dict[str, pa.DataType] = {}
+    for kind in (one, other):
+        for index in range(kind.num_fields):
+            name = kind.field(index).name
+            fields[name] = merge_types(fields.get(name, pa.null()), kind.field(index).type)
+    return MIXED if MIXED in fields.values() else pa.struct(fields.items())
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+#: The first whose test holds for both types merges them.
+_MERGES: tuple[tuple[Callable[[Any], bool], Callable[[Any, Any], pa.DataType]], ...] = (
+    (pa.types.is_integer, _merge_integers),
+    (_is_number, lambda _one, _other: pa.float64()),
+    (_is_text, lambda _one, _other: pa.large_string()),
+    (_is_list, _merge_lists),
+    (pa.types.is_struct, _merge_structs),
+    (pa.types.is_timestamp, _merge_timestamps),
+)
+
+
+def has_wide_integers(column: pa.ChunkedArray) -> bool:
+    """Return whether a column has integers beyond those that a float of 64 bits tells apart."""
+    if not pa.types.is_integer(column.type) or column.type.bit_width < 64:
+        return False
+    low, high = pc.min_max(column).values()
+    return low.is_valid and (low.as_py() < -(2**53) or high.as_py() > 2**53)
 
 
 def python_values(column: pa.ChunkedArray | pa.Array) -> list[Any]:
@@ -124,12 +186,17 @@ def to_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     """Return the values of a column in the type that holds all of them; U+FFFD replaces lone surrogates."""
     if column.type == kind:
         return column
-    if not _holds_json(kind) and not _holds_json(column.type):
-        return column.cast(kind)
+    if kind != MIXED and not _holds_json(column.type):
+        # Of merged types only integers in lists of floats lose something: what is beyond 53 bits.
+        return column.cast(kind, safe=False)
     values = python_values(column)
     if kind == MIXED:
         return pa.chunked_array([_as_json(values)])
-    return pa.chunked_array([pa.array([_without_surrogates(value) for value in values], kind)])
+    plain = [_without_surrogates(value) for value in values]
+    try:
+        return pa.chunked_array([pa.array(plain, kind)])
+    except pa.ArrowInvalid:
+        return pa.chunked_array([pa.array(plain).cast(kind, safe=False)])
 
 
 def _without_surrogates(value: Any) -> Any:

@@ -37,6 +37,9 @@ def files_of_folder(folder: str, name: str | None, split: str) -> tuple[DataFile
         patterns = _configured(folder, name)
         found = sanitize_patterns(patterns) if patterns else get_data_patterns(base)
         splits = DataFilesDict.from_patterns(found, base_path=base, allowed_extensions=_EXTENSIONS)
+        if not patterns:
+            every = DataFilesDict.from_patterns({"all": ["**"]}, base_path=base, allowed_extensions=_EXTENSIONS)
+            _warn_of_others(folder, every["all"], splits)
     except (EmptyDatasetError, FileNotFoundError) as error:
         raise InputError(
             f"data.path={folder} is a folder in which no file can be read; readable are {', '.join(FORMATS)}."
@@ -51,6 +54,16 @@ def files_of_folder(folder: str, name: str | None, split: str) -> tuple[DataFile
     if not chosen[split]:
         raise InputError(f"data.split={split} of {folder} has no file: its README.md names files that are not there.")
     return chosen[split]
+
+
+def _warn_of_others(folder: str, paths: list[str], splits: dict[str, list[str]]) -> None:
+    """Warn of data files whose names put them into no split, while those of others do."""
+    in_splits = {path for files in splits.values() for path in files}
+    if others := [file.name for path in paths if path not in in_splits and (file := data_file(str(path))) is not None]:
+        logger.warning(
+            "The splits of %s by the names of its files are %s; of no split, and not read, are %s.",
+            *(folder, ", ".join(splits), ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")),
+        )
 
 
 def _of_one_format(folder: str, paths: list[str]) -> tuple[DataFile, ...]:

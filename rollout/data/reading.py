@@ -66,7 +66,7 @@ def _load(source: Source, config: DataConfig, choice: ColumnChoice) -> RowStore:
             loaded = datasets.load_dataset(source.path, name=config.name, split=config.split)
             return _of_dataset(loaded, choice, config)
         builder = datasets.load_dataset_builder(source.path, name=config.name)
-        identity = [source.path, builder.hash, str(builder.version), config.split]
+        identity = [source.path, builder.hash, builder.config_id, config.split]
         return _cached(identity, config, choice, lambda writer: _stream(builder, config, choice, writer))
     if sum(file.expanded_bytes() for file in source.files) < _IN_MEMORY_BYTES:
         sink = pa.BufferOutputStream()
@@ -191,6 +191,7 @@ def _cached(
         try:
             with open(handle, "wb") as sink:
                 _write(pa.PythonFile(sink, mode="w"), produce)
+            os.chmod(name, 0o644)
             _publish(name, path)
             return RowStore.from_buffer(pa.memory_map(str(path)).read_buffer())
         finally:
@@ -202,11 +203,10 @@ def _publish(name: str, path: Path) -> None:
     """Give a written store its place, unless another process has: a link never replaces what others have mapped."""
     try:
         os.link(name, path)
-    except FileExistsError:
-        pass
     except OSError:
-        # The file system has no links.
-        os.replace(name, path)
+        # The file system has no links, or something that is no store stands there.
+        if _open(path) is None:
+            os.replace(name, path)
 
 
 def _open(path: Path) -> RowStore | None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from rollout.data.column_values import JSON, MIXED, merge_types, plain_type, python_values, to_type
+from rollout.data.column_values import JSON, MIXED, has_wide_integers, merge_types, plain_type, python_values, to_type
 
-LINE = "__line__"
-"""Column with the line at which an input row begins; no other column has this name."""
+LINE = "\0line"
+"""Column with the line at which an input row begins; no file has a column of this name."""
 _ALIGNMENT = 64
 _MAGIC = b"rows0001"
 
@@ -127,6 +127,8 @@ class RowWriter:
         self._types: dict[str, pa.DataType] = {}
         self._columns: dict[str, None] = {}
         self._features: dict[str, Any] = {}
+        self._wide: set[str] = set()
+        """Columns with integers that a float does not hold."""
         self.rows = 0
 
     def begin_file(self, name: str) -> None:
@@ -162,11 +164,16 @@ class RowWriter:
             if column.name != LINE:
                 found = types.get(column.name, MIXED) if column.type == JSON else plain_type(column.type)
                 self._types[column.name] = merge_types(self._types.get(column.name, pa.null()), found)
+                if has_wide_integers(table.column(column.name)):
+                    self._wide.add(column.name)
 
     def close(self) -> None:
         """Write the index."""
         self._end_table()
         files = [entry for entry in self._files if entry[0] < self.rows]
+        for name in self._wide:
+            if pa.types.is_floating(self._types[name]):
+                self._types[name] = MIXED
         types = pa.schema([(name, self._types[name]) for name in self._columns if name in self._types])
         index = json.dumps(
             {
