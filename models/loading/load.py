@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +27,7 @@ from rollout.models.loading.architecture import select_architecture
 from rollout.models.loading.chat_template import own_template
 from rollout.models.loading.checkpoint import ModelFiles, check_folder, locate, resolve_path
 from rollout.models.loading.gguf import read_model, read_tokenizer, require_gguf
+from rollout.models.loading.gguf_conversion import converted_folder
 from rollout.models.loading.multi_gpu import device_map_options, refuse_disk_offload, tensor_parallel_options
 
 __all__ = ["ModelSource", "load_model", "load_tokenizer", "resolve_device", "resolve_dtype", "resolve_path"]
@@ -64,14 +67,14 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     files = locate(source.path, source.revision, source.adapter, weights=False, code=source.trust_remote_code)
     path = files.tokenizer
     if path.is_file():
-        _check_gguf(path)
+        path = _converted_gguf(source, path, resolve_device(source.device))
     try:
         if path.is_file():
             tokenizer = read_tokenizer(path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
     except Exception as error:
-        parameter = f"path {source.path!r}" if path == files.model else f"adapter {str(path)!r}"
+        parameter = f"path {source.path!r}" if files.tokenizer == files.model else f"adapter {str(path)!r}"
         raise ValueError(
             f"{parameter} has no tokenizer that can be loaded ({clause(error)}): save the model's tokenizer beside it."
         ) from error
@@ -92,6 +95,8 @@ def load_model(source: ModelSource, device: torch.device) -> nn.Module:
     """
     path, adapter = locate(source.path, source.revision, source.adapter, code=source.trust_remote_code)
     adapter_config = None if adapter is None else require_adapter(adapter)
+    if path.is_file():
+        path = _converted_gguf(source, path, device)
     base = _from_gguf(source, path, device) if path.is_file() else _from_folder(source, path, device)
     if not (source.device_map or source.tensor_parallel):
         _move_to_device(base, device)
@@ -195,7 +200,8 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
     return model
 
 
-def _from_gguf(source: ModelSource, path: Path, device: torch.device) -> PreTrainedModel:
+def _converted_gguf(source: ModelSource, path: Path, device: torch.device) -> Path:
+    """Return the folder of a converted GGUF file, or the file itself if the cache has no room."""
     _check_gguf(path)
     if source.device_map or source.tensor_parallel:
         remedy = "leave device_map unset" if source.device_map else "turn tensor_parallel off"
@@ -205,8 +211,21 @@ def _from_gguf(source: ModelSource, path: Path, device: torch.device) -> PreTrai
         )
     # A GGUF file mostly stores quantized blocks, which are no torch dtype.
     dtype = resolve_dtype(source.dtype, device, None)
-    try:
+    with _naming_gguf(source):
+        return converted_folder(path, dtype) or path
+
+
+def _from_gguf(source: ModelSource, path: Path, device: torch.device) -> PreTrainedModel:
+    dtype = resolve_dtype(source.dtype, device, None)
+    with _naming_gguf(source):
         return read_model(path, "auto" if dtype is None else dtype)
+
+
+@contextmanager
+def _naming_gguf(source: ModelSource) -> Iterator[None]:
+    """Turn the errors of reading a GGUF file into one sentence."""
+    try:
+        yield
     except Exception as error:
         message = f"path {source.path!r} cannot be loaded as GGUF ({clause(error)})."
         # transformers has no class of its own for an architecture that it cannot read from GGUF.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rollout.models import cache_dir
-from rollout.models.loading import default_model
+from rollout.models.loading import default_model, gguf_conversion
 from rollout.models.loading.load import ModelSource, load_model, load_tokenizer, resolve_path
 from tests.support.saved_models import CPU
 
@@ -32,12 +32,12 @@ class TestPackaged:
         version = metadata.version(default_model.DEFAULT.distribution)
         assert converted.parent == cache_dir.cache_root()
         assert default_model.DEFAULT.name in converted.name
-        assert f"format{default_model.FORMAT}" in converted.name
+        assert f"format{gguf_conversion.FORMAT}" in converted.name
         assert converted.name.endswith(version)
         assert not list(converted.parent.glob(f".{converted.name}.*"))
 
     def test_second_use_does_not_convert_again(self, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(default_model, "_save", lambda *_: pytest.fail("converted again"))
+        monkeypatch.setattr(gguf_conversion, "_save", lambda *_: pytest.fail("converted again"))
         assert resolve_path(PACKAGED) == str(converted)
 
     def test_config_is_that_of_an_ordinary_checkpoint(self, converted: Path) -> None:
@@ -76,7 +76,7 @@ class TestPackaged:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         winner: list[Path] = []
 
-        def save(model: default_model.PackagedModel, source: Path, work: Path) -> None:
+        def save(_file: Path, work: Path, *_: object) -> None:
             work.mkdir()
             (work / "mine").touch()
             folder = cache_dir.cache_root() / work.name
@@ -84,7 +84,7 @@ class TestPackaged:
             (folder / "theirs").touch()
             winner.append(folder)
 
-        monkeypatch.setattr(default_model, "_save", save)
+        monkeypatch.setattr(gguf_conversion, "_save", save)
         assert resolve_path(PACKAGED) == str(winner[0])
         assert [p.name for p in winner[0].iterdir()] == ["theirs"]
         assert list(cache_dir.cache_root().iterdir()) == winner
@@ -95,7 +95,7 @@ class TestPackaged:
         def save(*_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(default_model, "_save", save)
+        monkeypatch.setattr(gguf_conversion, "_save", save)
         with pytest.raises(KeyboardInterrupt):
             resolve_path(PACKAGED)
         assert not list(cache_dir.cache_root().iterdir())
@@ -106,7 +106,7 @@ class TestPackaged:
         for leftover in (old, young):
             leftover.mkdir(parents=True)
         os.utime(old, (0, 0))
-        monkeypatch.setattr(default_model, "_save", lambda model, source, work: work.mkdir())
+        monkeypatch.setattr(gguf_conversion, "_save", lambda _file, work, *_: work.mkdir())
         resolve_path(PACKAGED)
         assert young.exists()
         assert not old.exists()
