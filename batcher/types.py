@@ -16,6 +16,9 @@ BoolArray = NDArray[np.bool_]
 OVER_BUDGET = "over_budget"
 """Reason of a decision that cannot keep the latency budget: even the fewest rows allowed exceed it."""
 
+NONE_WAITING = "queue"
+"""Reason of a decision that no limit bounds: no further row waits."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepSample:
@@ -115,7 +118,7 @@ class Decision:
     prefill_tokens: int
     """Most prompt tokens prefilled."""
     reason: str
-    """One word, e.g. ``memory``, ``latency``, ``cap``, ``hold``."""
+    """One word, e.g. ``memory``, ``latency``, ``cap``, ``queue``, ``hold``."""
     decode_rows: int | None = None
     """Live rows that decode, oldest first; None: all. The other live rows are paused: they keep their memory and
     add no token. At least one row decodes."""

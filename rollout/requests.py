@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from rollout.batcher.types import Observation
 from rollout.sampling_params import SamplingParams
 
 
@@ -67,3 +68,5 @@ class StepReport:
     out_of_memory_events: int
     """Allocator failures since the previous report."""
     step_ms: float
+    observation: Observation
+    """What the step was decided on."""

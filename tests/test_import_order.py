@@ -21,6 +21,7 @@ LEVELS = {
         "errors logs arithmetic stats generation_defaults record_columns",
         "records sampling_params headroom engine_arguments argument_parser",
         "requests length_history config",
+        "progress",
         "data engine run_dir",
         "job verify report simulate",
         "cli",

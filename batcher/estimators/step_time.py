@@ -86,6 +86,13 @@ class StepTime:
             self._solution = Coefficients(*(scaled * _SCALES).tolist())
         return self._solution
 
+    def with_prior(self, step: StepSample, weight: float) -> Coefficients:
+        """Return c0 to c3 with a supposed step that counts as ``weight`` steps: it tells what the steps leave open."""
+        terms = np.array([1.0, step.rows, step.kv_tokens, step.prefill_tokens]) * _SCALES
+        left = self._left.sum(0) + weight * np.outer(terms, terms) / step.ms**2
+        right = self._right.sum(0) + weight * terms / step.ms
+        return Coefficients(*(_solve_non_negative(left, right) * _SCALES).tolist())
+
     @property
     def deviation(self) -> float:
         """Return the relative standard deviation of the error, with a prior of 5 %."""

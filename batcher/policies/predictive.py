@@ -13,7 +13,16 @@ from rollout.batcher.estimators.peak_memory import rows_that_fit
 from rollout.batcher.estimators.row_memory import TYPICAL_MAX_NEW, live_rows, waiting_rows
 from rollout.batcher.estimators.step_time import StepTime
 from rollout.batcher.estimators.survival import Survival
-from rollout.batcher.types import OVER_BUDGET, BoolArray, Bounds, Decision, FloatArray, Observation, decoding_rows
+from rollout.batcher.types import (
+    NONE_WAITING,
+    OVER_BUDGET,
+    BoolArray,
+    Bounds,
+    Decision,
+    FloatArray,
+    Observation,
+    decoding_rows,
+)
 
 # Lengths and costs change slowly, so their estimates are refreshed once per 16 decisions.
 _DECISIONS_PER_ESTIMATE = 16
@@ -53,7 +62,8 @@ class PredictivePolicy:
     With a latency budget, ``LatencyBudget`` limits the decoding rows, the prefill tokens beside them and the rows
     that may be admitted.
 
-    Reasons: ``memory``, ``cap`` (``max_rows``), ``latency``, ``over_budget`` (``OVER_BUDGET``).
+    Reasons: ``memory``, ``cap`` (``max_rows``), ``latency``, ``over_budget`` (``OVER_BUDGET``), ``queue``
+    (``NONE_WAITING``).
 
     Args:
         bounds: limits set by the user.
@@ -97,7 +107,7 @@ class PredictivePolicy:
             # The forecast dominates the cost of a decision, so it is skipped where no row may be admitted anyway.
             rows += self._admissible(observation, self._forecaster, max_rows - rows)
             if rows < max_rows:
-                reason = "memory"
+                reason = "memory" if observation.waiting_rows else NONE_WAITING
         self._admitted = rows
         rows = min(max(rows, decoding_rows(observation), bounds.min_rows), bounds.max_rows)
         return Decision(rows, prefill_tokens, reason, decode_rows)

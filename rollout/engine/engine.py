@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import operator
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from typing import Any, cast
 
 from torch import nn
@@ -40,6 +41,7 @@ from rollout.models.patches.linears import PackedLinears
 from rollout.models.patches.norms_and_rope import FusedModules
 from rollout.models.patches.shared_inputs import layers_with_shared_inputs
 from rollout.models.runners.select import select_strategy
+from rollout.progress.progress import Done, Progress
 from rollout.records import Batch, Record
 from rollout.requests import Request, StepReport, in_windows
 from rollout.sampling_params import SamplingParams
@@ -168,6 +170,7 @@ class Engine:
         seed: int = 0,
         row_ids: Iterable[str | int] | None = None,
         attention_mask: Any = None,
+        progress: bool = False,
     ) -> Batch:
         """Generate completions of all prompts; records come in prompt order, then sample order.
 
@@ -181,6 +184,7 @@ class Engine:
             seed: the noise of a token depends only on the seed, the row id, the sample and the position.
             row_ids: one string or whole number per prompt that keys its noise; by default the prompt's index.
             attention_mask: [B, P], 0 where the ids in ``prompts`` are padding.
+            progress: draw a bar on stderr or in the notebook; of several ranks, only the first draws.
 
         Raises:
             InputError: an argument has no form that can be read, lists differ in length, or ids repeat.
@@ -188,7 +192,7 @@ class Engine:
         given = list(given_prompts(prompts, attention_mask, self._pad_id))
         ids = [str(i) for i in range(len(given))] if row_ids is None else list(given_row_ids(row_ids, given))
         order = {row_id: i for i, row_id in enumerate(ids)}
-        records = list(self._stream(given, params, seed, ids))
+        records = list(self._stream(given, params, seed, ids, progress))
         records.sort(key=lambda record: (order[record.row_id], record.sample))
         assert self.stats is not None
         return Batch(records=tuple(records), stats=self.stats)
@@ -201,6 +205,7 @@ class Engine:
         seed: int = 0,
         row_ids: Iterable[str | int] | None = None,
         attention_mask: Any = None,
+        progress: bool = False,
     ) -> Iterator[Record]:
         """Generate like `generate`, but yield records as they finish and read ``prompts`` only as rows are admitted.
 
@@ -209,15 +214,29 @@ class Engine:
         """
         given = given_prompts(prompts, attention_mask, self._pad_id)
         ids = (str(i) for i in count()) if row_ids is None else given_row_ids(row_ids, given)
-        return self._stream(given, params, seed, ids)
+        return self._stream(given, params, seed, ids, progress)
 
     def _stream(
-        self, given: Iterable[GivenPrompt], params: Params, seed: int, row_ids: Iterable[str]
+        self, given: Iterable[GivenPrompt], params: Params, seed: int, row_ids: Iterable[str], progress: bool
     ) -> Iterator[Record]:
-        requests = self._requests(given, given_params(params, given), seed=given_seed(seed), row_ids=iter(row_ids))
+        each, total = given_params(params, given), None
+        if progress and isinstance(given, Sequence):
+            listed = list(islice(each, len(given)))
+            each, total = iter(listed), sum(one.n for one in listed)
+        requests = self._requests(given, each, seed=given_seed(seed), row_ids=iter(row_ids))
         if isinstance(given, Sequence) and self._lengths:
             requests = in_windows(requests, _WINDOW)
-        return self.run(requests)
+        if not progress or int(os.environ.get("RANK") or 0):
+            return self.run(requests)
+        return self._run_with_progress(requests, total)
+
+    def _run_with_progress(self, requests: Iterable[Request], total: int | None) -> Iterator[Record]:
+        """Run like `run` and draw the progress; ``total``: samples, None if unknown."""
+        finished = 0
+        with Progress(total, lambda: Done(finished)) as progress:
+            for record in self.run(requests, on_step=progress.step):
+                finished += 1
+                yield record
 
     def _requests(
         self, prompts: Iterable[GivenPrompt], params: Iterator[SamplingParams], seed: int, row_ids: Iterator[str]

@@ -118,7 +118,7 @@ class Loop:
     def _step(self) -> StepResult:
         """Decide, fit memory, preempt, admit, run one forward over prefill and decode, and retire finished rows."""
         scheduler = self._scheduler
-        decision = self._decide()
+        observation, decision = self._decide()
         scheduler.shrink(self._kv.excess_bytes)
         scheduler.preempt_beyond(decision.rows)
         missing_pages = scheduler.admit(decision.rows, decision.prefill_tokens)
@@ -128,7 +128,12 @@ class Loop:
         chunks = scheduler.prefill_chunks(self._limits.prefill_tokens(decision.prefill_tokens))
         ran = self._prefill_and_decode(slots, chunks)
         return StepResult(
-            decision=decision, live_rows=live_rows, paused_rows=paused, sample=ran, missing_pages=missing_pages
+            observation=observation,
+            decision=decision,
+            live_rows=live_rows,
+            paused_rows=paused,
+            sample=ran,
+            missing_pages=missing_pages,
         )
 
     def _guarded_step(self) -> None:
@@ -175,12 +180,13 @@ class Loop:
 
     # -- deciding ------------------------------------------------------------------------------------
 
-    def _decide(self) -> Decision:
+    def _decide(self) -> tuple[Observation, Decision]:
         start = time.perf_counter()
         self._kv.read_headroom(self._runner.bytes_kept)
         if self._kv.must_evict and self._runner.shed():
             self._kv.read_headroom(self._runner.bytes_kept)
-        decision = self._limits.apply(self._policy.decide(self._observe()))
+        observation = self._observe()
+        decision = self._limits.apply(self._policy.decide(observation))
         if decision.rows != self._row_target:
             # A target may change with every row that ends, its reason seldom does.
             level = logging.DEBUG if decision.reason == self._reason else logging.INFO
@@ -193,7 +199,7 @@ class Loop:
             self._warned_over_budget = True
             logger.warning("Even a step of %d row(s) exceeds the latency budget; continuing there.", decision.rows)
         self.tally.deciding_seconds += time.perf_counter() - start
-        return decision
+        return observation, decision
 
     def _observe(self) -> Observation:
         observation = observe(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rollout.batcher.types import Decision, StepSample
+from rollout.batcher.types import Decision, Observation, StepSample
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.requests import StepReport
@@ -16,6 +16,7 @@ from rollout.stats import Tally
 class StepResult:
     """What one step did."""
 
+    observation: Observation
     decision: Decision
     live_rows: int
     """Rows alive after admission."""
@@ -68,6 +69,7 @@ class StepReporter:
             preempted_rows=tally.preempted_rows - self._reported_preemptions,
             out_of_memory_events=tally.out_of_memory_events - self._reported_ooms,
             step_ms=step.sample.ms,
+            observation=step.observation,
         )
         self._reported_tokens = tally.sampled_tokens
         self._reported_preemptions = tally.preempted_rows

@@ -16,15 +16,15 @@ from rollout.data.dataset_row import Prompt
 from rollout.data.prompts import Prompts, read_prompts
 from rollout.errors import Exit, InputError
 from rollout.job.cpu_threads import choose_threads
-from rollout.job.progress import Progress
 from rollout.job.ranks import Ranks, Topology
 from rollout.job.rewards import load_reward
 from rollout.job.shard_worker import ShardWorker
+from rollout.progress.progress import Done, Progress
 from rollout.record_columns import ABSENT_LOGPROBS
 from rollout.records import REASONING, RECORD_COLUMNS, Record
 from rollout.requests import Request, StepReport
 from rollout.run_dir.fingerprint import fingerprint_of
-from rollout.run_dir.metrics import MetricsWriter
+from rollout.run_dir.metrics import MetricsWriter, active_workers
 from rollout.run_dir.previous_lengths import read_lengths
 from rollout.run_dir.record_table import shard_schema
 from rollout.run_dir.run import RunDir, existing_run, open_run, prepare_folder, read_run
@@ -197,9 +197,15 @@ def _generate(run: RunDir, loaded: Loaded, worker: ShardWorker, topology: Topolo
         metrics_path = run.paths.metrics(topology.worker)
         metrics = stack.enter_context(MetricsWriter(metrics_path, topology.worker, run.attempt, device=loaded.memory))
         observers = [metrics.step]
+        progress: Progress | None = None
         if topology.rank == 0:
-            progress = Progress(run.rows * run.samples, lambda: run.committed_samples() + worker.samples_in_open_shards)
-            observers.append(stack.enter_context(progress).step)
+            progress = stack.enter_context(
+                Progress(
+                    run.rows * run.samples,
+                    lambda: Done(worker.samples_in_open_shards, run.committed_samples(), active_workers(run.paths)),
+                )
+            )
+            observers.append(progress.step)
 
         def on_step(report: StepReport) -> None:
             for observe in observers:
@@ -215,6 +221,8 @@ def _generate(run: RunDir, loaded: Loaded, worker: ShardWorker, topology: Topolo
                 if not waiting:
                     logger.info("No shard is left to claim; waiting for those that other workers hold.")
                 waiting = True
+                if progress is not None:
+                    progress.waiting()
                 time.sleep(POLL_SECONDS)
             else:
                 return

@@ -18,6 +18,8 @@ from rollout.requests import StepReport
 from rollout.run_dir.paths import RunPaths
 
 LINE_SECONDS = 1.0
+ACTIVE_SECONDS = 60.0
+"""A worker that has written no line for so long counts as gone."""
 _TWO_DIGITS = Context(prec=2, rounding=ROUND_CEILING)
 
 
@@ -125,6 +127,15 @@ class MetricsWriter:
         }
         # A single write to a file opened for appending, so that lines of two processes do not mix.
         self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+
+def active_workers(paths: RunPaths) -> int:
+    """Count the workers whose last line is about as recent as the newest; 1 if there are no lines.
+
+    Files are compared with each other, because the clock of their file system may differ from this machine's.
+    """
+    written = [path.stat().st_mtime for path in (paths.root / "metrics").glob("rank-*.jsonl")]
+    return max(1, sum(time_written > max(written) - ACTIVE_SECONDS for time_written in written))
 
 
 def _ends_line(descriptor: int, size: int) -> bool:

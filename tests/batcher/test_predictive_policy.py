@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from rollout.batcher.policies.predictive import PredictiveParameters, PredictivePolicy
-from rollout.batcher.types import OVER_BUDGET, Bounds, Decision, FinishedRow, Observation, StepSample, WaitingRows
+from rollout.batcher.types import (
+    NONE_WAITING,
+    OVER_BUDGET,
+    Bounds,
+    Decision,
+    FinishedRow,
+    Observation,
+    StepSample,
+    WaitingRows,
+)
 from tests.support.observations import observe
 
 ROWS_OF_200 = [FinishedRow(100, 200)] * 400
@@ -117,6 +126,13 @@ def test_prefill_gets_the_rest_of_the_budget():
     ms = 5 + 0.1 * 50 + 1e-4 * 50 * 200 + 0.02 * decision.prefill_tokens
     assert decision.decode_rows == 50
     assert 0.9 * 30 < ms < 30
+
+
+def test_reason_is_the_queue_where_no_row_waits():
+    policy = PredictivePolicy(Bounds(1, 4096))
+    assert policy.decide(observe([10] * 50, eta=100_000, waiting=0)).reason == NONE_WAITING
+    full = replace(observe([100] * 90, eta=20_000, waiting=9), waiting=waiting(9))
+    assert policy.decide(full).reason == "memory"
 
 
 def test_rows_over_budget_are_paused_and_none_is_admitted():

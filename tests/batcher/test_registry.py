@@ -158,8 +158,8 @@ def test_batcher_loads_neither_torch_nor_transformers():
 
 def test_batcher_reads_no_clock_and_does_no_io():
     allowed = {
-        "__future__", "collections", "dataclasses", "difflib", "functools", "inspect", "itertools", "math", "numpy",
-        "statistics", "typing",
+        "__future__", "collections", "dataclasses", "difflib", "functools", "heapq", "inspect", "itertools", "math",
+        "numpy", "statistics", "typing",
     }  # fmt: skip
     modules = list(Path(next(iter(rollout.batcher.__path__))).rglob("*.py"))
     assert len(modules) > 5

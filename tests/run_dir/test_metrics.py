@@ -1,18 +1,16 @@
-"""Metrics lines, the progress line and the summary."""
+"""Metrics lines and the summary."""
 
 from __future__ import annotations
 
-import io
 import json
+import os
 import socket
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from rollout.job.progress import Progress
 from rollout.records import FinishReason, Record
-from rollout.run_dir.metrics import MetricsWriter, read_lines, read_metrics
+from rollout.run_dir.metrics import MetricsWriter, active_workers, read_lines, read_metrics
 from rollout.run_dir.paths import RunPaths
 from tests.support.jobs import report_of
 
@@ -148,38 +146,13 @@ def test_last_line_is_written_when_the_engine_fails(tmp_path: Path) -> None:
     assert len(lines_of(paths)) == 1
 
 
-def drawn(terminal: bool, seconds: float) -> str:
-    clock, out, done = Clock(), io.StringIO(), 0
-    console = Console(file=out, force_terminal=terminal, width=200)
-    with Progress(100, lambda: done, console, clock) as progress:
-        for step in range(round(seconds * 8)):
-            clock.now += 0.125
-            done = step // 4
-            progress.step(report_of(step, live_rows=7, row_target=9, reason="latency", new_tokens=3))
-    return out.getvalue()
-
-
-def test_progress_prints_a_plain_line_every_ten_seconds() -> None:
-    lines = drawn(terminal=False, seconds=35).splitlines()
-    assert len(lines) == 3
-    assert all("\x1b" not in line for line in lines)
-    assert lines[-1].startswith("59/100 samples · live 7/9 (latency) · 24 tok/s · 0:2")
-
-
-def test_progress_draws_a_live_line_on_a_terminal() -> None:
-    text = drawn(terminal=True, seconds=3)
-    assert text.count("samples · live 7/9 (latency)") > 5
-    assert "\x1b[2K" in text
-
-
-def test_time_left_follows_the_rate_of_the_last_seconds() -> None:
-    clock, done = Clock(), 0
-    progress = Progress(1000, lambda: done, Console(file=io.StringIO()), clock)
-    progress.step(report_of(0))
-    clock.now += 10
-    done = 100
-    assert progress.line(report_of(1), clock.now).endswith("1:30 left")
-    clock.now += 10
-    assert progress.line(report_of(2), clock.now).endswith("3:00 left")
-    clock.now += 1000
-    assert progress.line(report_of(3), clock.now).endswith("? left")
+def test_workers_that_write_no_lines_any_more_are_not_active(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    assert active_workers(paths) == 1
+    for worker in range(3):
+        with MetricsWriter(paths.metrics(worker), worker, 0) as metrics:
+            metrics.step(report_of(0))
+    assert active_workers(paths) == 3
+    written = paths.metrics(0).stat().st_mtime
+    os.utime(paths.metrics(1), (written - 1000, written - 1000))
+    assert active_workers(paths) == 2

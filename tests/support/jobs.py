@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rollout.batcher.types import Observation
 from rollout.config.compose import load_config
 from rollout.config.schema import Config
 from rollout.data.dataset_row import Prompt
@@ -30,6 +31,19 @@ from rollout.requests import Request, StepReport
 from rollout.run_dir.shards import read_shard
 
 LIVE = 5
+
+_NONE = np.zeros(0, np.int64)
+NOTHING_LIVE = Observation(
+    prompt_tokens=_NONE,
+    generated_tokens=_NONE,
+    max_new_tokens=_NONE,
+    waiting_rows=0,
+    waiting_prompt_tokens=0,
+    kv_tokens_held=0,
+    kv_tokens_free=0,
+    headroom_bytes=0,
+    bytes_per_token=1,
+)
 
 
 def record_of(request: Request, sample: int) -> Record:
@@ -111,6 +125,7 @@ def report_of(step: int, **values: Any) -> StepReport:
         preempted_rows=0,
         out_of_memory_events=0,
         step_ms=2.0,
+        observation=NOTHING_LIVE,
     )
     return replace(report, **values)
 

@@ -1,0 +1,155 @@
+"""The progress of a job or a library call, with the time that it still takes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from rich.console import Console
+
+from rollout.batcher.estimators.time_left import TimeLeft
+from rollout.progress.displays import View, display_on
+from rollout.requests import StepReport
+
+RATE_SECONDS = 30.0
+"""Length of the window that the rate of tokens is measured over."""
+_ESTIMATE_SECONDS = 1.0
+#: Estimates take at most this share of the time.
+_ESTIMATE_SHARE = 0.01
+
+
+class Done(NamedTuple):
+    """Finished samples of a run."""
+
+    own: int
+    """Those of this worker that other workers do not know of."""
+    committed: int = 0
+    """All others."""
+    workers: int = 1
+    """Workers at work."""
+
+
+class _Estimate(NamedTuple):
+    at: float
+    seconds: float | None
+
+
+class Progress:
+    """Draw the progress of the whole run from one worker.
+
+    Other workers tell only what they have committed. Each is assumed to be as far and as fast as this one.
+
+    Args:
+        total: samples of the run; None if unknown.
+        done: returns the finished samples.
+        console: where to draw; stderr by default.
+    """
+
+    def __init__(
+        self,
+        total: int | None,
+        done: Callable[[], Done],
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total = total
+        self._done = done
+        self._clock = clock
+        self._display = display_on(console or Console(stderr=True))
+        self._time_left = TimeLeft()
+        self._estimate = _Estimate(clock(), None)
+        self._next_estimate = clock()
+        self._drawn_at = self._begun_at = clock()
+        self._begun_share = 0.0
+        self._tokens = 0
+        self._recent: deque[tuple[float, int]] = deque()
+        """Times of the last `RATE_SECONDS`, and the tokens until then."""
+        self._last: StepReport | None = None
+
+    def step(self, report: StepReport) -> None:
+        """Add one step of the engine, and draw if it is time to."""
+        now = self._clock()
+        if self._last is None:
+            self._recent.append((now, 0))
+        self._last = report
+        self._tokens += report.new_tokens
+        self._time_left.observe(report.observation, report.row_target)
+        if now - self._drawn_at >= self._display.seconds:
+            self._drawn_at = now
+            self._display.draw(self.view(now))
+
+    def waiting(self) -> None:
+        """Draw that only other workers still work."""
+        now = self._clock()
+        if now - self._drawn_at >= self._display.seconds:
+            self._drawn_at = now
+            done = self._done()
+            view = View(self._share(done, None, now), f"{self._samples(done)} · waiting for other workers")
+            self._display.draw(view)
+
+    def view(self, now: float) -> View:
+        """Return what to draw after the last step."""
+        done, last = self._done(), self._last
+        assert last is not None, "step comes first"
+        left = self._seconds_left(done, now)
+        self._recent.append((now, self._tokens))
+        while len(self._recent) > 2 and self._recent[0][0] < now - RATE_SECONDS:
+            self._recent.popleft()
+        since, tokens = self._recent[0]
+        rate = (self._tokens - tokens) / max(now - since, 1e-9)
+        live = f"{last.live_rows} live" + (f" of {last.row_target} ({last.reason})" if last.waiting_rows else "")
+        line = f"{self._samples(done)} · {live} · {rate:,.0f} tok/s · {_duration(left)} left"
+        return View(self._share(done, left, now), line)
+
+    def _samples(self, done: Done) -> str:
+        count = done.own + done.committed
+        return f"{count:,} samples" if self._total is None else f"{count:,}/{self._total:,} samples"
+
+    def _seconds_left(self, done: Done, now: float) -> float | None:
+        """Return the estimate, which is made anew from time to time and counts down in between."""
+        if self._total is None or self._last is None:
+            return None
+        if now >= self._next_estimate:
+            per_worker = (self._total - done.committed) / done.workers
+            waiting = max(0.0, per_worker - done.own - self._last.live_rows)
+            left_ms = self._time_left.milliseconds(waiting, 1e3 * now)
+            self._estimate = _Estimate(now, None if left_ms is None else left_ms / 1e3)
+            cost = self._clock() - now
+            self._next_estimate = now + max(_ESTIMATE_SECONDS, cost / _ESTIMATE_SHARE)
+        at, seconds = self._estimate
+        return None if seconds is None else max(0.0, seconds - (now - at))
+
+    def _share(self, done: Done, left: float | None, now: float) -> float:
+        """Return the done share: of the time if it is known, which counts unfinished samples too, else of samples."""
+        if not self._total:
+            return 0.0
+        share = (done.own + done.committed) / self._total
+        if left is None:
+            return share
+        elapsed = now - self._begun_at
+        return self._begun_share + (1 - self._begun_share) * elapsed / max(elapsed + left, 1e-9)
+
+    def __enter__(self) -> Self:
+        self._begun_at = self._clock()
+        done = self._done()
+        self._begun_share = (done.own + done.committed) / self._total if self._total else 0.0
+        self._display.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._last is not None:
+            self._display.draw(self.view(self._clock()))
+        self._display.stop()
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
