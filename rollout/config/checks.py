@@ -5,6 +5,7 @@ from __future__ import annotations
 from rollout.config.schema import Config, ModelConfig
 from rollout.engine_arguments import argument_checks
 from rollout.errors import Check
+from rollout.sampling_params import PARAMETER_NAMES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMATS = ("parquet", "jsonl")
@@ -65,9 +66,24 @@ def _other_checks(config: Config) -> list[Check]:
         Check("data.path", data.path, bool(data.path), "a file, a folder, a hub id or builtin:arithmetic"),
         Check("data.limit", data.limit, data.limit is None or data.limit >= 1, "at least 1, or null for no limit"),
         Check("data.keep_columns", keep, are_names and keep != "", "all, a list of columns, or [] for none"),
+        Check(
+            "data.sampling_columns",
+            data.sampling_columns,
+            _is_column_mapping(data.sampling_columns),
+            "a mapping of sampling parameters to columns; n is the same for all rows, the others are "
+            + ", ".join(PARAMETER_NAMES[1:]),
+        ),
         Check("output.dir", output.dir, bool(output.dir), "a folder"),
         Check("output.format", output.format, output.format in FORMATS, f"one of {', '.join(FORMATS)}"),
         Check("output.logprobs", output.logprobs, output.logprobs in LOGPROBS, f"one of {', '.join(LOGPROBS)}"),
         Check("output.rows_per_shard", output.rows_per_shard, output.rows_per_shard >= 1, "at least 1"),
         Check("seed", config.seed, -(2**63) <= config.seed < 2**63, "a 64-bit integer"),
     ]
+
+
+def _is_column_mapping(given: object) -> bool:
+    """Return whether a value maps sampling parameters, of which ``n`` is none of a row's, to names of columns."""
+    if given is None:
+        return True
+    columns = isinstance(given, dict) and all(isinstance(column, str) and column for column in given.values())
+    return columns and set(given) <= set(PARAMETER_NAMES) - {"n"}  # type: ignore[call-overload]

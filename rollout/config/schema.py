@@ -47,6 +47,7 @@ class DataConfig:
     as_chat: bool = MISSING
     system_prompt: str | None = MISSING
     keep_columns: Any = MISSING
+    sampling_columns: Any = MISSING
 
 
 @dataclass

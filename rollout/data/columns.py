@@ -128,6 +128,7 @@ def columns_read(config: DataConfig) -> dict[str, str]:
         "data.prompt_column": config.prompt_column,
         "data.id_column": config.id_column,
         "data.length_hint_column": config.length_hint_column,
+        **{f"data.sampling_columns.{name}": column for name, column in (config.sampling_columns or {}).items()},
     }
     return {key: column for key, column in named.items() if column is not None}
 

@@ -18,6 +18,7 @@ from rollout.data.columns import OPTIONAL_COLUMNS, ColumnChoice, columns_read, f
 from rollout.data.dataset_row import DatasetRow, as_length_hint, dataset_row, is_chat, without_nulls
 from rollout.data.kept_columns import KeptColumns, kept_columns, named_columns
 from rollout.data.reading import load
+from rollout.data.row_params import given_params
 from rollout.data.row_store import RowStore
 from rollout.data.sources import find_source
 from rollout.errors import InputError, shorten
@@ -127,6 +128,8 @@ def _with_ids(rows: _Rows, kept: KeptColumns, config: DataConfig, choice: Column
             row_id = f"{prompt_hash}-{ordinals[prompt_hash]}"
             ordinals[prompt_hash] += 1
         content = _canonical(columns) if choice.for_reward else prompt
+        if config.sampling_columns:
+            content += _canonical(given_params(columns, config.sampling_columns))
         digest.update(f"{row_id}\0{content}\n".encode(errors="surrogatepass"))
         if chat_row is None and _may_be_chat(value, config):
             chat_row = row_id if is_chat(dataset_row(index, row_id, columns, config).prompt) else None

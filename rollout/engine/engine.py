@@ -219,6 +219,8 @@ class Engine:
     def _stream(
         self, given: Iterable[GivenPrompt], params: Params, seed: int, row_ids: Iterable[str], progress: bool
     ) -> Iterator[Record]:
+        if isinstance(params, SamplingParams):
+            self.check_params(params)
         each, total = given_params(params, given), None
         if progress and isinstance(given, Sequence):
             listed = list(islice(each, len(given)))
@@ -257,6 +259,14 @@ class Engine:
                 yield replace(request, error_class=error.error_class, error=str(error))
             else:
                 yield replace(request, prompt_ids=prompt_ids, expected_tokens=self._lengths.expected(prompt_ids))
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Refuse parameters that do not suit the model and its tokenizer.
+
+        Raises:
+            InputError: the message begins with the parameter's name.
+        """
+        self._rules.compile(params)
 
     def _encode_given(self, given: GivenPrompt) -> list[int]:
         check_prompt(given.prompt)

@@ -14,6 +14,7 @@ from typing import Protocol
 from rollout.config.schema import Config, ModelConfig
 from rollout.data.dataset_row import Prompt
 from rollout.data.prompts import Prompts, read_prompts
+from rollout.data.row_params import RowParams
 from rollout.errors import Exit, InputError
 from rollout.job.cpu_threads import choose_threads
 from rollout.job.ranks import Ranks, Topology
@@ -30,6 +31,7 @@ from rollout.run_dir.record_table import shard_schema
 from rollout.run_dir.run import RunDir, existing_run, open_run, prepare_folder, read_run
 from rollout.run_dir.shard_locks import FileLocks
 from rollout.run_dir.summary import summarise
+from rollout.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ class Generator(Protocol):
     ) -> Iterator[Record]: ...
 
     def encode(self, prompt: Prompt) -> list[int]: ...
+
+    def check_params(self, params: SamplingParams) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,11 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
             skip_special_tokens=config.output.skip_special_tokens,
             split_reasoning=config.output.split_reasoning,
         )
+    try:
+        engine.check_params(config.sampling.params())
+    except InputError as error:
+        # The message begins with the name of the parameter.
+        raise InputError(f"sampling.{error}") from error
     return Loaded(
         engine=engine, dtype=str(model.dtype).removeprefix("torch."), attention=engine.attention, memory=engine.memory
     )
@@ -162,6 +171,7 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
             if topology.tensor_parallel and topology.rank:
                 _follow(loaded.engine, ranks)
             else:
+                params = config.sampling.params()
                 locks = FileLocks(run.paths, run.shards, topology.workers)
                 worker = ShardWorker(
                     run=run,
@@ -169,7 +179,8 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
                     prompts=prompts,
                     schema=schema,
                     encode=loaded.engine.encode,
-                    params=config.sampling.params(),
+                    params=params,
+                    row_params=RowParams(params, config.data.sampling_columns or {}, check=loaded.engine.check_params),
                     seed=config.seed,
                     reward=reward,
                     previous_lengths=previous_lengths,

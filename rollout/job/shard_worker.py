@@ -11,6 +11,8 @@ from jinja2 import TemplateError
 
 from rollout.data.dataset_row import DatasetRow, Prompt
 from rollout.data.prompts import Prompts
+from rollout.data.row_params import RowParams
+from rollout.errors import PromptError
 from rollout.job.rewards import Reward, score
 from rollout.length_history import LengthHistory
 from rollout.record_columns import ABSENT_LOGPROBS
@@ -67,6 +69,7 @@ class ShardWorker:
         schema: pa.Schema,
         encode: Encode,
         params: SamplingParams,
+        row_params: RowParams | None = None,
         seed: int,
         reward: Reward | None = None,
         previous_lengths: LengthHistory | None = None,
@@ -79,6 +82,7 @@ class ShardWorker:
         self._absent: dict[str, Any] = {name: [] for name in ABSENT_LOGPROBS["none"] if name not in schema.names}
         self._encode = encode
         self._params = params
+        self._row_params = RowParams(params, columns={}) if row_params is None else row_params
         self._seed = seed
         self._reward = reward
         self._previous_lengths = previous_lengths
@@ -144,6 +148,11 @@ class ShardWorker:
             if not missing:
                 continue
             encoded = self._encode_prompt(row)
+            params = self._params
+            try:
+                params = self._row_params.of(row.columns)
+            except PromptError as error:
+                encoded = EncodedPrompt([], error.error_class, str(error))
             if encoded.error_class:
                 for sample in missing:
                     shard.part.append(self._error_record(row.row_id, sample, encoded))
@@ -151,7 +160,7 @@ class ShardWorker:
                 yield Request(
                     row_id=row.row_id,
                     prompt_ids=encoded.token_ids,
-                    params=self._params,
+                    params=params,
                     seed=self._seed,
                     samples=missing,
                     expected_tokens=self._expected_tokens(row, encoded.token_ids),

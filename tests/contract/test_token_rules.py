@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout import Engine, SamplingParams
+from rollout.errors import InputError
 from rollout.records import Record
 from tests.support.parity import tight_engine, worst_logprob
 from tests.support.rule_cases import EOS, Case, edited_logprobs, generated, random_case
@@ -143,6 +144,8 @@ def test_rules_that_do_not_suit_the_model_are_refused_for_their_rows_alone(param
     assert records[0].error_class == "bad_params"
     assert reason in records[0].error
     assert not records[1].error_class
+    with pytest.raises(InputError, match=reason):
+        Engine(model_of("llama"), None).generate([[4], [5]], params)
 
 
 def test_histories_of_long_prompts_and_completions_grow() -> None:

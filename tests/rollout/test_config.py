@@ -42,6 +42,7 @@ def test_defaults_match_the_contract() -> None:
         "as_chat": False,
         "system_prompt": None,
         "keep_columns": "all",
+        "sampling_columns": None,
     }
     assert config.sampling.params() == SamplingParams()
     assert (config.batcher.name, config.batcher.latency_budget_ms) == ("predictive", None)

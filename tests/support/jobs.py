@@ -29,6 +29,7 @@ from rollout.job.ranks import Topology
 from rollout.records import Record
 from rollout.requests import Request, StepReport
 from rollout.run_dir.shards import read_shard
+from rollout.sampling_params import SamplingParams
 
 LIVE = 5
 
@@ -74,6 +75,9 @@ class FakeEngine:
         """Every requested (row_id, sample), in order."""
         self.live_counts: list[int] = []
         """Live samples at each step."""
+
+    def check_params(self, params: SamplingParams) -> None:
+        pass
 
     def encode(self, prompt: Prompt) -> list[int]:
         if prompt == "unencodable":
