@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from hydra import version
@@ -44,12 +44,7 @@ class Application:
         self._hydra: Any = Hydra.create_main_hydra2("rollout", path)
         self._command = command
         self._name = command.config_name or CONFIG_NAME
-        self._known = Known(
-            keys=all_keys(),
-            groups={group.name: self._options(group.name) for group in groups()},
-            experiments=self._options("experiment"),
-            other_groups=self._options,
-        )
+        self._known = Known(keys=all_keys(), groups=[group.name for group in groups()], options=cache(self._options))
 
     def __enter__(self) -> Application:
         return self
@@ -59,7 +54,9 @@ class Application:
 
     def _options(self, group: str) -> list[str]:
         """Return the options of a group that can be chosen; schemas and included files are in its folder too."""
-        found = self._hydra.config_loader.get_group_options(group, ObjectType.CONFIG)
+        paths = [word for word in self._command.words if word.startswith("hydra.searchpath=")]
+        with self._explained():
+            found = self._hydra.config_loader.get_group_options(group, ObjectType.CONFIG, self._name, paths)
         return sorted(option for option in found if not option.startswith(("_", "schema")))
 
     def run(self, task: Task) -> list[Outcome]:

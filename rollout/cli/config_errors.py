@@ -17,14 +17,17 @@ from omegaconf.errors import (
 )
 from yaml import MarkedYAMLError, YAMLError
 
+from rollout.batcher.suggestions import near_name
 from rollout.cli.overrides import Known, explain_unknown_key
 from rollout.cli.quoting import shell_word
 from rollout.cli.values import describe_wrong_type
+from rollout.config.compose import CONFIG_NAME
 from rollout.errors import InputError
 from rollout.models.errors import first_line
 
 #: What composing raises for a user's own files and overrides.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, AttributeError)
+_REWARD_TARGETS = ("reward.target", "reward.fn", "reward.func", "reward.function", "reward.name", "reward.path")
 _IN_FILE = re.compile(r"In '([^']+)'")
 
 
@@ -33,8 +36,11 @@ def explain(error: BaseException, known: Known) -> str:
     causes = list(_chain(error))
     if refused := next((cause for cause in causes if isinstance(cause, InputError)), None):
         return str(refused)
-    where = next((f"In {match[1]}: " for cause in causes if (match := _IN_FILE.match(str(cause)))), "")
+    file = next((match[1] for cause in causes if (match := _IN_FILE.match(str(cause)))), "")
+    where = f"In {file}: " if file and file != CONFIG_NAME else ""
     for cause in causes:
+        if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key == file.split("/")[0] != "":
+            return f"{file}.yaml has no package: begin it with the line `# @package _global_`."
         sentence = _sentence(cause, known)
         if sentence:
             return where + sentence
@@ -48,6 +54,8 @@ def _sentence(cause: BaseException, known: Known) -> str | None:
         return _missing_file(cause)
     if isinstance(cause, OmegaConfBaseException):
         return _omegaconf(cause, known)
+    if isinstance(cause, UnicodeDecodeError):
+        return "A file of --config-dir is not UTF-8 text: save it as UTF-8."
     if isinstance(cause, YAMLError):
         mark = cause.problem_mark if isinstance(cause, MarkedYAMLError) else None
         place = f"{mark.name}, line {mark.line + 1}" if mark else "A configuration file"
@@ -69,13 +77,17 @@ def _missing_file(error: MissingConfigException) -> str | None:
     group, _, name = error.missing_cfg_file.rpartition("/")
     offered = sorted(option for option in error.options or () if not option.startswith(("_", "schema")))
     if group:
-        return f"There is no {group}={name}; {group} is one of {', '.join(offered)}." if offered else None
+        near = near_name(name, offered)
+        hint = f"; did you mean {near}" if near else ""
+        return f"There is no {group}={name}{hint}; {group} is one of {', '.join(offered)}." if offered else None
     return f"There is no configuration {name}: --config-name names a file of --config-dir, without .yaml."
 
 
 def _override(message: str, known: Known) -> str | None:
     if match := re.match(r"Could not override '([^']+)'\.\s+To append to your config use (\+.*)", message, re.DOTALL):
         key, argument = match[1], match[2].strip()
+        if key.replace("_", "") in _REWARD_TARGETS:
+            return f"There is no key {key}; here it is reward._target_: write reward._target_=MODULE.FUNCTION."
         if key.startswith("reward."):
             return f"An argument of the reward is added to its configuration: write {shell_word(argument)}."
         if key in known.keys:
@@ -85,6 +97,8 @@ def _override(message: str, known: Known) -> str | None:
         if key.startswith("hydra."):
             return f"There is no key {key}: --cfg hydra prints Hydra's own keys."
         return explain_unknown_key(key, argument.partition("=")[2], known)
+    if match := re.search(r"Could not override '([^']+)'\. No match in the defaults list", message):
+        return f"There is no group {match[1]} to override; the groups are {', '.join(known.groups)}."
     return None
 
 
@@ -103,11 +117,12 @@ def _omegaconf(error: OmegaConfBaseException, known: Known) -> str | None:
         return _interpolation(error, key, message)
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         return explain_unknown_key(key, None, known) if key else None
+    if match := re.search(r"is not a subclass of \w+Config\. value: (.*)", message):
+        return f"A group of keys has the value {match[1]}: write its keys below it."
     if isinstance(error, ValidationError) and key in known.keys:
         # The value stands in the message alone.
-        value = re.search(r"[Vv]alue '(.*)'", message) or re.search(r"into '([^']*)'", message)
-        shown = value[1] if value else "null" if "None" in message else "something else"
-        return describe_wrong_type(known.keys[key], None if shown in ("None", "null") else shown, shown)
+        value = re.search(r"[Vv]alue '(.*?)' (?:of type|for field)", message)
+        return describe_wrong_type(known.keys[key], None, value[1] if value else None)
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
@@ -31,11 +31,10 @@ class Known:
     """What an override can name."""
 
     keys: Mapping[str, Key]
-    groups: Mapping[str, Sequence[str]]
-    """The options of each group that the job's configuration is composed of."""
-    experiments: Sequence[str]
-    other_groups: Callable[[str], Sequence[str]] = field(default=lambda _: ())
-    """Returns the options of a group of the user's own or of Hydra's; none if there is no such group."""
+    groups: Sequence[str]
+    """The groups that a job's configuration is composed of."""
+    options: Callable[[str], Sequence[str]]
+    """Returns the options of any group: a job's, Hydra's or one of the user's own; none if there is no such group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +80,24 @@ def check_overrides(arguments: Sequence[str], known: Known, *, sweep: bool) -> l
 def _check(argument: str, words: Words, known: Known, sweep: bool) -> str:
     prefix, key, text = words.prefix, words.key, words.text
     if not _KEY.fullmatch(key):
-        raise InputError(_no_key(argument, key))
+        raise InputError(_no_key(argument, words, known))
+    if "@" in key and not key.startswith("hydra"):
+        raise InputError(f"{argument} moves a group, which is not offered: write {key.partition('@')[0]}={text or ''}.")
     if key == "experiment":
         _check_experiment(words, known)
     elif key in known.groups:
         return _check_group(argument, words, known, sweep)
     elif key.split("@")[0].split("/")[0] == "hydra" or key.startswith("hydra."):
         _check_hydra(argument, words, known)
-    elif not (key in known.keys or _is_free(key, known) or known.other_groups(key.split("@")[0])):
+    elif not (key in known.keys or _is_free(key, known) or known.options(key.split("@")[0])):
         raise InputError(explain_unknown_key(key, text, known))
     if "~" in prefix:
         raise InputError(_cannot_remove(key, known))
     if key in known.keys and prefix == "+":
         raise InputError(f"{key} is a key already: write {shell_word(argument[1:])}.")
     if text is None:
-        raise InputError(f"{key} has no value: write {prefix}{key}=VALUE.")
+        value = "true" if key in known.keys and known.keys[key].type == "bool" else "VALUE"
+        raise InputError(f"{key} has no value: write {'' if key in known.keys else prefix}{key}={value}.")
     kind = known.keys.get(key)
     if text.startswith("="):
         shown = suggest(prefix + key, text[1:], kind.type if kind else "str")
@@ -110,12 +112,17 @@ def explain_unknown_key(key: str, text: str | None, known: Known) -> str:
     return other or str(unknown_key(key, [*known.keys, *known.groups]))
 
 
-def _no_key(argument: str, key: str) -> str:
+def _no_key(argument: str, words: Words, known: Known) -> str:
+    key = words.key
+    meant = re.sub(r"\W+", ".", key.strip(), flags=re.ASCII).strip(".")
+    if meant in known.keys and words.text and key.isprintable():
+        shown = suggest(meant, words.text.strip(), known.keys[meant].type)
+        if meant == key.strip():
+            return f"{shell_word(argument)} has a space beside the key: write {shown}."
+        return f"{argument!a} has another character than a dot in its key: write {shown}."
     strange = next((character for character in key if not _KEY.fullmatch(character)), "")
     if not key:
         return f"{shell_word(argument)} names no key: write KEY=VALUE, without spaces around the equals sign."
-    if strange == " " and _KEY.fullmatch(key.strip()):
-        return f"{shell_word(argument)} has a space beside the key: write {key.strip()}=VALUE."
     if strange.isascii() and strange.isprintable():
         return f"{shell_word(argument)} is no override ({strange!r} cannot stand in a key): write KEY=VALUE."
     return f"{argument!a} has the character {strange!a} in its key: type {key.encode('ascii', 'ignore').decode()} anew."
@@ -141,10 +148,12 @@ def _cannot_remove(key: str, known: Known) -> str:
 
 def _check_experiment(words: Words, known: Known) -> None:
     if words.prefix == "~" or not words.text:
-        raise InputError(f"An experiment is added to the defaults: write +experiment=NAME{_one_of(known.experiments)}.")
+        raise InputError(
+            f"An experiment is added to the defaults: write +experiment=NAME{_one_of(known.options('experiment'))}."
+        )
     if words.prefix != "+":
         raise InputError(f"An experiment is added to the defaults: write +experiment={words.text}.")
-    _check_options("experiment", words.text, known.experiments)
+    _check_options("experiment", words.text, known.options("experiment"))
 
 
 def _one_of(names: Sequence[str]) -> str:
@@ -162,7 +171,7 @@ def _check_options(group: str, text: str, options: Sequence[str]) -> None:
 
 
 def _check_group(argument: str, words: Words, known: Known, sweep: bool) -> str:
-    group, text, options = words.key, words.text, known.groups[words.key]
+    group, text, options = words.key, words.text, known.options(words.key)
     if group == "reward" and (words.prefix == "~" or text in ("null", "")):
         return "reward=none"
     if words.prefix == "~":
@@ -187,7 +196,7 @@ def _check_group(argument: str, words: Words, known: Known, sweep: bool) -> str:
 def _check_hydra(argument: str, words: Words, known: Known) -> None:
     if "/" not in words.key or not words.text:
         return
-    options = known.other_groups(words.key)
+    options = known.options(words.key)
     if not options:
         raise InputError(f"There is no {words.key}: `python -m rollout --hydra-help` lists Hydra's groups.")
     if words.key == "hydra/sweeper" and words.text != "basic":
@@ -228,7 +237,8 @@ def _check_value(words: Words, kind: Key | None, sweep: bool) -> str:
         return f"{key}={text}"
     value = parsed.value()
     if type_.startswith("list of") and not isinstance(value, list | dict) and text.strip() and value is not None:
-        text, value = f"[{text}]", [value]
+        item = literal(text) if type_ == "list of str" and _changes(text, value) else text
+        text, value = f"[{item}]", [text if item != text else value]
     if type_.startswith("str") and _changes(text, value):
         return f"{key}={literal(text)}"
     check_value(kind, value, text)
@@ -263,7 +273,8 @@ def _several_values(parsed: Override, key: str, text: str, kind: Key | None) -> 
         return f"{key}={text} has a comma: write {key}={text.replace(',', '')}, or {jobs}."
     if type_.startswith(("int", "float", "bool")):
         return f"{key}={text} has several values: write one of them, or {jobs}."
-    if type_.startswith("list of"):
+    if type_.startswith(("list of", "Any")):
+        type_ = type_ if type_.startswith("list") else "list of str"
         shown = suggest(key, f"[{text}]", type_)
         return f"{shell_word(f'{key}={text}')} has a comma outside a list: write {shown}, or {jobs}."
     return f"The comma in {key} separates the values of several jobs: write {suggest(key, text, type_)}, or {jobs}."
@@ -291,7 +302,7 @@ def _reason(text: str, type_: str) -> str:
     found = [character for character in dict.fromkeys(text) if character in "'\"[](){}=,#!;<>`&^:"]
     if not found:
         found = [character for character in dict.fromkeys(text) if not (character.isascii() and character.isalnum())]
-    names = {"\n": "a line break", " ": "a space", "\t": "a tab"}
+    names = {"\n": "a line break", "\t": "a tab", ",": "a comma", "=": "an equals sign", "'": "an apostrophe"}
     shown = [names.get(character, character) for character in found if character != " "] or ["a space"]
     return f"has {' and '.join(shown[:3])}, so it must be quoted"
 

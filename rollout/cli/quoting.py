@@ -51,7 +51,7 @@ def suggest(key: str, text: str, kind: str = "str") -> str:
         kind: the type of the key, in the words of `rollout.config.key_comments`.
     """
     if kind.startswith("list of"):
-        items = [_item(item) for item in _items(text)]
+        items = [_item(item) for item in _items(text)] if text.strip() else [literal(text)]
         return shell_word(f"{key}=[{','.join(items)}]")
     if kind.startswith("dict") and (value := _mapping(text)) is not None:
         return shell_word(f"{key}={_written(value)}")

@@ -73,24 +73,25 @@ def _unknown_option(word: str, after: Sequence[str], known: Known) -> str:
 
 def _described(word: str, before: Sequence[str], after: Sequence[str], known: Known) -> str | None:
     """Return the sentence for a word without ``=``; None for a deletion, which `check_overrides` explains."""
+    if word.startswith("="):
+        return f"{word} names no key: write KEY=VALUE, without spaces around the equals sign."
     named = Words.of(word)
     if named.key in known.keys or named.key in known.groups or named.key == "experiment":
         return None if named.prefix == "~" else _spaced(word, after, known)
     split = re.match(r"([\w.]+)[:＝](.+)", word, re.DOTALL)
     if split and (split[1] in known.keys or split[1] in known.groups):
         return f"{word} has no equals sign: write {_assigned(split[1], split[2], known)}."
-    if word in known.experiments:
+    if word in known.options("experiment"):
         return f"{word} is an experiment: write +experiment={word}."
     if named.prefix == "~":
         return explain_unknown_key(named.key, None, known)
-    previous = Words.of(before[-1]) if before else None
-    if previous and previous.text is not None and not _is_file(word):
-        return _torn(before[-1], [word, *after], known)
+    last = next((i for i, each in reversed(list(enumerate(before))) if _is_key(Words.of(each).key, known)), None)
+    text = None if last is None else Words.of(before[last]).text
+    if last is not None and text is not None and not _is_file(word):
+        return _torn(before[last], [*before[last + 1 :], word, *after], known)
     if _is_file(word):
         return f"{word} is no override: write {suggest('data.path', word)}."
-    if previous and previous.text is not None:
-        return _torn(before[-1], [word, *after], known)
-    near = near_name(word, known.experiments)
+    near = near_name(word, known.options("experiment"))
     if near:
         return f"{word} is no override: did you mean +experiment={near}?"
     return f"{shell_word(word)} is no override: write KEY=VALUE, as `python -m rollout --help` shows."
@@ -110,9 +111,11 @@ def _spaced(word: str, after: Sequence[str], known: Known) -> str:
         value = rest[0][1:]
     elif rest and "=" not in rest[0] and not rest[0].startswith("-"):
         value = rest[0]
+    word = Words.of(word).key
     key = "+experiment" if word == "experiment" else word
     if not value:
-        return f"{word} has no value: write {key}=VALUE."
+        example = "true" if word in known.keys and known.keys[word].type == "bool" else "VALUE"
+        return f"{word} has no value: write {key}={example}."
     return f"{word} has no value: write {_assigned(key, value, known)}, without a space."
 
 
@@ -126,8 +129,8 @@ def _torn(argument: str, after: Sequence[str], known: Known) -> str:
     """Return the sentence for a value with spaces that the shell took apart."""
     words = Words.of(argument)
     key = words.prefix + words.key
-    if words.key not in known.keys and words.key not in known.groups and "." not in words.key:
-        return f"{after[0]} is no override: write KEY=VALUE, as `python -m rollout --help` shows."
+    if words.key in known.groups:
+        return f"{words.key} is a group of keys: set each with {words.key}.KEY=VALUE."
     kind = known.keys[words.key].type if words.key in known.keys else "str"
     pieces = [words.text or ""]
     for word in after:

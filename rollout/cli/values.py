@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
-from rollout.cli.quoting import suggest
+from rollout.cli.quoting import shell_word, suggest
 from rollout.config.key_comments import Key
 from rollout.errors import InputError, shorten
 
@@ -43,6 +43,9 @@ def check_value(key: Key, value: Any, text: str) -> None:
     kind, nullable = key.type.removesuffix(" or null"), key.type.endswith(" or null")
     if kind not in _WORDS or (isinstance(value, str) and "${" in value) or (value is None and nullable):
         return
+    if kind == "str" and nullable and text in ("None", "none", "nil"):
+        shown = shell_word(f'{key.name}="{text}"')
+        raise InputError(f"{key.name} is {text}: write {key.name}=null for no value, or {shown} for the word.")
     wrong = InputError(describe_wrong_type(key, value, text))
     if kind.startswith("list of "):
         if not isinstance(value, list) or not all(_fits(kind.removeprefix("list of "), item) for item in value):
@@ -51,11 +54,13 @@ def check_value(key: Key, value: Any, text: str) -> None:
         raise wrong
 
 
-def describe_wrong_type(key: Key, value: object, text: str) -> str:
-    """Return the sentence for a value of another type than the key's."""
+def describe_wrong_type(key: Key, value: object, text: str | None) -> str:
+    """Return the sentence for a value of another type than the key's; ``text`` is None where it is not known."""
     kind = key.type.removesuffix(" or null")
     wanted = _WORDS.get(kind, kind) + (" or null" if key.type.endswith(" or null") else "")
-    shown = "null" if value is None else "empty" if text == "" else shorten(text, 60)
+    if text is None:
+        return f"{key.name} must be {wanted} ({key.meaning})."
+    shown = text if re.fullmatch(r"[\w.+%-]+", text) else "empty" if text == "" else repr(shorten(text, 60))
     sentence = f"{key.name} is {shown}, but must be {wanted}"
     if isinstance(value, float) and kind == "int" and math.isfinite(value) and value == int(value):
         return f"{sentence}: write {key.name}={int(value)}."
@@ -63,7 +68,9 @@ def describe_wrong_type(key: Key, value: object, text: str) -> str:
         return f"{sentence}: write {suggest(key.name, text)} for the text itself."
     if kind == "list of str" and isinstance(value, list):
         return f"{sentence}: write {suggest(key.name, text, kind)}."
-    if value is None or text == "":
+    if key.type.endswith(" or null") and text.lower() in ("none", "nil", "~"):
+        return f"{sentence}: write {key.name}=null."
+    if text in ("", "null", "None"):
         instead = f"{key.name}=[]" if kind.startswith("list") else _example(key)
         return f"{sentence}: {f'write {instead}' if instead else 'give one'}, or leave it out."
     return f"{sentence} ({key.meaning})."

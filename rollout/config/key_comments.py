@@ -64,6 +64,7 @@ def conf() -> Traversable:
     return resources.files(CONFIG_MODULE)
 
 
+@cache
 def groups() -> list[Group]:
     """Return the groups in the order of ``config.yaml``."""
     chosen: dict[str, str] = {}
@@ -73,12 +74,14 @@ def groups() -> list[Group]:
     return [Group(name, options(name), _sections(name, option)) for name, option in chosen.items()]
 
 
+@cache
 def top_keys() -> list[Key]:
     """Return the keys that belong to no group."""
     names = {field.name for field in fields(schema.Config)}
     return [key for key in _keys("config", schema.Config) if key.name in names]
 
 
+@cache
 def all_keys() -> dict[str, Key]:
     """Return every key by its name."""
     keys = [key for group in groups() for section in group.sections for key in section.keys]
