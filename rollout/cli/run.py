@@ -34,13 +34,12 @@ def run_composed(composed: DictConfig, *, job: Job) -> Outcome:
 
     What it raises is no longer readable once another process has sent it, so it raises nothing.
     """
-    overrides: tuple[str, ...] = ()
+    overrides = tuple(HydraConfig.get().overrides.task)
     folder = "output.dir"
     try:
         # Validate first: the job imports datasets, torch and transformers, which take seconds.
         config = validate(composed)
         if job.folders:
-            overrides = tuple(HydraConfig.get().overrides.task)
             config.output.dir = job.folders[HydraConfig.get().job.num]
         folder = config.output.dir
         from rollout.job.job import run_job

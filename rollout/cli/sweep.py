@@ -107,8 +107,9 @@ def describe(ended: Sequence[Outcome]) -> list[str]:
     """Return a line for each job of a sweep that did not end with status 0."""
     if len(ended) < 2:
         return []
+    jobs = [outcome.overrides for outcome in ended]
     return [
-        f"Job {number} ({' '.join(outcome.overrides)}) ended with status {int(outcome.status)}"
+        f"Job {number} ({' '.join(_swept(jobs, outcome.overrides))}) ended with status {int(outcome.status)}"
         + (f": {outcome.sentence}" if outcome.sentence else ".")
         for number, outcome in enumerate(ended)
         if outcome.status != Exit.COMPLETE

@@ -17,6 +17,7 @@ from rollout.data.prompts import Prompts, read_prompts
 from rollout.data.row_params import RowParams
 from rollout.errors import Exit, InputError
 from rollout.job.cpu_threads import choose_threads
+from rollout.job.hints import hint_at_chat
 from rollout.job.ranks import Ranks, Topology
 from rollout.job.rewards import load_reward
 from rollout.job.shard_worker import ShardWorker
@@ -88,6 +89,8 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
         if device.type == "cpu" and (count := choose_threads(topology.local_world_size, os.environ)) is not None:
             torch.set_num_threads(count)
         tokenizer = load_tokenizer(source)
+        if topology.rank == 0:
+            hint_at_chat(tokenizer, prompts, config.data)
         if prompts.chat_row is not None and tokenizer.chat_template is None:
             raise InputError(
                 f"Input row {prompts.chat_row} has chat messages, but model.path={source.path} has no chat template: "
