@@ -132,5 +132,5 @@ def test_other_row_ids_are_refused(row_ids: Any, message: str) -> None:
 @pytest.mark.parametrize("seed", ["x", None, 1.5, 2**63])
 def test_other_seeds_are_refused(seed: Any) -> None:
     assert given_seed(np.int64(3)) == 3
-    with pytest.raises(InputError, match="seed is .*, but must be a 64-bit integer"):
+    with pytest.raises(InputError, match=r"seed is .*, but must be a 64-bit integer"):
         given_seed(seed)
