@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -79,6 +79,30 @@ class SamplingParams:
 
 #: Names of the parameters, in order.
 PARAMETER_NAMES = tuple(field.name for field in fields(SamplingParams))
+
+
+def unapplied_recommendations(
+    generation_config: Any, params: SamplingParams, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return what a ``generation_config`` recommends for parameters that are at their defaults in ``params``.
+
+    Args:
+        given: names that somebody has set, perhaps to their defaults.
+
+    Raises:
+        InputError: a recommended value is out of range.
+    """
+    default = SamplingParams()
+    recommended = recommended_sampling(generation_config)
+    free = [name for name in recommended if name not in given and getattr(params, name) == getattr(default, name)]
+    applied = replace(params, **{name: recommended[name] for name in free})
+    values = {name: getattr(applied, name) for name in free}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+
+def describe_parameters(values: Mapping[str, Any]) -> str:
+    """Format parameters for a sentence, e.g. ``temperature 0.6, top_p 0.95``."""
+    return ", ".join(f"{name} {shorten(str(value), longest=60)}" for name, value in values.items())
 
 
 class _Rule(NamedTuple):

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rollout.cli.application import Application
 from rollout.cli.command_line import CommandLine
 from rollout.cli.sweep import Job, Outcome, describe
-from rollout.config.compose import validate
+from rollout.config.compose import given_parameters, validate
 from rollout.errors import Exit, InputError
 from rollout.models.errors import UnsupportedModel
 
@@ -44,7 +44,7 @@ def run_composed(composed: DictConfig, *, job: Job) -> Outcome:
         folder = config.output.dir
         from rollout.job.job import run_job
 
-        return Outcome(run_job(config), overrides=overrides)
+        return Outcome(run_job(config, given=given_parameters(overrides)), overrides=overrides)
     except (InputError, UnsupportedModel) as error:
         sentence, status = " ".join(str(error).split()), Exit.BAD_INPUT
     except KeyboardInterrupt:

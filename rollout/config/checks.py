@@ -59,7 +59,7 @@ def _model_checks(model: ModelConfig) -> list[Check]:
 
 
 def _other_checks(config: Config) -> list[Check]:
-    data, output = config.data, config.output
+    data, output, sampling = config.data, config.output, config.sampling
     keep = data.keep_columns
     are_names = isinstance(keep, str) or (isinstance(keep, list) and all(isinstance(name, str) for name in keep))
     return [
@@ -73,6 +73,7 @@ def _other_checks(config: Config) -> list[Check]:
             "a mapping of sampling parameters to columns; n is the same for all rows, the others are "
             + ", ".join(PARAMETER_NAMES[1:]),
         ),
+        Check("sampling.defaults", sampling.defaults, sampling.defaults in ("none", "model"), "none or model"),
         Check("output.dir", output.dir, bool(output.dir), "a folder"),
         Check("output.format", output.format, output.format in FORMATS, f"one of {', '.join(FORMATS)}"),
         Check("output.logprobs", output.logprobs, output.logprobs in LOGPROBS, f"one of {', '.join(LOGPROBS)}"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -73,6 +74,12 @@ def validate(composed: DictConfig) -> Config:
     config.batcher.policy()
     check_all(config_checks(config))
     return config
+
+
+def given_parameters(overrides: Iterable[str]) -> set[str]:
+    """Return the sampling parameters that overrides name, whether or not they change the value."""
+    matches = (re.match(r"\+{0,2}sampling\.(\w+)", override) for override in overrides)
+    return {match[1] for match in matches if match}
 
 
 def _expand_home(config: Config) -> None:

@@ -44,7 +44,7 @@ from rollout.models.runners.select import select_strategy
 from rollout.progress.progress import Done, Progress
 from rollout.records import Batch, Record
 from rollout.requests import Request, StepReport, in_windows
-from rollout.sampling_params import SamplingParams
+from rollout.sampling_params import SamplingParams, describe_parameters, unapplied_recommendations
 from rollout.stats import Stats
 
 #: Rows read before the first decision; their lengths set the slab size.
@@ -152,6 +152,8 @@ class Engine:
         elif tokenizer is not None and skip_special_tokens:
             warn_if_skipped(tokenizer)
         self._eos_ids = eos_ids(base.generation_config)
+        self._recommended: Any = base.generation_config
+        """Reported by the first call that does not use it, then None."""
         for name, value in not_offered(base.generation_config).items():
             logger.warning("The model's generation_config sets %s=%r, which this engine does not apply.", name, value)
         self._rules = RuleCompiler(
@@ -221,6 +223,7 @@ class Engine:
     ) -> Iterator[Record]:
         if isinstance(params, SamplingParams):
             self.check_params(params)
+            self._report_recommendations(params)
         each, total = given_params(params, given), None
         if progress and isinstance(given, Sequence):
             listed = list(islice(each, len(given)))
@@ -259,6 +262,15 @@ class Engine:
                 yield replace(request, error_class=error.error_class, error=str(error))
             else:
                 yield replace(request, prompt_ids=prompt_ids, expected_tokens=self._lengths.expected(prompt_ids))
+
+    def _report_recommendations(self, params: SamplingParams) -> None:
+        """Log once what the model recommends and the caller does not use."""
+        config, self._recommended = self._recommended, None
+        if recommended := unapplied_recommendations(config, params):
+            logger.info(
+                "The model's generation_config recommends %s; SamplingParams.from_generation_config applies this.",
+                describe_parameters(recommended),
+            )
 
     def check_params(self, params: SamplingParams) -> None:
         """Refuse parameters that do not suit the model and its tokenizer.

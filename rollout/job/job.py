@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from rollout.job.cpu_threads import choose_threads
 from rollout.job.hints import hint_at_chat
 from rollout.job.ranks import Ranks, Topology
 from rollout.job.rewards import load_reward
+from rollout.job.sampling_defaults import with_model_defaults
 from rollout.job.shard_worker import ShardWorker
 from rollout.progress.progress import Done, Progress
 from rollout.record_columns import ABSENT_LOGPROBS
@@ -124,11 +125,12 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
 Load = Callable[[Config, Prompts, Topology], Loaded]
 
 
-def run_job(config: Config, load: Load | None = None) -> Exit:
+def run_job(config: Config, load: Load | None = None, given: Collection[str] = ()) -> Exit:
     """Run a job to its end, together with any other workers on the same run, and print its summary.
 
     Args:
         load: builds the engine, once it is known that there is work for it; `load_engine` if None.
+        given: sampling parameters that the command line sets, whether or not to their defaults.
 
     Raises:
         InputError: the configuration or the input is wrong; the message is one sentence.
@@ -143,6 +145,7 @@ def run_job(config: Config, load: Load | None = None) -> Exit:
     paths = prepare_folder(config.output.dir)
     kept = prompts.kept
     model, adapter = _model_files(config)
+    config = replace(config, sampling=with_model_defaults(config.sampling, model, given))
     fingerprint = fingerprint_of(
         config,
         prompts.content,
