@@ -36,7 +36,8 @@ def files_of_folder(folder: str, name: str | None, split: str) -> tuple[DataFile
     try:
         patterns = _configured(folder, name)
         found = sanitize_patterns(patterns) if patterns else get_data_patterns(base)
-        splits = DataFilesDict.from_patterns(found, base_path=base, allowed_extensions=_EXTENSIONS)
+        by_split = DataFilesDict.from_patterns(found, base_path=base, allowed_extensions=_EXTENSIONS)
+        splits = {str(key): list(files) for key, files in by_split.items()}
         if not patterns:
             every = DataFilesDict.from_patterns({"all": ["**"]}, base_path=base, allowed_extensions=_EXTENSIONS)
             _warn_of_others(folder, every["all"], splits)
@@ -48,7 +49,7 @@ def files_of_folder(folder: str, name: str | None, split: str) -> tuple[DataFile
         if isinstance(error, InputError):
             raise
         raise InputError(f"data.path={folder} has a README.md whose configs are wrong: {first_line(error)}.") from error
-    chosen = {str(key): _of_one_format(folder, files) for key, files in splits.items()}
+    chosen = {key: _of_one_format(folder, files) for key, files in splits.items()}
     if split not in chosen:
         raise InputError(f"data.split={split} is not in {folder}, which has {', '.join(sorted(chosen))}.")
     if not chosen[split]:

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from rollout.config.schema import DataConfig
 from rollout.data.columns import OPTIONAL_COLUMNS, ColumnChoice, columns_read, field_of, resolve
-from rollout.data.dataset_row import DatasetRow, as_length_hint, dataset_row, is_chat, without_nulls
+from rollout.data.dataset_row import DatasetRow, Prompt, as_length_hint, dataset_row, is_chat, without_nulls
 from rollout.data.kept_columns import KeptColumns, kept_columns, named_columns
 from rollout.data.reading import load
 from rollout.data.row_params import given_params
@@ -52,6 +52,8 @@ class Prompts:
         hints = self._config.length_hint_column
         for index, columns in self._rows.read(start, stop):
             row = dataset_row(index, self.row_ids[index], columns, self._config)
+            if not _is_unicode(row.prompt):
+                row = replace(row, prompt=None, error_class="bad_prompt", error="The prompt is not valid Unicode.")
             if row.error_class:
                 row = replace(row, error=f"{row.error.rstrip('.')} ({self._rows.store.place(index)}).")
             yield row if hints is None else replace(row, length_hint=as_length_hint(_as_number(columns[hints])))
@@ -231,6 +233,17 @@ def _refuse_prompts(rows: _Rows, config: DataConfig) -> None:
         f"data.prompt_column={config.prompt_column} holds null in every row, but prompts are text, lists of chat "
         f"messages or lists of token ids{shown}."
     )
+
+
+def _is_unicode(prompt: Prompt | None) -> bool:
+    """Return whether all text of a prompt can be encoded; lone surrogates cannot."""
+    if prompt is None or (isinstance(prompt, list) and not is_chat(prompt)):
+        return True
+    try:
+        (prompt if isinstance(prompt, str) else _canonical(prompt)).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _as_number(value: object) -> float | None:
