@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from rollout.argument_parser import SentenceParser
 from rollout.errors import Exit, InputError
-from rollout.run_dir.part_file import SampleKey
+from rollout.run_dir.part_file import SampleKey, count_lines
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import RunDir, read_row_ids, read_run
 from rollout.run_dir.shards import (
@@ -42,6 +42,8 @@ class Findings:
     found: int = 0
     """Expected samples that are present, once or more."""
     uncommitted: list[str] = field(default_factory=list)
+    in_part_files: int = 0
+    """Finished samples of shards that are not committed."""
     torn: list[str] = field(default_factory=list)
     """Shards whose file does not match their manifest, with the reason."""
     foreign: list[str] = field(default_factory=list)
@@ -86,6 +88,7 @@ def _checked_shard(run: RunDir, shard: int, findings: Findings) -> pa.Table | No
     manifest_path, path = run.paths.manifest(shard), run.paths.shard(shard, run.format)
     if not manifest_path.exists():
         findings.uncommitted.append(path.name)
+        findings.in_part_files += count_lines(run.paths.part(shard))
         return None
     try:
         manifest = read_manifest(manifest_path)
@@ -178,7 +181,10 @@ def report(findings: Findings) -> list[str]:
     if findings.torn or findings.duplicated:
         lines.append("To generate a shard again, remove its manifest (shards/NNNNN.json) and run the same command.")
     if findings.uncommitted:
-        lines.append("To resume the run, run the same command again.")
+        kept = (
+            f"; the {findings.in_part_files} samples finished in part files are kept" if findings.in_part_files else ""
+        )
+        lines.append(f"To resume the run, run the same command again{kept}.")
     verdict = "complete" if findings.complete else "INCOMPLETE"
     lines.append(f"{verdict}: {findings.found} of {findings.expected} samples")
     return lines

@@ -66,6 +66,15 @@ def read_whole_records(path: Path) -> Iterator[Record]:
             yield record
 
 
+def count_lines(path: Path) -> int:
+    """Return how many whole lines a part file has; 0 if there is none. The records are not decoded."""
+    try:
+        with open(path, "rb") as file:
+            return sum(line.endswith(b"\n") for line in file)
+    except FileNotFoundError:
+        return 0
+
+
 class PartFile:
     """The part file of one shard, opened by the worker that holds the shard's lock."""
 

@@ -171,6 +171,13 @@ def test_uncommitted_shard_is_listed(paths: RunPaths, capsys: pytest.CaptureFixt
     assert "run the same command again" in out
 
 
+def test_samples_in_part_files_are_said_to_be_kept(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    paths.manifest(1).unlink()
+    paths.work.mkdir()
+    paths.part(1).write_bytes(b'{"whole": 1}\n{"whole": 2}\n{"torn')
+    assert "run the same command again; the 2 samples finished in part files are kept." in run_verify(paths, capsys)[1]
+
+
 def test_foreign_files_among_the_shards_are_listed(paths: RunPaths) -> None:
     (paths.shards / "00099.parquet").write_bytes(b"x")
     assert verify(paths.root).foreign == ["00099.parquet"]
