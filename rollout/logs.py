@@ -1,8 +1,9 @@
-"""The log handler of a job."""
+"""The log handler of a job, and how its lines look."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import TextIO
 
@@ -20,3 +21,16 @@ class StderrHandler(logging.StreamHandler[TextIO]):
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
         return sys.stderr
+
+
+class LineFormatter(logging.Formatter):
+    """Format a record as its time and its sentence, after the rank where a launch has several."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+        rank = f"[rank {os.environ.get('RANK') or 0}] " if several else ""
+        super().__init__(f"{rank}%(asctime)s %(prefix)s%(message)s", datefmt="%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.prefix = f"{record.levelname.capitalize()}: " if record.levelno >= logging.WARNING else ""
+        return super().format(record)

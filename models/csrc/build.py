@@ -182,5 +182,5 @@ def gomp_parallel() -> int | None:
         # Already loaded; symbols are looked up in this library and in those it is linked with.
         return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, c_void_p).value
     except (OSError, AttributeError):
-        logger.info("torch's OpenMP runtime has no GOMP_parallel; compiled kernels run in one thread.")
+        logger.debug("torch's OpenMP runtime has no GOMP_parallel; compiled kernels run in one thread.")
         return None

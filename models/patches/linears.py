@@ -64,7 +64,7 @@ class PackedLinears:
         grouped = {id(layer) for layer, _ in self._products}
         left_out = self._pack_single([layer for layer in layers if id(layer) not in grouped])
         if self._products:
-            logger.info("Linear weights are packed: %.2f GB on top of the model's own.", self.bytes_held / 1e9)
+            logger.info("Copied the model's weights into a faster layout, which takes %.2f GB.", self.bytes_held / 1e9)
         if left_out:
             logger.warning(
                 "%d linear layers are not packed, since the copies may take %.2f GB; these layers are slower, and in "
@@ -294,6 +294,6 @@ def _can_pack(dtype: torch.dtype) -> bool:
     try:
         y = _packed(weight, None)(x)
     except (RuntimeError, AttributeError) as error:
-        logger.info("Linear weights in %s are not packed: %s", dtype, error)
+        logger.info("Weights in %s keep their layout, which is slower: %s", dtype, error)
         return False
     return bool((y == 32).all())

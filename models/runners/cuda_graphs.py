@@ -164,7 +164,7 @@ class CudaGraphRunner(Runner):
             return False
         self._drop_all()
         self._paused = _PAUSED_STEPS
-        logger.info(
+        logger.debug(
             "Memory is short: the CUDA graphs are freed and the next %d decode steps run eagerly.", _PAUSED_STEPS
         )
         return True
@@ -172,7 +172,7 @@ class CudaGraphRunner(Runner):
     def close(self) -> None:
         """See `Runner.close`."""
         if self._captures:
-            logger.info(
+            logger.debug(
                 "%d decode step(s) were captured in CUDA graphs, in %.1f s; they shared %.1f MB.",
                 self._captures,
                 self._capture_seconds,
@@ -194,7 +194,7 @@ class CudaGraphRunner(Runner):
             return
         self._times_borrowed = self._borrowed.times_borrowed
         if self._weights is not None and self._weights.moved:
-            logger.info("The model's weights moved in memory: decode steps are captured again.")
+            logger.debug("The model's weights moved in memory: decode steps are captured again.")
             self._drop_all()
 
     def _captured_step(self, batch: ForwardBatch) -> _CapturedStep:

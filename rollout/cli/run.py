@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 
@@ -14,6 +15,8 @@ from rollout.cli.sweep import Job, Outcome, describe
 from rollout.config.compose import given_parameters, validate
 from rollout.errors import Exit, InputError
 from rollout.models.errors import UnsupportedModel
+
+logger = logging.getLogger(__name__)
 
 
 def run(command: CommandLine) -> int:
@@ -42,6 +45,8 @@ def run_composed(composed: DictConfig, *, job: Job) -> Outcome:
         if job.folders:
             config.output.dir = job.folders[HydraConfig.get().job.num]
         folder = config.output.dir
+        # Said before the imports, whose seconds would otherwise pass in silence.
+        logger.info("Reading prompts from %s.", config.data.path)
         from rollout.job.job import run_job
 
         return Outcome(run_job(config, given=given_parameters(overrides)), overrides=overrides)

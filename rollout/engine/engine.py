@@ -129,7 +129,7 @@ class Engine:
         self.attention = self._strategy.attention()
         """Attention backend: triton, compiled or gather; varlen or flash_attn for prefills, then + and the backend for
         decoding; own: the model's code; none: the model has no attention."""
-        logger.info("Running the model's own modules with %s.", _describe(self._strategy.name, self.attention))
+        logger.debug("Running the model's own modules with %s.", _describe(self._strategy.name, self.attention))
         bounds = Bounds(min_rows=min_rows, max_rows=max_rows, latency_budget_ms=latency_budget_ms)
         self._policy = make_policy(policy, bounds) if isinstance(policy, str) else bounded(policy, bounds)
         self._max_kv_bytes = max_kv_bytes

@@ -153,7 +153,7 @@ class KVMemory:
                 if not is_out_of_memory(error):
                     raise
                 grown = False
-                logger.warning("Could not allocate a KV slab of %d bytes; keeping the current pool.", pool.slab_bytes)
+                logger.warning("Could not allocate %d more bytes of KV cache; continuing without.", pool.slab_bytes)
             if not grown:
                 self.headroom_bytes = 0  # do not grow again before the next reading
                 return False

@@ -91,7 +91,6 @@ class Loop:
         self._steps: list[StepSample] = []
         self._finished: list[FinishedRow] = []
         self._row_target: int | None = None
-        self._reason = ""
         self._limits = OutOfMemoryLimits()
         self._stuck_since: float | None = None
         self._warned_over_budget = False
@@ -188,16 +187,13 @@ class Loop:
         observation = self._observe()
         decision = self._limits.apply(self._policy.decide(observation))
         if decision.rows != self._row_target:
-            # A target may change with every row that ends, its reason seldom does.
-            level = logging.DEBUG if decision.reason == self._reason else logging.INFO
             change = (self.tally.steps, self._row_target, decision.rows, decision.reason)
-            logger.log(level, "step %d: row target %s -> %d: %s", *change)
+            logger.debug("step %d: row target %s -> %d: %s", *change)
             self._row_target = decision.rows
-            self._reason = decision.reason
             self.tally.target_changes += 1
         if decision.reason == OVER_BUDGET and not self._warned_over_budget:
             self._warned_over_budget = True
-            logger.warning("Even a step of %d row(s) exceeds the latency budget; continuing there.", decision.rows)
+            logger.warning("Even a step of %d sample(s) exceeds the latency budget; continuing so.", decision.rows)
         self.tally.deciding_seconds += time.perf_counter() - start
         return observation, decision
 
@@ -314,7 +310,7 @@ class Loop:
         # Rows of the failed step that have no token yet; youngest first, as each goes to the front of the queue.
         for slot in scheduler.live.without_token()[::-1].tolist():
             scheduler.preempt(slot)
-        logger.warning("Out of memory with %d live row(s); retrying with less.", alive)
+        logger.warning("Out of memory with %d samples at the same time; continuing with fewer.", alive)
         longest = 0 if scheduler.recurrent else max((prefill.remaining for prefill in scheduler.prefills), default=0)
         if alive > 1:
             scheduler.preempt_beyond(self._limits.halve_rows(alive))

@@ -71,6 +71,8 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
     Raises:
         InputError: the model cannot be loaded or served, or lacks the chat template that the prompts need.
     """
+    start = time.monotonic()
+    logger.info("Loading the model.")
     # Imported here because bad input is refused without them, and they take seconds.
     import torch
     import transformers
@@ -117,6 +119,13 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
     except InputError as error:
         # The message begins with the name of the parameter.
         raise InputError(f"sampling.{error}") from error
+    logger.info(
+        "Loaded the model in %.0f s: %s on %s, attention %s.",
+        time.monotonic() - start,
+        str(model.dtype).removeprefix("torch."),
+        device,
+        engine.attention,
+    )
     return Loaded(
         engine=engine, dtype=str(model.dtype).removeprefix("torch."), attention=engine.attention, memory=engine.memory
     )
@@ -139,11 +148,13 @@ def run_job(config: Config, load: Load | None = None, given: Collection[str] = (
     reward = load_reward(config.reward)
     record_columns = (*RECORD_COLUMNS, *([REASONING] if config.output.split_reasoning else ()))
     prompts = read_prompts(config.data, with_columns=reward is not None, record_columns=record_columns)
+    logger.info("Read %s prompts.", f"{len(prompts):,}")
     previous_lengths = None if config.data.lengths_from is None else read_lengths(config.data.lengths_from)
     if previous_lengths is not None:
         logger.info("Read the lengths of %d prompts from %s.", len(previous_lengths), config.data.lengths_from)
     paths = prepare_folder(config.output.dir)
     kept = prompts.kept
+    logger.info("Looking for the model %s.", config.model.path)
     model, adapter = _model_files(config)
     config = replace(config, sampling=with_model_defaults(config.sampling, model, given))
     fingerprint = fingerprint_of(
@@ -228,6 +239,15 @@ def _generate(run: RunDir, loaded: Loaded, worker: ShardWorker, topology: Topolo
             for observe in observers:
                 observe(report)
 
+        if topology.rank == 0:
+            done = run.committed_samples()
+            logger.info(
+                "Generating %s samples (%s prompts, %d each)%s.",
+                f"{run.rows * run.samples:,}",
+                f"{run.rows:,}",
+                run.samples,
+                f"; {done:,} are there already" if done else "",
+            )
         waiting = False
         while not run.complete():
             if worker.claim():
@@ -236,7 +256,7 @@ def _generate(run: RunDir, loaded: Loaded, worker: ShardWorker, topology: Topolo
             elif topology.rank == 0:
                 # If another worker dies, its shards can be claimed here.
                 if not waiting:
-                    logger.info("No shard is left to claim; waiting for those that other workers hold.")
+                    logger.info("Other workers have taken all that is left; waiting until they have finished it.")
                 waiting = True
                 if progress is not None:
                     progress.waiting()

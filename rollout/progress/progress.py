@@ -143,7 +143,11 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._last is not None:
-            self._display.draw(self.view(self._clock()))
+            now, done = self._clock(), self._done()
+            elapsed = now - self._begun_at
+            rate = self._tokens / max(elapsed, 1e-9)
+            line = f"{self._samples(done)} · {rate:,.0f} tok/s · {_duration(elapsed)} in all"
+            self._display.draw(View(self._share(done, None, now), line))
         self._display.stop()
 
 

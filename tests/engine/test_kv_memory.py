@@ -178,7 +178,7 @@ def test_a_refusal_of_the_allocator_stops_growth_until_the_next_reading(
     monkeypatch.setattr(memory.pool, "grow", refuse)
     with caplog.at_level(logging.WARNING):
         assert not memory.reserve(30)
-    assert "allocate a KV slab of 320 bytes" in caplog.text
+    assert "allocate 320 more bytes of KV cache" in caplog.text
     assert memory.obtainable_pages == 10
     assert not memory.reserve(30)
     assert len(calls) == 1, "it is not asked again and again"

@@ -127,7 +127,7 @@ def test_engine_with_library_agrees_with_gather(
         model = tiny(family, torch.bfloat16)
         completions = []
         for attention in ("gather", "flash_attn"):
-            with caplog.at_level(logging.INFO):
+            with caplog.at_level(logging.DEBUG):
                 engine = Engine(model, None, attention=attention, max_rows=2)
             batch = engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=4))
             completions.append([record.logprobs for record in batch])
