@@ -11,12 +11,19 @@ if TYPE_CHECKING:
     from rollout.engine.engine import Engine
     from rollout.records import Batch, Record
     from rollout.sampling_params import SamplingParams
+    from rollout.tokenization.prompt import Chat
 
-__all__ = ["Batch", "Engine", "Record", "SamplingParams"]
+__all__ = ["Batch", "Chat", "Engine", "Record", "SamplingParams"]
 
 __version__: str
 
-_MODULES = {"Batch": "records", "Engine": "engine.engine", "Record": "records", "SamplingParams": "sampling_params"}
+_MODULES = {
+    "Batch": "records",
+    "Chat": "tokenization.prompt",
+    "Engine": "engine.engine",
+    "Record": "records",
+    "SamplingParams": "sampling_params",
+}
 
 
 def __getattr__(name: str) -> Any:

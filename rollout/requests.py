@@ -31,12 +31,19 @@ class Request:
     error_class: str = ""
     error: str = ""
     """Why the prompt cannot be used; it becomes error records."""
+    end_ids: Sequence[int] = ()
+    """Token ids that end a completion, besides the model's end-of-sequence ids and those of ``params``."""
     ahead: int = 0
     """Number of following requests that can be read without waiting, so that they may be reordered together."""
 
     @property
     def wanted_samples(self) -> Sequence[int]:
         return range(self.params.n) if self.samples is None else self.samples
+
+
+def turn_ends(turn_end_ids: Sequence[int], params: SamplingParams) -> Sequence[int]:
+    """Return the ids that end a chat's turn, or none if the parameters say so."""
+    return turn_end_ids if params.stop_at_turn_end and not params.ignore_eos else ()
 
 
 def in_windows(requests: Iterable[Request], size: int) -> Iterator[Request]:

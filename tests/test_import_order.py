@@ -19,7 +19,7 @@ LEVELS = {
     "batcher": ["types suggestions", "estimators preemption admission_order", "policies", "registry", "simulation"],
     "rollout": [
         "errors logs arithmetic stats generation_defaults record_columns",
-        "records sampling_params headroom engine_arguments argument_parser",
+        "records sampling_params headroom engine_arguments argument_parser tokenization",
         "requests length_history config",
         "progress",
         "data engine run_dir",

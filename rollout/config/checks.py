@@ -74,6 +74,12 @@ def _other_checks(config: Config) -> list[Check]:
             + ", ".join(PARAMETER_NAMES[1:]),
         ),
         Check("sampling.defaults", sampling.defaults, sampling.defaults in ("none", "model"), "none or model"),
+        Check(
+            "data.add_special_tokens",
+            data.add_special_tokens,
+            data.add_special_tokens in ("auto", True, False),
+            "auto, true or false",
+        ),
         Check("output.dir", output.dir, bool(output.dir), "a folder"),
         Check("output.format", output.format, output.format in FORMATS, f"one of {', '.join(FORMATS)}"),
         Check("output.logprobs", output.logprobs, output.logprobs in LOGPROBS, f"one of {', '.join(LOGPROBS)}"),

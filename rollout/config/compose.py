@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from rollout.config.checks import config_checks
+from rollout.config.escapes import understood_stops
 from rollout.config.key_comments import CONFIG_MODULE
 from rollout.config.keys import dotted_keys, unknown_key
 from rollout.config.schema import (
@@ -70,6 +71,7 @@ def validate(composed: DictConfig) -> Config:
     config.reward = reward if isinstance(reward, dict) and reward.get("_target_") else None
     _refuse_unknown_keys(composed, config)
     _expand_home(config)
+    config.sampling.stop = understood_stops(config.sampling.stop)
     config.sampling.params()
     config.batcher.policy()
     check_all(config_checks(config))

@@ -48,6 +48,10 @@ class DataConfig:
     system_prompt: str | None = MISSING
     keep_columns: Any = MISSING
     sampling_columns: Any = MISSING
+    chat_template: str | None = MISSING
+    chat_template_kwargs: dict[str, Any] = MISSING
+    tools: str | None = MISSING
+    add_special_tokens: Any = MISSING
 
 
 @dataclass
@@ -70,6 +74,7 @@ class SamplingConfig:
     logit_bias: Any = MISSING
     bad_words: Any = MISSING
     allowed_token_ids: Any = MISSING
+    stop_at_turn_end: bool = MISSING
     defaults: str = MISSING
     """Hydra reserves this name in the files of a group, so ``conf/config.yaml`` sets it."""
 

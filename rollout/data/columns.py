@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from rollout.config.schema import DataConfig
 from rollout.errors import InputError
+from rollout.tokenization.template_columns import TEMPLATE_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,4 +135,4 @@ def columns_read(config: DataConfig) -> dict[str, str]:
 
 
 #: Columns that are read by themselves where the dataset has them.
-OPTIONAL_COLUMNS: tuple[str, ...] = ()
+OPTIONAL_COLUMNS = TEMPLATE_COLUMNS

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from rollout.config.schema import DataConfig
-from rollout.errors import shorten
+from rollout.data.stored_chat import stored_messages
+from rollout.errors import PromptError, shorten
+from rollout.tokenization.prompt import Chat
+from rollout.tokenization.template_columns import TEMPLATE_COLUMNS, chat_of
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
-Prompt = str | list[Message] | list[int]
-"""Plain text, chat messages for the template, or token ids."""
+Prompt = str | Chat | list[Message] | list[int]
+"""Plain text, chat messages for the template (with tools or template arguments of their own), or token ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +45,21 @@ def dataset_row(index: int, row_id: str, columns: dict[str, Any], config: DataCo
     if value in ("", []):
         return replace(row, error_class="empty_prompt", error="The prompt is empty.")
     if isinstance(value, str):
-        return replace(row, prompt=_with_system(value, config))
+        try:
+            messages = stored_messages(value)
+        except ValueError as unreadable:
+            reason = f"The prompt begins as chat messages stored as text, but cannot be read: {unreadable}."
+            return replace(row, error_class="bad_prompt", error=reason)
+        if messages is None:
+            return _as_prompt(row, value, config)
+        _say_stored_chats(config.path, config.prompt_column)
+        value = messages
     if isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         if min(value) < 0:
             return replace(row, error_class="bad_prompt", error=f"The token id {min(value)} is negative.")
         return replace(row, prompt=value)
     if isinstance(value, list) and all(isinstance(item, dict) and isinstance(item.get("role"), str) for item in value):
-        return replace(row, prompt=_with_system(without_nulls(value), config))
+        return _as_prompt(row, without_nulls(value), config)
     shown = shorten(repr(value), longest=80)
     error = f"The prompt {shown} is neither text, nor chat messages with roles, nor token ids."
     return replace(row, error_class="bad_prompt", error=error)
@@ -64,6 +79,26 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
+@lru_cache(maxsize=8)
+def _say_stored_chats(path: str, column: str) -> None:
+    """Say once per dataset that its texts are taken as messages."""
+    logger.info("data.prompt_column=%s of %s stores chat messages as text; they are read as messages.", column, path)
+
+
+def _as_prompt(row: DatasetRow, value: str | list[Message], config: DataConfig) -> DatasetRow:
+    """Return the row with its prompt: a text, or a chat with its system prompt, tools and template arguments."""
+    prompt = _with_system(value, config)
+    if isinstance(prompt, str):
+        return replace(row, prompt=prompt)
+    given = {name: without_nulls(row.columns.get(name)) for name in TEMPLATE_COLUMNS}
+    if all(value is None for value in given.values()):
+        return replace(row, prompt=prompt)
+    try:
+        return replace(row, prompt=chat_of(prompt, given))
+    except PromptError as error:
+        return replace(row, error_class=error.error_class, error=str(error))
+
+
 def _with_system(prompt: str | list[Message], config: DataConfig) -> str | list[Message]:
     if isinstance(prompt, str):
         if not config.as_chat:
@@ -76,4 +111,4 @@ def _with_system(prompt: str | list[Message], config: DataConfig) -> str | list[
 
 def is_chat(prompt: Prompt | None) -> bool:
     """Return whether a prompt is a list of chat messages."""
-    return isinstance(prompt, list) and isinstance(prompt[0], dict)
+    return isinstance(prompt, Chat) or (isinstance(prompt, list) and isinstance(prompt[0], dict))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -106,11 +106,18 @@ def read_prompts(
     nested = {name: path for name, path in paths.items() if len(path) > 1}
     prompts = _with_ids(_Rows(store=store, names=names, nested=nested), kept, config, choice)
     _refuse_duplicates(prompts.row_ids, config)
-    if config.system_prompt is not None and prompts.chat_row is None:
-        raise InputError(
-            "data.system_prompt needs chat messages, but no prompt has any: set data.as_chat=true as well."
-        )
+    if prompts.chat_row is None:
+        _refuse_chat_settings(config)
     return prompts
+
+
+def _refuse_chat_settings(config: DataConfig) -> None:
+    """Refuse settings that only chats have, for prompts that are none."""
+    for name in ("system_prompt", "chat_template", "chat_template_kwargs", "tools"):
+        if getattr(config, name):
+            raise InputError(
+                f"data.{name} needs chat messages, but no prompt has any: set data.as_chat=true as well, or unset it."
+            )
 
 
 def _with_ids(rows: _Rows, kept: KeptColumns, config: DataConfig, choice: ColumnChoice) -> Prompts:
@@ -129,7 +136,7 @@ def _with_ids(rows: _Rows, kept: KeptColumns, config: DataConfig, choice: Column
             prompt_hash = hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=8).hexdigest()
             row_id = f"{prompt_hash}-{ordinals[prompt_hash]}"
             ordinals[prompt_hash] += 1
-        content = _canonical(columns) if choice.for_reward else prompt
+        content = _canonical(columns) if choice.for_reward else prompt + _canonical_of_template(columns)
         if config.sampling_columns:
             content += _canonical(given_params(columns, config.sampling_columns))
         digest.update(f"{row_id}\0{content}\n".encode(errors="surrogatepass"))
@@ -152,6 +159,12 @@ def _with_ids(rows: _Rows, kept: KeptColumns, config: DataConfig, choice: Column
         _rows=rows,
         _config=config,
     )
+
+
+def _canonical_of_template(columns: Mapping[str, Any]) -> str:
+    """Format what a row has for the chat template alone."""
+    given = {name: value for name in OPTIONAL_COLUMNS if (value := without_nulls(columns.get(name))) is not None}
+    return _canonical(given) if given else ""
 
 
 def _canonical(value: object) -> str:

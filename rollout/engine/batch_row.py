@@ -75,7 +75,7 @@ class BatchRow:
     def ends_at_limit(self) -> bool:
         """Whether only ``limit`` can end the row."""
         params = self.request.params
-        return params.ignore_eos and not (params.stop or params.stop_token_ids)
+        return params.ignore_eos and not (params.stop or params.stop_token_ids or self.request.end_ids)
 
     @property
     def begun(self) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import count, islice
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -18,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from rollout.batcher.admission_order import Ordering
 from rollout.batcher.registry import bounded, make_policy
 from rollout.batcher.types import Bounds, Policy
+from rollout.engine.completion_ends import CompletionEnds
 from rollout.engine.detokenizer import Detokenizer
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.loop import Loop
@@ -29,11 +29,10 @@ from rollout.engine.tp_sync import sync_for
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.engine_arguments import argument_checks
 from rollout.errors import InputError, PromptError, check_all
-from rollout.generation_defaults import eos_ids, not_offered
+from rollout.generation_defaults import not_offered
 from rollout.headroom.headroom import Headroom, after_reserve, headroom_over, memory_name
 from rollout.length_history import LengthHistory
 from rollout.models.attention.names import AUTO
-from rollout.models.errors import first_line
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.module.adapters import refuse_adapters
 from rollout.models.module.inspect import context_limit, logits_size, output_device, unwrap_model, vocabulary_size
@@ -43,9 +42,11 @@ from rollout.models.patches.shared_inputs import layers_with_shared_inputs
 from rollout.models.runners.select import select_strategy
 from rollout.progress.progress import Done, Progress
 from rollout.records import Batch, Record
-from rollout.requests import Request, StepReport, in_windows
+from rollout.requests import Request, StepReport, in_windows, turn_ends
 from rollout.sampling_params import SamplingParams, describe_parameters, unapplied_recommendations
 from rollout.stats import Stats
+from rollout.tokenization.prompt import AddSpecialTokens, EncodingOptions, Prompt, Tool
+from rollout.tokenization.prompt_encoder import PromptEncoder
 
 #: Rows read before the first decision; their lengths set the slab size.
 _FIRST_ROWS = 64
@@ -60,8 +61,6 @@ _COPIES_SHARE = 0.5
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
-"""A text, a list of chat messages, or token ids."""
 Prompts = Iterable[Any]
 """Prompts in any form of `rollout.engine.prompt_arguments`."""
 Params = SamplingParams | Mapping[str, Any] | Iterable[SamplingParams | Mapping[str, Any]] | GenerationConfig | None
@@ -86,6 +85,11 @@ class Engine:
         headroom: free memory to follow instead of the devices' own.
         skip_special_tokens: leave special tokens, such as the one that ends a completion, out of the text.
         split_reasoning: put what stands between the model's think tokens into ``reasoning`` instead of ``text``.
+        chat_template: a Jinja template, its file, or the name of one of the tokenizer's; None: the tokenizer's own.
+        chat_template_kwargs: further variables of the chat template, e.g. ``{"enable_thinking": False}``.
+        tools: JSON schemas or functions, for chats that have none of their own.
+        add_special_tokens: ``auto`` adds to texts what the tokenizer puts before them, unless a text begins with it;
+            True adds all that the tokenizer adds, to rendered chats as well; False adds nothing.
 
     Raises:
         UnsupportedModel: the model, or the model with that attention, is not supported; the message says why.
@@ -107,6 +111,10 @@ class Engine:
         headroom: Headroom | None = None,
         skip_special_tokens: bool = True,
         split_reasoning: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] | None = None,
+        add_special_tokens: AddSpecialTokens = "auto",
     ) -> None:
         check_all(
             argument_checks(
@@ -120,6 +128,16 @@ class Engine:
         )
         self.model = model
         self.tokenizer = tokenizer
+        self.encoder = PromptEncoder(
+            tokenizer,
+            EncodingOptions(
+                chat_template=chat_template,
+                chat_template_kwargs=chat_template_kwargs or {},
+                tools=tools,
+                add_special_tokens=add_special_tokens,
+            ),
+        )
+        """Turns prompts into token ids."""
         self.weight_version = 0
         """Stamped on records; set it whenever the weights change."""
         base = unwrap_model(model)
@@ -151,13 +169,13 @@ class Engine:
             self._reasoning = ReasoningSplitter(tokenizer, skip_special_tokens)
         elif tokenizer is not None and skip_special_tokens:
             warn_if_skipped(tokenizer)
-        self._eos_ids = eos_ids(base.generation_config)
+        self._ends = CompletionEnds(base.generation_config, tokenizer)
         self._recommended: Any = base.generation_config
         """Reported by the first call that does not use it, then None."""
         for name, value in not_offered(base.generation_config).items():
             logger.warning("The model's generation_config sets %s=%r, which this engine does not apply.", name, value)
         self._rules = RuleCompiler(
-            tokenizer, eos_ids=self._eos_ids, vocab_size=min(self._vocab_size, logits_size(model))
+            tokenizer, eos_ids=self._ends.eos_ids, vocab_size=min(self._vocab_size, logits_size(model))
         )
         self._lengths = LengthHistory(_REMEMBERED_PROMPTS)
         self._ordering = Ordering()
@@ -257,11 +275,17 @@ class Engine:
                 )
             request = Request(row_id=row_id, prompt_ids=(), params=row_params, seed=seed, row=given.row)
             try:
-                prompt_ids = self._encode_given(given)
+                check_prompt(given.prompt)
+                encoded = self.encoder.encode(given.with_template_columns())
             except PromptError as error:
                 yield replace(request, error_class=error.error_class, error=str(error))
             else:
-                yield replace(request, prompt_ids=prompt_ids, expected_tokens=self._lengths.expected(prompt_ids))
+                yield replace(
+                    request,
+                    prompt_ids=encoded.token_ids,
+                    end_ids=turn_ends(encoded.turn_end_ids, row_params),
+                    expected_tokens=self._lengths.expected(encoded.token_ids),
+                )
 
     def _report_recommendations(self, params: SamplingParams) -> None:
         """Log once what the model recommends and the caller does not use."""
@@ -279,15 +303,6 @@ class Engine:
             InputError: the message begins with the parameter's name.
         """
         self._rules.compile(params)
-
-    def _encode_given(self, given: GivenPrompt) -> list[int]:
-        check_prompt(given.prompt)
-        try:
-            return self.encode(given.prompt)
-        except InputError:
-            raise
-        except Exception as error:  # templates and tokenizers raise many kinds of errors
-            raise PromptError("bad_prompt", f"The prompt cannot be tokenised: {first_line(error)}") from error
 
     @property
     def _pad_id(self) -> int | None:
@@ -309,7 +324,7 @@ class Engine:
         layout = self._strategy.kv_layout()
         patches = self._make_patches(layout)  # before the KV budget: the packed weights take their share of memory
         queue = WaitingQueue(
-            requests,
+            self._ends.applied(requests),
             context_limit=self.context_limit,
             vocab_size=self._vocab_size,
             ordering=self._ordering,
@@ -333,7 +348,7 @@ class Engine:
             queue=queue,
             detokenizer=self._detokenizer,
             reasoning=self._reasoning,
-            eos_ids=self._eos_ids,
+            eos_ids=self._ends.eos_ids,
             weight_version=self.weight_version,
             on_step=on_step,
             sync=self._sync,
@@ -372,23 +387,10 @@ class Engine:
         """Return the token ids of a prompt; chat messages go through the chat template, text is used unchanged.
 
         Raises:
+            PromptError: this prompt cannot be encoded.
             InputError: the engine has no tokenizer, or the tokenizer has no chat template for messages.
         """
-        if isinstance(prompt, str):
-            return list(self._tokenizer_for("texts")(prompt)["input_ids"])
-        # Test for int first: isinstance with Mapping is slow, and a prompt may have thousands of ids.
-        if any(not isinstance(item, int) and isinstance(item, Mapping) for item in prompt):
-            tokenizer = self._tokenizer_for("chat messages")
-            if tokenizer.chat_template is None:
-                raise InputError("The prompt is a list of chat messages, but the tokenizer has no chat template.")
-            encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-            return list(encoded["input_ids"])
-        return [operator.index(item) for item in cast(Sequence[int], prompt)]
-
-    def _tokenizer_for(self, kind: str) -> Any:
-        if self.tokenizer is None:
-            raise InputError(f"The engine has no tokenizer for {kind}: create it with one, or pass lists of token ids.")
-        return self.tokenizer
+        return self.encoder.encode(prompt).token_ids
 
 
 def _describe(strategy: str, attention: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -60,7 +61,9 @@ class LiveBatch:
         """Number of each row's group."""
         self.ignore_eos: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self.has_stops: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Whether the row's own parameters name stop strings or stop ids."""
+        """Whether the row has stop strings."""
+        self.end_ids: IntArray = np.zeros((0, 0), np.int64)
+        """[slots, ids] the row's own ids that end it, besides the model's; -1 where it has fewer."""
         self.ended: NDArray[np.bool_] = np.zeros(0, np.bool_)
         """True once the row has finished; tokens sampled after its last one are discarded."""
         self.non_finite: NDArray[np.bool_] = np.zeros(0, np.bool_)
@@ -160,7 +163,8 @@ class LiveBatch:
         self._tokens_at_join[slot] = done
         params = row.request.params
         self.ignore_eos[slot] = params.ignore_eos
-        self.has_stops[slot] = bool(params.stop or params.stop_token_ids)
+        self.has_stops[slot] = bool(params.stop)
+        self._set_end_ids(slot, [*params.stop_token_ids, *row.request.end_ids])
         self._temperature[slot] = params.temperature
         self._top_k[slot] = params.top_k
         self._top_p[slot] = params.top_p
@@ -208,6 +212,7 @@ class LiveBatch:
         self.groups = _longer(self.groups, new)
         self.ignore_eos = _longer(self.ignore_eos, new)
         self.has_stops = _longer(self.has_stops, new)
+        self.end_ids = _longer(self.end_ids, new)
         self.ended = _longer(self.ended, new)
         self.non_finite = _longer(self.non_finite, new)
         self.no_token = _longer(self.no_token, new)
@@ -225,6 +230,13 @@ class LiveBatch:
         self._sampler_logprobs = _longer(self._sampler_logprobs, new)
         self._last = torch.cat([self._last, self._last.new_zeros(new - old)])
 
+    def _set_end_ids(self, slot: int, ids: Sequence[int]) -> None:
+        missing = len(ids) - self.end_ids.shape[1]
+        if missing > 0:
+            self.end_ids = np.pad(self.end_ids, ((0, 0), (0, missing)), constant_values=-1)
+        self.end_ids[slot] = -1
+        self.end_ids[slot, : len(ids)] = ids
+
     def _widen(self, pages: int = 0, tokens: int = 0) -> None:
         """Make room for at least ``pages`` pages and ``tokens`` tokens per row."""
         self.page_tables = _wider(self.page_tables, pages)
@@ -233,6 +245,11 @@ class LiveBatch:
         self._sampler_logprobs = _wider(self._sampler_logprobs, tokens)
 
     # -- a step --------------------------------------------------------------------------------------
+
+    def ends_at(self, slots: IntArray, tokens: IntArray) -> NDArray[np.bool_]:
+        """Return [slots] whether each token is one of the row's own ids that end it."""
+        ends: NDArray[np.bool_] = (self.end_ids[slots] == tokens[:, None]).any(axis=1)
+        return ends
 
     def without_page(self, slots: IntArray) -> IntArray:
         """Return those of ``slots`` that hold no page for their next token."""

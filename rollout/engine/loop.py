@@ -259,10 +259,10 @@ class Loop:
             logprobs=read.logprobs[wanted],
             sampler_logprobs=read.sampler_logprobs[wanted],
         )
-        stopped = np.isin(read.tokens, self._eos_ids) & ~live.ignore_eos[slots]
+        stopped = np.isin(read.tokens, self._eos_ids) & ~live.ignore_eos[slots] | live.ends_at(slots, read.tokens)
         stopped &= ~live.no_token[slots]
         for i in np.flatnonzero(live.has_stops[slots] & wanted & ~(stopped | live.no_token[slots])).tolist():
-            stopped[i] = self._hits_stop(int(slots[i]), int(read.tokens[i]))
+            stopped[i] = self._hits_stop(int(slots[i]))
         ended = stopped | live.non_finite[slots] | live.no_token[slots] | (positions + 1 >= live.limits[slots])
         for i in np.flatnonzero(wanted & ended).tolist():
             self._finish(int(slots[i]), bool(stopped[i]))
@@ -271,14 +271,11 @@ class Loop:
             self._scheduler.leave(slot, scrub=bool(live.non_finite[slot]))
         return True
 
-    def _hits_stop(self, slot: int, token: int) -> bool:
-        """Return whether the row ends at one of its own stop ids or stop strings."""
-        params = self._scheduler.live.row(slot).request.params
-        if token in params.stop_token_ids:
-            return True
-        completion_ids = self._scheduler.live.received_tokens(slot)
-        prompt_ids = self._scheduler.live.row(slot).request.prompt_ids
-        return bool(params.stop) and self._detokenizer.ends_at_stop(prompt_ids, completion_ids, params.stop)
+    def _hits_stop(self, slot: int) -> bool:
+        """Return whether the row's text contains one of its stop strings."""
+        live = self._scheduler.live
+        request = live.row(slot).request
+        return self._detokenizer.ends_at_stop(request.prompt_ids, live.received_tokens(slot), request.params.stop)
 
     def _finish(self, slot: int, stopped: bool) -> None:
         """Build the record of a row that ends with its last received token."""

@@ -8,10 +8,10 @@ from numbers import Integral
 from typing import Any
 
 from rollout.errors import InputError, PromptError, shorten
+from rollout.tokenization.prompt import Chat, Prompt
+from rollout.tokenization.template_columns import chat_of
 
 PROMPT = "prompt"
-_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-"""Columns that concern the chat template, as in TRL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +23,15 @@ class GivenPrompt:
     row: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of a prompt that was given as a mapping."""
 
-    @property
-    def template_columns(self) -> dict[str, Any]:
-        """Tools and template arguments of this prompt alone."""
-        return {name: self.row[name] for name in _TEMPLATE_COLUMNS if self.row.get(name) is not None}
+    def with_template_columns(self) -> Prompt:
+        """Return the prompt; chat messages with the tools and template arguments that stand beside them.
+
+        Raises:
+            PromptError: these columns hold something else.
+        """
+        is_chat = isinstance(self.prompt, Sequence) and self.prompt and isinstance(self.prompt[0], Mapping)
+        prompt: Prompt = chat_of(self.prompt, self.row) if is_chat else self.prompt
+        return prompt
 
 
 def given_prompts(prompts: Any, attention_mask: Any = None, pad_id: int | None = None) -> Iterable[GivenPrompt]:
@@ -49,7 +54,7 @@ def given_prompts(prompts: Any, attention_mask: Any = None, pad_id: int | None =
         raise InputError("attention_mask belongs to token ids: give it with a tensor or lists of ids alone.")
     if isinstance(prompts, Mapping):
         return _rows_of_mapping(prompts)
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Chat):
         return [GivenPrompt(prompts)]
     if prompts is None or isinstance(prompts, bytes | int | float) or not isinstance(prompts, Iterable):
         raise InputError(
@@ -162,7 +167,7 @@ def check_prompt(prompt: Any) -> None:
     Raises:
         PromptError: the prompt is something else.
     """
-    if isinstance(prompt, str):
+    if isinstance(prompt, str | Chat):
         return
     if prompt is None:
         raise PromptError("bad_prompt", "The prompt is None.")

@@ -29,8 +29,11 @@ class RuleCompiler:
         self._vocab_size = vocab_size
         self._compiled: dict[tuple[object, ...], TokenRules | None] = {}
 
-    def compile(self, params: SamplingParams) -> TokenRules | None:
+    def compile(self, params: SamplingParams, end_ids: Sequence[int] = ()) -> TokenRules | None:
         """Return the rules of ``params``, or None if they change no logits.
+
+        Args:
+            end_ids: further ids that end a completion.
 
         Raises:
             InputError: an id is outside of the vocabulary, or bad words are strings and there is no tokenizer.
@@ -40,7 +43,7 @@ class RuleCompiler:
             params.logit_bias,
             params.bad_words,
             params.min_new_tokens,
-            params.stop_token_ids if params.min_new_tokens else (),
+            (*params.stop_token_ids, *end_ids) if params.min_new_tokens else (),
             params.repetition_penalty,
             params.presence_penalty,
             params.frequency_penalty,
@@ -48,10 +51,10 @@ class RuleCompiler:
         if key not in self._compiled:
             if len(self._compiled) >= _REMEMBERED:
                 self._compiled.clear()
-            self._compiled[key] = self._rules(params)
+            self._compiled[key] = self._rules(params, end_ids)
         return self._compiled[key]
 
-    def _rules(self, params: SamplingParams) -> TokenRules | None:
+    def _rules(self, params: SamplingParams, end_ids: Sequence[int]) -> TokenRules | None:
         bias = dict(params.logit_bias or ())
         words = list(self._words(params.bad_words or ()))
         for name, ids in (
@@ -62,7 +65,7 @@ class RuleCompiler:
             if ids and max(ids) >= self._vocab_size:
                 raise InputError(f"{name} has the token id {max(ids)}, but the last one is {self._vocab_size - 1}.")
         # A stop id outside of the vocabulary is never drawn.
-        stop_ids = [i for i in (*self._eos_ids, *params.stop_token_ids) if i < self._vocab_size]
+        stop_ids = [i for i in (*self._eos_ids, *params.stop_token_ids, *end_ids) if i < self._vocab_size]
         rules = token_rules(
             allowed=params.allowed_token_ids or (),
             bias=bias,

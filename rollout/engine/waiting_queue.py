@@ -39,7 +39,8 @@ class WaitingQueue:
         context_limit: maximum tokens of prompt and completion together; None: no limit.
         vocab_size: token ids must be below this.
         ordering: orders rows by their expected lengths.
-        compile_rules: compiles a request's parameters; raises InputError if they do not suit the model.
+        compile_rules: compiles a request's parameters and the ids that end it; raises InputError if they do not suit
+            the model.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class WaitingQueue:
         context_limit: int | None,
         vocab_size: int,
         ordering: Ordering | None = None,
-        compile_rules: Callable[[SamplingParams], TokenRules | None] = lambda _: None,
+        compile_rules: Callable[[SamplingParams, Sequence[int]], TokenRules | None] = lambda *_: None,
     ) -> None:
         self._requests: Iterator[Request] = iter(requests)
         self._context_limit = context_limit
@@ -102,7 +103,7 @@ class WaitingQueue:
             self._rejected.append(rejected)
             return
         try:
-            rules = self._compile_rules(request.params)
+            rules = self._compile_rules(request.params, request.end_ids)
         except InputError as error:
             self._rejected.append(RejectedRequest(request, "bad_params", str(error)))
             return

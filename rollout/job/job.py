@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 from rollout.config.schema import Config, ModelConfig
-from rollout.data.dataset_row import Prompt
 from rollout.data.prompts import Prompts, read_prompts
 from rollout.data.row_params import RowParams
 from rollout.errors import Exit, InputError
 from rollout.job.cpu_threads import choose_threads
 from rollout.job.hints import hint_at_chat
+from rollout.job.prompt_encoding import Encoder, make_encoder
 from rollout.job.ranks import Ranks, Topology
 from rollout.job.rewards import load_reward
 from rollout.job.sampling_defaults import with_model_defaults
@@ -47,8 +47,6 @@ class Generator(Protocol):
         self, requests: Iterable[Request], *, on_step: Callable[[StepReport], None] | None = None
     ) -> Iterator[Record]: ...
 
-    def encode(self, prompt: Prompt) -> list[int]: ...
-
     def check_params(self, params: SamplingParams) -> None: ...
 
 
@@ -57,6 +55,8 @@ class Loaded:
     """An engine on a loaded model."""
 
     engine: Generator
+    encoder: Encoder
+    """Encodes the prompts; known to serve the first of them."""
     dtype: str
     """The model's dtype."""
     attention: str
@@ -94,11 +94,7 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
         tokenizer = load_tokenizer(source)
         if topology.rank == 0:
             hint_at_chat(tokenizer, prompts, config.data)
-        if prompts.chat_row is not None and tokenizer.chat_template is None:
-            raise InputError(
-                f"Input row {prompts.chat_row} has chat messages, but model.path={source.path} has no chat template: "
-                "use a model that has one, or a data.prompt_column of text with data.as_chat=false."
-            )
+        encoder = make_encoder(config.data, tokenizer, prompts, source.path)
         model = load_model(source, device)
     with _naming_model_keys(UnsupportedModel):
         engine = Engine(
@@ -127,7 +123,11 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
         engine.attention,
     )
     return Loaded(
-        engine=engine, dtype=str(model.dtype).removeprefix("torch."), attention=engine.attention, memory=engine.memory
+        engine=engine,
+        encoder=encoder,
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=engine.attention,
+        memory=engine.memory,
     )
 
 
@@ -182,6 +182,7 @@ def run_job(config: Config, load: Load | None = None, given: Collection[str] = (
                     dtype=loaded.dtype,
                     attention=loaded.attention,
                     workers=topology.workers,
+                    template_dates=loaded.encoder.dates,
                 )
             ranks.barrier()
             run = read_run(paths)
@@ -195,7 +196,8 @@ def run_job(config: Config, load: Load | None = None, given: Collection[str] = (
                     locks=locks,
                     prompts=prompts,
                     schema=schema,
-                    encode=loaded.engine.encode,
+                    # A resumed run renders the dates with which it began.
+                    encode=loaded.encoder.dated(run.fingerprint.template_dates).encode,
                     params=params,
                     row_params=RowParams(params, config.data.sampling_columns or {}, check=loaded.engine.check_params),
                     seed=config.seed,

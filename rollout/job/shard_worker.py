@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
-from jinja2 import TemplateError
 
-from rollout.data.dataset_row import DatasetRow, Prompt
+from rollout.data.dataset_row import DatasetRow
 from rollout.data.prompts import Prompts
 from rollout.data.row_params import RowParams
 from rollout.errors import PromptError
@@ -17,23 +16,16 @@ from rollout.job.rewards import Reward, score
 from rollout.length_history import LengthHistory
 from rollout.record_columns import ABSENT_LOGPROBS
 from rollout.records import Record
-from rollout.requests import Request, in_windows
+from rollout.requests import Request, in_windows, turn_ends
 from rollout.run_dir.part_file import PartFile, SampleKey
 from rollout.run_dir.record_table import KeptRows
 from rollout.run_dir.run import RunDir
 from rollout.run_dir.shard_locks import ShardLocks
 from rollout.run_dir.shards import commit
 from rollout.sampling_params import SamplingParams
+from rollout.tokenization.prompt import EncodedPrompt, Prompt
 
-Encode = Callable[[Prompt], list[int]]
-
-
-class EncodedPrompt(NamedTuple):
-    """Token ids of a prompt, or the class and text of the error that prevents encoding it."""
-
-    token_ids: list[int]
-    error_class: str = ""
-    error: str = ""
+Encode = Callable[[Prompt], EncodedPrompt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +139,12 @@ class ShardWorker:
             missing = shard.missing(row.row_id, self._params.n)
             if not missing:
                 continue
-            encoded = self._encode_prompt(row)
-            params = self._params
             try:
                 params = self._row_params.of(row.columns)
+                encoded = self._encode_prompt(row)
             except PromptError as error:
-                encoded = EncodedPrompt([], error.error_class, str(error))
-            if encoded.error_class:
                 for sample in missing:
-                    shard.part.append(self._error_record(row.row_id, sample, encoded))
+                    shard.part.append(self._error_record(row.row_id, sample, error))
             else:
                 yield Request(
                     row_id=row.row_id,
@@ -163,6 +152,7 @@ class ShardWorker:
                     params=params,
                     seed=self._seed,
                     samples=missing,
+                    end_ids=turn_ends(encoded.turn_end_ids, params),
                     expected_tokens=self._expected_tokens(row, encoded.token_ids),
                 )
         # Its samples may all have been finished by an earlier attempt, or have errors.
@@ -180,14 +170,10 @@ class ShardWorker:
 
     def _encode_prompt(self, row: DatasetRow) -> EncodedPrompt:
         if row.prompt is None:
-            return EncodedPrompt([], row.error_class, row.error)
-        try:
-            return EncodedPrompt(self._encode(row.prompt))
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            # E.g. a chat template that refuses two messages of the same role in a row; other prompts are unaffected.
-            return EncodedPrompt([], "bad_prompt", f"The prompt cannot be tokenised: {error}")
+            raise PromptError(row.error_class, row.error)
+        return self._encode(row.prompt)
 
-    def _error_record(self, row_id: str, sample: int, encoded: EncodedPrompt) -> Record:
+    def _error_record(self, row_id: str, sample: int, error: PromptError) -> Record:
         return Record(
             row_id=row_id,
             sample=sample,
@@ -197,8 +183,8 @@ class ShardWorker:
             logprobs=[],
             sampler_logprobs=[],
             finish_reason="error",
-            error_class=encoded.error_class,
-            error=encoded.error,
+            error_class=error.error_class,
+            error=str(error),
             seed=self._seed,
             attempt=self._run.attempt,
         )

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rollout.config.schema import Config, SamplingConfig
+from rollout.config.schema import Config, DataConfig, SamplingConfig
 from rollout.errors import shorten
 from rollout.sampling_params import PARAMETER_NAMES, SamplingParams
 
@@ -26,6 +26,7 @@ _FIRST_PARAMETERS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "max_new_tokens"),
     *("stop", "stop_token_ids", "ignore_eos"),
 )
+_TEMPLATE_DATES = "data.template_dates"
 _MODEL_SUFFIXES = (".safetensors", ".gguf", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 
 
@@ -35,6 +36,15 @@ class Fingerprint:
     def __init__(self, values: Mapping[str, Any]) -> None:
         # Through JSON, so that a fingerprint read back from run.json compares equal.
         self.values: dict[str, Any] = json.loads(json.dumps(dict(values), sort_keys=True))
+
+    @property
+    def template_dates(self) -> dict[str, str]:
+        """What the chat template's clock gives, by format."""
+        return dict(self.values.get(_TEMPLATE_DATES) or {})
+
+    def dated(self, dates: Mapping[str, str]) -> Fingerprint:
+        """Return the fingerprint of a run whose chat template writes these dates."""
+        return Fingerprint(self.values | {_TEMPLATE_DATES: dict(dates)}) if dates else self
 
     @cached_property
     def digest(self) -> str:
@@ -73,6 +83,7 @@ def fingerprint_of(
             "data.kept_content": kept_content,
             "data.as_chat": config.data.as_chat,
             "data.system_prompt": config.data.system_prompt,
+            **_encoding_values(config.data),
             **_sampling_values(config.sampling),
             "reward": config.reward,
             "output.format": config.output.format,
@@ -82,6 +93,23 @@ def fingerprint_of(
             "seed": config.seed,
         }
     )
+
+
+def _encoding_values(data: DataConfig) -> dict[str, Any]:
+    """Return how prompts are encoded, where it is not by default; earlier runs do not have these keys."""
+    values = {
+        "chat_template": _content(data.chat_template),
+        "chat_template_kwargs": data.chat_template_kwargs or None,
+        "tools": _content(data.tools),
+        "add_special_tokens": None if data.add_special_tokens == "auto" else data.add_special_tokens,
+    }
+    return {f"data.{name}": value for name, value in values.items() if value is not None}
+
+
+def _content(file: str | None) -> str | None:
+    """Return the digest of a file's content; other values, such as the name of a template, stand for themselves."""
+    path = None if file is None else Path(file).expanduser()
+    return file if path is None or not path.is_file() else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _sampling_values(sampling: SamplingConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import platform
 import shutil
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -106,6 +106,8 @@ def existing_run(paths: RunPaths, fingerprint: Fingerprint) -> RunDir | None:
     if not paths.run.exists():
         return None
     run = read_run(paths)
+    # A run keeps the dates with which it began: a resume on the next day continues with the same prompts.
+    fingerprint = fingerprint.dated(run.fingerprint.template_dates)
     if differences(run.fingerprint, fingerprint):
         raise InputError(
             f"output.dir={paths.root} holds a run with another fingerprint ({describe(run.fingerprint, fingerprint)}): "
@@ -159,6 +161,7 @@ def open_run(
     dtype: str,
     attention: str,
     workers: int,
+    template_dates: Mapping[str, str],
 ) -> RunDir:
     """Start a run in the folder, or resume the one it holds, and record this attempt.
 
@@ -176,7 +179,8 @@ def open_run(
             table = pa.table({"row_id": pa.array(row_ids, pa.string())})
             # Written before run.json, whose presence means that the directory is usable.
             write_atomically(paths.rows, paths.temporary(paths.rows), lambda target: pq.write_table(table, target))
-            stored = _new_run_json(config, fingerprint, rows=len(row_ids), dtype=dtype, workers=workers)
+            dated = fingerprint.dated(template_dates)
+            stored = _new_run_json(config, dated, rows=len(row_ids), dtype=dtype, workers=workers)
             stored["columns"] = describe_columns(schema, config.output.format)
         else:
             stored = read_run_json(paths)

@@ -186,7 +186,9 @@ class Model:
             p.ignore_eos and not p.stop and not p.stop_token_ids for p in params
         ]
         assert live.groups[live.occupied].tolist() == [p.row.group.number for p in plain.values()]
-        assert live.has_stops[live.occupied].tolist() == [bool(p.stop or p.stop_token_ids) for p in params]
+        assert live.has_stops[live.occupied].tolist() == [bool(p.stop) for p in params]
+        own = [[*p.row.request.params.stop_token_ids, *p.row.request.end_ids] for p in plain.values()]
+        assert [[i for i in ids if i >= 0] for ids in live.end_ids[live.occupied].tolist()] == own
         for token, p in zip(live.last_tokens(live.active).tolist(), active.values(), strict=True):
             assert p.drawn == p.joined or token == p.last
         for slot, p in plain.items():

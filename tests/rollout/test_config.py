@@ -43,6 +43,10 @@ def test_defaults_match_the_contract() -> None:
         "system_prompt": None,
         "keep_columns": "all",
         "sampling_columns": None,
+        "chat_template": None,
+        "chat_template_kwargs": {},
+        "tools": None,
+        "add_special_tokens": "auto",
     }
     assert config.sampling.params() == SamplingParams()
     assert (config.batcher.name, config.batcher.latency_budget_ms) == ("predictive", None)

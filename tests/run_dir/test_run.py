@@ -36,6 +36,7 @@ def opened(folder: Path, *overrides: str, fingerprint: Fingerprint = FINGERPRINT
         dtype="float32",
         attention="gather",
         workers=workers,
+        template_dates={},
     )
 
 
@@ -78,6 +79,7 @@ def test_workers_starting_at_once_agree_on_one_run(tmp_path: Path) -> None:
                 dtype="float32",
                 attention="gather",
                 workers=2,
+                template_dates={},
             )
         )
 
@@ -114,7 +116,16 @@ def test_other_fingerprint_is_refused_with_the_differences(tmp_path: Path) -> No
 def test_other_dtype_is_refused(tmp_path: Path) -> None:
     run = opened(tmp_path)
     with pytest.raises(InputError, match=r"set model\.dtype=float32"):
-        open_run(run.paths, config_of(tmp_path), FINGERPRINT, IDS, dtype="bfloat16", attention="gather", workers=1)
+        open_run(
+            run.paths,
+            config_of(tmp_path),
+            FINGERPRINT,
+            IDS,
+            dtype="bfloat16",
+            attention="gather",
+            workers=1,
+            template_dates={},
+        )
 
 
 def test_unwritable_folder_is_refused(tmp_path: Path) -> None:

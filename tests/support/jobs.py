@@ -11,8 +11,8 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from rollout.config.compose import load_config
 from rollout.config.schema import Config
 from rollout.data.dataset_row import Prompt
 from rollout.data.prompts import Prompts
+from rollout.errors import PromptError
 from rollout.job.job import Loaded, run_job
 from rollout.job.ranks import Topology
 from rollout.records import Record
 from rollout.requests import Request, StepReport
 from rollout.run_dir.shards import read_shard
 from rollout.sampling_params import SamplingParams
+from rollout.tokenization.prompt import EncodedPrompt
 
 LIVE = 5
 
@@ -81,7 +83,7 @@ class FakeEngine:
 
     def encode(self, prompt: Prompt) -> list[int]:
         if prompt == "unencodable":
-            raise ValueError("this prompt cannot be encoded")
+            raise PromptError("bad_prompt", "this prompt cannot be encoded")
         return [len(str(prompt)), 7]
 
     def run(
@@ -112,6 +114,20 @@ class FakeEngine:
             step += 1
 
 
+@dataclass(frozen=True)
+class FakeEncoder:
+    """Encodes as its engine does."""
+
+    engine: FakeEngine
+    dates: Mapping[str, str] = field(default_factory=dict)
+
+    def dated(self, dates: Mapping[str, str]) -> FakeEncoder:
+        return replace(self, dates=dates)
+
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        return EncodedPrompt(self.engine.encode(prompt))
+
+
 def report_of(step: int, **values: Any) -> StepReport:
     """Return a step report with a value in every field."""
     report = StepReport(
@@ -136,7 +152,12 @@ def report_of(step: int, **values: Any) -> StepReport:
 
 def load_fake(engine: FakeEngine | None = None) -> Callable[[Config, Prompts, Topology], Loaded]:
     """Return a function that loads a fake engine, for `run_job`."""
-    return lambda config, prompts, topology: Loaded(engine or FakeEngine(), "float32", "none", "cpu")
+
+    def load(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
+        used = engine or FakeEngine()
+        return Loaded(engine=used, encoder=FakeEncoder(used), dtype="float32", attention="none", memory="cpu")
+
+    return load
 
 
 def refuse_to_load(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
