@@ -68,13 +68,14 @@ def _lengths(statistics: DataStatistics) -> str:
     for name, counts in lengths.items():
         if name != "error":
             completions.update(counts)
+    rewarded = statistics.rewarded.total() > 0
     rows = [
         [
             name,
             f"{lengths[name].total():,}",
             share(lengths[name].total(), statistics.samples),
             _mean(sum(length * count for length, count in lengths[name].items()), lengths[name].total()),
-            _mean(statistics.reward_sums[name], statistics.rewarded[name]),
+            *([_mean(statistics.reward_sums[name], statistics.rewarded[name])] if rewarded else []),
         ]
         for name in ordered
     ]
@@ -86,7 +87,7 @@ def _lengths(statistics: DataStatistics) -> str:
             [Stack("", "blue", statistics.prompt_lengths)],
             "prompts",
         )
-        + table(("finish reason", "samples", "share", "mean tokens", "mean reward"), rows)
+        + table(("finish reason", "samples", "share", "mean tokens", *(["mean reward"] if rewarded else [])), rows)
     )
 
 
