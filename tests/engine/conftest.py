@@ -1,4 +1,4 @@
-"""What the tests of the generation loop share."""
+"""Fixtures of the tests of the generation loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.toy_loop import World
 
 @pytest.fixture(params=[False, True], ids=["at once", "late"])
 def late_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """A test with this runs twice: with tokens that are read at once, and with such that are read a step late."""
+    """Run a test twice: with tokens read at once, and with tokens read one step late."""
     late: bool = request.param
     monkeypatch.setattr(World, "late", late)
     return late
@@ -18,6 +18,6 @@ def late_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What never fits is given up soon."""
+    """Give up soon on a row that never fits."""
     monkeypatch.setattr(loop_module, "_PATIENCE_S", 0.2)
     monkeypatch.setattr(loop_module, "_RETRY_S", 0.002)

@@ -70,11 +70,11 @@ def special(text: Detokenizer) -> int:
 
 
 def stopped_at(text: Detokenizer, ids: Sequence[int], stops: Sequence[str]) -> int | None:
-    """How many tokens it takes, asked after each as the loop does."""
+    """Return the number of tokens until a stop string is complete, checking after each as the loop does."""
     return next((n for n in range(1, len(ids) + 1) if text.ends_at_stop((), ids[:n], stops)), None)
 
 
-def test_the_tokenizers_of_these_tests_are_hard_enough() -> None:
+def test_tokenizers_split_characters_over_tokens() -> None:
     text = byte_level()
     assert len(ids_of(text, "\U0001f600")) > 1 or len(ids_of(text, "\U0001f601")) > 1
     assert len(ids_of(text, "the end")) < len("the end")
@@ -112,7 +112,7 @@ def test_text_ends_before_the_earliest_stop_string(name: str, written: str, stop
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_stop_string_that_is_not_there_does_not_stop(name: str) -> None:
+def test_absent_stop_string_does_not_stop(name: str) -> None:
     text = TEXTS[name]()
     ids = ids_of(text, "then stop here")
     assert stopped_at(text, ids, ("sto p", "Stop", "stop  ")) is None
@@ -140,7 +140,7 @@ def test_special_tokens_are_no_text(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.parametrize("seed", range(4))
-def test_stops_are_found_as_soon_as_they_are_in_the_text(name: str, seed: int) -> None:
+def test_stop_string_is_found_at_its_last_token(name: str, seed: int) -> None:
     """Random tokens, so that words, bytes of characters and invalid bytes stand side by side."""
     print("seed", seed)
     text, rng = TEXTS[name](), random.Random(seed)
@@ -187,7 +187,7 @@ def test_a_stop_string_amid_characters_of_many_bytes_is_found(name: str, stop: s
         assert text.before_stop((), ids[:end], (stop,)) == before
 
 
-def test_without_a_tokenizer_there_is_no_text() -> None:
+def test_text_is_empty_without_a_tokenizer() -> None:
     text = Detokenizer(None)
     assert text.decode([1, 2, 3]) == ""
     assert not text.ends_at_stop((), [1, 2, 3], ("a",))

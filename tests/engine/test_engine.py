@@ -109,7 +109,7 @@ def test_wrong_lists_are_refused(engine: Engine, prompts: list[str], options: di
         engine.generate(prompts, **options)
 
 
-def test_prompts_that_need_what_is_not_there_are_refused() -> None:
+def test_prompts_that_need_a_missing_tokenizer_or_template_are_refused() -> None:
     bare = Engine(tiny("llama"), None)
     with pytest.raises(InputError, match="no tokenizer for texts"):
         bare.generate(["w5"])

@@ -1,4 +1,4 @@
-"""The pool's size: as much as headroom and the user's cap allow, and back when others need it."""
+"""The size of the KV pool: it grows to headroom and the user's cap, and shrinks when other processes need memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 4
-#: One site of one head with keys and values of one number: 8 bytes a token, 32 a page.
+#: One layer with one head of size one in float32: 8 bytes per token, 32 per page.
 LAYOUT = KVLayout((AttentionLayer(nn.Identity(), 1, 1, 1, MaskKind()),), torch.float32, PAGE_SIZE)
 PAGE = LAYOUT.bytes_per_page
 MANY = 1 << 40
 
 
 class World:
-    """A device of numbers, and memory on it that reads what the pool holds."""
+    """A fake device, and KV memory on it."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ def made(total: int, **options: object) -> KVMemory:
         ({"max_kv_bytes": 5}, 1),
     ],
 )
-def test_a_slab_is_a_share_of_what_can_be_had_and_of_what_is_asked_for(options: dict[str, int], pages: int) -> None:
+def test_slab_size_is_a_share_of_headroom_and_demand(options: dict[str, int], pages: int) -> None:
     memory = made(1600 * PAGE, **options)
     assert memory.pool.slab_pages == pages
     assert memory.pool.bytes_held == 0, "nothing is held before it is needed"
@@ -80,7 +80,7 @@ def test_a_slab_is_never_huge() -> None:
 
 
 def fill(memory: KVMemory) -> None:
-    """Grows as far as it goes, reading telemetry now and then."""
+    """Grow until growth is refused, then read the headroom."""
     while memory.reserve(memory.pool.free_pages + 1):
         memory.pool.allocate(memory.pool.free_pages)
         assert memory.pool.live_slabs < 1000, "it grows without end"
@@ -106,7 +106,7 @@ def test_growth_stops_at_the_cap() -> None:
 
 
 def test_headroom_is_counted_down_between_readings() -> None:
-    """Telemetry is read once a step; a step must not take the same bytes twice."""
+    """Headroom is read once per step; a step must not take the same bytes twice."""
     headroom = FakeHeadroom(160 * PAGE)  # never sees what the pool holds
     memory = KVMemory(LAYOUT, headroom, CPU, None, 0.0, MANY)
     assert memory.reserve(160)
@@ -129,7 +129,7 @@ def test_reserving_grows_no_more_than_needed() -> None:
     assert memory.pool.live_slabs == 3
 
 
-def test_what_cannot_be_had_is_not_begun() -> None:
+def test_growth_that_headroom_cannot_complete_is_not_begun() -> None:
     memory = made(160 * PAGE)
     assert not memory.reserve(161)
     assert memory.pool.live_slabs == 0
@@ -199,7 +199,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.Mon
         memory.reserve(1)
 
 
-def test_what_torch_really_raises_is_recognised() -> None:
+def test_errors_that_torch_raises_are_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
@@ -229,8 +229,8 @@ def test_the_peak_stays_when_memory_goes() -> None:
 @pytest.mark.parametrize(
     ("extra", "excess"), [(0, 0), (1, 1), (10 * PAGE, 10 * PAGE), (80 * PAGE, 80 * PAGE), (9999 * PAGE, 80 * PAGE)]
 )
-def test_excess_is_what_others_lack_of_what_is_held(extra: int, excess: int) -> None:
-    """Eight slabs of ten pages are held, and others have taken all the rest, and ``extra`` besides."""
+def test_excess_is_the_lack_of_headroom_up_to_the_held_bytes(extra: int, excess: int) -> None:
+    """Hold eight slabs of ten pages; other processes take all the rest and ``extra`` more."""
     world = World(160 * PAGE)
     memory = world.memory
     assert memory is not None
@@ -254,7 +254,7 @@ def test_excess_is_what_others_lack_of_what_is_held(extra: int, excess: int) -> 
         ({"max_kv_bytes": 5}, 0),
     ],
 )
-def test_what_could_ever_be_held_does_not_depend_on_others(options: dict[str, int], fits: int) -> None:
+def test_largest_possible_pool_ignores_other_processes(options: dict[str, int], fits: int) -> None:
     memory = made(160 * PAGE, **options)
     assert memory.could_hold(fits)
     assert not memory.could_hold(fits + 1)
@@ -263,7 +263,7 @@ def test_what_could_ever_be_held_does_not_depend_on_others(options: dict[str, in
 @pytest.mark.parametrize(
     "check", [KVMemory.read_headroom, lambda memory: memory.could_hold(1), lambda memory: memory.reserve(0)]
 )
-def test_looking_takes_nothing(check: Callable[[KVMemory], object]) -> None:
+def test_checks_allocate_nothing(check: Callable[[KVMemory], object]) -> None:
     memory = made(160 * PAGE)
     check(memory)
     assert memory.pool.bytes_held == 0

@@ -1,4 +1,4 @@
-"""The live batch against a dictionary of lists: whatever comes and goes, each row keeps what is its own."""
+"""The live batch against a dictionary of lists: each row keeps its own values whatever is added or removed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Plain:
-    """What one row should have."""
+    """The expected values of one row."""
 
     row: BatchRow
     prompt: int
     pages: list[int]
     joined: int
     drawn: int
-    """Tokens, also those that are not here."""
+    """Tokens, including those not read yet."""
     last: int = 0
     ended: bool = False
     tokens: list[int] = field(default_factory=list)
@@ -55,7 +55,7 @@ def row_of(
 
 
 def append(live: LiveBatch, slot: int, token: int) -> None:
-    """A token that is here at once."""
+    """Add a token that is read at once."""
     slots, positions = np.array([slot]), live.generated[[slot]]
     live.advance(slots, torch.tensor([token]))
     live.receive(slots, positions, np.array([token]), np.float32([-1]), np.float32([-1]))
@@ -69,7 +69,7 @@ class Model:
         self.live = LiveBatch(PAGE_SIZE, CPU)
         self.plain: dict[int, Plain] = {}
         self.pending: deque[tuple[list[int], list[int], list[int]]] = deque()
-        """Slots, positions and tokens of draws that are not here."""
+        """Slots, positions and tokens of draws not read yet."""
         self.count = self.page = 0
 
     @property
@@ -119,7 +119,7 @@ class Model:
             del self.plain[slot]
 
     def end(self) -> None:
-        """A row ends with a token that is here, others of it may be on their way."""
+        """End a row at a token that is read; later tokens of it may still be pending."""
         if self.plain:
             slot = self.random.choice(list(self.plain))
             self.live.end(slot)
@@ -127,7 +127,7 @@ class Model:
             assert self.live.ended[slot]
 
     def draw(self) -> None:
-        """A token for some of the rows, in any order."""
+        """Draw a token for some of the rows, in any order."""
         slots = self.random.sample(list(self.active), self.random.randint(0, len(self.active)))
         if not slots:
             return
@@ -140,7 +140,7 @@ class Model:
             plain.ended = plain.drawn == plain.row.limit
 
     def arrive(self) -> None:
-        """What was drawn first, without what is nothing of its row's."""
+        """Read the oldest pending draw, without tokens after their row's end."""
         if not self.pending:
             return
         slots, positions, tokens = (np.array(values) for values in self.pending.popleft())
@@ -155,7 +155,7 @@ class Model:
             plain.sampler.append(logprob / 4)
 
     def step(self) -> None:
-        """Pages for all that lack one, then a token for every row that has one."""
+        """Give pages to the rows that need one, then a token to every row that has one."""
         lacking = self.live.without_page(self.live.active)
         assert lacking.tolist() == [
             slot for slot, p in self.active.items() if len(p.pages) * PAGE_SIZE < p.prompt + p.drawn
@@ -218,7 +218,7 @@ class Model:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_any_sequence_keeps_every_row_s_own(seed: int) -> None:
+def test_any_sequence_of_operations_keeps_each_row_s_values(seed: int) -> None:
     print("seed", seed)
     model = Model(seed)
     for number in range(240):

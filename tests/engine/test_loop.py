@@ -1,4 +1,4 @@
-"""The loop against one row at a time: whatever memory, policy and allocator do, the same records come out."""
+"""The loop against one row at a time: memory, policy and allocator failures change no record."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_prompt_of_many_samples_is_prefilled_once() -> None:
     assert (world.tally.live_rows_max, world.tally.preempted_rows) == (8, 0)
 
 
-def test_paused_rows_keep_what_they_hold_and_go_on_when_older_ones_have_ended(late_or_not: bool) -> None:
+def test_paused_rows_keep_their_pages_and_resume_when_older_rows_end(late_or_not: bool) -> None:
     requests = plain(5, tokens=6, new=9)
     world = World(requests, Fixed(rows=5, decode_rows=2))
     assert_same(world.run(), all_expected(requests))
@@ -69,7 +69,7 @@ def test_paused_rows_keep_what_they_hold_and_go_on_when_older_ones_have_ended(la
     assert late_or_not or [report.live_rows for report in world.reports][8:11] == [5, 3, 3]
 
 
-def test_a_policy_that_pauses_all_lets_one_go_on() -> None:
+def test_one_row_decodes_if_the_policy_pauses_all() -> None:
     requests = plain(3, tokens=6, new=5)
     world = World(requests, Fixed(rows=3, decode_rows=0))
     assert_same(world.run(), all_expected(requests))
@@ -85,7 +85,7 @@ def test_a_long_prompt_is_prefilled_in_parts_between_decodes() -> None:
     assert len(long_steps) >= 4, "the other row went on meanwhile"
 
 
-def test_rows_end_as_they_should() -> None:
+def test_rows_end_at_their_stop_token_or_limit() -> None:
     prompts = {"eos": (5, 4), "ignored": (5, 4), "ids": (9, 9), "stop": (4, 1, 1), "context": (1, 2, 3)}
     params = {
         "eos": SamplingParams(n=6, max_new_tokens=400),
@@ -109,7 +109,7 @@ def test_rows_end_as_they_should() -> None:
     assert {(r.finish_reason, len(r.completion_ids)) for r in by_name["context"]} == {("length", 94)}
 
 
-def test_requests_that_cannot_run_are_errors_among_the_others() -> None:
+def test_requests_that_cannot_run_become_error_records() -> None:
     good = plain(2, n=2)
     bad = [
         Request("empty", [], SamplingParams(n=2)),
@@ -129,7 +129,7 @@ def test_requests_that_cannot_run_are_errors_among_the_others() -> None:
     assert (world.tally.samples, world.tally.error_samples) == (8, 4)
 
 
-def test_no_requests_are_no_records() -> None:
+def test_no_requests_give_no_records() -> None:
     assert World([]).run() == []
 
 
@@ -160,7 +160,7 @@ def test_a_loop_that_is_left_early_gives_everything_back() -> None:
 def test_the_stream_is_read_no_further_than_rows_may_be_admitted(
     rows: int, pages: int, ahead: int, late_or_not: bool
 ) -> None:
-    """Live rows, and one that shows that more wait; where memory is the limit, about what fits besides.
+    """It reads the live rows and one more that shows that others wait; under a memory limit, about what still fits.
 
     Others take the place of rows that have ended before their late records are out.
     """
@@ -182,7 +182,7 @@ def test_the_stream_is_read_no_further_than_rows_may_be_admitted(
 
 
 def test_the_stream_s_end_is_waited_for() -> None:
-    """A slow stream: rows that are alive do not finish the job while it may have more."""
+    """Read a slow stream: the job does not end with its live rows while the stream may have more."""
     requests = plain(5)
     world = World(iter(requests), Fixed(rows=1), read_first=1)
     assert_same(world.run(), all_expected(requests))
@@ -192,8 +192,8 @@ def test_the_stream_s_end_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("prefill_tokens", [64, 5])
-def test_a_row_with_broken_logits_is_an_error_and_disturbs_nobody(prefill_tokens: int) -> None:
-    """Its pages are taken by others, who must not find NaN in them: the toy's reader looks."""
+def test_row_with_nan_logits_is_an_error_and_changes_no_other_row(prefill_tokens: int) -> None:
+    """Other rows reuse its pages and must not find NaN in them; the toy model checks."""
     good = many(12, seed=1)
     params = SamplingParams(n=2, max_new_tokens=20)
     bad = [Request(f"bad{i}", [BROKEN, *range(i, i + 9)], params) for i in range(3)]
@@ -225,7 +225,7 @@ def test_a_prompt_too_large_for_the_cap_is_an_error_and_the_job_goes_on() -> Non
     assert_same([record for record in records if record not in errors], all_expected(good))
 
 
-def test_a_row_that_outgrows_the_cap_is_an_error_with_what_it_has() -> None:
+def test_row_that_outgrows_the_cap_is_an_error_with_its_tokens() -> None:
     good = plain(3, new=12)
     long = Request("long", [3, 4, 5], SamplingParams(max_new_tokens=200, ignore_eos=True))
     world = World([long, *good], max_kv_pages=12)

@@ -1,4 +1,4 @@
-"""Tokens that are read a step late: no bit of a record changes."""
+"""Tokens read one step late change no bit of a record."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ pytestmark = pytest.mark.usefixtures("late_or_not", "little_patience")
 
 
 def assert_same_bits(records: Sequence[Record], wanted: Sequence[Record]) -> None:
-    """Records and their numbers, such as are not finite included, in any order."""
+    """Assert that records are equal in any order, including numbers that are not finite."""
     assert sorted(map(repr, records)) == sorted(map(repr, wanted))
 
 
 def ending(count: int) -> list[Request]:
-    """Rows that end in ways that are not known before their last token is, beside some that end by length."""
+    """Return requests whose rows end at stop tokens, which no step knows in advance, and some that end by length."""
     kinds = (
         SamplingParams(n=2, max_new_tokens=30),
         SamplingParams(n=2, max_new_tokens=14, stop=("a", "ef", "p"), ignore_eos=True),
@@ -67,7 +67,7 @@ def test_late_tokens_change_no_bit_of_a_record(seed: int, monkeypatch: pytest.Mo
 
 
 class Dip(Fixed):
-    """One row may live at one decision, and many at all others."""
+    """Allow one live row at one decision, and many at all others."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
@@ -79,8 +79,8 @@ class Dip(Fixed):
 
 
 @pytest.mark.parametrize("event", ["preempted", "squeezed", "forward refused", "draw refused", "short of pages"])
-def test_whatever_happens_in_the_step_in_which_a_row_ends(event: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The event comes at every step in turn, so also where it meets a row that has ended and does not know it."""
+def test_row_ending_during_an_event_keeps_its_record(event: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the event happen at each step in turn, including one in which a row has ended but its token is unread."""
     requests = ending(5)
     with monkeypatch.context() as patch:
         patch.setattr(World, "late", False)
@@ -104,7 +104,7 @@ def test_whatever_happens_in_the_step_in_which_a_row_ends(event: str, monkeypatc
 
 
 def squeezing(world: World, at: int) -> Callable[[StepReport], None]:
-    """Others take most of the device after one step, and give it back after the next."""
+    """Take most of the device after one step, and give it back after the next."""
 
     def on_step(report: StepReport) -> None:
         world.report(report)
@@ -114,7 +114,7 @@ def squeezing(world: World, at: int) -> Callable[[StepReport], None]:
 
 
 class Spoiling(ToyRunner):
-    """What it computes from an end of sequence is not finite: a step too many leaves that in a page."""
+    """A runner that computes NaN from an end-of-sequence token: a surplus step leaves NaN in a page."""
 
     def write(self, pages: IntArray, position: int, token: int) -> None:
         super().write(pages, position, token)
@@ -130,7 +130,7 @@ class Spoiling(ToyRunner):
         return super().read(pages, length)
 
 
-def test_what_a_step_too_many_writes_spoils_nobody() -> None:
+def test_surplus_step_changes_no_other_row() -> None:
     params = SamplingParams(n=3, max_new_tokens=60)
     requests = [Request(f"s{i}", [3 + (i + j) % 20 for j in range(6)], params) for i in range(12)]
     world = World(requests, max_kv_pages=40)
@@ -140,8 +140,8 @@ def test_what_a_step_too_many_writes_spoils_nobody() -> None:
     assert sum(record.completion_ids[-1] == EOS for record in records) > 20
 
 
-def test_a_step_too_many_that_fails_costs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only row has ended, and nobody waits who could be given up for it."""
+def test_surplus_step_that_fails_loses_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the step after the only row has ended, while no row waits."""
     monkeypatch.setattr(loop_module, "_PATIENCE_S", 0.0)
     request = Request("only", [5, 4], SamplingParams(max_new_tokens=400))
     wanted = expected(request, 0)

@@ -1,4 +1,4 @@
-"""The loop where memory runs out: the same records, and a row alone is given up last."""
+"""The loop without enough memory: records stay the same, and the only live row is given up last."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_many_failures_change_no_record(seed: int, monkeypatch: pytest.MonkeyPat
 
 
 def refuse_rows(most: int) -> Trouble:
-    """As a device does on which activations of more rows do not fit."""
+    """Fail like a device whose memory holds the activations of few rows only."""
 
     def trouble(call: Call) -> None:
         if call.rows > most:
@@ -79,7 +79,7 @@ def refuse_rows(most: int) -> Trouble:
     return trouble
 
 
-def test_a_device_that_holds_few_rows_is_found_out() -> None:
+def test_live_rows_settle_at_what_the_device_holds() -> None:
     requests = plain(20, new=12)
     world = World(requests, Fixed(rows=16, prefill_tokens=200), trouble=refuse_rows(3), read_first=20)
     assert_same(world.run(), all_expected(requests))
@@ -179,7 +179,7 @@ def test_an_error_that_is_not_about_memory_ends_the_loop() -> None:
 
 
 class Clock:
-    """Time that passes only while somebody sleeps."""
+    """A clock that advances only in ``sleep``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, on_sleep: Callable[[int], None]) -> None:
         self.now, self.sleeps, self.on_sleep = 100.0, 0, on_sleep
@@ -210,7 +210,7 @@ def test_a_squeezed_device_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_patience_with_a_squeezed_device_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row is given up after the time; the next gets as much time of its own."""
+    """Give up one row after the time; the next row gets the same time."""
     monkeypatch.setattr(loop_module, "_PATIENCE_S", 3.0)
     monkeypatch.setattr(loop_module, "_RETRY_S", 0.5)
     requests = plain(4)
@@ -236,7 +236,7 @@ def test_a_row_that_never_fits_is_not_waited_for(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_memory_follows_others_up_and_down(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pool_follows_the_memory_of_other_processes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     print("seed", seed)
     rng = random.Random(seed)
     requests = many(14, seed)
@@ -259,7 +259,7 @@ def test_memory_follows_others_up_and_down(seed: int, monkeypatch: pytest.Monkey
 
 
 class Keeping(ToyRunner):
-    """Has memory of its own until it is asked for it; telemetry takes it for free."""
+    """Hold memory until asked for it; the headroom counts it as free."""
 
     kept = 0
 
@@ -273,8 +273,8 @@ class Keeping(ToyRunner):
 
 
 @pytest.mark.parametrize(("taken", "sheds"), [(5, False), (25, True)])
-def test_what_can_be_made_again_goes_before_rows_do(taken: int, sheds: bool) -> None:
-    """Four rows hold 40 of 100 pages when others take some, and 52 in the end."""
+def test_caches_are_dropped_before_rows_are_preempted(taken: int, sheds: bool) -> None:
+    """Four rows hold 40 of 100 pages when another process takes some, and 52 at the end."""
     requests = plain(4, tokens=20, new=30)
     world = World(requests, Fixed(rows=4), pages=100)
     runner = Keeping(world.pool, None)
@@ -291,7 +291,7 @@ def test_what_can_be_made_again_goes_before_rows_do(taken: int, sheds: bool) -> 
     assert world.tally.preempted_rows == 0
 
 
-def test_what_can_be_made_again_goes_when_the_allocator_fails() -> None:
+def test_caches_are_dropped_when_the_allocator_fails() -> None:
     requests = plain(4)
     trouble, _ = refuse_at({5})
     world = World(requests, trouble=trouble)

@@ -1,4 +1,4 @@
-"""What the loop tells policies and the log."""
+"""What the loop passes to policies and writes to the log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.toy_loop import Fixed, World, plain
 pytestmark = pytest.mark.usefixtures("late_or_not", "little_patience")
 
 
-def test_a_budget_that_cannot_be_kept_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_unreachable_budget_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     class Over(Fixed):
         def decide(self, observation: Observation) -> Decision:
             rows = 1 + len(observation.generated_tokens) % 2
@@ -48,7 +48,7 @@ def test_every_change_of_the_row_target_is_counted() -> None:
     assert world.tally.target_changes == 7
 
 
-def test_the_policy_is_told_of_steps_and_of_finished_rows() -> None:
+def test_policy_observes_steps_and_finished_rows() -> None:
     told: list[Observation] = []
 
     class Listening(Fixed):
@@ -70,7 +70,7 @@ def test_the_policy_is_told_of_steps_and_of_finished_rows() -> None:
     assert all((observation.prompt_tokens == 5).all() for observation in told)
 
 
-def test_the_policy_is_told_what_rows_share_and_which_only_their_limit_ends() -> None:
+def test_policy_observes_groups_and_rows_that_end_at_their_limit() -> None:
     told: list[Observation] = []
 
     class Listening(Fixed):

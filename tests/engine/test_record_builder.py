@@ -1,4 +1,4 @@
-"""Records: what ended, with its text cut, its ids kept, and every count right."""
+"""Records of finished, failed and refused samples: texts, ids and counts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_finished_completion_is_one_record() -> None:
 
 
 def test_values_are_plain_numbers() -> None:
-    """They are written to files, where numpy's scalars are strangers."""
+    """Records are written as JSON, which does not take numpy's scalars."""
     recorder = RecordBuilder(Letters(), Tally(), 0)
     recorder.finish(Request("r", np.array([9]), SamplingParams()), 0, completion(1), "length")  # type: ignore[arg-type]
     (record,) = recorder.take()
@@ -74,7 +74,7 @@ def test_a_refused_request_is_an_error_for_every_sample_that_was_wanted() -> Non
     assert tally == Tally(samples=5, error_samples=5, prompt_tokens=21)
 
 
-def test_a_failed_sample_keeps_what_it_has() -> None:
+def test_failed_sample_keeps_its_tokens() -> None:
     tally = Tally()
     recorder = RecordBuilder(Letters(), tally, 0)
     recorder.fail(Request("a", [1], SamplingParams()), 0, completion(0, 1), "not_finite", "why")

@@ -1,4 +1,4 @@
-"""Rows that hold pages: they share, fork, make way and come back, and every page keeps what was computed into it."""
+"""Rows and their pages: sharing, forking, preemption, readmission; every page keeps its contents."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_rows_join_a_prefill_that_is_under_way() -> None:
 
 @pytest.mark.parametrize(("tokens", "computed", "used"), [(10, 8, 4), (8, 4, 3), (3, 0, 2), (12, 8, 4)])
 def test_rows_that_come_late_share_full_pages_and_compute_the_rest(tokens: int, computed: int, used: int) -> None:
-    """At least the last token is computed: its logits are needed."""
+    """Compute at least the last token, whose logits are needed."""
     world = World([request("a", tokens, n=2)])
     world.admit(rows=1)
     world.prefill()
@@ -94,7 +94,7 @@ def test_pages_of_a_prompt_outlive_the_row_that_computed_them() -> None:
 
 
 def test_two_prefills_of_one_prompt_do_not_free_each_other_s_pages() -> None:
-    """A preempted row computes its prompt again while a fresh sample of it does so for the first time."""
+    """A preempted row recomputes its prompt while a new sample of that prompt computes it for the first time."""
     world = World([request("a", 10, n=3)])
     world.admit(rows=1)
     world.prefill()
@@ -125,7 +125,7 @@ def test_rows_are_admitted_in_order_up_to_the_target() -> None:
     assert world.alive() == ["a0", "b0", "c0"]
 
 
-def test_admission_stops_when_prefill_tokens_are_spoken_for() -> None:
+def test_admission_stops_when_prefill_tokens_are_used_up() -> None:
     world = World([request(name, 5, start=10 * i) for i, name in enumerate("abcd")])
     world.admit(tokens=6)
     assert world.waiting() == ["c0", "d0"], "the second still begins within six tokens"
@@ -171,7 +171,7 @@ def test_a_step_packs_the_last_token_of_each_live_row_and_then_the_parts_of_pref
     assert packed.page_tables.shape == (3, 3)
 
 
-def test_a_row_that_does_not_fit_says_what_it_lacks_only_on_an_empty_device() -> None:
+def test_missing_pages_are_reported_only_on_an_empty_device() -> None:
     world = World([request("a", 5), request("b", 40, start=50)], slabs=2)
     assert world.admit() is None
     assert world.waiting() == ["b0"]
@@ -182,7 +182,7 @@ def test_a_row_that_does_not_fit_says_what_it_lacks_only_on_an_empty_device() ->
     assert world.pool.used_pages == 0
 
 
-def test_an_admitted_row_always_lives_to_add_a_token() -> None:
+def test_row_is_admitted_only_with_room_for_one_token() -> None:
     world = World([request("a", 32)], slabs=2)
     assert world.admit() == 9
     world = World([request("a", 31)], slabs=2).all_live()
@@ -194,7 +194,7 @@ def test_an_admitted_row_always_lives_to_add_a_token() -> None:
 
 @pytest.mark.parametrize(("tokens", "fits"), [(683, True), (684, False)])
 def test_admission_leaves_room_for_what_live_rows_add(tokens: int, fits: bool) -> None:
-    """Of 200 pages 25 are used and four left alone; a row needs room for one token more than its prompt."""
+    """25 of 200 pages are used and four reserved; a row needs room for its prompt and one token."""
     world = World([request("a", 97), request("b", tokens, start=1000)])
     world.admit(rows=1)
     world.prefill()
@@ -203,8 +203,8 @@ def test_admission_leaves_room_for_what_live_rows_add(tokens: int, fits: bool) -
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, RECURRENT])
-def test_a_fork_that_does_not_fit_waits_its_turn(layout: KVLayout) -> None:
-    """Pages were there at admission, and others took them since."""
+def test_fork_without_pages_waits(layout: KVLayout) -> None:
+    """Pages were free at admission, and other rows took them since."""
     world = World([request("a", 6, n=6)], slabs=3, layout=layout)
     world.admit(rows=6)
     assert len(world.scheduler.prefills[0].rows) == 6
@@ -234,7 +234,7 @@ def test_rows_that_come_later_leave_room_for_the_forks_of_those_before() -> None
 @pytest.mark.parametrize("layout", [LAYOUT, RECURRENT])
 @pytest.mark.parametrize("seed", range(8))
 def test_any_sequence_keeps_every_row_and_page(seed: int, layout: KVLayout) -> None:
-    """Every operation checks all pages and what is in them; see `World.check`."""
+    """Each operation checks all pages and their contents; see `World.check`."""
     print("seed", seed)
     rng = random.Random(seed)
     requests = [request(chr(97 + i), rng.randint(1, 25), rng.randint(1, 4), start=30 * i) for i in range(8)]

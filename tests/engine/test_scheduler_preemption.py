@@ -1,4 +1,4 @@
-"""Rows that make way: for others, for slabs that are given back, and at their end."""
+"""Rows that release pages: preempted for other rows or for returned slabs, or finished."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rollout.sampling_params import SamplingParams
 from tests.support.scheduler_world import PAGE_SIZE, SLAB_PAGES, World, request
 
 
-def test_the_youngest_rows_make_way_and_keep_their_tokens() -> None:
+def test_youngest_rows_are_preempted_and_keep_their_tokens() -> None:
     world = World([request(name, 5, start=10 * i) for i, name in enumerate("abc")]).all_live()
     for _ in range(3):
         world.decode()
@@ -33,7 +33,7 @@ def test_the_youngest_rows_make_way_and_keep_their_tokens() -> None:
     assert world.tally.recomputed_tokens == 2 * (5 + 3)
 
 
-def test_prefills_make_way_before_rows_that_decode() -> None:
+def test_prefills_are_preempted_before_decoding_rows() -> None:
     world = World([request("a", 5), request("b", 9, n=2, start=50)])
     world.admit(rows=1)
     world.prefill()
@@ -73,8 +73,8 @@ def test_a_step_makes_room_by_preempting_the_youngest() -> None:
     assert world.waiting() == ["a0", "b0", "c0"], "a row that outgrew memory alone goes back too"
 
 
-def test_the_row_that_costs_least_to_compute_again_makes_way_for_pages() -> None:
-    """Here not the youngest: a sample whose prompt another one keeps."""
+def test_row_with_the_cheapest_recomputation_is_preempted() -> None:
+    """Here that is not the youngest row, but a sample whose prompt pages another sample keeps."""
     world = World([request("a", 8, n=2), request("b", 6, start=50)], slabs=2).all_live()
     assert world.alive() == ["a0", "a1", "b0"]
     while not world.tally.preempted_rows:
@@ -93,7 +93,7 @@ def test_rows_beyond_the_oldest_get_no_page() -> None:
     assert world.live.generated[world.live.active].tolist() == [6, 1, 1]
 
 
-def test_rows_that_have_ended_make_way_for_those_that_go_on() -> None:
+def test_ended_rows_are_released_before_others_are_preempted() -> None:
     world = World([request("a", 5), request("b", 5, start=20), request("c", 5, start=40)]).all_live()
     world.ended = world.live.active[:1].tolist()
     world.scheduler.preempt_beyond(2)
@@ -102,7 +102,7 @@ def test_rows_that_have_ended_make_way_for_those_that_go_on() -> None:
     assert (world.alive(), world.waiting(), world.tally.preempted_rows) == (["b0"], ["c0"], 1)
 
 
-def test_a_row_keeps_its_pages_until_its_last_token_is_here() -> None:
+def test_row_keeps_its_pages_until_its_last_token_is_read() -> None:
     world = World([Request("a", list(range(5)), SamplingParams(max_new_tokens=2, ignore_eos=True)), request("b", 7)])
     slot, other = world.all_live().live.active.tolist()
     world.scheduler.make_room(None)
@@ -119,7 +119,7 @@ def test_a_row_keeps_its_pages_until_its_last_token_is_here() -> None:
     assert world.pool.used_pages == 0
 
 
-def test_a_row_whose_last_token_is_not_here_cannot_be_preempted() -> None:
+def test_row_with_an_unread_last_token_cannot_be_preempted() -> None:
     world = World([request("a", 5)]).all_live()
     world.scheduler.make_room(None)
     world.live.advance(world.live.active, torch.tensor([1]))
@@ -149,8 +149,8 @@ def test_slabs_are_given_back_without_preempting_while_pages_can_move() -> None:
     assert world.all_live().alive() == ["b0", "d0", "f0"]
 
 
-def test_what_others_want_of_a_gpu_leaves_torch_s_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a neighbour that waits for memory would wait for ever."""
+def test_released_slabs_leave_torch_s_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise another process that needs the memory would wait for ever."""
     world = World([request(name, 12, start=20 * i) for i, name in enumerate("abcdef")]).all_live()
     held: list[int] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(world.pool.live_slabs))
@@ -164,7 +164,7 @@ def test_what_others_want_of_a_gpu_leaves_torch_s_cache(monkeypatch: pytest.Monk
     assert held == [before - 3]
 
 
-def test_free_slabs_are_given_back_with_no_row_the_worse() -> None:
+def test_free_slabs_are_returned_without_preemption() -> None:
     world = World([request(name, 12, start=20 * i) for i, name in enumerate("abcdef")]).all_live()
     for slot in world.live.active.tolist()[::2]:
         world.scheduler.leave(slot)
@@ -188,7 +188,7 @@ def test_pages_of_prefills_move_too() -> None:
     assert world.alive() == ["b0"]
 
 
-def test_leaving_scrubs_what_nobody_else_holds() -> None:
+def test_released_pages_without_holders_are_zeroed() -> None:
     world = World([request("a", 10, n=2)]).all_live()
     first, second = world.live.active.tolist()
     own = int(world.live.pages(first)[2])
@@ -200,8 +200,8 @@ def test_leaving_scrubs_what_nobody_else_holds() -> None:
     assert world.read(shared) == [(0, 0)] * 2 * PAGE_SIZE
 
 
-def test_what_a_prefill_wrote_and_nobody_looked_at_is_scrubbed() -> None:
-    """It may be NaN, which no log-probability has shown yet."""
+def test_pages_of_an_unread_prefill_are_zeroed() -> None:
+    """They may hold NaN, which no log-probability has shown yet."""
     world = World([request("a", 10)])
     world.admit()
     world.prefill(tokens=7)

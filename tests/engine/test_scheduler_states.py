@@ -16,7 +16,7 @@ def test_samples_of_a_prompt_get_a_state_each() -> None:
     assert world.pool.states.used_pages == 2
 
 
-def test_a_row_that_comes_late_shares_nothing() -> None:
+def test_late_row_shares_no_state() -> None:
     world = World([request("a", 10, n=2)], layout=RECURRENT)
     world.admit(rows=1)
     world.prefill()
@@ -37,8 +37,8 @@ def test_contexts_are_computed_whole_at_least_one_a_step() -> None:
     assert world.alive() == ["a0"]
 
 
-def test_room_that_states_have_to_spare_serves_keys_and_values() -> None:
-    """Short rows take all memory, half of it for states; then one of them grows into all but its own state's slab."""
+def test_memory_free_of_states_serves_keys_and_values() -> None:
+    """Short rows take all memory, half of it for states; then one row grows into all slabs but that of its state."""
     world = World([request(name, 1, start=i) for i, name in enumerate("abcdefghijklmnop")], slabs=5, layout=RECURRENT)
     world.all_live()
     assert world.memory is not None
@@ -51,7 +51,7 @@ def test_room_that_states_have_to_spare_serves_keys_and_values() -> None:
     assert world.alive() == ["a0"]
 
 
-def test_a_step_tells_where_states_are() -> None:
+def test_forward_batch_names_the_states_of_its_rows() -> None:
     world = World([request("a", 5, n=2), request("b", 3, n=2, start=20)], layout=RECURRENT)
     world.admit(rows=2)
     world.prefill()

@@ -1,4 +1,4 @@
-"""Two processes that hold one model: the numbers of one that holds all of it, one worker, and the same decisions."""
+"""Tensor parallelism over two processes: the numbers of one process, one worker, equal decisions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.support.tiny_models import tiny
 from tests.support.toy_loop import LAYOUT, World, plain, refuse_at
 
 
-def test_both_have_the_records_of_one_that_holds_all(tmp_path: Path) -> None:
+def test_both_processes_have_the_records_of_a_single_one(tmp_path: Path) -> None:
     # Qwen3 has norms of each head, which every process keeps whole. An odd vocabulary is none that every version of
     # transformers can slice.
     models = {family: tiny(family, vocab_size=200) for family in ("llama", "qwen3")}
@@ -69,7 +69,7 @@ def test_the_processes_of_a_job_are_one_worker(tmp_path: Path, saved_tiny: Path)
         ("llama", 1, r"this launch has one process: start several"),
     ],
 )
-def test_what_cannot_be_sliced_is_refused_before_weights_are_read(
+def test_unsliceable_model_is_refused_before_weights_are_read(
     family: str, processes: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny(family).save_pretrained(tmp_path)
@@ -80,12 +80,12 @@ def test_what_cannot_be_sliced_is_refused_before_weights_are_read(
 
 
 @pytest.mark.parametrize("other", ["model.device=cpu", "model.device_map=auto", "model.adapter=folder"])
-def test_what_does_not_go_with_it(other: str) -> None:
+def test_options_that_exclude_tensor_parallelism_are_refused(other: str) -> None:
     with pytest.raises(InputError, match=f"{other.split('=')[0]} is .* where model.tensor_parallel is true"):
         load_config(["output.dir=out", "model.tensor_parallel=true", other])
 
 
-def test_a_place_among_processes_that_work_together() -> None:
+def test_topology_of_a_tensor_parallel_launch() -> None:
     launched = {"RANK": "1", "WORLD_SIZE": "2", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_ID": "2"}
     place = Topology.from_environment(launched, tensor_parallel=True)
     assert (place.tensor_parallel, place.rank, place.workers, place.worker) == (True, 1, 3, 2)
@@ -94,14 +94,14 @@ def test_a_place_among_processes_that_work_together() -> None:
 
 @pytest.fixture
 def two_processes() -> Iterator[None]:
-    """A process group of which the other process is not there; nothing is sent."""
+    """A process group of two without the other process; nothing is sent."""
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
     distributed.destroy_process_group()
 
 
 def sliced(dimensions: tuple[str, ...] | None) -> PreTrainedModel:
-    """A model of which this process has half of the last layer."""
+    """A model whose last layer is half in this process."""
     model = tiny("llama")
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=dimensions)
     model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh, [Shard(0)]))
@@ -111,7 +111,7 @@ def sliced(dimensions: tuple[str, ...] | None) -> PreTrainedModel:
 @pytest.mark.usefixtures("two_processes")
 @pytest.mark.parametrize("name", [("fsdp",), None])
 def test_other_ways_to_shard_are_refused(name: tuple[str, ...] | None) -> None:
-    """Each would compute its own rows, and wait for the other's part of their weights for ever."""
+    """Each process would compute its own rows, and wait for the other's weights for ever."""
     with pytest.raises(UnsupportedModel, match="sharded over the mesh dimensions"):
         Engine(sliced(name), None)
 
@@ -133,7 +133,7 @@ def test_steps_are_not_captured(caplog: pytest.LogCaptureFixture) -> None:
 
 
 class Other(SingleProcess):
-    """One of two, of which the other has no memory left."""
+    """One of two processes; the other has no memory left."""
 
     alone = False
 
@@ -141,7 +141,7 @@ class Other(SingleProcess):
         return False
 
 
-def test_a_slab_that_another_has_no_room_for_is_not_taken() -> None:
+def test_slab_without_room_on_the_other_process_is_not_allocated() -> None:
     memory = KVMemory(
         LAYOUT, FakeHeadroom(1000 * LAYOUT.bytes_per_page), torch.device("cpu"), None, 0.0, 100, 1, Other()
     )
@@ -151,7 +151,7 @@ def test_a_slab_that_another_has_no_room_for_is_not_taken() -> None:
 
 
 def test_an_allocator_failure_inside_of_a_step_ends_the_loop() -> None:
-    """The other process waits for this one's part of that very step."""
+    """The other process is blocked in that step's collectives."""
     trouble, raised = refuse_at({3})
     world = World(plain(4), trouble=trouble)
     world.loop._sync = Other()
@@ -162,7 +162,7 @@ def test_an_allocator_failure_inside_of_a_step_ends_the_loop() -> None:
 
 
 def test_a_process_group_ends_when_it_is_destroyed() -> None:
-    """One whose threads outlive the interpreter aborts the process, now and then."""
+    """A group whose threads outlive the interpreter sometimes aborts the process."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     group = distributed.group.WORLD
     assert group is not None

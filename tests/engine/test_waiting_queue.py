@@ -1,4 +1,4 @@
-"""The queue: rows in order, prompts in groups, the stream read no further than asked."""
+"""The waiting queue: order of rows, groups of equal prompts, reading of the stream."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rollout.sampling_params import SamplingParams
 
 
 class Stream:
-    """Counts what is read of it."""
+    """A stream that counts the requests read from it."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.read = 0
@@ -154,7 +154,7 @@ def expecting(name: str, tokens: float | None, n: int = 1, **params: object) -> 
     return replace(request(name, [len(name), *name.encode()], n, **params), expected_tokens=tokens)
 
 
-def test_what_is_at_hand_is_read_together_and_no_further() -> None:
+def test_current_window_is_read_whole_and_no_further() -> None:
     stream = Stream([*in_windows([expecting(str(i), None) for i in range(5)], 3), request("last")])
     queue = queue_of(stream)  # type: ignore[arg-type]
     for wanted, read in ((1, 3), (3, 3), (4, 5), (5, 5), (6, 6), (9, 6)):
@@ -170,7 +170,7 @@ def test_windows_keep_requests_and_their_order() -> None:
     assert list(in_windows([], 3)) == []
 
 
-def test_without_expectations_nothing_is_arranged() -> None:
+def test_rows_without_expectations_keep_their_order() -> None:
     queue = queue_of([*in_windows([expecting(name, None, n=2) for name in "abc"], 9)], ordering=Untouched())
     queue.fill(1)
     queue.arrange(1000, None)
@@ -211,7 +211,7 @@ def test_rows_that_have_begun_stay_in_front() -> None:
     assert drain(queue) == [("a", 0), ("b", 1), ("b", 2), *((name, i) for name in "dc" for i in range(3))]
 
 
-def test_rows_are_arranged_again_only_for_new_ones_or_when_hints_turn_out_otherwise() -> None:
+def test_rows_are_ordered_again_for_new_rows_or_changed_hints() -> None:
     ordering = Counting()
     windows = in_windows([expecting(str(i), 10.0 + i) for i in range(500)], 300)
     queue = queue_of([*windows, *(expecting(str(i), 10.0) for i in range(500, 600))], ordering=ordering)
@@ -265,7 +265,7 @@ def test_a_row_s_limit_is_what_the_context_leaves() -> None:
         assert [queue.pop().limit for _ in range(3)] == limits
 
 
-def test_demand_and_prompt_tokens_of_what_waits() -> None:
+def test_demand_and_prompt_tokens_of_waiting_rows() -> None:
     requests = [request("a", [1] * 5, n=3, max_new_tokens=10), request("b", [2] * 4, max_new_tokens=100)]
     queue = queue_of(requests, 50)
     queue.fill(9)

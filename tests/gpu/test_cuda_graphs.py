@@ -1,4 +1,4 @@
-"""CUDA graphs: of attention, replayed while its buffers are refilled and slabs come and go, and of whole models."""
+"""CUDA graphs of attention and of whole models, replayed while buffers are refilled and slabs come and go."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_captured_step_serves_other_rows_and_slabs(dtype: torch.dtype) -> None
             world.pool.grow()
         fill(parts)
         graph.replay()
-        # A row that sits a step out has a hole in its text: only those that never do are compared to the end.
+        # A row that misses a step has a gap in its sequence, so only rows in every step are compared to the end.
         compared = [i for i, (sequence, _) in enumerate(parts) if sequence != 0 or position < 3]
         for i in compared:
             world.compare([out[i : i + 1].clone()], [parts[i]])
@@ -85,7 +85,7 @@ def captured_world(dtype: torch.dtype = torch.float32) -> World:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_captured_model_gives_the_bits_of_the_eager_one(dtype: torch.dtype) -> None:
-    """While the pool grows and shrinks."""
+    """Compare while the pool grows and shrinks."""
     world = captured_world(dtype)
     world.same([(text, 3 + 2 * text) for text in range(24)])
     for rows in (1, 2, 3, 7, 20, 24, 17, 8, 1):
@@ -100,7 +100,7 @@ def test_a_captured_model_gives_the_bits_of_the_eager_one(dtype: torch.dtype) ->
 
 
 def test_memory_of_graphs_is_given_back() -> None:
-    """What libraries keep for the stream of captures is taken by the first round."""
+    """Libraries allocate memory for the capture stream once, in the first round."""
     held = []
     for _ in range(3):
         world = captured_world()
@@ -138,7 +138,7 @@ def test_a_model_that_waits_for_the_device_goes_on_eagerly(
     assert ("waits for the device" in caplog.text) == seen
     assert (torch.cuda.current_stream(DEVICE), torch.cuda.get_sync_debug_mode()) == (stream, mode)
     assert world.runner.bytes_kept == 0
-    # Others are captured as ever.
+    # Other batch sizes are still captured.
     other = captured_world()
     other.same([(0, 4)])
     other.decode(0)

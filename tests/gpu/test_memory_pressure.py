@@ -1,4 +1,4 @@
-"""Another process takes memory of the GPU while rows live: the engine gives way, loses nothing, and comes back."""
+"""Another process takes GPU memory while rows are live: the engine shrinks, loses no row, and grows again."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Neighbour:
         self.wait_for("ready")
 
     def ask(self, size: int) -> None:
-        """To hold so many bytes; does not wait."""
+        """Ask the process to hold ``size`` bytes, without waiting for it."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{size}\n")
         self._process.stdin.flush()
@@ -72,12 +72,12 @@ def test_headroom_follows_a_neighbour(neighbour: Neighbour) -> None:
     assert engine._headroom.free_bytes() <= before - before // 2
     neighbour.ask(0)
     neighbour.wait_for("done")
-    time.sleep(0.1)  # for so long, and no longer, the driver's last answer is believed
+    time.sleep(0.1)  # headroom reuses the driver's last answer for less than this
     assert engine._headroom.free_bytes() == pytest.approx(before, rel=0.02)
 
 
 def test_a_pool_that_fills_the_device_makes_way(neighbour: Neighbour) -> None:
-    """Nearly all memory is taken by a stand-in first, so that rows of a small model fill what is left."""
+    """Allocate nearly all memory first, so that the rows of a small model fill the rest."""
     model = tiny("llama", num_hidden_layers=16, head_dim=64, max_position_embeddings=1024)
     prompts, params = random_prompts(1, 64), SamplingParams(n=2, max_new_tokens=400, ignore_eos=True)
     requests = [Request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
@@ -91,7 +91,7 @@ def test_a_pool_that_fills_the_device_makes_way(neighbour: Neighbour) -> None:
     def on_step(report: StepReport) -> None:
         held.append(report.kv_bytes)
         if report.step == 200:
-            neighbour.ask(3 * room // 4)  # more than rows leave of it by then
+            neighbour.ask(3 * room // 4)  # more than the rows leave free by then
         if report.step == 300:
             neighbour.wait_for("done")
             neighbour.ask(0)
@@ -111,7 +111,7 @@ def assert_same(expected: list[Record], found: list[Record]) -> None:
 def test_all_memory_is_given_back() -> None:
     model = tiny("llama")
     engine = Engine(model, None)
-    engine.generate(random_prompts(2, 4), SamplingParams(max_new_tokens=4))  # libraries keep what they take first
+    engine.generate(random_prompts(2, 4), SamplingParams(max_new_tokens=4))  # libraries keep their first allocations
     gc.collect()  # parts of an engine hold each other
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(DEVICE), torch.cuda.memory_reserved(DEVICE)

@@ -1,4 +1,4 @@
-"""Prefills by the libraries themselves, where they are installed: plain attention, and no bit from the company."""
+"""Prefill libraries, where installed: they equal plain attention and do not depend on batch composition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graphs without a GPU: a capture is replayed by computing the step again."""
+"""A stand-in for CUDA graphs on a CPU: replaying a capture computes its step again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class FakeGraph:
 
 @dataclass
 class FakeGraphs:
-    """``failure`` is raised, once, by a capture."""
+    """Fake graphs; the first capture raises ``failure``, if there is one."""
 
     failure: Exception | None = None
     graphs: list[FakeGraph] = field(default_factory=list)
@@ -70,7 +70,7 @@ def llama(layers: int = 2) -> PreTrainedModel:
 
 
 class World:
-    """Texts on two pools: what `captured` computes in one, `plain` computes in the other."""
+    """Sequences on two pools: the graph runner computes in one what the plain runner computes in the other."""
 
     def __init__(
         self,
@@ -93,10 +93,9 @@ class World:
         self.lengths = [0] * texts
 
     def forward(self, parts: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """So many further tokens of some texts: logits of the eager runner and of the one under test.
+        """Compute further tokens of some sequences; return the logits of the eager runner and of the one under test.
 
-        torch's products give a row other bits in more company, so the eager runner computes the first row again as
-        often as there is padding.
+        torch's matrix products depend on the batch size, so the eager runner repeats the first row as padding.
         """
         padding = padded_batch_size(len(parts)) - len(parts) if all(count == 1 for _, count in parts) else 0
         logits = []
