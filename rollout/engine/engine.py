@@ -154,7 +154,7 @@ class Engine:
         self._reserve_fraction = reserve_fraction
         shares = self._strategy.kv_layout().shares(self._device) or {self._device: 1.0}
         self.memory = memory_name(shares)
-        """The device whose memory holds the KV cache: cpu, or the UUIDs of its GPUs."""
+        """The memory that holds the KV cache, as `memory_name` names it."""
         if headroom is None:
             headroom = headroom_over(shares, reserve_fraction)
         self._headroom = self._sync.headroom(headroom)

@@ -9,7 +9,7 @@ import torch
 
 from rollout.errors import InputError
 from rollout.headroom.cuda import CudaHeadroom
-from rollout.headroom.host import HostHeadroom
+from rollout.headroom.host import HostHeadroom, limiting_cgroup
 
 
 class Headroom(Protocol):
@@ -44,12 +44,18 @@ def headroom_for(device: torch.device) -> Headroom:
 
 
 def memory_name(devices: Iterable[torch.device]) -> str:
-    """Name the memory of devices, the same in all processes of a host: ``cpu``, or the UUIDs of GPUs."""
-    names = (
-        str(device) if device.type != "cuda" else f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        for device in devices
-    )
-    return " ".join(sorted(names))
+    """Name the memory of devices; processes of one host share the memory that they name alike.
+
+    Returns:
+        ``cpu``, followed by the cgroup that limits the process's memory, if there is one; or the UUIDs of GPUs.
+    """
+    return " ".join(sorted(_memory_name(device) for device in devices))
+
+
+def _memory_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return f"{device.type} {limiting_cgroup()}".rstrip()
 
 
 def headroom_over(shares: Mapping[torch.device, float], reserve_fraction: float) -> Headroom:

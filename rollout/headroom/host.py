@@ -113,6 +113,14 @@ class _Cgroup:
         return max(0, cache - int(counters.get(self.files.mapped, 0)))
 
 
+def limiting_cgroup(membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> str:
+    """Return the path of the innermost cgroup that limits this process's memory; empty if none below the mount does."""
+    for cgroup in _memory_cgroups(membership, mount):
+        if cgroup.limit_bytes() is not None and cgroup.folder != mount:
+            return str(cgroup.folder.relative_to(mount))
+    return ""
+
+
 def _memory_cgroups(membership: Path, mount: Path) -> Iterator[_Cgroup]:
     """Yield the memory cgroups of this process, innermost first."""
     for cgroup in cgroups("memory", membership, mount):

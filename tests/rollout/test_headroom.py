@@ -13,8 +13,8 @@ import torch
 from rollout.errors import InputError
 from rollout.headroom.cuda import CudaHeadroom, _log_without_nvml
 from rollout.headroom.fake import FakeHeadroom
-from rollout.headroom.headroom import after_reserve, headroom_for
-from rollout.headroom.host import HostHeadroom, _resident_bytes
+from rollout.headroom.headroom import after_reserve, headroom_for, memory_name
+from rollout.headroom.host import HostHeadroom, _resident_bytes, limiting_cgroup
 
 GIB = 1 << 30
 UNLIMITED_V1 = 9223372036854771712
@@ -75,6 +75,25 @@ def test_an_outer_cgroup_binds_when_it_is_tighter(tmp_path: Path):
     write(tmp_path / "fs/outer/middle/inner", max=8 * GIB, current=2 * GIB, stat=stat())
     memory = host_headroom(tmp_path, "0::/outer/middle/inner\n")
     assert (memory.total_bytes, memory.free_bytes()) == (8 * GIB, 1 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("membership", "name"), [("0::/job/step/task\n", "job/step"), ("0::/job\n", "job"), ("0::/\n", ""), ("", "")]
+)
+def test_limiting_cgroup_is_the_innermost_with_a_limit(tmp_path: Path, membership: str, name: str) -> None:
+    for folder, limit in (("", GIB), ("job", 2 * GIB), ("job/step", GIB), ("job/step/task", "max")):
+        write(tmp_path / "fs" / folder, max=limit, current=5, stat=stat())
+    (tmp_path / "cgroup").write_text(membership)
+    assert limiting_cgroup(tmp_path / "cgroup", tmp_path / "fs") == name
+
+
+def test_memory_is_named_alike_by_processes_that_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.headroom.headroom.limiting_cgroup", lambda: "slurm/job_7")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"0000-{device.index}")
+    )
+    assert memory_name([torch.device("cpu")]) == "cpu slurm/job_7"
+    assert memory_name([torch.device("cuda", 1), torch.device("cuda", 0)]) == "GPU-0000-0 GPU-0000-1"
 
 
 def test_version_1_takes_the_counters_that_include_cgroups_below(tmp_path: Path):
