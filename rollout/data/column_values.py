@@ -146,7 +146,7 @@ def has_wide_integers(column: pa.ChunkedArray) -> bool:
     if not pa.types.is_integer(column.type) or column.type.bit_width < 64:
         return False
     low, high = pc.min_max(column).values()
-    return low.is_valid and (low.as_py() < -(2**53) or high.as_py() > 2**53)
+    return bool(low.is_valid and (low.as_py() < -(2**53) or high.as_py() > 2**53))
 
 
 def python_values(column: pa.ChunkedArray | pa.Array) -> list[Any]:

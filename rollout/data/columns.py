@@ -88,7 +88,9 @@ _TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:50]) + (", ..." if len(names) > 50 else "")
+    # Quotes show spaces at the ends of a name.
+    shown = [name if name == name.strip() != "" else repr(name) for name in names[:50]]
+    return ", ".join(shown) + (", ..." if len(names) > 50 else "") if names else "no column"
 
 
 def resolve(name: str, available: Iterable[str]) -> list[str]:

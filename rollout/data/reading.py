@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import datasets
 import pyarrow as pa
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from rollout.arithmetic import DEFAULT_PROBLEMS, problems
 from rollout.config.schema import DataConfig
@@ -177,7 +178,7 @@ def _cached(
             path.parent.mkdir(parents=True, exist_ok=True)
             # A file system without locks costs only that several processes read the files.
             with suppress(OSError, NotImplementedError):
-                stack.enter_context(FileLock(f"{path}.lock"))
+                stack.enter_context(_locked(path, config.path))
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=digest)
         except OSError as error:
             raise InputError(
@@ -197,6 +198,21 @@ def _cached(
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(name)
+
+
+@contextmanager
+def _locked(path: Path, source: str) -> Iterator[None]:
+    """Hold the lock of a store, after the process that is writing it, if any."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("Another process is reading %s; waiting for what it stores.", source)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _publish(name: str, path: Path) -> None:
@@ -221,4 +237,9 @@ def _refuse(what: str, error: BaseException) -> NoReturn:
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
+    if getattr(cause, "errno", None) == errno.ENOSPC:
+        raise InputError(
+            f"The cache folder {datasets.config.HF_DATASETS_CACHE} has no space left for the rows that are read: set "
+            "HF_DATASETS_CACHE to a folder that has."
+        ) from error
     raise InputError(f"{what} cannot be read: {first_line(cause)}.") from error
