@@ -18,9 +18,14 @@ class UnsupportedAttention(UnsupportedModel):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message without its full stop; the class name if it is empty."""
-    lines = (line.strip().rstrip(".") for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
+    """Return the first line of an exception's message without its full stop; the class name if it is empty.
+
+    A line that ends in a colon is continued by the next one.
+    """
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__
 
 
 def clause(error: BaseException) -> str:

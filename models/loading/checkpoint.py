@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -18,10 +17,10 @@ from huggingface_hub.errors import (
 
 from rollout.models.errors import clause, first_line
 from rollout.models.loading.default_model import PREFIX, packaged_folder
+from rollout.models.loading.weight_files import WEIGHTS, WEIGHTS_INDEX, check_weights, read_json
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PIPELINE = "model_index.json"
@@ -33,7 +32,6 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
@@ -77,8 +75,7 @@ class ModelFiles(NamedTuple):
     @property
     def tokenizer(self) -> Path:
         """Folder or GGUF file of the tokenizer: the adapter's, if it has one of its own."""
-        own = self.adapter is not None and any((self.adapter / name).is_file() for name in TOKENIZER_FILES)
-        return self.adapter if own and self.adapter is not None else self.model
+        return self.adapter if self.adapter is not None and has_tokenizer(self.adapter) else self.model
 
 
 def locate(
@@ -116,6 +113,11 @@ def locate(
     return ModelFiles(model, found)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def _is_adapter(folder: Path) -> bool:
     """Return whether a folder holds an adapter and no model; some trainers leave the model's configuration there."""
     return (folder / ADAPTER_CONFIG).is_file() and not any(
@@ -125,11 +127,8 @@ def _is_adapter(folder: Path) -> bool:
 
 def _base_of(path: str, folder: Path) -> tuple[str, str | None]:
     """Return the path and the revision of an adapter's base model."""
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"path {path!r} has an {ADAPTER_CONFIG} that is not valid JSON ({error}).") from error
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    config = read_json(folder, ADAPTER_CONFIG)
+    base = config.get("base_model_name_or_path")
     if not base:
         raise ValueError(
             f"path {path!r} is a PEFT adapter whose {ADAPTER_CONFIG} names no base model: "
@@ -155,10 +154,15 @@ def check_folder(folder: Path) -> None:
             f"path {str(folder)!r} is a diffusion pipeline ({PIPELINE}), which is no causal language model."
         )
     if not (folder / CONFIG).is_file():
-        raise ValueError(
-            f"path {str(folder)!r} has no {CONFIG}: give a folder that save_pretrained wrote, or a GGUF file."
+        inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+        remedy = (
+            f"give its folder {inner[-1]!r}" if inner else "give a folder that save_pretrained wrote, or a GGUF file"
         )
-    _check_weights(folder)
+        raise ValueError(f"path {str(folder)!r} has no {CONFIG}: {remedy}.")
+    check_weights(folder, read_json(folder, CONFIG))
+    if (folder / GENERATION_CONFIG).is_file():
+        # transformers would ignore a broken one, and with it the ids that end a completion.
+        read_json(folder, GENERATION_CONFIG)
 
 
 def check_adapter(folder: Path) -> None:
@@ -170,48 +174,6 @@ def check_adapter(folder: Path) -> None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"adapter {str(folder)!r} has no {name}: give a folder that PEFT's save_pretrained wrote.")
-
-
-def _check_weights(folder: Path) -> None:
-    """Refuse a model folder whose weights are missing, incomplete or pickled."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"path {str(folder)!r} has a {CONFIG} that is not valid JSON ({error}).") from error
-    # A configuration may name its own weights file, which may be a pickle.
-    named = config.get("transformers_weights") if isinstance(config, dict) else None
-    candidates = (named,) if isinstance(named, str) else (WEIGHTS, WEIGHTS_INDEX)
-    name = next((name for name in candidates if (folder / name).is_file()), None)
-    if name is None:
-        _refuse_weights(folder)
-    elif name.endswith(".index.json"):
-        _check_index(folder, name)
-    elif not name.endswith(".safetensors"):
-        _refuse_weights(folder)
-
-
-def _check_index(folder: Path, name: str) -> None:
-    """Refuse an index whose shards are missing or pickled."""
-    try:
-        shards = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"path {str(folder)!r} has a {name} that cannot be read: copy it again.") from error
-    if not all(str(shard).endswith(".safetensors") for shard in shards):
-        _refuse_weights(folder)
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise ValueError(f"path {str(folder)!r} lacks {', '.join(missing)}, which its {name} names: copy it again.")
-
-
-def _refuse_weights(folder: Path) -> NoReturn:
-    """Raise the error of a folder without safetensors; it names the pickles that the folder has."""
-    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    if pickles:
-        raise ValueError(
-            f"path {str(folder)!r} has its weights as pickles only ({', '.join(pickles)}), which can run code "
-            "when they are read: load the model once where you trust it, and write it with save_pretrained."
-        )
-    raise ValueError(f"path {str(folder)!r} has no weights as safetensors: give a folder that has {WEIGHTS}.")
 
 
 def _refuse_revision(path: str, revision: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
     PreTrainedConfig,
@@ -25,10 +26,11 @@ from rollout.models.errors import UnsupportedModel, clause
 from rollout.models.loading.adapter import require_adapter, with_adapter
 from rollout.models.loading.architecture import select_architecture
 from rollout.models.loading.chat_template import own_template
-from rollout.models.loading.checkpoint import ModelFiles, check_folder, locate, resolve_path
+from rollout.models.loading.checkpoint import check_folder, has_tokenizer, locate, resolve_path
 from rollout.models.loading.gguf import read_model, read_tokenizer, require_gguf
 from rollout.models.loading.gguf_conversion import converted_folder
 from rollout.models.loading.multi_gpu import device_map_options, refuse_disk_offload, tensor_parallel_options
+from rollout.models.loading.quantization import refuse_quantization, refuse_unread_scales
 
 __all__ = ["ModelSource", "load_model", "load_tokenizer", "resolve_device", "resolve_dtype", "resolve_path"]
 
@@ -75,8 +77,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
     except Exception as error:
         parameter = f"path {source.path!r}" if files.tokenizer == files.model else f"adapter {str(path)!r}"
+        reason = clause(error) if path.is_file() or has_tokenizer(path) else "none of its files are there"
         raise ValueError(
-            f"{parameter} has no tokenizer that can be loaded ({clause(error)}): save the model's tokenizer beside it."
+            f"{parameter} has no tokenizer that can be loaded ({reason}): save the model's tokenizer beside it."
         ) from error
     template = own_template(files, tokenizer.chat_template)
     if template is not None:
@@ -109,8 +112,7 @@ def load_model(source: ModelSource, device: torch.device) -> nn.Module:
 
 def _tokenizer_size(source: ModelSource, adapter: Path) -> int | None:
     """Return the number of ids of an adapter's own tokenizer, None if it has none."""
-    own = ModelFiles(adapter.parent, adapter).tokenizer == adapter
-    return len(load_tokenizer(source)) if own else None
+    return len(load_tokenizer(source)) if has_tokenizer(adapter) else None
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -165,6 +167,7 @@ def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) 
 def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> PreTrainedModel:
     check_folder(folder)
     config = _config(source, folder)
+    refuse_quantization(config, source.path)
     architecture = select_architecture(config, source.path, trust_remote_code=source.trust_remote_code)
     dtype = resolve_dtype(source.dtype, device, _stored_dtype(config))
     placement: dict[str, Any] = {}
@@ -174,17 +177,21 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
         )
     elif source.tensor_parallel:
         placement = tensor_parallel_options(source.path, config)
+    arguments: dict[str, Any] = {
+        "config": config,
+        "dtype": "auto" if dtype is None else dtype,
+        "use_safetensors": True,
+        "trust_remote_code": source.trust_remote_code,
+        "output_loading_info": True,
+        **placement,
+    }
     try:
-        loaded: Any = architecture.auto_class.from_pretrained(
-            folder,
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            use_safetensors=True,
-            trust_remote_code=source.trust_remote_code,
-            output_loading_info=True,
-            **placement,
-        )
+        loaded: Any = architecture.auto_class.from_pretrained(folder, **arguments)
     except Exception as error:
+        if "ignore_mismatched_sizes" in str(error):
+            # transformers has only logged which weights these are.
+            loaded = architecture.auto_class.from_pretrained(folder, **arguments, ignore_mismatched_sizes=True)
+            raise ValueError(_mismatch(source.path, loaded[1]["mismatched_keys"])) from error
         raise ValueError(f"path {source.path!r} cannot be loaded ({clause(error)}).") from error
     model: PreTrainedModel = loaded[0]
     if source.device_map is not None:
@@ -197,7 +204,18 @@ def _from_folder(source: ModelSource, folder: Path, device: torch.device) -> Pre
             f"path {source.path!r} lacks {len(missing)} weights of {type(model).__name__} ({shown}): "
             "the checkpoint is incomplete, or belongs to another kind of model."
         )
+    refuse_unread_scales(source.path, loaded[1]["unexpected_keys"])
     return model
+
+
+def _mismatch(path: str, mismatched: Iterable[tuple[str, Any, Any]]) -> str:
+    """Return a sentence about weights whose size is not that of the configuration."""
+    found = sorted((name, list(stored), list(expected)) for name, stored, expected in mismatched)
+    example = f", such as {found[0][0]}: {found[0][1]} instead of {found[0][2]}" if found else ""
+    return (
+        f"path {path!r} has {len(found)} weights of another size than its config.json says{example}: "
+        "the configuration and the weights belong to different models."
+    )
 
 
 def _converted_gguf(source: ModelSource, path: Path, device: torch.device) -> Path:
@@ -242,6 +260,7 @@ def _check_gguf(path: Path) -> None:
 
 def _config(source: ModelSource, folder: Path) -> PreTrainedConfig:
     declared: dict[str, Any] = PreTrainedConfig.get_config_dict(folder)[0]
+    model_type = declared.get("model_type")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except Exception as error:
@@ -250,9 +269,16 @@ def _config(source: ModelSource, folder: Path) -> PreTrainedConfig:
                 f"path {source.path!r} needs its own Python code: read it, and if you trust it "
                 "set trust_remote_code=true."
             ) from error
+        if model_type in CONFIG_MAPPING or "auto_map" in declared:
+            raise ValueError(f"path {source.path!r} has a config.json that is not valid ({clause(error)}).") from error
+        if not model_type:
+            raise UnsupportedModel(
+                f"path {source.path!r} has a config.json without a model_type, so it is no model of transformers: "
+                "give a folder that save_pretrained wrote."
+            ) from error
         raise UnsupportedModel(
-            f"path {source.path!r} has the model_type {declared.get('model_type')!r}, which the installed "
-            f"transformers cannot configure ({clause(error)})."
+            f"path {source.path!r} has the model_type {model_type!r}, which the installed transformers does not know: "
+            "install a newer one, if there is one that does."
         ) from error
     return config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from importlib import util
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -79,14 +80,64 @@ class TestModel:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         assert "lacks 1 weights of LlamaForCausalLM (lm_head.weight)" in refused(ModelSource(str(folder)))
 
-    def test_truncated_weights_are_refused(self, folder: Path) -> None:
+    @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+    def test_truncated_weights_are_refused(self, folder: Path, share: float) -> None:
         whole = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-        assert "cannot be loaded" in refused(ModelSource(str(folder)))
+        (folder / "model.safetensors").write_bytes(whole[: int(len(whole) * share)])
+        assert "model.safetensors that is broken or incomplete" in refused(ModelSource(str(folder)))
 
-    def test_folder_without_weights_is_refused(self, folder: Path) -> None:
-        (folder / "model.safetensors").unlink()
-        assert "no weights as safetensors" in refused(ModelSource(str(folder)))
+    def test_truncated_shard_is_named(self, tmp_path: Path) -> None:
+        LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path, max_shard_size="10KB")
+        shard = next(tmp_path.glob("model-00002*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:-1])
+        assert f"has a {shard.name} that is broken" in refused(ModelSource(str(tmp_path)))
+
+    def test_stand_in_of_git_lfs_is_refused(self, folder: Path) -> None:
+        (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        assert "run `git lfs pull`" in refused(ModelSource(str(folder)))
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("weights.onnx", "no weights as safetensors"),
+            ("weights.gguf", "as GGUF (weights.gguf)"),
+            ("consolidated.safetensors", "has consolidated.safetensors, but neither"),
+        ],
+    )
+    def test_folder_with_other_weights_is_refused(self, folder: Path, name: str, reason: str) -> None:
+        (folder / "model.safetensors").rename(folder / name)
+        assert reason in refused(ModelSource(str(folder)))
+
+    def test_weights_of_another_size_are_named(self, folder: Path) -> None:
+        edit_config(folder, vocab_size=80)
+        message = refused(ModelSource(str(folder)))
+        assert "has 2 weights of another size" in message
+        assert "lm_head.weight: [64, 32] instead of [80, 32]" in message
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"quantization_config": {"quant_method": "modelopt"}}, "quantized by 'modelopt'"),
+            ({"quantization": {"bits": 4, "group_size": 64}}, "quantized for MLX"),
+        ],
+    )
+    def test_unknown_quantization_is_refused(self, folder: Path, changes: dict[str, object], reason: str) -> None:
+        edit_config(folder, **changes)
+        assert reason in refused(ModelSource(str(folder)), UnsupportedModel)
+
+    @pytest.mark.parametrize("method", ["bitsandbytes", None])
+    def test_missing_package_of_a_known_quantization_is_named(self, folder: Path, method: str | None) -> None:
+        if util.find_spec("bitsandbytes") is not None:
+            pytest.skip("bitsandbytes is installed")
+        named = {} if method is None else {"quant_method": method}
+        edit_config(folder, quantization_config={"load_in_8bit": True, **named})
+        assert "bitsandbytes" in refused(ModelSource(str(folder)))
+
+    def test_scales_that_are_not_read_are_refused(self, folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(1)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        assert "whose scales transformers does not read" in refused(ModelSource(str(folder)), UnsupportedModel)
 
     def test_unknown_architecture_is_refused(self, folder: Path) -> None:
         edit_config(folder, model_type="nonesuch")
@@ -109,8 +160,30 @@ class TestModel:
         (folder / "config.json").write_text("{")
         assert "not valid JSON" in refused(ModelSource(str(folder)))
 
+    @pytest.mark.parametrize("text", ["{", "[]"])
+    def test_broken_generation_config_is_refused(self, folder: Path, text: str) -> None:
+        (folder / "generation_config.json").write_text(text)
+        assert "has a generation_config.json that" in refused(ModelSource(str(folder)))
+
+    def test_invalid_field_is_named(self, folder: Path) -> None:
+        edit_config(folder, hidden_size="many")
+        assert "config.json that is not valid" in (message := refused(ModelSource(str(folder))))
+        assert "'hidden_size' expected int" in message
+
+    def test_config_without_model_type_is_refused(self, folder: Path) -> None:
+        edit_config(folder, model_type=None)
+        assert "without a model_type" in refused(ModelSource(str(folder)), UnsupportedModel)
+
     def test_folder_without_config_is_refused(self, tmp_path: Path) -> None:
         assert "no config.json" in refused(ModelSource(str(tmp_path)))
+
+    def test_folder_of_checkpoints_names_the_last(self, folder: Path, tmp_path: Path) -> None:
+        folder.rename(tmp_path / "checkpoint-10")
+        assert "give its folder 'checkpoint-10'" in refused(ModelSource(str(tmp_path)))
+
+    def test_diffusion_pipeline_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "model_index.json").write_text("{}")
+        assert "is a diffusion pipeline" in refused(ModelSource(str(tmp_path)))
 
     def test_file_that_is_no_gguf_is_refused(self, folder: Path) -> None:
         assert "no GGUF file" in refused(ModelSource(str(folder / "config.json")))
