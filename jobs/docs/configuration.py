@@ -24,8 +24,8 @@ Every key of a job. This page is generated from `conf/` and `rollout/config/` by
 
 `GROUP=OPTION` selects a file in the group's folder of `conf/`, `GROUP.KEY=VALUE` overrides one key, and `--cfg job`
 prints the composed values without running anything. An unknown key or a value out of range ends the job with status 2
-before a model is loaded. `required` means that the key has no default. In the library, arguments of
-[`Engine` and `SamplingParams`](api.md) have the same names and defaults.
+before a model is loaded. `required` means that the key has no default. [cli.md](cli.md) says how values are quoted.
+In the library, arguments of [`Engine` and `SamplingParams`](api.md) have the same names and defaults.
 """
 
 

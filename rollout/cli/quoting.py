@@ -50,10 +50,10 @@ def suggest(key: str, text: str, kind: str = "str") -> str:
         text: what stands behind ``=``.
         kind: the type of the key, in the words of `rollout.config.key_comments`.
     """
-    if kind.startswith("list of"):
+    if kind.startswith("list of") or (kind == "Any" and text.lstrip().startswith("[")):
         items = [_item(item) for item in _items(text)] if text.strip() else [literal(text)]
         return shell_word(f"{key}=[{','.join(items)}]")
-    if kind.startswith("dict") and (value := _mapping(text)) is not None:
+    if kind.startswith(("dict", "Any")) and (value := _mapping(text)) is not None:
         return shell_word(f"{key}={_written(value)}")
     if kind.startswith(("int", "float", "bool")) or _reads_as(key, text):
         return shell_word(f"{key}={text}")

@@ -13,6 +13,8 @@ from rollout.cli.quoting import parses, shell_word, suggest
 from rollout.errors import InputError
 
 _DASHES = "‐‑‒–—―−﹘﹣－"
+#: The begin of a number, as in ``{15: -1.5}`` that the shell took apart.
+_NUMBER = re.compile(r"-\.?\d")
 _DATA_FILE = re.compile(r".*\.(jsonl?|ndjson|parquet|csv|tsv|txt|gz|zst|bz2|xz)")
 #: What others call an option that is written in another way here.
 _OTHER_OPTIONS = {"-v": "hydra.verbose=true", "--verbose": "hydra.verbose=true", "--debug": "hydra.verbose=true"}
@@ -31,7 +33,7 @@ def refuse_stray_words(words: Sequence[str], known: Known) -> None:
             raise InputError("One argument is empty: remove it, or check the shell variable that it comes from.")
         if word[0] in _DASHES:
             raise InputError(_other_dash(word))
-        if word.startswith("-"):
+        if word.startswith("-") and not _NUMBER.match(word):
             raise InputError(_unknown_option(word, after, known))
         if "=" in word and word != "=" and not word.startswith("="):
             continue
@@ -134,7 +136,7 @@ def _torn(argument: str, after: Sequence[str], known: Known) -> str:
     kind = known.keys[words.key].type if words.key in known.keys else "str"
     pieces = [words.text or ""]
     for word in after:
-        if word.startswith("-") or ("=" in word and _is_key(Words.of(word).key, known)):
+        if (word.startswith("-") and not _NUMBER.match(word)) or ("=" in word and _is_key(Words.of(word).key, known)):
             break
         pieces.append(word)
     if not pieces[0] and len(pieces) == 2:

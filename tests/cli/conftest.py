@@ -36,7 +36,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
     monkeypatch.chdir(tmp_path)
     configs: list[Config] = []
 
-    def note(config: Config) -> Exit:
+    def note(config: Config, **_: object) -> Exit:
         configs.append(config)
         return Exit.COMPLETE
 

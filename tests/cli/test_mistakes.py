@@ -61,6 +61,9 @@ MISTAKES = [
     ("data.system_prompt=You are helpful", "write 'data.system_prompt=You are helpful'."),
     ("data.system_prompt=Say x=1 please", "write 'data.system_prompt=\"Say x=1 please\"'."),
     ("sampling.stop=[a, b]", "write 'sampling.stop=[a, b]'."),
+    ("sampling.logit_bias={15: -1.5}", "write 'sampling.logit_bias={15: -1.5}'."),
+    ("sampling.top_k= -1", "write sampling.top_k=-1, without a space."),
+    ("'sampling.logit_bias={\"15\": -1}'", "write 'sampling.logit_bias={15: -1}'."),
     # keys
     ("sampling.temprature=1", "the nearest is sampling.temperature."),
     ("Sampling.N=1", "the nearest is sampling.n."),

@@ -66,7 +66,7 @@ def test_long_names_give_way_to_job_numbers() -> None:
 
 
 def test_failing_jobs_are_listed_with_their_sentence(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(config: Config) -> Exit:
+    def run(config: Config, **_: object) -> Exit:
         if config.seed == 1:
             raise InputError("the data is torn.")
         if config.seed == 2:
@@ -83,7 +83,7 @@ def test_failing_jobs_are_listed_with_their_sentence(ask: Ask, monkeypatch: pyte
 
 
 def test_interrupted_job_is_resumable(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(config: Config) -> Exit:
+    def run(config: Config, **_: object) -> Exit:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rollout.job.job, "run_job", run)
