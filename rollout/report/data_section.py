@@ -172,7 +172,7 @@ def _errors(statistics: DataStatistics, picker: SamplePicker) -> str:
             clipped(str(one.record.get("error")), _LONGEST_CELL): str(one.record["row_id"]) for one in examples[name]
         }
         rows.append([name, f"{count:,}", share(count, statistics.samples), "\n".join(texts), ", ".join(texts.values())])
-    return f"<h2>Errors</h2>\n{table(('class', 'samples', 'share', 'for example', 'in rows'), rows)}"
+    return f"<h2>Errors</h2>\n{table(('class', 'samples', 'share', 'for example', 'row'), rows)}"
 
 
 # -- samples -------------------------------------------------------------------------------------------
