@@ -65,8 +65,10 @@ def _load(source: Source, config: DataConfig, choice: ColumnChoice) -> RowStore:
     if source.kind == "hub":
         if not config.streaming and config.limit is None:
             loaded = datasets.load_dataset(source.path, name=config.name, split=config.split)
+            _warn_of_types(source.path, loaded.info)
             return _of_dataset(loaded, choice, config)
         builder = datasets.load_dataset_builder(source.path, name=config.name)
+        _warn_of_types(source.path, builder.info)
         identity = [source.path, builder.hash, builder.config_id, config.split]
         return _cached(identity, config, choice, lambda writer: _stream(builder, config, choice, writer))
     if sum(file.expanded_bytes() for file in source.files) < _IN_MEMORY_BYTES:
@@ -105,6 +107,17 @@ def _of_table(
     held = table.select(choice.chosen(table.column_names))
     held = held if config.limit is None else held.slice(0, config.limit)
     return RowStore.of_table(held, table.column_names, features or {})
+
+
+def _warn_of_types(path: str, info: Any) -> None:
+    """Warn where ``datasets`` has given types to values that are text in the files."""
+    if info.builder_name == "csv":
+        logger.warning(
+            "The files of %s are CSV, whose values datasets types (00123 becomes 123, NA becomes null); "
+            "data.path='hf://datasets/%s/*.csv' reads them as they stand.",
+            path,
+            path,
+        )
 
 
 def _stream(builder: Any, config: DataConfig, choice: ColumnChoice, writer: RowWriter) -> None:

@@ -351,3 +351,13 @@ def test_hub_dataset_is_streamed_up_to_the_limit(tmp_path: Path, monkeypatch: py
     streamed = read("org/name", "data.streaming=true")
     assert columns_of(streamed) == rows
     assert streamed.content == read(path).content
+
+
+def test_types_of_a_hub_dataset_of_csv_files_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "a.csv", "prompt,x\na,007\n")
+    loaded = datasets.load_dataset("csv", data_files=str(path), split="train")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_kwargs: loaded)
+    assert columns_of(read("org/name")) == [{"prompt": "a", "x": 7}]
+    assert "hf://datasets/org/name/*.csv" in caplog.text

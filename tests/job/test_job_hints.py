@@ -84,5 +84,5 @@ def test_lengths_of_a_previous_run_are_expected_of_its_prompts(tmp_path: Path) -
 def test_bad_hints_are_refused_before_the_model_loads(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^data\.lengths_from=.* holds no run"):
         run_job(config_of(tmp_path, f"data.lengths_from={tmp_path / 'nowhere'}"), refuse_to_load)
-    with pytest.raises(InputError, match=r"^data\.length_hint_column=prompt holds string values"):
+    with pytest.raises(InputError, match=r"^data\.length_hint_column=prompt holds the text '"):
         run_job(config_of(tmp_path, "data.length_hint_column=prompt"), refuse_to_load)
