@@ -90,7 +90,7 @@ def _override(message: str, known: Known) -> str | None:
             return f"There is no key {key}; here it is reward._target_: write reward._target_=MODULE.FUNCTION."
         if key.startswith("reward."):
             return f"An argument of the reward is added to its configuration: write {shell_word(argument)}."
-        if key in known.keys:
+        if key in known.keys and key.startswith("batcher."):
             return _other_policy(key)
         if any(key.startswith(f"{name}.") for name in known.keys):
             return f"{key} is added to its configuration: write {shell_word(argument)}."

@@ -103,7 +103,7 @@ def _check(argument: str, words: Words, known: Known, sweep: bool) -> str:
         shown = suggest(prefix + key, text[1:], kind.type if kind else "str")
         raise InputError(f"{argument} has two equals signs: write {shown}.")
     _check_interpolations(words, known)
-    return _check_value(words, kind, sweep)
+    return _check_value(words, known, sweep)
 
 
 def explain_unknown_key(key: str, text: str | None, known: Known) -> str:
@@ -219,9 +219,10 @@ def _check_interpolations(words: Words, known: Known) -> None:
             raise InputError(f"{words.key} has ${{{inner}}}, but {what}: write {shown} for the text itself.")
 
 
-def _check_value(words: Words, kind: Key | None, sweep: bool) -> str:
+def _check_value(words: Words, known: Known, sweep: bool) -> str:
     """Return the override with a value that Hydra reads as it was meant."""
     text = words.text or ""
+    kind = known.keys.get(words.key)
     type_ = kind.type if kind else ""
     key = words.prefix + words.key
     if type_.startswith(("str", "list of str")):
@@ -232,10 +233,14 @@ def _check_value(words: Words, kind: Key | None, sweep: bool) -> str:
         raise InputError(_cannot_be_read(key, text, kind)) from error
     if parsed.is_sweep_override():
         _check_sweep(parsed, key, text, kind, sweep)
-        return f"{key}={text}"
-    if kind is None:
-        return f"{key}={text}"
+        return f"++{words.key}={text}" if kind and _holds_names(kind) else f"{key}={text}"
     value = parsed.value()
+    if kind is None:
+        # Inside a key that holds names of the user's choice, Hydra takes new names only if they are added.
+        inside = any(words.key.startswith(f"{name}.") for name in known.keys)
+        return f"++{words.key}={text}" if inside else f"{key}={text}"
+    if isinstance(value, dict) and _holds_names(kind):
+        return f"++{words.key}={text}"
     if type_.startswith("list of") and not isinstance(value, list | dict) and text.strip() and value is not None:
         item = literal(text) if type_ == "list of str" and _changes(text, value) else text
         text, value = f"[{item}]", [text if item != text else value]

@@ -57,7 +57,8 @@ def check_value(key: Key, value: Any, text: str) -> None:
 def describe_wrong_type(key: Key, value: object, text: str | None) -> str:
     """Return the sentence for a value of another type than the key's; ``text`` is None where it is not known."""
     kind = key.type.removesuffix(" or null")
-    wanted = _WORDS.get(kind, kind) + (" or null" if key.type.endswith(" or null") else "")
+    wanted = "a dictionary {name: value}" if kind.startswith("dict") else _WORDS.get(kind, kind)
+    wanted += " or null" if key.type.endswith(" or null") else ""
     if text is None:
         return f"{key.name} must be {wanted} ({key.meaning})."
     shown = text if re.fullmatch(r"[\w.+%-]+", text) else "empty" if text == "" else repr(shorten(text, 60))

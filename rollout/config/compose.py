@@ -29,7 +29,15 @@ from rollout.errors import InputError, check_all
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
 
-_PATHS = (("model", "path"), ("model", "adapter"), ("data", "path"), ("data", "lengths_from"), ("output", "dir"))
+_PATHS = (
+    ("model", "path"),
+    ("model", "adapter"),
+    ("data", "path"),
+    ("data", "lengths_from"),
+    ("data", "chat_template"),
+    ("data", "tools"),
+    ("output", "dir"),
+)
 _EXAMPLES = {"output.dir": "runs/my_run", "data.path": "prompts.jsonl", "model.path": "org/model"}
 
 

@@ -212,6 +212,11 @@ HABITS = [
     ("'data.system_prompt= Hi '", "data.system_prompt", " Hi "),
     ("'data.system_prompt=Pay $5'", "data.system_prompt", "Pay $5"),
     ("'data.split=${seed}'", "data.split", "0"),
+    ("'data.chat_template_kwargs={enable_thinking: false}'", "data.chat_template_kwargs", {"enable_thinking": False}),
+    ("data.chat_template_kwargs.level=3", "data.chat_template_kwargs", {"level": 3}),
+    ("+data.chat_template_kwargs.level=3", "data.chat_template_kwargs", {"level": 3}),
+    ("data.sampling_columns.max_new_tokens=limit", "data.sampling_columns", {"max_new_tokens": "limit"}),
+    ("'sampling.logit_bias={15: -1.5}'", "sampling.logit_bias", {15: -1.5}),
 ]
 
 
