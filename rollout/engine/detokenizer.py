@@ -57,25 +57,33 @@ class Detokenizer:
             return text[len(before) :]
         return text[next(i for i, (a, b) in enumerate(zip(before, text + "\0", strict=False)) if a != b) :]
 
-    def ends_at_stop(self, prompt_ids: Ids, ids: Ids, stops: Sequence[str]) -> bool:
-        """Return whether the text of ``ids`` contains one of ``stops``.
+    def ends_at_stop(self, prompt_ids: Ids, ids: Ids, stops: Sequence[str], after: int = 0) -> bool:
+        """Return whether the text of ``ids`` contains one of ``stops`` that ends behind the first ``after`` tokens.
 
         This runs after every token, so the whole text is decoded only if a tail contains a stop string. A character
         takes at most four tokens; 8 more allow for a first token that decodes differently without its predecessors.
         """
+        if len(ids) <= after:
+            return False
         size = 4 * max(map(len, stops)) + 8
         if len(ids) <= size:
-            return _first_stop(self.decode_after(prompt_ids, ids), stops) is not None
+            return self._contains_stop(prompt_ids, ids, stops, after)
         tail = self.decode(ids[-size:])
         if "\ufffd" in tail:  # The tail may begin inside a character; some decoders then replace all bytes after it.
             tail += "".join(self.decode(ids[-size - shift :]) for shift in (1, 2, 3))
-        return (
-            any(stop in tail for stop in stops) and _first_stop(self.decode_after(prompt_ids, ids), stops) is not None
-        )
+        return any(stop in tail for stop in stops) and self._contains_stop(prompt_ids, ids, stops, after)
 
-    def before_stop(self, prompt_ids: Ids, ids: Ids, stops: Sequence[str]) -> str:
-        """Return the text of ``ids`` up to its earliest stop string."""
-        return cut_at_stop(self.decode_after(prompt_ids, ids), stops)
+    def before_stop(self, prompt_ids: Ids, ids: Ids, stops: Sequence[str], after: int = 0) -> str:
+        """Return the text of ``ids`` up to its earliest stop string that ends behind the first ``after`` tokens."""
+        return cut_at_stop(self.decode_after(prompt_ids, ids), stops, self._begin(prompt_ids, ids, after))
+
+    def _contains_stop(self, prompt_ids: Ids, ids: Ids, stops: Sequence[str], after: int) -> bool:
+        begin = self._begin(prompt_ids, ids, after)
+        return _first_stop(self.decode_after(prompt_ids, ids), stops, begin) is not None
+
+    def _begin(self, prompt_ids: Ids, ids: Ids, after: int) -> int:
+        """Return the number of characters of the first ``after`` tokens."""
+        return len(self.decode_after(prompt_ids, ids[:after])) if after else 0
 
     def _last_of(self, prompt_ids: Ids, size: int) -> list[int]:
         """Return up to ``size`` last tokens of a prompt that have text."""
@@ -94,11 +102,12 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {int(i) for i, token in added.items() if token.special} | {int(i) for i in tokenizer.all_special_ids}
 
 
-def cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    """Return a text up to its earliest stop string."""
-    return text[: _first_stop(text, stops)]
+def cut_at_stop(text: str, stops: Sequence[str], begin: int = 0) -> str:
+    """Return a text up to its earliest stop string that ends behind its first ``begin`` characters."""
+    return text[: _first_stop(text, stops, begin)]
 
 
-def _first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Return the index of the earliest stop string, or None."""
-    return min((at for at in map(text.find, stops) if at >= 0), default=None)
+def _first_stop(text: str, stops: Sequence[str], begin: int = 0) -> int | None:
+    """Return the index of the earliest stop string that ends behind the first ``begin`` characters, or None."""
+    found = (text.find(stop, max(0, begin - len(stop) + 1)) for stop in stops)
+    return min((at for at in found if at >= 0), default=None)

@@ -275,7 +275,8 @@ class Loop:
         """Return whether the row's text contains one of its stop strings."""
         live = self._scheduler.live
         request = live.row(slot).request
-        return self._detokenizer.ends_at_stop(request.prompt_ids, live.received_tokens(slot), request.params.stop)
+        stops, after = request.params.stop, request.params.min_new_tokens
+        return self._detokenizer.ends_at_stop(request.prompt_ids, live.received_tokens(slot), stops, after)
 
     def _finish(self, slot: int, stopped: bool) -> None:
         """Build the record of a row that ends with its last received token."""

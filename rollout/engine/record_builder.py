@@ -87,6 +87,7 @@ class RecordBuilder:
     def _parts(self, request: Request, ids: list[int]) -> CompletionText:
         if not ids:
             return CompletionText("", "")  # the ids of a rejected prompt may be none that can be decoded
-        prompt_ids, stops = request.prompt_ids, request.params.stop
-        parts = None if self._reasoning is None else self._reasoning.split(prompt_ids, ids, stops)
-        return parts or CompletionText("", self._detokenizer.before_stop(prompt_ids, ids, stops))
+        prompt_ids, stops, after = request.prompt_ids, request.params.stop, request.params.min_new_tokens
+        # Reasoning is not searched for the one stop string that ended it, so with a minimum it is kept whole.
+        parts = None if self._reasoning is None else self._reasoning.split(prompt_ids, ids, () if after else stops)
+        return parts or CompletionText("", self._detokenizer.before_stop(prompt_ids, ids, stops, after))

@@ -227,3 +227,15 @@ def test_special_tokens_are_kept_if_wanted(name: str) -> None:
     ids = ids_of(text, "then")
     assert text.decode_after([*ids, special(text)], [*ids, special(text)]).strip() == f"then{SPECIAL}"
     assert text.before_stop(ids, [*ids, special(text), *ids], (SPECIAL,)).strip() == "then"
+
+
+@pytest.mark.parametrize(("after", "text"), [(0, "a"), (2, "a"), (3, "a\n\nb"), (5, "a\n\nb"), (6, "a\n\nb\n\nc")])
+def test_stop_string_within_the_first_tokens_does_not_count(after: int, text: str) -> None:
+    """The text is a, \\n, \\n, b, \\n, \\n, c, one token each; a stop string counts by the token that completes it."""
+    detokenizer = byte_level()
+    assert detokenizer._tokenizer is not None
+    ids = [token for character in "a\n\nb\n\nc" for token in ids_of(detokenizer, character)]
+    stops = ("\n\n",)
+    assert detokenizer.before_stop((), ids, stops, after) == text
+    ends = [n for n in range(1, len(ids) + 1) if detokenizer.ends_at_stop((), ids[:n], stops, after)]
+    assert (ends[0] if ends else None) == {"a": 3, "a\n\nb": 6, "a\n\nb\n\nc": None}[text]
