@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from itertools import count, islice
 from typing import Any
 
@@ -17,18 +16,19 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from rollout.batcher.admission_order import Ordering
 from rollout.batcher.registry import bounded, make_policy
 from rollout.batcher.types import Bounds, Policy
+from rollout.engine.call_requests import call_requests
 from rollout.engine.completion_ends import CompletionEnds
 from rollout.engine.detokenizer import Detokenizer
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.loop import Loop
 from rollout.engine.params_arguments import given_params
-from rollout.engine.prompt_arguments import GivenPrompt, check_prompt, given_prompts, given_row_ids, given_seed
+from rollout.engine.prompt_arguments import GivenPrompt, given_prompts, given_row_ids, given_seed
 from rollout.engine.reasoning import ReasoningSplitter, warn_if_skipped
 from rollout.engine.rule_compiler import RuleCompiler
 from rollout.engine.tp_sync import sync_for
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.engine_arguments import argument_checks
-from rollout.errors import InputError, PromptError, check_all
+from rollout.errors import InputError, check_all
 from rollout.generation_defaults import not_offered
 from rollout.headroom.headroom import Headroom, after_reserve, headroom_over, memory_name
 from rollout.length_history import LengthHistory
@@ -42,7 +42,7 @@ from rollout.models.patches.shared_inputs import layers_with_shared_inputs
 from rollout.models.runners.select import select_strategy
 from rollout.progress.progress import Done, Progress
 from rollout.records import Batch, Record
-from rollout.requests import Request, StepReport, in_windows, turn_ends
+from rollout.requests import Request, StepReport, in_windows
 from rollout.sampling_params import SamplingParams, describe_parameters, unapplied_recommendations
 from rollout.stats import Stats
 from rollout.tokenization.prompt import AddSpecialTokens, EncodingOptions, Prompt, Tool
@@ -246,7 +246,9 @@ class Engine:
         if progress and isinstance(given, Sequence):
             listed = list(islice(each, len(given)))
             each, total = iter(listed), sum(one.n for one in listed)
-        requests = self._requests(given, each, seed=given_seed(seed), row_ids=iter(row_ids))
+        requests = call_requests(
+            given, each, given_seed(seed), iter(row_ids), encoder=self.encoder, lengths=self._lengths
+        )
         if isinstance(given, Sequence) and self._lengths:
             requests = in_windows(requests, _WINDOW)
         if not progress or int(os.environ.get("RANK") or 0):
@@ -260,32 +262,6 @@ class Engine:
             for record in self.run(requests, on_step=progress.step):
                 finished += 1
                 yield record
-
-    def _requests(
-        self, prompts: Iterable[GivenPrompt], params: Iterator[SamplingParams], seed: int, row_ids: Iterator[str]
-    ) -> Iterator[Request]:
-        """Yield a request per prompt, with the completion length that earlier calls observed for it."""
-        for i, given in enumerate(prompts):
-            row_id, row_params = next(row_ids, None), next(params)
-            if row_id is None:
-                raise InputError(f"row_ids ends after {i} entries, but there are more prompts.")
-            if row_params.stop and self.tokenizer is None:
-                raise InputError(
-                    "The engine has no tokenizer for stop strings: create it with one, or use stop_token_ids."
-                )
-            request = Request(row_id=row_id, prompt_ids=(), params=row_params, seed=seed, row=given.row)
-            try:
-                check_prompt(given.prompt)
-                encoded = self.encoder.encode(given.with_template_columns())
-            except PromptError as error:
-                yield replace(request, error_class=error.error_class, error=str(error))
-            else:
-                yield replace(
-                    request,
-                    prompt_ids=encoded.token_ids,
-                    end_ids=turn_ends(encoded.turn_end_ids, row_params),
-                    expected_tokens=self._lengths.expected(encoded.token_ids),
-                )
 
     def _report_recommendations(self, params: SamplingParams) -> None:
         """Log once what the model recommends and the caller does not use."""

@@ -47,6 +47,11 @@ class PromptEncoder:
         self._said: set[str] = set()
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether prompts and stop strings may be texts."""
+        return self._given is not None
+
+    @property
     def dates(self) -> Mapping[str, str]:
         """What the template's clock gives, by format; empty if the template has no clock."""
         return {} if self._template is None else self._template.dates

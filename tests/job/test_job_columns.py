@@ -144,3 +144,15 @@ def test_wide_rows_are_copied_in_blocks(tmp_path: Path, monkeypatch: pytest.Monk
     assert [row["page"] for row in read_records(tmp_path / "out")] == [row["page"] for row in rows for _ in range(4)]
     assert pq.ParquetFile(tmp_path / "out" / "shards" / "00000.parquet").num_row_groups > 1
     assert verify(tmp_path / "out").complete
+
+
+def test_reasoning_is_a_column_where_it_is_split(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "reasoning": "mine"}]
+    config = config_of(tmp_path, f"data.path={write(tmp_path, rows)}", "output.split_reasoning=true")
+    assert run_job(config, load_fake()) == Exit.COMPLETE
+    assert verify(tmp_path / "out").complete
+    columns = loaded(tmp_path, "parquet").column_names
+    assert columns[:7] == ["row_id", "sample", "prompt", "input_reasoning", "prompt_ids", "completion_ids", "reasoning"]
+    plain = config_of(tmp_path, f"data.path={tmp_path / 'rows.jsonl'}", f"output.dir={tmp_path / 'plain'}")
+    assert run_job(plain, load_fake()) == Exit.COMPLETE
+    assert read_records(tmp_path / "plain")[0]["reasoning"] == "mine"
