@@ -23,6 +23,7 @@ from rollout.data.row_store import RowStore
 from rollout.data.sources import find_source
 from rollout.errors import InputError, shorten
 from rollout.records import RECORD_COLUMNS
+from rollout.tokenization.prompt import Chat
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def _with_ids(rows: _Rows, kept: KeptColumns, config: DataConfig, choice: Column
     chat_row = None
     prompts, numbers = 0, 0
     hints = config.length_hint_column
+    template_columns = [name for name in OPTIONAL_COLUMNS if name in rows.names]
     for index, columns in rows.read(0, len(rows.store)):
         value = columns[config.prompt_column]
         prompt = _canonical(without_nulls(value))
@@ -136,7 +138,9 @@ def _with_ids(rows: _Rows, kept: KeptColumns, config: DataConfig, choice: Column
             prompt_hash = hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=8).hexdigest()
             row_id = f"{prompt_hash}-{ordinals[prompt_hash]}"
             ordinals[prompt_hash] += 1
-        content = _canonical(columns) if choice.for_reward else prompt + _canonical_of_template(columns)
+        content = _canonical(columns) if choice.for_reward else prompt
+        if template_columns and not choice.for_reward:
+            content += _canonical_of_template(columns, template_columns)
         if config.sampling_columns:
             content += _canonical(given_params(columns, config.sampling_columns))
         digest.update(f"{row_id}\0{content}\n".encode(errors="surrogatepass"))
@@ -161,9 +165,9 @@ def _with_ids(rows: _Rows, kept: KeptColumns, config: DataConfig, choice: Column
     )
 
 
-def _canonical_of_template(columns: Mapping[str, Any]) -> str:
+def _canonical_of_template(columns: Mapping[str, Any], names: Sequence[str]) -> str:
     """Format what a row has for the chat template alone."""
-    given = {name: value for name in OPTIONAL_COLUMNS if (value := without_nulls(columns.get(name))) is not None}
+    given = {name: value for name in names if (value := without_nulls(columns.get(name))) is not None}
     return _canonical(given) if given else ""
 
 
@@ -252,8 +256,9 @@ def _is_unicode(prompt: Prompt | None) -> bool:
     """Return whether all text of a prompt can be encoded; lone surrogates cannot."""
     if prompt is None or (isinstance(prompt, list) and not is_chat(prompt)):
         return True
+    text = prompt if isinstance(prompt, str) else _canonical(prompt.messages if isinstance(prompt, Chat) else prompt)
     try:
-        (prompt if isinstance(prompt, str) else _canonical(prompt)).encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -227,6 +227,9 @@ def test_lone_surrogate_stays_in_its_row_and_is_replaced_in_the_output(tmp_path:
     bad, fine = prompts.rows(0, 2)
     assert (bad.error_class, bad.error) == ("bad_prompt", "The prompt is not valid Unicode (a.jsonl line 1).")
     assert fine.prompt == "b"
+    tools = '{"prompt": [{"role": "user", "content": "\\ud800"}], "tools": [{"type": "function"}]}\n'
+    (bad,) = read(write(tmp_path / "b.jsonl", tools)).rows(0, 1)
+    assert bad.error_class == "bad_prompt"
     assert prompts.kept.table(0, 2).column("prompt").to_pylist() == ["a\ufffd", "b"]
     with pytest.raises(InputError, match=r"a\.jsonl line 1 .* not valid Unicode"):
         read(tmp_path / "a.jsonl", "data.id_column=prompt")
