@@ -20,6 +20,7 @@ from jobs.bench.engines.transformers_continuous import PAGE_TOKENS, Continuous
 from jobs.bench.lib import cli, tables, workload
 from jobs.bench.lib.workload import Request
 from rollout import Engine, SamplingParams
+from rollout.models.arrays import ceil_div
 
 HEADER = ("engine", "draws", "rows at most", "against", "samples", "differ", "tokens before they part, median")
 Completions = list[list[int]]
@@ -42,7 +43,7 @@ def ours(model: Any, requests: Sequence[Request], caps: Sequence[int]) -> tables
 
 def continuous(model: Any, requests: Sequence[Request], caps: Sequence[int]) -> tables.Lines:
     """Return rows under `HEADER`; memory suffices for as many rows as the cap allows."""
-    blocks = max(-(-(len(request.ids) + request.n) // PAGE_TOKENS) for request in requests)
+    blocks = max(ceil_div(len(request.ids) + request.n, PAGE_TOKENS) for request in requests)
 
     def run(rows: int) -> Completions:
         return Continuous(model, model.device, rows, (rows + 1) * blocks, do_sample=False)(requests)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from jobs.bench.decode_bandwidth import copy_bandwidth
 from jobs.gpu.common import CUDA, DEVICE, TINY, ended, graphed, guarded, say, synchronize, timed
+from rollout.models.arrays import ceil_div
 from rollout.models.attention import triton as kernels
 from rollout.models.attention import triton_metadata
 from rollout.models.attention.interface import ScoreParams
@@ -101,7 +102,7 @@ def decode_seconds(rows: int, context: int, heads: tuple[int, int, int], sites: 
     layout = KVLayout(
         tuple(AttentionLayer(None, kv_heads, dim, dim, MaskKind()) for _ in range(sites)), DTYPE, PAGE_SIZE
     )
-    pages = -(-context // PAGE_SIZE) * rows
+    pages = ceil_div(context, PAGE_SIZE) * rows
     pool = pool_for(pages, layout, max(1, min(pages // 4, (1 << 30) // layout.bytes_per_page)))
     tables = np.random.default_rng(0).permutation(pool.allocate(pages)).reshape(rows, -1)
     for slab in filter(None, pool.slabs):

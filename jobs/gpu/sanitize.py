@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from jobs.gpu.common import DEVICE, TINY, ended, guarded, synchronize
+from rollout.models.arrays import ceil_div
 from rollout.models.attention.interface import ScoreParams
 from rollout.models.attention.triton import TritonBackend
 from rollout.models.forward_batch import ForwardBatch
@@ -50,7 +51,7 @@ def attend(
     pool.shrink([])
     tables = np.zeros((len(LENGTHS), 33), np.int64)
     for row, length in enumerate(LENGTHS):
-        pages = -(-length // PAGE_SIZE)
+        pages = ceil_div(length, PAGE_SIZE)
         tables[row, :pages] = pool.allocate(pages)
     steps = TritonBackend(pool)
     heads = kv_heads * group

@@ -119,6 +119,13 @@ class KVMemory:
         return sum(ceil_div(count, pool.slab_pages) * pool.slab_bytes for pool, count in counts) <= room
 
     @property
+    def bound(self) -> str:
+        """What bounds the pools if no other process uses the device: ``max_kv_bytes`` with its value, or ``memory``."""
+        room = int((1 - self._reserve_fraction) * self._headroom.total_bytes)
+        limited = self._max_kv_bytes is not None and self._max_kv_bytes < room
+        return f"max_kv_bytes={self._max_kv_bytes:,}" if limited else "memory"
+
+    @property
     def _pools(self) -> tuple[PagePool | StatePool, ...]:
         return self.pool, self.pool.states
 

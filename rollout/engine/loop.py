@@ -337,5 +337,5 @@ class Loop:
             return
         self._stuck_since = None
         row = self._queue.pop()
-        error = f"A sample of more than {len(row.context)} tokens does not fit into memory, even alone."
+        error = f"A sample of more than {len(row.context)} tokens does not fit into {self._kv.bound}, even alone."
         self._records.fail(row.request, row.sample, row.completion, error_class="too_large", error=error)

@@ -258,6 +258,8 @@ def test_largest_possible_pool_ignores_other_processes(options: dict[str, int], 
     memory = made(160 * PAGE, **options)
     assert memory.could_hold(fits)
     assert not memory.could_hold(fits + 1)
+    limit = options.get("max_kv_bytes")
+    assert memory.bound == ("memory" if limit is None else f"max_kv_bytes={limit:,}")
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_a_prompt_too_large_for_the_cap_is_an_error_and_the_job_goes_on() -> Non
         ("large", 0, "too_large", []),
         ("large", 1, "too_large", []),
     ]
-    assert "more than 60 tokens" in errors[0].error
+    assert "more than 60 tokens does not fit into max_kv_bytes=" in errors[0].error
     assert_same([record for record in records if record not in errors], all_expected(good))
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from rollout import Engine, Record, SamplingParams
 from rollout.batcher.types import Decision, Observation
 from rollout.engine.loop import Loop
+from rollout.models.arrays import ceil_div
 from rollout.models.runners.select import select_strategy
 from rollout.requests import Request
 from tests.support.filter_edges import sampler_logprobs_agree
@@ -225,7 +226,7 @@ def _run(case: Case, model: PreTrainedModel, prompts: list[list[int]]) -> list[R
     page = select_strategy(model).kv_layout().bytes_per_page
     longest = max((min(CONTEXT, prompt.length + prompt.params.max_new_tokens) for prompt in case.prompts), default=1)
     # The pool is whole slabs, of a sixteenth of the cap each.
-    pages = None if case.spare_pages is None else -(-longest // 16) * 17 // 16 + 3 + case.spare_pages
+    pages = None if case.spare_pages is None else ceil_div(longest, 16) * 17 // 16 + 3 + case.spare_pages
     engine = Engine(
         model,
         tokenizer(),

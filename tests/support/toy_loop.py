@@ -24,7 +24,7 @@ from rollout.engine.kv_memory import KVMemory
 from rollout.engine.loop import Loop
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.headroom.fake import FakeHeadroom
-from rollout.models.arrays import IntArray
+from rollout.models.arrays import IntArray, ceil_div
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
@@ -93,7 +93,7 @@ class ToyRunner(Runner):
             contexts = [[*old, *tokens.tolist()] for old, tokens in zip(before, new, strict=True)]
             single = int((lengths == 1).sum())
             self.trouble(Call(self.calls, single, int(lengths[lengths > 1].sum()), contexts))
-        assert packed.page_tables.shape[1] == -(-max(ends) // PAGE_SIZE)
+        assert packed.page_tables.shape[1] == ceil_div(max(ends), PAGE_SIZE)
         for tokens, table, start in zip(new, packed.page_tables, packed.prefix_lens.tolist(), strict=True):
             for position, token in enumerate(tokens.tolist(), start):
                 self.write(table, position, token)
@@ -110,7 +110,7 @@ class ToyRunner(Runner):
         length = int(length)
         keys: list[float] = []
         values: list[float] = []
-        for page in pages[: -(-length // PAGE_SIZE)].tolist():
+        for page in pages[: ceil_div(length, PAGE_SIZE)].tolist():
             slab, offset = divmod(page, self.pool.slab_pages)
             memory = self.pool.slab(slab)
             keys += memory.keys[0].numpy()[offset].ravel().tolist()
