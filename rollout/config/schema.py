@@ -154,6 +154,7 @@ class RewardConfig:
     """The function that scores completions: a Hydra ``_target_``, and its further arguments."""
 
     _target_: str | None = MISSING
+    _batch_: int | None = MISSING
 
 
 @dataclass

@@ -254,7 +254,10 @@ def _generate(run: RunDir, loaded: Loaded, worker: ShardWorker, topology: Topolo
         while not run.complete():
             if worker.claim():
                 for record in loaded.engine.run(ranks.share(worker.requests()), on_step=on_step):
-                    metrics.record(worker.accept(record))
+                    for stored in worker.accept(record):
+                        metrics.record(stored)
+                for stored in worker.flush():
+                    metrics.record(stored)
             elif topology.rank == 0:
                 # If another worker dies, its shards can be claimed here.
                 if not waiting:

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 
-from rollout.errors import InputError
+from rollout.errors import InputError, shorten
 from rollout.models.errors import first_line
 from rollout.records import Record
 
-Reward = Callable[[dict[str, Any], str], float]
-"""Takes the columns of an input row and the text of a completion."""
+logger = logging.getLogger(__name__)
+
+BATCH_KEY = "_batch_"
+"""Key of ``reward`` that is no argument of the function: how many completions it takes at once."""
+
+
+class Reward(NamedTuple):
+    """A reward function, and how it is called."""
+
+    function: Callable[..., Any]
+    """Takes the columns of an input row and the text of a completion, or lists of them."""
+    batch: int | None = None
+    """Completions of one call; None: the function takes one."""
 
 
 def load_reward(config: dict[str, Any] | None) -> Reward | None:
@@ -28,33 +40,108 @@ def load_reward(config: dict[str, Any] | None) -> Reward | None:
     """
     if config is None:
         return None
-    target = config["_target_"]
+    target, batch = config["_target_"], config.get(BATCH_KEY)
+    arguments = {key: value for key, value in config.items() if key != BATCH_KEY}
+    if batch is not None and (not isinstance(batch, int) or batch < 1):
+        raise InputError(f"reward.{BATCH_KEY} is {batch!r}, but must be at least 1, or null for one completion a call.")
     try:
         # Resolved here because Hydra would also log the error that is reported below.
         resolved = pkgutil.resolve_name(target)
-        function: Any = instantiate(config | {"_target_": resolved, "_partial_": not isinstance(resolved, type)})
+        function: Any = instantiate(arguments | {"_target_": resolved, "_partial_": not isinstance(resolved, type)})
     except (HydraException, ImportError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"reward._target_={target} cannot be used: {first_line(error.__cause__ or error)}.") from error
+    taken = "an input row and the text of a completion" if batch is None else "a list of input rows and one of texts"
     try:
         inspect.signature(function).bind({}, "")
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"reward._target_={target} must accept an input row and the text of a completion: {error}."
-        ) from error
-    return function  # type: ignore[no-any-return]
+        raise InputError(f"reward._target_={target} must accept {taken}: {error}.") from error
+    if inspect.iscoroutinefunction(getattr(function, "func", function)):
+        raise InputError(f"reward._target_={target} is async: name a function that calls it, e.g. with asyncio.run.")
+    return Reward(function, batch)
 
 
-def score(record: Record, columns: dict[str, Any], reward: Reward | None) -> Record:
-    """Return the record with its reward, or with the error ``reward_failed`` if the function fails.
+class _Unscored(NamedTuple):
+    record: Record
+    columns: dict[str, Any]
 
-    Records without a completion get no reward.
+
+class Scorer:
+    """Adds rewards to records, and says at once why the first one fails.
+
+    Args:
+        reward: None: records are passed on as they are.
     """
-    if reward is None or record.finish_reason in ("error", "abort"):
-        return record
+
+    def __init__(self, reward: Reward | None) -> None:
+        self._reward = reward
+        self._pending: list[_Unscored] = []
+        self.failed = 0
+        """Records whose reward failed."""
+
+    def add(self, record: Record, columns: dict[str, Any]) -> list[Record]:
+        """Return the records that are scored now: none while a batch fills.
+
+        Records without a completion get no reward.
+        """
+        if self._reward is None or record.finish_reason in ("error", "abort"):
+            return [record]
+        # A copy: what a function does to its row concerns no other sample.
+        self._pending.append(_Unscored(record, dict(columns)))
+        return self.flush() if len(self._pending) >= (self._reward.batch or 1) else []
+
+    def flush(self) -> list[Record]:
+        """Score the records that wait for their batch."""
+        pending, self._pending = self._pending, []
+        if self._reward is None or not pending:
+            return []
+        scored = self._score_batch(self._reward.function, pending) if self._reward.batch else None
+        if scored is None:
+            scored = [self._score_one(self._reward, unscored) for unscored in pending]
+        for record in scored:
+            if record.error_class:
+                self._count_failure(record)
+        return scored
+
+    def _score_batch(self, function: Callable[..., Any], pending: list[_Unscored]) -> list[Record] | None:
+        """Score a batch in one call; None if the call fails, so that only the records at fault may fail."""
+        try:
+            values = list(function([dict(one.columns) for one in pending], [one.record.text for one in pending]))
+        except (Exception, SystemExit):  # noqa: BLE001  # a user's function may raise anything
+            return None
+        if len(values) != len(pending):
+            error = f"The function returned {len(values)} rewards for {len(pending)} completions."
+            return [_failed(one.record, error) for one in pending]
+        return [_with_reward(one.record, value) for one, value in zip(pending, values, strict=True)]
+
+    def _score_one(self, reward: Reward, unscored: _Unscored) -> Record:
+        record, columns = unscored
+        try:
+            if not reward.batch:
+                return _with_reward(record, reward.function(columns, record.text))
+            (value,) = reward.function([columns], [record.text])
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # only this record fails
+            return _failed(record, f"{type(error).__name__}: {error}")
+        return _with_reward(record, value)
+
+    def _count_failure(self, record: Record) -> None:
+        self.failed += 1
+        if self.failed == 1:
+            logger.warning(
+                "The reward of row %s, sample %d failed (%s); its completion is kept. Further failures are counted.",
+                record.row_id,
+                record.sample,
+                shorten(record.error, longest=200),
+            )
+
+
+def _with_reward(record: Record, value: object) -> Record:
+    """Return the record with a reward of any numeric type, or with an error if it is no finite number."""
     try:
-        value = float(reward(columns, record.text))
-    except Exception as error:  # noqa: BLE001  # a user's function may raise anything; only this record fails
-        return replace(record, error_class="reward_failed", error=f"{type(error).__name__}: {error}")
-    if not math.isfinite(value):
-        return replace(record, error_class="reward_failed", error=f"The reward is {value}.")
-    return replace(record, reward=value)
+        reward = float(value)  # type: ignore[arg-type]
+    except Exception:  # noqa: BLE001  # a value of a user's type may raise anything
+        return _failed(record, f"The reward is {shorten(repr(value), longest=80)}, but must be a number.")
+    return replace(record, reward=reward) if math.isfinite(reward) else _failed(record, f"The reward is {reward}.")
+
+
+def _failed(record: Record, error: str) -> Record:
+    return replace(record, error_class="reward_failed", error=error)

@@ -12,7 +12,7 @@ from rollout.data.dataset_row import DatasetRow
 from rollout.data.prompts import Prompts
 from rollout.data.row_params import RowParams
 from rollout.errors import PromptError
-from rollout.job.rewards import Reward, score
+from rollout.job.rewards import Reward, Scorer
 from rollout.length_history import LengthHistory
 from rollout.record_columns import ABSENT_LOGPROBS
 from rollout.records import Record
@@ -76,7 +76,7 @@ class ShardWorker:
         self._params = params
         self._row_params = RowParams(params, columns={}) if row_params is None else row_params
         self._seed = seed
-        self._reward = reward
+        self._scorer = Scorer(reward)
         self._previous_lengths = previous_lengths
         """Lengths of a previous run's completions."""
         self._claimed: int | None = None
@@ -101,15 +101,27 @@ class ShardWorker:
                 requests = in_windows(requests, self._run.rows_per_shard)
             yield from requests
 
-    def accept(self, record: Record) -> Record:
-        """Score, store and return a finished record, and commit its shard if it is complete."""
+    def accept(self, record: Record) -> list[Record]:
+        """Score and store a finished record, and commit its shard if it is complete.
+
+        Returns:
+            The records that are stored now: none while a batch of rewards fills.
+        """
         shard = self._shard_of[record.row_id]
         columns = shard.rows[record.row_id].columns
         stored = replace(record, attempt=self._run.attempt, **self._absent)
-        scored = score(stored, columns, self._reward)
-        shard.part.append(scored)
-        self._commit_if_finished(shard)
-        return scored
+        return self._store(self._scorer.add(stored, columns))
+
+    def flush(self) -> list[Record]:
+        """Score and store the records that wait for a batch of rewards, and return them."""
+        return self._store(self._scorer.flush())
+
+    def _store(self, records: list[Record]) -> list[Record]:
+        for record in records:
+            shard = self._shard_of[record.row_id]
+            shard.part.append(record)
+            self._commit_if_finished(shard)
+        return records
 
     @property
     def samples_in_open_shards(self) -> int:
@@ -118,6 +130,7 @@ class ShardWorker:
 
     def close(self) -> None:
         """Release unfinished shards; their finished records stay in the part files."""
+        self.flush()
         if self._claimed is not None:
             self._locks.release(self._claimed, committed=False)
         for shard in tuple(self._open.values()):

@@ -85,7 +85,8 @@ def fingerprint_of(
             "data.system_prompt": config.data.system_prompt,
             **_encoding_values(config.data),
             **_sampling_values(config.sampling),
-            "reward": config.reward,
+            # How many completions it takes at once changes no reward.
+            "reward": config.reward and {key: value for key, value in config.reward.items() if key != "_batch_"},
             "output.format": config.output.format,
             "output.logprobs": config.output.logprobs,
             "output.skip_special_tokens": config.output.skip_special_tokens,

@@ -8,11 +8,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import pyarrow.compute as pc
+
+from rollout.errors import shorten
 from rollout.run_dir.metrics import read_metrics
 from rollout.run_dir.part_file import read_whole_records
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import RunDir
-from rollout.run_dir.shards import Manifest, RecordCounts, count_records, read_manifest
+from rollout.run_dir.shards import Manifest, RecordCounts, count_records, read_manifest, read_shard
+
+_FIRST_ERRORS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,8 @@ class Summary:
     totals: Totals
     speed: Speed | None
     """None without metrics."""
+    first_errors: tuple[str, ...] = ()
+    """Some input rows with an error, and what it is."""
 
     def lines(self) -> list[str]:
         """Format the summary for the terminal."""
@@ -58,6 +65,7 @@ class Summary:
             "live batch": "" if speed is None else f"{speed.live_samples_min} to {speed.live_samples_max} samples",
             "finished": format_counts(totals.finish_reasons),
             "errors": f"{totals.error_rows} prompts ({format_counts(totals.errors)})" if totals.errors else "none",
+            "first errors": "; ".join(self.first_errors),
             "mean reward": "" if totals.mean_reward is None else f"{totals.mean_reward:.4f}",
             "files": f"{run.paths.shards}/*.{run.format}",
             "verify": f"python -m rollout.verify {shlex.quote(str(run.paths.root))}",
@@ -67,7 +75,22 @@ class Summary:
 
 def summarise(run: RunDir) -> Summary:
     """Summarise a complete run."""
-    return Summary(run=run, totals=read_totals(run), speed=_read_speed(run))
+    return Summary(run=run, totals=read_totals(run), speed=_read_speed(run), first_errors=_first_errors(run))
+
+
+def _first_errors(run: RunDir) -> tuple[str, ...]:
+    """Describe the first input rows with an error, reading only the shards that have some."""
+    described: dict[str, str] = {}
+    for shard in range(run.shards):
+        path = run.paths.manifest(shard)
+        if len(described) >= _FIRST_ERRORS or not path.exists() or not read_manifest(path).errors:
+            continue
+        table = read_shard(run.paths.shard(shard, run.format), ["row_id", "error_class", "error"])
+        failed = table.filter(pc.not_equal(table["error_class"], ""))
+        for row in failed.slice(0, 64).to_pylist():
+            text = f"{row['row_id']} ({row['error_class']}: {shorten(' '.join(row['error'].split()), longest=80)})"
+            described.setdefault(row["row_id"], text)
+    return tuple(list(described.values())[:_FIRST_ERRORS])
 
 
 def read_totals(run: RunDir) -> Totals:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from rollout.arithmetic import exact_match
 from rollout.errors import InputError
-from rollout.job.rewards import load_reward, score
+from rollout.job.rewards import Reward, Scorer, load_reward
 from rollout.records import Record
 from rollout.requests import Request
 from rollout.sampling_params import SamplingParams
@@ -30,7 +35,7 @@ def takes_one(prompt_row: dict[str, Any]) -> float:
     return 0.0
 
 
-class Scorer:
+class Offset:
     def __init__(self, offset: float) -> None:
         self.offset = offset
 
@@ -45,13 +50,13 @@ def test_reward_is_a_function_or_an_instance_of_a_class() -> None:
     assert load_reward(None) is None
     function = load_reward({"_target_": "rollout.arithmetic.exact_match"})
     assert function is not None
-    assert function({"answer": "3"}, "3") == exact_match({"answer": "3"}, "3") == 1.0
+    assert function.function({"answer": "3"}, "3") == exact_match({"answer": "3"}, "3") == 1.0
     scaled = load_reward({"_target_": f"{HERE}.length", "scale": 0.5})
     assert scaled is not None
-    assert scaled({}, "four") == 2.0
-    instance = load_reward({"_target_": f"{HERE}.Scorer", "offset": 1.0})
+    assert scaled.function({}, "four") == 2.0
+    instance = load_reward({"_target_": f"{HERE}.Offset", "offset": 1.0})
     assert instance is not None
-    assert instance({"base": 2.0}, "") == 3.0
+    assert instance.function({"base": 2.0}, "") == 3.0
 
 
 @pytest.mark.parametrize(
@@ -62,7 +67,7 @@ def test_reward_is_a_function_or_an_instance_of_a_class() -> None:
         {"_target_": f"{HERE}.NOT_CALLABLE"},
         {"_target_": f"{HERE}.takes_one"},
         {"_target_": f"{HERE}.length", "no_such_argument": 1},
-        {"_target_": f"{HERE}.Scorer"},
+        {"_target_": f"{HERE}.Offset"},
         {"_target_": "not a name"},
         {"_target_": ""},
     ],
@@ -72,9 +77,13 @@ def test_invalid_reward_is_refused(config: dict[str, Any]) -> None:
         load_reward(config)
 
 
+def score(record: Record, columns: dict[str, Any], function: Any) -> Record:
+    (scored,) = Scorer(None if function is None else Reward(function)).add(record, columns)
+    return scored
+
+
 def test_score_adds_the_reward() -> None:
-    reward = load_reward({"_target_": f"{HERE}.length"})
-    assert score(RECORD, {}, reward).reward == len(RECORD.text)
+    assert score(RECORD, {}, length).reward == len(RECORD.text)
     assert score(RECORD, {}, None) is RECORD
 
 
@@ -85,12 +94,80 @@ def test_reward_that_raises_keeps_the_completion() -> None:
     assert (result.completion_ids, result.finish_reason) == (RECORD.completion_ids, RECORD.finish_reason)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "many"])
-def test_reward_that_is_not_finite_is_an_error(value: Any) -> None:
+def test_reward_that_exits_keeps_the_job() -> None:
+    assert score(RECORD, {}, lambda row, text: sys.exit(3)).error == "SystemExit: 3"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "many", [1.0, 2.0], {}])
+def test_reward_that_is_no_finite_number_is_an_error(value: Any) -> None:
     result = score(RECORD, {}, lambda row, text: value)
     assert (result.error_class, result.reward) == ("reward_failed", None)
 
 
+@pytest.mark.parametrize("value", [1, True, np.float32(1), np.array(1), torch.tensor(1.0), Fraction(1)])
+def test_reward_of_any_numeric_type_is_a_float(value: Any) -> None:
+    result = score(RECORD, {}, lambda row, text: value)
+    assert type(result.reward) is float
+    assert result.reward == 1.0
+
+
 def test_error_records_are_not_scored() -> None:
-    record = Record("row", 0, [], [], "", [], [], "error", "empty_prompt", "Empty.")
-    assert score(record, {}, failing) is record
+    error = replace(RECORD, finish_reason="error", error_class="too_large")
+    assert score(error, {}, failing) is error
+
+
+def test_first_failure_is_said_at_once_and_all_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    scorer = Scorer(Reward(failing))
+    for _ in range(3):
+        scorer.add(RECORD, {})
+    assert scorer.failed == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "The reward of row row, sample 0 failed (KeyError: 'answer'); its completion is kept. Further failures "
+        "are counted."
+    ]
+
+
+def test_function_cannot_change_the_row_of_other_samples() -> None:
+    columns = {"answer": 1}
+    score(RECORD, columns, lambda row, text: row.pop("answer"))
+    assert columns == {"answer": 1}
+
+
+def lengths(prompt_rows: list[dict[str, Any]], completion_texts: list[str]) -> list[float]:
+    return [float(len(text)) + row["base"] for row, text in zip(prompt_rows, completion_texts, strict=True)]
+
+
+async def judged(prompt_row: dict[str, Any], completion_text: str) -> float:
+    return 1.0
+
+
+def test_batches_are_scored_in_one_call() -> None:
+    reward = load_reward({"_target_": f"{HERE}.lengths", "_batch_": 3})
+    assert reward is not None
+    calls = []
+    scorer = Scorer(reward._replace(function=lambda rows, texts: calls.append(len(rows)) or lengths(rows, texts)))
+    scored = [len(scorer.add(replace(RECORD, sample=i), {"base": float(i)})) for i in range(7)]
+    assert scored == [0, 0, 3, 0, 0, 3, 0]
+    (last,) = scorer.flush()
+    assert (last.sample, last.reward) == (6, len(RECORD.text) + 6.0)
+    assert calls == [3, 3, 1]
+    assert scorer.flush() == []
+
+
+def test_row_that_breaks_its_batch_fails_alone() -> None:
+    scorer = Scorer(Reward(lengths, 3))
+    results = [scorer.add(replace(RECORD, sample=i), {"base": 1.0} if i != 1 else {}) for i in range(3)][-1]
+    assert [record.error_class for record in results] == ["", "reward_failed", ""]
+
+
+def test_wrong_number_of_rewards_fails_the_batch() -> None:
+    scorer = Scorer(Reward(lambda rows, texts: [1.0], 2))
+    scorer.add(RECORD, {})
+    for record in scorer.add(RECORD, {}):
+        assert record.error == "The function returned 1 rewards for 2 completions."
+
+
+@pytest.mark.parametrize(("name", "batch", "why"), [("judged", None, "is async"), ("lengths", 0, "at least 1")])
+def test_async_functions_and_empty_batches_are_refused(name: str, batch: int | None, why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        load_reward({"_target_": f"{HERE}.{name}", "_batch_": batch})
