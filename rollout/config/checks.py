@@ -75,6 +75,12 @@ def _other_checks(config: Config) -> list[Check]:
         ),
         Check("sampling.defaults", sampling.defaults, sampling.defaults in ("none", "model"), "none or model"),
         Check(
+            "data.chat_template_kwargs",
+            data.chat_template_kwargs,
+            data.chat_template_kwargs is None or isinstance(data.chat_template_kwargs, dict),
+            "a mapping of names to values, e.g. {enable_thinking: false}",
+        ),
+        Check(
             "data.add_special_tokens",
             data.add_special_tokens,
             data.add_special_tokens in ("auto", True, False),

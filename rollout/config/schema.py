@@ -49,7 +49,7 @@ class DataConfig:
     keep_columns: Any = MISSING
     sampling_columns: Any = MISSING
     chat_template: str | None = MISSING
-    chat_template_kwargs: dict[str, Any] = MISSING
+    chat_template_kwargs: Any = MISSING
     tools: str | None = MISSING
     add_special_tokens: Any = MISSING
 

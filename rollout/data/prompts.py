@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from rollout.data.sources import find_source
 from rollout.errors import InputError, shorten
 from rollout.records import RECORD_COLUMNS
 from rollout.tokenization.prompt import Chat
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def read_prompts(
     _refuse_duplicates(prompts.row_ids, config)
     if prompts.chat_row is None:
         _refuse_chat_settings(config)
+        _warn_about_template_columns(names)
     return prompts
 
 
@@ -118,6 +122,17 @@ def _refuse_chat_settings(config: DataConfig) -> None:
         if getattr(config, name):
             raise InputError(
                 f"data.{name} needs chat messages, but no prompt has any: set data.as_chat=true as well, or unset it."
+            )
+
+
+def _warn_about_template_columns(columns: Sequence[str]) -> None:
+    """Warn about columns for the chat template that change no prompt."""
+    for name in OPTIONAL_COLUMNS:
+        if name in columns:
+            logger.warning(
+                "The column %s is not used, because no prompt is a chat: set data.as_chat=true if it is meant for the "
+                "chat template.",
+                name,
             )
 
 

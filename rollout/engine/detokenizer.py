@@ -62,15 +62,16 @@ class Detokenizer:
 
         This runs after every token, so the whole text is decoded only if a tail contains a stop string. A character
         takes at most four tokens; 8 more allow for a first token that decodes differently without its predecessors.
+        Special tokens that have no text are not counted, however many stand at the end.
         """
         if len(ids) <= after:
             return False
         size = 4 * max(map(len, stops)) + 8
         if len(ids) <= size:
             return self._contains_stop(prompt_ids, ids, stops, after)
-        tail = self.decode(ids[-size:])
+        tail = self.decode(self._last_of(ids, size))
         if "\ufffd" in tail:  # The tail may begin inside a character; some decoders then replace all bytes after it.
-            tail += "".join(self.decode(ids[-size - shift :]) for shift in (1, 2, 3))
+            tail += "".join(self.decode(self._last_of(ids, size + shift)) for shift in (1, 2, 3))
         return any(stop in tail for stop in stops) and self._contains_stop(prompt_ids, ids, stops, after)
 
     def before_stop(self, prompt_ids: Ids, ids: Ids, stops: Sequence[str], after: int = 0) -> str:
@@ -85,10 +86,10 @@ class Detokenizer:
         """Return the number of characters of the first ``after`` tokens."""
         return len(self.decode_after(prompt_ids, ids[:after])) if after else 0
 
-    def _last_of(self, prompt_ids: Ids, size: int) -> list[int]:
-        """Return up to ``size`` last tokens of a prompt that have text."""
+    def _last_of(self, ids: Ids, size: int) -> list[int]:
+        """Return up to ``size`` last tokens that have text."""
         last: list[int] = []
-        for token in reversed(prompt_ids):
+        for token in reversed(ids):
             if not self._skip_special_tokens or token not in self._special_ids:
                 last.append(int(token))
                 if len(last) == size:

@@ -49,7 +49,7 @@ def make_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, prompts
     try:
         options = EncodingOptions(
             chat_template=config.chat_template,
-            chat_template_kwargs=config.chat_template_kwargs,
+            chat_template_kwargs=config.chat_template_kwargs or {},
             tools=None if config.tools is None else read_tools(config.tools),
             add_special_tokens=config.add_special_tokens,
         )

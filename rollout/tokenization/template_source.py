@@ -66,7 +66,7 @@ def parse(template: str) -> nodes.Template:
     try:
         return environment.parse(template)
     except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"The chat template has a syntax error in line {error.lineno}: {error.message}") from error
+        raise InputError(f"chat_template has a syntax error in line {error.lineno}: {error.message}") from error
 
 
 def variables(template: str) -> frozenset[str]:

@@ -44,7 +44,7 @@ def test_defaults_match_the_contract() -> None:
         "keep_columns": "all",
         "sampling_columns": None,
         "chat_template": None,
-        "chat_template_kwargs": {},
+        "chat_template_kwargs": None,
         "tools": None,
         "add_special_tokens": "auto",
     }

@@ -1,0 +1,51 @@
+"""Chat messages that a dataset stores as text, and the columns for the chat template."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from rollout.config.compose import load_config
+from rollout.data.dataset_row import DatasetRow, dataset_row
+from rollout.data.stored_chat import stored_messages
+from rollout.tokenization.prompt import Chat
+
+_HI = [{"role": "user", "content": "it's"}]
+
+
+@pytest.mark.parametrize("text", [json.dumps(_HI), json.dumps(_HI, indent=2), str(_HI), json.dumps(_HI[0])])
+def test_messages_are_read_from_text(text: str) -> None:
+    assert stored_messages(text) == _HI
+
+
+@pytest.mark.parametrize("text", ["plain", "[1, 2]", '[{"a": 1}]', "{x}", "[{ not JSON", '{"a": {"role": "b"}}'])
+def test_other_texts_are_texts(text: str) -> None:
+    assert stored_messages(text) is None
+
+
+@pytest.mark.parametrize("text", ['[{"role": "user", "con', '[{"role": "user"}, 5]', '[{"content": "hi"}]'])
+def test_broken_messages_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        stored_messages(text)
+
+
+def row_of(**columns: Any) -> DatasetRow:
+    return dataset_row(0, "r", columns, load_config(["output.dir=out"]).data)
+
+
+def test_columns_for_the_template_reach_the_prompt() -> None:
+    tools = [{"name": "f", "parameters": {"a": 1, "b": None}}]
+    row = row_of(prompt=_HI, tools=tools, chat_template_kwargs='{"x": false}')
+    assert row.prompt == Chat(_HI, [{"name": "f", "parameters": {"a": 1}}], {"x": False})
+    assert row_of(prompt=_HI, tools=json.dumps(tools)).prompt == Chat(_HI, tools)
+    assert row_of(prompt=_HI, tools=None).prompt == _HI
+    assert row_of(prompt="text", tools=tools).prompt == "text"
+
+
+@pytest.mark.parametrize("columns", [{"tools": "hammer"}, {"tools": [1]}, {"chat_template_kwargs": "[]"}])
+def test_bad_column_for_the_template_is_an_error_of_its_row(columns: dict[str, Any]) -> None:
+    row = row_of(prompt=_HI, **columns)
+    assert row.error_class == "bad_prompt"
+    assert next(iter(columns)) in row.error
