@@ -88,7 +88,8 @@ def test_interrupted_job_is_resumable(ask: Ask, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(rollout.job.job, "run_job", run)
     said = ask("output.dir=x")
-    assert (said.status, said.err) == (75, "Stopped: the same command resumes the run in x.\n")
+    assert said.status == 75
+    assert said.err.splitlines()[-1] == "Stopped: the same command resumes the run in x."
 
 
 def test_console_script_finds_a_reward_in_the_working_directory(tmp_path: Path) -> None:
@@ -107,4 +108,5 @@ def test_console_script_finds_a_reward_in_the_working_directory(tmp_path: Path) 
         timeout=60,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert (done.returncode, done.stderr) == (2, "reward._target_=my_reward.score cannot be used: found.\n")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "reward._target_=my_reward.score cannot be used: found."
