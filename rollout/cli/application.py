@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
 from typing import Any
 
@@ -155,4 +157,10 @@ class Application:
         shells = sorted(self._hydra.get_shell_to_plugin_map(self._hydra.config_loader))
         if shell not in shells:
             raise InputError(f"There is no completion for {shell or 'no shell'}: write one of {', '.join(shells)}.")
-        self._hydra.shell_completion(self._name, words)
+        with redirect_stdout(io.StringIO()) as printed:
+            self._hydra.shell_completion(self._name, words)
+        text = printed.getvalue()
+        if asked == ["query"]:
+            # Schemas and files that options include cannot be chosen.
+            text = " ".join(word for word in text.split() if not re.search("=(_|schema)", word)) + "\n"
+        print(text, end="")

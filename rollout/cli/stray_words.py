@@ -89,7 +89,10 @@ def _described(word: str, before: Sequence[str], after: Sequence[str], known: Kn
         return explain_unknown_key(named.key, None, known)
     last = next((i for i, each in reversed(list(enumerate(before))) if _is_key(Words.of(each).key, known)), None)
     text = None if last is None else Words.of(before[last]).text
-    if last is not None and text is not None and not _is_file(word):
+    is_path = last is not None and Words.of(before[last]).key == "data.path"
+    if is_path and text is not None and _is_file(text) and _is_file(word):
+        return f"{word} is one path too many: name several files by a glob, as in 'data.path=folder/*.jsonl'."
+    if last is not None and text is not None and (is_path or not _is_file(word)):
         return _torn(before[last], [*before[last + 1 :], word, *after], known)
     if _is_file(word):
         return f"{word} is no override: write {suggest('data.path', word)}."

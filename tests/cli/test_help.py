@@ -48,6 +48,13 @@ def test_version_is_the_packages(ask: Ask) -> None:
     assert ask("--version").out == f"rollout {metadata.version('rollout')}\n"
 
 
+def test_completion_offers_what_can_be_chosen(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMP_LINE", "rollout batcher=")
+    said = ask("-sc query=bash")
+    names = ("memory", "paper", "predictive", "sla", "static")
+    assert said.out.split() == [f"batcher={name}" for name in names]
+
+
 @pytest.mark.parametrize(
     ("arguments", "printed"),
     [

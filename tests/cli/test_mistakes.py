@@ -55,6 +55,8 @@ MISTAKES = [
     ("data.as_chat", "write data.as_chat=true."),
     ("ppo_sampling", "write +experiment=ppo_sampling."),
     ("prompts.jsonl", "write data.path=prompts.jsonl."),
+    ("data.path=my prompts.jsonl", "write 'data.path=my prompts.jsonl'."),
+    ("data.path=a.jsonl b.jsonl", "b.jsonl is one path too many"),
     ("=3", "=3 names no key"),
     ("''", "One argument is empty"),
     (["\u200bsampling.n=3"], "the character '\\u200b' in its key"),
