@@ -183,7 +183,12 @@ def _decoded(value: Any, kind: pa.DataType) -> Any:
 
 
 def to_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """Return the values of a column in the type that holds all of them; U+FFFD replaces lone surrogates."""
+    """Return the values of a column in the type that holds all of them; U+FFFD replaces what is not valid Unicode."""
+    if _is_text(column.type) and _is_text(kind):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            return pa.chunked_array([pa.array([_without_surrogates(value) for value in python_values(column)], kind)])
     if column.type == kind:
         return column
     if kind != MIXED and not _holds_json(column.type):

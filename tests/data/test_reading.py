@@ -184,6 +184,14 @@ def test_integers_beyond_a_float_are_kept_as_they_are(tmp_path: Path) -> None:
     assert prompts.kept.table(0, 2).column("n").to_pylist() == [str(2**60 + 1), "0.5"]
 
 
+def test_text_of_parquet_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
+    text = pa.array([b"ok", b"\xff"]).view(pa.string())
+    pq.write_table(pa.table({"prompt": text}), tmp_path / "a.parquet")
+    prompts = read(tmp_path / "a.parquet")
+    assert [row.error_class for row in prompts.rows(0, 2)] == ["", "bad_prompt"]
+    assert prompts.kept.table(0, 2).column("prompt").to_pylist() == ["ok", "\ufffd"]
+
+
 # Nested columns
 
 
