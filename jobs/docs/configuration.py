@@ -83,7 +83,7 @@ def page() -> str:
     lines = [_INTRO, "## Experiments", "", *_experiments()]
     for group in groups():
         lines += _group(group)
-    lines += ["## seed", ""]
+    lines += ["## tracker and seed", ""]
     for key in top_keys():
         lines += [f"`{key.name}` ({key.type}, default `{key.default}`): {key.meaning}", ""]
     return "\n".join(lines).rstrip() + "\n"

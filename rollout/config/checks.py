@@ -8,6 +8,7 @@ from rollout.errors import Check
 from rollout.sampling_params import PARAMETER_NAMES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TRACKERS = ("none", "tensorboard", "wandb", "trackio", "mlflow")
 FORMATS = ("parquet", "jsonl")
 LOGPROBS = ("both", "model", "none")
 
@@ -90,6 +91,7 @@ def _other_checks(config: Config) -> list[Check]:
         Check("output.format", output.format, output.format in FORMATS, f"one of {', '.join(FORMATS)}"),
         Check("output.logprobs", output.logprobs, output.logprobs in LOGPROBS, f"one of {', '.join(LOGPROBS)}"),
         Check("output.rows_per_shard", output.rows_per_shard, output.rows_per_shard >= 1, "at least 1"),
+        Check("tracker", config.tracker, config.tracker in TRACKERS, f"one of {', '.join(TRACKERS)}"),
         Check("seed", config.seed, -(2**63) <= config.seed < 2**63, "a 64-bit integer"),
     ]
 

@@ -168,4 +168,5 @@ class Config:
     memory: MemoryConfig = MISSING
     output: OutputConfig = MISSING
     reward: Any = None
+    tracker: str = MISSING
     seed: int = MISSING

@@ -22,6 +22,7 @@ from rollout.job.ranks import Ranks, Topology
 from rollout.job.rewards import load_reward
 from rollout.job.sampling_defaults import with_model_defaults
 from rollout.job.shard_worker import ShardWorker
+from rollout.job.tracking import Tracking, check_tracker
 from rollout.progress.progress import Done, Progress
 from rollout.record_columns import ABSENT_LOGPROBS
 from rollout.records import REASONING, RECORD_COLUMNS, Record
@@ -145,6 +146,7 @@ def run_job(config: Config, load: Load | None = None, given: Collection[str] = (
         InputError: the configuration or the input is wrong; the message is one sentence.
     """
     topology = Topology.from_environment(os.environ, config.model.tensor_parallel)
+    check_tracker(config.tracker)
     reward = load_reward(config.reward)
     record_columns = (*RECORD_COLUMNS, *([REASONING] if config.output.split_reasoning else ()))
     prompts = read_prompts(config.data, with_columns=reward is not None, record_columns=record_columns)
@@ -204,7 +206,7 @@ def run_job(config: Config, load: Load | None = None, given: Collection[str] = (
                     reward=reward,
                     previous_lengths=previous_lengths,
                 )
-                _generate(run, loaded, worker, topology, ranks)
+                _generate(config, run, loaded, worker, topology, ranks)
         elif topology.rank == 0:
             logger.info("The run in %s is complete already; nothing to generate.", paths.root)
     run = run or read_run(paths)
@@ -220,12 +222,20 @@ def _follow(engine: Generator, ranks: Ranks) -> None:
             pass
 
 
-def _generate(run: RunDir, loaded: Loaded, worker: ShardWorker, topology: Topology, ranks: Ranks) -> None:
+def _generate(
+    config: Config, run: RunDir, loaded: Loaded, worker: ShardWorker, topology: Topology, ranks: Ranks
+) -> None:
     """Work on shards until none can be claimed; rank 0 continues until all workers have committed theirs."""
     with ExitStack() as stack:
         stack.enter_context(closing(worker))
         metrics_path = run.paths.metrics(topology.worker)
-        metrics = stack.enter_context(MetricsWriter(metrics_path, topology.worker, run.attempt, device=loaded.memory))
+        on_line = None
+        if config.tracker != "none" and topology.rank == 0:
+            run_name = f"{run.paths.root.name}-{topology.worker}" if topology.workers > 1 else run.paths.root.name
+            on_line = stack.enter_context(Tracking(config.tracker, run.paths.trackers, run_name, config)).log
+        metrics = stack.enter_context(
+            MetricsWriter(metrics_path, topology.worker, run.attempt, device=loaded.memory, on_line=on_line)
+        )
         observers = [metrics.step]
         progress: Progress | None = None
         if topology.rank == 0:

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import ROUND_CEILING, Context
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ class MetricsWriter:
     Args:
         attempt: number stored in each line, because a file holds the lines of all attempts.
         device: the device whose memory the headroom is of; workers with one host and device share it.
+        on_line: called with each line.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class MetricsWriter:
         now: Callable[[], float] = time.time,
         *,
         device: str = "cpu",
+        on_line: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self._worker = worker
         self._attempt = attempt
         self._host = socket.gethostname()
         self._device = device
+        self._on_line = on_line
         self._clock = clock
         self._now = now
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +130,8 @@ class MetricsWriter:
         }
         # A single write to a file opened for appending, so that lines of two processes do not mix.
         self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        if self._on_line is not None:
+            self._on_line(line)
 
 
 def active_workers(paths: RunPaths) -> int:

@@ -26,6 +26,11 @@ class RunPaths:
         return self.root / "shards"
 
     @property
+    def trackers(self) -> Path:
+        """What a tracker writes."""
+        return self.root / "trackers"
+
+    @property
     def work(self) -> Path:
         """Locks, part files and files being written; removed when the run is complete."""
         return self.root / "work"
