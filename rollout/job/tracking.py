@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from rollout.config.schema import Config
 from rollout.errors import InputError
-from rollout.models.errors import first_line
+from rollout.models.errors import clause
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Tracking:
                 tracker.log({name: value for name, value in _flat(line) if _is_metric(name, value)}, step=step)
             tracker.finish()
         except BaseException as error:  # noqa: BLE001  # whatever a tracker does, the job goes on
-            logger.warning("tracker=%s failed, and the job goes on without it: %s.", self._name, first_line(error))
+            logger.warning("tracker=%s failed, and the job goes on without it: %s.", self._name, clause(error))
             while self._lines.get() is not None:
                 pass
 
