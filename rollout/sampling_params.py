@@ -127,15 +127,19 @@ def _converted(rule: _Rule, given: object) -> Any:
     return value
 
 
+def _is_number(given: object) -> bool:
+    return isinstance(given, Real | Decimal) and not isinstance(given, bool)
+
+
 def _whole(given: Any) -> int:
     """Return a whole number, also one that a column with nulls has turned into a float."""
-    if isinstance(given, bool) or not isinstance(given, Real | Decimal) or int(given) != given:
+    if not _is_number(given) or int(given) != given:
         raise TypeError
     return int(given)
 
 
-def _real(given: object) -> float:
-    if isinstance(given, bool) or not isinstance(given, Real | Decimal):
+def _real(given: Any) -> float:
+    if not _is_number(given):
         raise TypeError
     return float(given)
 
