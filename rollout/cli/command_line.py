@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,8 @@ class CommandLine:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if valued := re.match(r"argument ([^:/]+).*: ignored explicit argument", message):
+            raise InputError(f"{valued[1]} takes no value: write {valued[1]}.")
         raise InputError(f"The options cannot be read ({message}); --help lists them.")
 
 

@@ -83,8 +83,10 @@ def _check(argument: str, words: Words, known: Known, sweep: bool) -> str:
         raise InputError(_no_key(argument, words, known))
     if "@" in key and not key.startswith("hydra"):
         raise InputError(f"{argument} moves a group, which is not offered: write {key.partition('@')[0]}={text or ''}.")
+    if prefix not in ("", "+", "++", "~"):
+        raise InputError(f"{argument} begins with {prefix}: write {shell_word(argument.lstrip('+~'))}.")
     if key == "experiment":
-        _check_experiment(words, known)
+        _check_experiment(words, known, sweep)
     elif key in known.groups:
         return _check_group(argument, words, known, sweep)
     elif key.split("@")[0].split("/")[0] == "hydra" or key.startswith("hydra."):
@@ -108,6 +110,8 @@ def _check(argument: str, words: Words, known: Known, sweep: bool) -> str:
 
 def explain_unknown_key(key: str, text: str | None, known: Known) -> str:
     """Return the sentence for a key that does not exist."""
+    if near_name(key, ["experiment"]):
+        return f"There is no key {key}; here it is experiment: write +experiment={text or 'NAME'}."
     other = explain_other_name(key, text, dict(known.keys))
     return other or str(unknown_key(key, [*known.keys, *known.groups]))
 
@@ -146,7 +150,7 @@ def _cannot_remove(key: str, known: Known) -> str:
     return f"~{key} cannot remove a key that every job has: write {key}=VALUE."
 
 
-def _check_experiment(words: Words, known: Known) -> None:
+def _check_experiment(words: Words, known: Known, sweep: bool) -> None:
     if words.prefix == "~" or not words.text:
         raise InputError(
             f"An experiment is added to the defaults: write +experiment=NAME{_one_of(known.options('experiment'))}."
@@ -154,6 +158,8 @@ def _check_experiment(words: Words, known: Known) -> None:
     if words.prefix != "+":
         raise InputError(f"An experiment is added to the defaults: write +experiment={words.text}.")
     _check_options("experiment", words.text, known.options("experiment"))
+    if re.match(r"[^\[(]+,", words.text) and not sweep:
+        raise InputError(f"+experiment={words.text} names several: choose one, or add -m for a job with each.")
 
 
 def _one_of(names: Sequence[str]) -> str:
@@ -308,7 +314,11 @@ def _reason(text: str, type_: str) -> str:
     if not found:
         found = [character for character in dict.fromkeys(text) if not (character.isascii() and character.isalnum())]
     names = {"\n": "a line break", "\t": "a tab", ",": "a comma", "=": "an equals sign", "'": "an apostrophe"}
-    shown = [names.get(character, character) for character in found if character != " "] or ["a space"]
+    shown = [
+        names.get(character, character if character.isprintable() else ascii(character))
+        for character in found
+        if character != " "
+    ] or ["a space"]
     return f"has {' and '.join(shown[:3])}, so it must be quoted"
 
 

@@ -57,7 +57,6 @@ def suggest(key: str, text: str, kind: str = "str") -> str:
         return shell_word(f"{key}={_written(value)}")
     if kind.startswith(("int", "float", "bool")) or _reads_as(key, text):
         return shell_word(f"{key}={text}")
-    text = text.strip()
     if len(text) > 1 and _TYPOGRAPHIC.get(text[0]) == text[-1]:
         text = text[1:-1]
     return shell_word(f"{key}={literal(text)}")

@@ -80,7 +80,9 @@ def _described(word: str, before: Sequence[str], after: Sequence[str], known: Kn
     named = Words.of(word)
     if named.key in known.keys or named.key in known.groups or named.key == "experiment":
         return None if named.prefix == "~" else _spaced(word, after, known)
-    split = re.match(r"([\w.]+)[:＝](.+)", word, re.DOTALL)
+    split = re.match(r"[+]*([\w.]+)[:＝](.+)", word, re.DOTALL)
+    if split and split[1] == "experiment":
+        return f"{word} has no equals sign: write +experiment={split[2]}."
     if split and (split[1] in known.keys or split[1] in known.groups):
         return f"{word} has no equals sign: write {_assigned(split[1], split[2], known)}."
     if word in known.options("experiment"):

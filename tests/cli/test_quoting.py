@@ -31,6 +31,7 @@ TEXTS = [
     "ends with a backslash, \\",
     'backslash quote \\", here',
     "line one,\nline two",
+    "\r\n, ends of lines \n",
     "$HOME, `id`, $(id), !!",
     "a,b,c",
     "{{ messages }}, {% if x %}",
@@ -87,9 +88,9 @@ def test_suggested_words_pass_through_a_real_shell() -> None:
     """One shell for all texts: it prints each argument, with a byte 0 between them."""
     words = [suggest("data.system_prompt", text) for text in TEXTS]
     printed = subprocess.run(
-        ["sh", "-c", f"printf '%s\\0' {' '.join(words)}"], capture_output=True, text=True, check=True, timeout=20
+        ["sh", "-c", f"printf '%s\\0' {' '.join(words)}"], capture_output=True, check=True, timeout=20
     )
-    assert printed.stdout.split("\0")[:-1] == [shlex.split(word)[0] for word in words]
+    assert printed.stdout.decode().split("\0")[:-1] == [shlex.split(word)[0] for word in words]
 
 
 @pytest.mark.parametrize("word", [*TEXTS, "plain", "a.b=c", "~/x", "!", "it's $HOME"])
