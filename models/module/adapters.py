@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from rollout.models.errors import UnsupportedModel
+from rollout.models.module.inspect import wrappers
 
 #: PEFT types that need more than a token and the tokens before it, with the reason as part of a sentence.
 _REASONS = {
@@ -24,8 +24,14 @@ def refuse_adapters(model: nn.Module) -> None:
     Raises:
         UnsupportedModel: the adapter is of such a type; the message is one sentence with the remedy.
     """
-    for wrapper in _peft_models(model):
-        for name in wrapper.active_adapters:
+    for wrapper in wrappers(model):
+        if not hasattr(wrapper, "peft_config") or isinstance(wrapper, PreTrainedModel):
+            continue
+        if getattr(wrapper, "_adapters_disabled", False):
+            return
+        # An X-LoRA mixes the adapters that PEFT calls active, and is none of them itself.
+        mixers = [name for name, config in wrapper.peft_config.items() if _kind(config) == "XLORA"]
+        for name in (*mixers, *wrapper.active_adapters):
             reason = why_unsupported(wrapper.peft_config.get(name))
             if reason:
                 raise UnsupportedModel(
@@ -40,7 +46,7 @@ def why_unsupported(config: Any) -> str:
     Args:
         config: a ``PeftConfig``.
     """
-    kind = str(getattr(getattr(config, "peft_type", None), "value", ""))
+    kind = _kind(config)
     if getattr(config, "is_prompt_learning", False):
         return f"is of type {kind} and puts learned tokens or keys before every prompt"
     if getattr(config, "alora_invocation_tokens", None):
@@ -48,15 +54,6 @@ def why_unsupported(config: Any) -> str:
     return f"is of type {kind} and {_REASONS[kind]}" if kind in _REASONS else ""
 
 
-def _peft_models(model: nn.Module) -> Iterator[Any]:
-    """Yield the PEFT wrappers around a transformers model whose adapters are not disabled."""
-    inner: Any = model
-    while not isinstance(inner, PreTrainedModel):
-        if hasattr(inner, "get_base_model"):
-            if not getattr(inner, "_adapters_disabled", False):
-                yield inner
-            inner = inner.get_base_model()
-        else:
-            inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))
-            if inner is None:
-                return
+def _kind(config: Any) -> str:
+    """Return PEFT's name of an adapter's type."""
+    return str(getattr(getattr(config, "peft_type", None), "value", ""))

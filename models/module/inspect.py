@@ -19,17 +19,25 @@ def unwrap_model(model: nn.Module) -> PreTrainedModel:
     Raises:
         UnsupportedModel: there is no transformers model inside.
     """
+    *_, inner = wrappers(model)
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModel(f"{type(model).__name__} is not a transformers model.")
+    return inner
+
+
+def wrappers(model: nn.Module) -> Iterator[Any]:
+    """Yield the model and what each of its wrappers holds: PEFT's, DDP's, torch.compile's; last the innermost."""
     inner: Any = model
-    while not isinstance(inner, PreTrainedModel):
+    while inner is not None:
+        yield inner
+        if isinstance(inner, PreTrainedModel):
+            return
         if hasattr(inner, "get_base_model"):  # PEFT
             inner = inner.get_base_model()
-        elif isinstance(getattr(inner, "module", None), nn.Module):  # DDP
-            inner = inner.module
-        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):  # torch.compile
-            inner = inner._orig_mod
-        else:
-            raise UnsupportedModel(f"{type(model).__name__} is not a transformers model.")
-    return inner
+            continue
+        # PEFT's models of mixed adapters and their tuners, DDP, torch.compile
+        held = (inner._modules.get(name) for name in ("base_model", "model", "module", "_orig_mod"))
+        inner = next((module for module in held if module is not None), None)
 
 
 def output_device(model: nn.Module) -> torch.device:

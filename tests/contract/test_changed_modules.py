@@ -6,6 +6,7 @@ Each is served with the numbers of its own forward, on the fastest path that it 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -162,6 +163,23 @@ def test_every_state_of_adapters_between_calls_is_followed(unchanged: list[list[
     model.delete_adapter("default")
     assert check(model, engine) == seen[1]
     assert len({str(tokens) for tokens in (*seen, unchanged)}) == 4
+
+
+def test_mixed_types_of_adapters_are_served(unchanged: list[list[int]]) -> None:
+    model: Any = peft.get_peft_model(tiny("llama", num_hidden_layers=2), TUNERS["lora"](), mixed=True)
+    model.add_adapter("other", TUNERS["loha"]())
+    model.set_adapter(["default", "other"])
+    assert check(train(model)) != unchanged
+
+
+def test_experts_that_are_weighed_by_a_second_forward_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        adapted(TUNERS["lora"]()).save_pretrained(tmp_path / name)
+    base = tiny("llama", num_hidden_layers=2, use_cache=False)
+    experts = {name: str(tmp_path / name) for name in ("a", "b")}
+    model = peft.get_peft_model(base, peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=64, adapters=experts))
+    with pytest.raises(UnsupportedModel, match="is of type XLORA"):
+        Engine(model, None)
 
 
 def test_adapters_of_transformers_itself_are_served(unchanged: list[list[int]]) -> None:
