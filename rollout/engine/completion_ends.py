@@ -41,6 +41,7 @@ class CompletionEnds:
             )
         self._skip_special_tokens = skip_special_tokens
         self._said_turn_end = False
+        self._said_eos = False
         self._said_stops: set[int] = set()
         self._special_stops = lru_cache(maxsize=256)(self._find_special_stops)
 
@@ -49,6 +50,11 @@ class CompletionEnds:
         for request in requests:
             if request.end_ids and not self._said_turn_end:
                 self._say_turn_end(request.end_ids)
+            params = request.params
+            if params.stop_at_turn_end and not (
+                request.end_ids or request.error_class or self._said_eos or params.ignore_eos
+            ):
+                self._say_other_eos(request.params.stop_token_ids)
             special = self._special_stops(request.params.stop) if request.params.stop else ()
             yield replace(request, end_ids=(*request.end_ids, *special)) if special else request
 
@@ -60,6 +66,18 @@ class CompletionEnds:
                 "end-of-sequence ids %s (stop_at_turn_end=false: only these).",
                 self._names(new),
                 self.eos_ids,
+            )
+
+    def _say_other_eos(self, stop_ids: Sequence[int]) -> None:
+        """Warn if the tokenizer's end of sequence ends no text, as is so with ``generate``."""
+        self._said_eos = True
+        eos = None if self._tokenizer is None else self._tokenizer.eos_token_id
+        if eos is not None and eos not in (*self.eos_ids, *stop_ids):
+            logger.warning(
+                "Completions of plain prompts end at the model's end-of-sequence ids %s, but not at the tokenizer's "
+                "%s: add it to stop_token_ids if they should.",
+                self.eos_ids,
+                self._names([eos]),
             )
 
     def _find_special_stops(self, stops: tuple[str, ...]) -> tuple[int, ...]:
