@@ -45,7 +45,8 @@ def explain(error: BaseException, known: Known) -> str:
         if sentence:
             return where + sentence
     message = first_line(error).rstrip(".")
-    details = [first_line(cause).rstrip(".") for cause in causes[1:]]
+    # OmegaConf's inner errors still have their placeholders.
+    details = [first_line(cause).rstrip(".") for cause in causes[1:2] if "$VALUE" not in str(cause)]
     return ": ".join(dict.fromkeys(part for part in [message, *details] if part)) + "."
 
 

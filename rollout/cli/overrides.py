@@ -110,6 +110,8 @@ def _check(argument: str, words: Words, known: Known, sweep: bool) -> str:
 
 def explain_unknown_key(key: str, text: str | None, known: Known) -> str:
     """Return the sentence for a key that does not exist."""
+    if key == "batcher.name":
+        return f"A policy is chosen with its keys: write batcher={text or 'NAME'}."
     if near_name(key, ["experiment"]):
         return f"There is no key {key}; here it is experiment: write +experiment={text or 'NAME'}."
     other = explain_other_name(key, text, dict(known.keys))

@@ -76,6 +76,12 @@ def validate(composed: DictConfig) -> Config:
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     reward = OmegaConf.to_container(composed.reward, resolve=True)
+    if isinstance(reward, dict) and not reward.get("_target_"):
+        # Arguments of no function would be dropped.
+        arguments = [name for name, value in reward.items() if name[0] != "_" or value == ""]
+        if arguments:
+            shown = f"reward.{arguments[0]}"
+            raise InputError(f"{shown} needs a function: write reward._target_=MODULE.FUNCTION, or leave it out.")
     config.reward = reward if isinstance(reward, dict) and reward.get("_target_") else None
     _refuse_unknown_keys(composed, config)
     _expand_home(config)

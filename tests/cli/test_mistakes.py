@@ -97,6 +97,10 @@ MISTAKES = [
     ("hydra/sweeper=optuna", "leave it out"),
     ("sampling@x=greedy", "write sampling=greedy."),
     ("reward.scale=2", "write +reward.scale=2."),
+    ("batcher.name=sla", "write batcher=sla."),
+    ("+reward.scale=2", "reward.scale needs a function: write reward._target_=MODULE.FUNCTION"),
+    ("reward._target_=", "reward._target_ needs a function"),
+    ("hydra.mode=FOO", "expected one of [RUN, MULTIRUN]."),
     ("reward.target=a.b", "here it is reward._target_"),
     # options of groups
     ("experiment=ppo_sampling", "write +experiment=ppo_sampling."),
