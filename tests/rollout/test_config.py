@@ -78,8 +78,8 @@ def test_policy_configs_match_the_parameters_of_policies(name: str) -> None:
 @pytest.mark.parametrize(
     ("experiment", "n", "temperature", "reward"),
     [
-        ("ppo_sampling", 4, 1.0, {"_target_": "rollout.arithmetic.exact_match"}),
-        ("grpo_sampling", 8, 1.0, {"_target_": "rollout.arithmetic.exact_match"}),
+        ("ppo_sampling", 4, 1.0, {"_target_": "rollout.arithmetic.exact_match", "_batch_": None}),
+        ("grpo_sampling", 8, 1.0, {"_target_": "rollout.arithmetic.exact_match", "_batch_": None}),
         ("bulk_inference", 1, 0.0, None),
     ],
 )
@@ -144,7 +144,7 @@ def test_added_keys_are_refused(override: str) -> None:
 
 def test_reward_accepts_further_keys() -> None:
     config = load_config([OUT, "reward._target_=package.score", "+reward.scale=2"])
-    assert config.reward == {"_target_": "package.score", "scale": 2}
+    assert config.reward == {"_target_": "package.score", "_batch_": None, "scale": 2}
 
 
 def test_nearest_prefers_the_same_last_part() -> None:
