@@ -137,10 +137,10 @@ def _trackio(folder: Path, run_name: str) -> Any:
 
 
 def _mlflow(folder: Path, run_name: str) -> Any:
-    os.environ.setdefault("MLFLOW_TRACKING_URI", folder.absolute().as_uri())
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute() / 'mlflow.db'}")
     from accelerate.tracking import MLflowTracker
 
-    return MLflowTracker(experiment_name=PROJECT, run_name=run_name)
+    return MLflowTracker(experiment_name=PROJECT, logging_dir=str(folder), run_name=run_name)
 
 
 _STARTS: Mapping[str, Callable[[Path, str], Any]] = {
