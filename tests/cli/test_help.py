@@ -26,7 +26,7 @@ def test_help_names_every_key_with_default_and_meaning() -> None:
         assert key.meaning in squeezed
     for experiment in ("ppo_sampling", "grpo_sampling", "bulk_inference"):
         assert f"  {experiment} " in text
-    for internal in ("_bounds", "schema", "hydra/"):
+    for internal in ("_bounds", "schema_", "hydra/"):
         assert internal not in text
     assert max(map(len, text.splitlines())) <= 120
 

@@ -64,10 +64,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    lines = captured.err.splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].endswith(".")
-    return lines[0]
+    *logged, sentence = captured.err.splitlines()
+    # What the job is doing is logged, each line with its time.
+    assert all(line[2:6:3] == "::" for line in logged), captured.err
+    assert sentence.endswith(".")
+    return sentence
 
 
 def overridden(arguments: Sequence[str], *overrides: str) -> list[str]:
@@ -102,16 +103,16 @@ BASE = ("model.path=model", "output.dir=out")
         ("experiment=ppo_sampling", "write +experiment=ppo_sampling."),
         ("reward.scale=2", "write +reward.scale=2."),
         ("sampling.n=many", "sampling.n is many, but must be a whole number (samples of each prompt)."),
-        ("sampling.n=[1", "sampling.n is [1, but must be a whole number"),
+        ("sampling.n=[1", "sampling.n is '[1', but must be a whole number"),
         ("sampling.n", "sampling.n has no value: write sampling.n=VALUE."),
         ("sampling.temperature=-1", "sampling.temperature is -1.0, but must be a finite number of at least 0"),
         ("sampling.top_p=0", "sampling.top_p is 0.0, but must be above 0 and at most 1"),
         ("sampling.top_p=1.5", "sampling.top_p is 1.5, but must be above 0 and at most 1"),
-        ("sampling.max_new_tokens=0", "sampling.max_new_tokens is 0, but must be at least 1"),
-        ("sampling.n=0", "sampling.n is 0, but must be at least 1"),
+        ("sampling.max_new_tokens=0", "sampling.max_new_tokens is 0, but must be a whole number of at least 1"),
+        ("sampling.n=0", "sampling.n is 0, but must be a whole number of at least 1"),
         ("data.path=no.jsonl", "data.path=no.jsonl does not exist."),
         ("data.path=torn.jsonl", "Line 2 of torn.jsonl is not a complete JSON object"),
-        ("data.path=empty.jsonl", "data.path=empty.jsonl is empty."),
+        ("data.path=empty.jsonl", "data.path=empty.jsonl holds no input rows."),
         ("data.prompt_column=text", "data.prompt_column=text is not a column of builtin:arithmetic, which has "),
         ("data.id_column=answer", "(counted from 0) have the same id"),
         ("output.dir=file/out", "output.dir=file/out cannot be written (Not a directory): choose another folder."),
