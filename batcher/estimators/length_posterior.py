@@ -138,4 +138,6 @@ def _weighted_quantile(values: FloatArray, weights: FloatArray, quantile: float)
     order = np.argsort(values, axis=0)
     cumulative = np.cumsum(weights[order], axis=0)
     first = np.argmax(cumulative >= quantile * cumulative[-1], axis=0)
-    return np.asarray(np.take_along_axis(values, order, axis=0)[first, np.arange(values.shape[1])])
+    sorted_values: FloatArray = np.take_along_axis(values, order, axis=0)
+    quantiles: FloatArray = sorted_values[first, np.arange(values.shape[1])]
+    return quantiles

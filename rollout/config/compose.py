@@ -78,7 +78,7 @@ def validate(composed: DictConfig) -> Config:
     reward = OmegaConf.to_container(composed.reward, resolve=True)
     if isinstance(reward, dict) and not reward.get("_target_"):
         # Arguments of no function would be dropped.
-        arguments = [name for name, value in reward.items() if name[0] != "_" or value == ""]
+        arguments = [str(name) for name, value in reward.items() if not str(name).startswith("_") or value == ""]
         if arguments:
             shown = f"reward.{arguments[0]}"
             raise InputError(f"{shown} needs a function: write reward._target_=MODULE.FUNCTION, or leave it out.")

@@ -113,7 +113,7 @@ class _Notebook:
     def draw(self, view: View) -> None:
         console = Console(file=io.StringIO(), width=_NOTEBOOK_WIDTH, force_jupyter=False, force_terminal=False)
         bar = Progress(BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), console=console)
-        bar.update(bar.add_task(view.line, total=1.0), completed=view.share)
+        bar.update(bar.add_task(view.line, total=100), completed=round(100 * view.share))
         with console.capture() as text:
             console.print(bar.get_renderable())
         self._handle.update({"text/plain": text.get().rstrip()}, raw=True)
