@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,8 @@ from rollout.cli.values import check_value
 from rollout.config.key_comments import Key
 from rollout.config.keys import unknown_key
 from rollout.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 #: The key that names what a group is about, for `model=Qwen/Qwen2.5-0.5B` and the like.
 _MAIN_KEYS = {"model": "model.path", "data": "data.path", "output": "output.dir", "reward": "reward._target_"}
@@ -63,18 +66,19 @@ def check_overrides(arguments: Sequence[str], known: Known, *, sweep: bool) -> l
     Raises:
         InputError: an override is wrong; the message names it and what to write instead.
     """
-    given: dict[str, str] = {}
-    checked = []
-    for argument in dict.fromkeys(arguments):
-        words = Words.of(argument)
-        checked.append(_check(argument, words, known, sweep))
-        if words.key in given:
+    chosen: dict[str, str] = {}
+    for argument in arguments:
+        key = Words.of(argument).key
+        earlier = chosen.pop(key, argument)
+        if earlier != argument and (key == "experiment" or "+" in Words.of(earlier).prefix):
             raise InputError(
-                f"{words.key} is given twice, in {shell_word(given[words.key])} and in {shell_word(argument)}: "
-                "leave one of them out."
+                f"{key} is given twice, in {shell_word(earlier)} and in {shell_word(argument)}: leave one of them out."
             )
-        given[words.key] = argument
-    return checked
+        if earlier != argument:
+            # Scripts append what their caller gives, and Hydra takes the last as well.
+            logger.warning("%s is given twice: %s is used.", key, shell_word(argument))
+        chosen[key] = argument
+    return [_check(argument, Words.of(argument), known, sweep) for argument in chosen.values()]
 
 
 def _check(argument: str, words: Words, known: Known, sweep: bool) -> str:

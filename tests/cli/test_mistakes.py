@@ -86,7 +86,6 @@ MISTAKES = [
     ("model.load_in_8bit=true", "is not offered."),
     ("dataset=x.jsonl", "write data.path=x.jsonl."),
     ("batcher.alpha=3", "add batcher=sla or batcher=paper"),
-    ("sampling.n=1 sampling.n=2", "sampling.n is given twice"),
     ("+experiment=ppo_sampling +experiment=grpo_sampling", "experiment is given twice"),
     ("+sampling.n=2", "write sampling.n=2."),
     ("~sampling.stop", "leave it out, and it is []."),
@@ -208,6 +207,7 @@ HABITS = [
     ("~reward", "reward", None),
     ("reward=null", "reward", None),
     ("++seed=3", "seed", 3),
+    ("seed=1 seed=2", "seed", 2),
     ("data.limit=1_000", "data.limit", 1000),
     ("data.as_chat=True", "data.as_chat", True),
     ("data.as_chat=yes", "data.as_chat", True),
@@ -239,3 +239,9 @@ def test_habit_is_honoured(ask: Ask, override: str, key: str, value: object) -> 
     for part in key.split("."):
         found = getattr(found, part)
     assert found == value
+
+
+def test_key_given_twice_takes_the_last_and_is_warned_of(ask: Ask, caplog: pytest.LogCaptureFixture) -> None:
+    said = ask("output.dir=out sampling.n=1 sampling.n=2")
+    assert said.configs[0].sampling.n == 2
+    assert "sampling.n is given twice: sampling.n=2 is used." in caplog.text
