@@ -22,7 +22,7 @@ _SIMULATED_BATCHES = 4
 _RECENT_ESTIMATES = 32
 _TYPICAL_ROWS = 512
 #: Nothing is foretold while thinkable lengths differ so much that the longer ones take this much longer.
-_QUANTILES, _GREATEST_SPREAD = (0.25, 0.5, 0.75), 1.4
+_QUANTILES, _GREATEST_SPREAD = (0.25, 0.5, 0.75), 2.5
 _DISTINCT_STEPS = 256
 _WEIGHTS_MS, _PRIOR_STEPS = 40.0, 0.05
 _GOLDEN = 0.6180339887498949

@@ -75,8 +75,8 @@ def test_time_left_of_2000_rows_is_right(machine: Machine, median: float, sigma:
 def test_time_left_of_64_prompts_of_4_samples_is_right_once_it_is_known(median: float, limit: int) -> None:
     errors = watched(lognormal(256, median, 0.7, limit, group=4), CPU, max_rows=1024).errors()
     known = [error for error in errors if error is not None]
-    assert len(known) >= 0.6 * len(errors)
-    assert max(known) < 0.25
+    assert len(known) >= 0.75 * len(errors)
+    assert np.mean(np.array(known) < 0.25) > 0.9
 
 
 def test_time_between_steps_counts() -> None:
