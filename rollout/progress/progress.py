@@ -99,9 +99,10 @@ class Progress:
         while len(self._recent) > 2 and self._recent[0][0] < now - RATE_SECONDS:
             self._recent.popleft()
         since, tokens = self._recent[0]
-        rate = (self._tokens - tokens) / max(now - since, 1e-9)
+        rate = _rate(self._tokens - tokens, now - since)
         live = f"{last.live_rows} live" + (f" of {last.row_target} ({last.reason})" if last.waiting_rows else "")
-        line = f"{self._samples(done)} · {live} · {rate:,.0f} tok/s · {_duration(left)} left"
+        # What is wanted most stands first: narrow terminals cut the end.
+        line = f"{self._samples(done)} · {_duration(left)} left · {rate} tok/s · {live}"
         return View(self._share(done, left, now), line)
 
     def _samples(self, done: Done) -> str:
@@ -145,10 +146,16 @@ class Progress:
         if self._last is not None:
             now, done = self._clock(), self._done()
             elapsed = now - self._begun_at
-            rate = self._tokens / max(elapsed, 1e-9)
-            line = f"{self._samples(done)} · {rate:,.0f} tok/s · {_duration(elapsed)} in all"
+            line = f"{self._samples(done)} · {_duration(elapsed)} in all · {_rate(self._tokens, elapsed)} tok/s"
             self._display.draw(View(self._share(done, None, now), line))
         self._display.stop()
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    if seconds <= 0:
+        return "–"
+    rate = tokens / seconds
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
 def _duration(seconds: float | None) -> str:

@@ -63,13 +63,14 @@ def test_lines_without_a_terminal_come_every_ten_seconds() -> None:
     lines = drawn(Console(file=io.StringIO(), width=200), seconds=35).splitlines()
     assert len(lines) == 4, "the last one when it ends"
     assert all("\x1b" not in line for line in lines)
-    assert lines[2].startswith("60/100 samples · 7 live of 9 (latency) · 24 tok/s · 0:")
-    assert lines[3] == "70/100 samples · 24 tok/s · 0:35 in all"
+    assert lines[2].startswith("60/100 samples · 0:")
+    assert lines[2].endswith(" left · 24 tok/s · 7 live of 9 (latency)")
+    assert lines[3] == "70/100 samples · 0:35 in all · 24 tok/s"
 
 
 def test_terminal_shows_a_bar() -> None:
     text = drawn(Console(file=io.StringIO(), force_terminal=True, width=120), seconds=5)
-    assert text.count("samples · 7 live of 9 (latency)") > 5
+    assert text.count("tok/s · 7 live of 9 (latency)") > 5
     assert "━" in text
     assert "\x1b[2K" in text
 
@@ -79,14 +80,26 @@ def test_time_left_is_a_dash_before_there_is_evidence() -> None:
     progress = Progress(1000, lambda: Done(0), Console(file=io.StringIO()), clock)
     progress.step(report_of(0))
     clock.now += 2
-    assert progress.view(clock.now).line.endswith("– left")
-    assert drawn(Console(file=io.StringIO()), seconds=35, total=None).splitlines()[0].startswith("20 samples · 7 live")
+    assert " · – left · " in progress.view(clock.now).line
+    assert drawn(Console(file=io.StringIO()), seconds=35, total=None).splitlines()[0].startswith("20 samples · – left")
+
+
+def test_rate_is_a_dash_where_the_first_step_is_the_first_thing_drawn() -> None:
+    clock = Clock()
+    progress = Progress(1000, lambda: Done(0), Console(file=io.StringIO()), clock)
+    progress.step(report_of(0, new_tokens=64))
+    assert " · – tok/s · " in progress.view(clock.now).line
+
+
+def test_narrow_terminal_shows_the_time_left() -> None:
+    text = drawn(Console(file=io.StringIO(), force_terminal=True, width=40), seconds=20)
+    assert text.count(" left") > 5
 
 
 def test_time_left_counts_what_other_workers_do() -> None:
     def left(workers: int) -> int:
         last = drawn(Console(file=io.StringIO(), width=200), seconds=65, total=5000, workers=workers).splitlines()[-2]
-        hours, minutes, seconds = f"0:{last.split(' · ')[-1].removesuffix(' left')}".split(":")[-3:]
+        hours, minutes, seconds = f"0:{last.split(' · ')[1].removesuffix(' left')}".split(":")[-3:]
         return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
 
     assert left(2) == pytest.approx(left(1) / 2, rel=0.1)
@@ -122,5 +135,5 @@ def test_notebook_shows_text_that_changes(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "IPython.display", module)
     assert drawn(Console(file=io.StringIO(), force_jupyter=True), seconds=5) == ""
     assert len(shown) > 5
-    assert "samples · 7 live of 9 (latency) · " in shown[-2]["text/plain"]
+    assert "tok/s · 7 live of 9 (latency)" in shown[-2]["text/plain"]
     assert "━" in shown[-1]["text/plain"]
