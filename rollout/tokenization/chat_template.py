@@ -15,6 +15,7 @@ from rollout.errors import InputError, PromptError, shorten
 from rollout.tokenization.messages import ASSISTANT_ROLES, as_parts, check_messages, joined_parts
 from rollout.tokenization.prompt import Chat, EncodingOptions, Message, Tool
 from rollout.tokenization.template_source import dates_of, parse, pinned, read_template, variables
+from rollout.tokenization.tool_calls import are_written, probe_calls, with_object_arguments, with_text_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class ChatTemplate:
         if taken := self._variables.keys() & self._reserved:
             raise InputError(_taken(taken))
         self._accepted: dict[tuple[str, str, bool], bool] = {}
+        self._accepted_arguments: dict[tuple[str, bool], bool] = {}
         self._warned: set[str] = set()
 
     def render(self, chat: Chat) -> str:
@@ -124,6 +126,18 @@ class ChatTemplate:
     # -- forms of content ----------------------------------------------------------------------------
 
     def _in_form(self, source: str, number: int, message: Message) -> Message:
+        """Return the message with its content and the arguments of its tool calls as the template takes them."""
+        if message.get("tool_calls"):
+            message = self._calls_in_form(source, number, message)
+        return self._content_in_form(source, number, message)
+
+    def _calls_in_form(self, source: str, number: int, message: Message) -> Message:
+        as_text, as_object = (self._accepts_arguments(source, as_text) for as_text in (True, False))
+        if as_text and as_object:
+            return message
+        return with_text_arguments(message) if as_text else with_object_arguments(number, message)
+
+    def _content_in_form(self, source: str, number: int, message: Message) -> Message:
         """Return the message with its content as text or as parts, whichever the template takes."""
         content, role = message.get("content"), message["role"]
         if isinstance(content, list | tuple):
@@ -146,6 +160,23 @@ class ChatTemplate:
             except Exception:  # noqa: BLE001  # templates are programs of their authors
                 self._accepted[key] = False
         return self._accepted[key]
+
+    def _accepts_arguments(self, source: str, as_text: bool) -> bool:
+        """Return whether the template writes arguments of tool calls that are JSON text, or objects; by a trial."""
+        key = (source, as_text)
+        if key not in self._accepted_arguments:
+            chat: list[Message] = [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "", "tool_calls": probe_calls(as_text)},
+                {"role": "tool", "content": "a", "name": "probe", "tool_call_id": "rollout00"},
+            ]
+            try:
+                chat = [self._content_in_form(source, number, message) for number, message in enumerate(chat)]
+                rendered = self._apply(source, chat, tools=None, **self._variables)
+                self._accepted_arguments[key] = are_written(rendered, as_text)
+            except Exception:  # noqa: BLE001  # templates are programs of their authors
+                self._accepted_arguments[key] = False
+        return self._accepted_arguments[key]
 
     # -- what a template ignores ---------------------------------------------------------------------
 

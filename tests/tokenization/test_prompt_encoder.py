@@ -163,3 +163,38 @@ def test_prompts_without_a_tokenizer_are_ids() -> None:
     assert PromptEncoder(None).encode([1, 2]).token_ids == [1, 2]
     with pytest.raises(InputError, match="no tokenizer for texts"):
         PromptEncoder(None).encode("hi")
+
+
+_CALLS = (
+    "{% for m in messages %}{{ m['content'] or '' }}{% for call in m.tool_calls or [] %}<call>CALL</call>{% endfor %}"
+    "{% endfor %}"
+)
+_WRITTEN = {
+    "as JSON": ("{{ call.function.arguments | tojson }}", '{"x": 1}'),
+    "by name": ("{% for k, v in call.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}", "x=1"),
+    "as it is": ("{{ call.function.arguments }}", '{"x": 1}'),
+    "joined": ("{{ 'f ' + call.function.arguments }}", 'f {"x": 1}'),
+    "either": (
+        "{% set a = call.function.arguments %}{{ a if a is string else a | tojson }}",
+        '{"x": 1}',
+    ),
+}
+
+
+def call_of(arguments: Any) -> list[dict[str, Any]]:
+    call = {"type": "function", "id": "1", "function": {"name": "f", "arguments": arguments}}
+    return [*chat("hi"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "3"}]
+
+
+@pytest.mark.parametrize("arguments", ['{"x": 1}', {"x": 1}], ids=["text", "object"])
+@pytest.mark.parametrize("form", _WRITTEN)
+def test_arguments_of_tool_calls_have_the_form_that_the_template_takes(form: str, arguments: Any) -> None:
+    source, written = _WRITTEN[form]
+    assert f"<call>{written}</call>" in rendered(_CALLS.replace("CALL", source), call_of(arguments))
+
+
+@pytest.mark.parametrize("arguments", ['{"x": ', "[1]"])
+def test_arguments_that_are_no_json_object_are_refused(arguments: str) -> None:
+    template = _CALLS.replace("CALL", _WRITTEN["by name"][0])
+    with pytest.raises(PromptError, match="Message 1 of the chat has a tool call .* no JSON object"):
+        rendered(template, call_of(arguments))
