@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rollout.generation_defaults import eos_ids
 from rollout.requests import Request
-from rollout.tokenization.special_tokens import find_special, ids_of_special_strings
+from rollout.tokenization.special_tokens import ids_of_special_strings
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +22,10 @@ class CompletionEnds:
     Args:
         generation_config: of the model; its end-of-sequence ids hold for every prompt.
         tokenizer: its end-of-sequence id is used if the model has none; its special tokens may be stop strings.
-        skip_special_tokens: whether the text in which stop strings are searched is without special tokens.
     """
 
     def __init__(
-        self,
-        generation_config: GenerationConfig | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-        skip_special_tokens: bool = True,
+        self, generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
         self._tokenizer = tokenizer
         self.eos_ids = list(eos_ids(generation_config))
@@ -39,7 +35,6 @@ class CompletionEnds:
             logger.info(
                 "The model names no end-of-sequence id; the tokenizer's is used: %s.", self._names(self.eos_ids)
             )
-        self._skip_special_tokens = skip_special_tokens
         self._said_turn_end = False
         self._said_eos = False
         self._said_stops: set[int] = set()
@@ -83,25 +78,11 @@ class CompletionEnds:
     def _find_special_stops(self, stops: tuple[str, ...]) -> tuple[int, ...]:
         if self._tokenizer is None:
             return ()
-        for stop in stops if self._skip_special_tokens else ():
-            if found := find_special(self._tokenizer, stop):
-                self._warn_about_mixed(stop, found)
         ids = tuple(ids_of_special_strings(self._tokenizer, stops).values())
         if new := [i for i in ids if i not in self._said_stops]:
             self._said_stops.update(new)
             logger.info("Among the stop strings are special tokens, which are found by id: %s.", self._names(new))
         return ids
-
-    def _warn_about_mixed(self, stop: str, found: Sequence[int]) -> None:
-        """Warn about a stop string of special tokens and other text, which no text without special tokens holds."""
-        assert self._tokenizer is not None
-        if stop not in self._tokenizer.convert_ids_to_tokens(list(found)):
-            logger.warning(
-                "The stop string %r never matches, because the text leaves out special tokens (%s): name such a token "
-                "alone, or set skip_special_tokens=false.",
-                stop,
-                self._names(found),
-            )
 
     def _names(self, ids: Iterable[int]) -> str:
         assert self._tokenizer is not None

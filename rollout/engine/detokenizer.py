@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +20,9 @@ _MOST_CONTEXT_TOKENS = 512
 class Detokenizer:
     """Decodes token ids and finds stop strings in the text.
 
-    A completion's text is what follows the prompt's text, spaces included. Stop strings are searched in it. A
-    completion's ids end with the token that completes the stop string; its text ends before the stop string.
+    A completion's text is what follows the prompt's text, spaces included. Stop strings are searched in it; those that
+    name a special token are searched in the text with special tokens. A completion's ids end with the token that
+    completes the stop string; its text ends before the stop string.
 
     Args:
         tokenizer: decodes; None: all text is empty.
@@ -30,6 +33,9 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._special_ids = frozenset() if tokenizer is None else frozenset(special_ids(tokenizer))
+        self._special = special_pattern(tokenizer)
+        self._whole = Detokenizer(tokenizer, skip_special_tokens=False) if skip_special_tokens else self
+        self._naming_special = lru_cache(maxsize=256)(self._find_naming_special)
 
     def decode(self, ids: Ids) -> str:
         """Return the text of ``ids`` alone, or an empty string without a tokenizer."""
@@ -66,6 +72,9 @@ class Detokenizer:
         """
         if len(ids) <= after:
             return False
+        named = self._naming_special(tuple(stops))
+        if named and self._whole.ends_at_stop(prompt_ids, ids, named, after):
+            return True
         size = 4 * max(map(len, stops)) + 8
         if len(ids) <= size:
             return self._contains_stop(prompt_ids, ids, stops, after)
@@ -76,7 +85,19 @@ class Detokenizer:
 
     def before_stop(self, prompt_ids: Ids, ids: Ids, stops: Sequence[str], after: int = 0) -> str:
         """Return the text of ``ids`` up to its earliest stop string that ends behind the first ``after`` tokens."""
-        return cut_at_stop(self.decode_after(prompt_ids, ids), stops, self._begin(prompt_ids, ids, after))
+        text = cut_at_stop(self.decode_after(prompt_ids, ids), stops, self._begin(prompt_ids, ids, after))
+        if named := self._naming_special(tuple(stops)):
+            whole = self._whole.decode_after(prompt_ids, ids)
+            cut = self._whole.before_stop(prompt_ids, ids, named, after)
+            if len(cut) < len(whole):
+                return min(text, self._special.sub("", cut), key=len)
+        return text
+
+    def _find_naming_special(self, stops: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the stop strings of special tokens and other text; one special token alone is found by its id."""
+        if not self._skip_special_tokens:
+            return ()
+        return tuple(stop for stop in stops if self._special.search(stop) and not self._special.fullmatch(stop))
 
     def _contains_stop(self, prompt_ids: Ids, ids: Ids, stops: Sequence[str], after: int) -> bool:
         begin = self._begin(prompt_ids, ids, after)
@@ -101,6 +122,13 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the ids that decoding leaves out as special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {int(i) for i, token in added.items() if token.special} | {int(i) for i in tokenizer.all_special_ids}
+
+
+def special_pattern(tokenizer: PreTrainedTokenizerBase | None) -> re.Pattern[str]:
+    """Return the pattern of the special tokens that decoding leaves out; it matches nothing if there are none."""
+    tokens = [] if tokenizer is None else tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+    texts = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
 
 def cut_at_stop(text: str, stops: Sequence[str], begin: int = 0) -> str:

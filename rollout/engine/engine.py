@@ -169,7 +169,7 @@ class Engine:
             self._reasoning = ReasoningSplitter(tokenizer, skip_special_tokens)
         elif tokenizer is not None and skip_special_tokens:
             warn_if_skipped(tokenizer)
-        self._ends = CompletionEnds(base.generation_config, tokenizer, skip_special_tokens)
+        self._ends = CompletionEnds(base.generation_config, tokenizer)
         self._recommended: Any = base.generation_config
         """Reported by the first call that does not use it, then None."""
         for name, value in not_offered(base.generation_config).items():

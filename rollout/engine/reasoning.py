@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rollout.engine.detokenizer import Detokenizer, Ids, cut_at_stop, special_ids
+from rollout.engine.detokenizer import Detokenizer, Ids, cut_at_stop, special_ids, special_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +52,7 @@ class ReasoningSplitter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True) -> None:
         self.tokens = find_think_tokens(tokenizer)
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
-        special = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))), key=len, reverse=True)
-        kept_out = [re.escape(token) for token in special] if skip_special_tokens else []
-        self._special = re.compile("|".join(kept_out) or r"(?!)")
+        self._special = special_pattern(tokenizer if skip_special_tokens else None)
         added = getattr(tokenizer, "added_tokens_decoder", {})
         marks = set(self.tokens)
         self._boundaries = {i for i, token in added.items() if token.content not in marks and token.content.strip()}
@@ -64,6 +61,8 @@ class ReasoningSplitter:
         """Split a completion, each part cut at its earliest stop string; None if it has no reasoning."""
         begin, end = self.tokens
         whole = self._detokenizer.decode_after(prompt_ids, ids)
+        # Special tokens are removed below; the think tokens part the text even where one of them is a stop string.
+        whole = cut_at_stop(whole, [stop for stop in stops if stop not in self.tokens and self._special.search(stop)])
         begun = self._prompt_begins_reasoning(prompt_ids)
         if whole.lstrip().startswith(begin):
             begun, whole = True, whole.lstrip().removeprefix(begin)

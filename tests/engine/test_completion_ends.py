@@ -51,9 +51,9 @@ def test_special_token_as_a_stop_string_is_found_by_id(engine: Engine) -> None:
     assert ends(engine, "w5 w8", stop=("w9",), ignore_eos=True) == "stop"
 
 
-def test_stop_string_that_never_matches_is_warned_of(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_stop_string_of_special_tokens_and_other_text_is_found(engine: Engine) -> None:
+    assert ends(engine, "w5 w8", stop=("w9 w9",)) == "stop"
     assert ends(engine, "w5 w8", stop=("w9 w1",)) == "length"
-    assert "'w9 w1' never matches" in caplog.text
 
 
 def test_other_end_of_the_tokenizer_is_warned_of_for_plain_prompts(caplog: pytest.LogCaptureFixture) -> None:

@@ -229,6 +229,17 @@ def test_special_tokens_are_kept_if_wanted(name: str) -> None:
     assert text.before_stop(ids, [*ids, special(text), *ids], (SPECIAL,)).strip() == "then"
 
 
+@pytest.mark.parametrize("name", TEXTS)
+def test_stop_string_that_names_a_special_token_is_found_in_text_without_it(name: str) -> None:
+    text = TEXTS[name]()
+    then, stop = ids_of(text, "then"), ids_of(text, "stop")
+    written = [*stop, *then, special(text), *stop, *then]
+    stops = (text._whole.decode([special(text), *stop]),)
+    end = stopped_at(text, written, stops)
+    assert end == len(written) - len(then)
+    assert text.before_stop((), written[:end], stops) == text.decode([*stop, *then])
+
+
 @pytest.mark.parametrize(("after", "text"), [(0, "a"), (2, "a"), (3, "a\n\nb"), (5, "a\n\nb"), (6, "a\n\nb\n\nc")])
 def test_stop_string_within_the_first_tokens_does_not_count(after: int, text: str) -> None:
     """The text is a, \\n, \\n, b, \\n, \\n, c, one token each; a stop string counts by the token that completes it."""

@@ -66,6 +66,12 @@ def test_special_tokens_may_stay_in_both_parts() -> None:
     assert ReasoningSplitter(tokenizer).split([], ids, []) == ("a", "b")
 
 
+def test_stop_string_that_names_a_special_token_ends_the_text() -> None:
+    tokenizer = tokenizer_of("byte level", True)
+    ids = tokenizer(f"<think>a</think>b{SPECIAL}\n", add_special_tokens=False)["input_ids"]
+    assert ReasoningSplitter(tokenizer).split([], ids, [f"{SPECIAL}\n"]) == ("a", "b")
+
+
 def test_spaces_are_kept_after_think_tokens() -> None:
     tokenizer = tokenizer_of("byte fallback", True)
     ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "▁then", "</think>", "▁stop")]
