@@ -13,6 +13,9 @@ from rollout.config.schema import DataConfig
 from rollout.errors import InputError
 from rollout.tokenization.template_columns import TEMPLATE_COLUMNS
 
+#: What datasets usually call the column of prompts.
+_PROMPT_COLUMNS = ("messages", "conversations", "prompts", "question", "instruction", "problem", "query", "text")
+
 
 @dataclass(frozen=True, slots=True)
 class ColumnChoice:
@@ -52,7 +55,11 @@ class ColumnChoice:
         """
         for key, column in self.read.items():
             if not resolve(column, available):
-                raise InputError(f"{key}={column} is not a column of {where}, which has {_listed(available)}.")
+                usual = next(
+                    (name for name in _PROMPT_COLUMNS if key == "data.prompt_column" and name in available), None
+                )
+                advice = f": write {key}={usual}" if usual and key == "data.prompt_column" else ""
+                raise InputError(f"{key}={column} is not a column of {where}, which has {_listed(available)}{advice}.")
 
     def check_prompt_type(self, where: str, schema: pa.Schema) -> None:
         """Refuse a file of typed columns whose prompt column has a type that no prompt has.

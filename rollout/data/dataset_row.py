@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from rollout.config.schema import DataConfig
+from rollout.data.sharegpt import as_messages, is_sharegpt
 from rollout.data.stored_chat import stored_messages
 from rollout.errors import PromptError, shorten
 from rollout.tokenization.prompt import Chat
@@ -58,6 +59,14 @@ def dataset_row(index: int, row_id: str, columns: dict[str, Any], config: DataCo
         if min(value) < 0:
             return replace(row, error_class="bad_prompt", error=f"The token id {min(value)} is negative.")
         return replace(row, prompt=value)
+    if isinstance(value, list) and is_sharegpt(value):
+        _say_sharegpt(config.path, config.prompt_column)
+        try:
+            value = as_messages(value)
+        except ValueError as unknown:
+            return replace(
+                row, error_class="bad_prompt", error=f"The prompt is a chat in ShareGPT's form, but {unknown}."
+            )
     if isinstance(value, list) and all(isinstance(item, dict) and isinstance(item.get("role"), str) for item in value):
         return _as_prompt(row, without_nulls(value), config)
     shown = shorten(repr(value), longest=80)
@@ -85,6 +94,24 @@ def _say_stored_chats(path: str, column: str) -> None:
     logger.info("data.prompt_column=%s of %s stores chat messages as text; they are read as messages.", column, path)
 
 
+@lru_cache(maxsize=8)
+def _say_sharegpt(path: str, column: str) -> None:
+    """Say once per dataset how its chats are taken."""
+    logger.info(
+        "data.prompt_column=%s of %s has chats in ShareGPT's form; from and value are read as role and content.",
+        column,
+        path,
+    )
+
+
+@lru_cache(maxsize=8)
+def _warn_about_own_system(path: str) -> None:
+    """Warn once per dataset that a chat keeps its system message."""
+    logger.warning(
+        "data.system_prompt is not used where a chat of %s has a system message already, which is kept.", path
+    )
+
+
 def _as_prompt(row: DatasetRow, value: str | list[Message], config: DataConfig) -> DatasetRow:
     """Return the row with its prompt: a text, or a chat with its system prompt, tools and template arguments."""
     prompt = _with_system(value, config)
@@ -104,7 +131,10 @@ def _with_system(prompt: str | list[Message], config: DataConfig) -> str | list[
         if not config.as_chat:
             return prompt
         prompt = [{"role": "user", "content": prompt}]
-    if config.system_prompt is None or prompt[0]["role"] == "system":
+    if config.system_prompt is None:
+        return prompt
+    if prompt[0]["role"] == "system":
+        _warn_about_own_system(config.path)
         return prompt
     return [{"role": "system", "content": config.system_prompt}, *prompt]
 

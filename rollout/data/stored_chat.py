@@ -7,12 +7,14 @@ import json
 import re
 from typing import Any
 
+from rollout.data.sharegpt import is_sharegpt
+
 _BEGINNING = re.compile(r"\s*(\[\s*)?\{")
 _OF_MESSAGES = re.compile(r"""\s*(\[\s*)?\{\s*['"](role|content|messages)['"]\s*:""")
 
 
 def stored_messages(text: str) -> list[dict[str, Any]] | None:
-    """Return the messages that a text stores; None if it is another text.
+    """Return the messages that a text stores, perhaps in ShareGPT's form; None if it is another text.
 
     Raises:
         ValueError: it begins as messages do, but cannot be read as such; the message says why.
@@ -27,6 +29,8 @@ def stored_messages(text: str) -> list[dict[str, Any]] | None:
             return None
         value = _python_value(text, error)
     items = [value] if isinstance(value, dict) else value
+    if is_sharegpt(items):
+        return list(items)
     with_role = [isinstance(item, dict) and isinstance(item.get("role"), str) for item in items]
     if all(with_role):
         return list(items)

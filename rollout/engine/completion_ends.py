@@ -24,9 +24,7 @@ class CompletionEnds:
         tokenizer: its end-of-sequence id is used if the model has none; its special tokens may be stop strings.
     """
 
-    def __init__(
-        self, generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> None:
+    def __init__(self, generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
         self.eos_ids = list(eos_ids(generation_config))
         """The model's end-of-sequence ids, of which it may have several."""

@@ -16,7 +16,7 @@ from rollout.data.prompts import Prompts, read_prompts
 from rollout.data.row_params import RowParams
 from rollout.errors import Exit, InputError
 from rollout.job.cpu_threads import choose_threads
-from rollout.job.hints import hint_at_chat
+from rollout.job.hints import hint_at_prompts
 from rollout.job.prompt_encoding import Encoder, make_encoder
 from rollout.job.ranks import Ranks, Topology
 from rollout.job.rewards import load_reward
@@ -94,7 +94,7 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
             torch.set_num_threads(count)
         tokenizer = load_tokenizer(source)
         if topology.rank == 0:
-            hint_at_chat(tokenizer, prompts, config.data)
+            hint_at_prompts(tokenizer, prompts, config.data)
         encoder = make_encoder(config.data, tokenizer, prompts, source.path)
         model = load_model(source, device)
     with _naming_model_keys(UnsupportedModel):

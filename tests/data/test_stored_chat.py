@@ -49,3 +49,25 @@ def test_bad_column_for_the_template_is_an_error_of_its_row(columns: dict[str, A
     row = row_of(prompt=_HI, **columns)
     assert row.error_class == "bad_prompt"
     assert next(iter(columns)) in row.error
+
+
+_SHAREGPT = [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
+
+
+@pytest.mark.parametrize("prompt", [_SHAREGPT, json.dumps(_SHAREGPT), [dict(m, role=None) for m in _SHAREGPT]])
+def test_chats_in_sharegpt_form_are_read_as_messages(prompt: Any) -> None:
+    roles = zip(("system", "user", "assistant"), ("s", "hi", "yes"), strict=True)
+    assert row_of(prompt=prompt).prompt == [{"role": role, "content": content} for role, content in roles]
+
+
+def test_unknown_sender_is_an_error_of_its_row() -> None:
+    row = row_of(prompt=[{"from": "narrator", "value": "hi"}])
+    assert row.error_class == "bad_prompt"
+    assert "narrator" in row.error
+
+
+def test_system_message_of_a_chat_is_kept_and_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
+    chat = [{"role": "system", "content": "own"}, *_HI]
+    config = load_config(["output.dir=out", "data.path=own_system", "data.system_prompt=other"]).data
+    assert dataset_row(0, "r", {"prompt": chat}, config).prompt == chat
+    assert "data.system_prompt is not used where a chat of own_system" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from rollout.config.compose import load_config
 from rollout.data.prompts import read_prompts
-from rollout.job.hints import hint_at_chat
+from rollout.job.hints import hint_at_prompts
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -37,10 +38,41 @@ def test_only_plain_text_for_a_chat_model_is_hinted_at(
     overrides: list[str],
     hinted: bool,
 ) -> None:
-    path = tmp_path / "rows.jsonl"
+    said = hints(tmp_path, caplog, prompts, template, overrides)
+    assert ("data.as_chat=true" in said) == hinted
+
+
+def hints(
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    prompts: list[Any],
+    template: str | None = "{{ messages }}",
+    overrides: Sequence[str] = (),
+) -> str:
+    """Return what is said about the prompts of a file."""
+    path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     config = load_config([f"data.path={path}", "output.dir=out", *overrides]).data
     tokenizer: Any = SimpleNamespace(chat_template=template, all_special_tokens=["<|im_start|>", "<|im_end|>"])
     with caplog.at_level(logging.INFO, "rollout.job.hints"):
-        hint_at_chat(tokenizer, read_prompts(config), config)
-    assert ("data.as_chat=true" in caplog.text) == hinted
+        hint_at_prompts(tokenizer, read_prompts(config), config)
+    return caplog.text
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([[*CHAT, {"role": "assistant", "content": "yes"}], CHAT], "1 of the first 2 chats end with an assistant's"),
+        (["[1, 22, 3]", "[4]"], "store them as lists of numbers"),
+    ],
+)
+def test_prompts_that_may_be_meant_otherwise_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prompts: list[Any], said: str
+) -> None:
+    assert said in hints(tmp_path, caplog, prompts)
+
+
+@pytest.mark.parametrize("prompts", [[CHAT, CHAT], ["[1]", "text"], [[1, 2]]])
+def test_other_prompts_are_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture, prompts: list[Any]) -> None:
+    hints(tmp_path, caplog, prompts)
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
