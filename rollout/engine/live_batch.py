@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from rollout.batcher.types import IntArray
-from rollout.engine.batch_row import BatchRow, Completion, Float32Array, noise_key
+from rollout.engine.batch_row import BatchRow, Completion, Float32Array
+from rollout.engine.sampling_arrays import SamplingArrays, longer
 from rollout.models.arrays import uploaded
-from rollout.models.sampling.logit_edits import logit_edits
-from rollout.models.sampling.sampler import EditedRows, RowSampling
-from rollout.models.sampling.token_history import TokenHistory
-from rollout.models.sampling.token_rules import TokenRules
+from rollout.models.sampling.sampler import RowSampling
 
 _GROWTH = 16
 _NO_STATE: IntArray = np.zeros(0, np.int64)
@@ -36,9 +33,6 @@ class LiveBatch:
         self._device = device
         self._rows: list[BatchRow | None] = []
         self._free: list[int] = []
-        self._sampling: RowSampling | None = None
-        """Cached sampling parameters of `_sampling_slots`."""
-        self._sampling_slots: IntArray = np.zeros(0, np.int64)
         self.active: IntArray = np.zeros(0, np.int64)
         """Slots of the rows that still decode."""
         self.occupied: IntArray = np.zeros(0, np.int64)
@@ -71,18 +65,7 @@ class LiveBatch:
         self.no_token: NDArray[np.bool_] = np.zeros(0, np.bool_)
         """Whether the row's parameters left no token to draw; the last token then is none of its completion."""
         self._tokens_at_join: IntArray = np.zeros(0, np.int64)
-        self._temperature: NDArray[np.float32] = np.zeros(0, np.float32)
-        self._top_k: IntArray = np.zeros(0, np.int64)
-        self._top_p: NDArray[np.float32] = np.zeros(0, np.float32)
-        self._min_p: NDArray[np.float32] = np.zeros(0, np.float32)
-        self._keys: IntArray = np.zeros((0, 2), np.int64)
-        self._samples: IntArray = np.zeros(0, np.int64)
-        self._rules: list[TokenRules | None] = []
-        self._ruled: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Whether the row has token rules."""
-        self._history = TokenHistory(device)
-        self._history_rows: IntArray = np.zeros(0, np.int64)
-        """Row of the history, where the row's rules need one."""
+        self._sampling = SamplingArrays(device)
         self._last = torch.zeros(0, dtype=torch.int64, device=device)
         """[slots] the most recently sampled token, on the device."""
         self._tokens: IntArray = np.zeros((0, _GROWTH), np.int64)
@@ -165,22 +148,12 @@ class LiveBatch:
         self.ignore_eos[slot] = params.ignore_eos
         self.has_stops[slot] = bool(params.stop)
         self._set_end_ids(slot, [*params.stop_token_ids, *row.request.end_ids])
-        self._temperature[slot] = params.temperature
-        self._top_k[slot] = params.top_k
-        self._top_p[slot] = params.top_p
-        self._min_p[slot] = params.min_p
-        self._keys[slot] = noise_key(row.request.seed, row.request.row_id)
-        self._samples[slot] = row.sample
-        self._rules[slot] = row.rules
-        self._ruled[slot] = row.rules is not None
-        if row.rules is not None and row.rules.needs_history:
-            self._history_rows[slot] = self._history.add(row.rules, row.group.prompt_ids, row.completion.tokens)
+        self._sampling.set(slot, row)
         self._tokens[slot, :done] = row.completion.tokens
         self._logprobs[slot, :done] = row.completion.logprobs
         self._sampler_logprobs[slot, :done] = row.completion.sampler_logprobs
         self.active = np.append(self.active, slot)
         self.occupied = np.append(self.occupied, slot)
-        self._sampling = None
         return slot
 
     def remove(self, slot: int) -> None:
@@ -188,9 +161,7 @@ class LiveBatch:
         self.active = self.active[self.active != slot]
         self.occupied = self.occupied[self.occupied != slot]
         self._rows[slot] = None
-        rules, self._rules[slot] = self._rules[slot], None
-        if rules is not None and rules.needs_history:
-            self._history.remove(int(self._history_rows[slot]))
+        self._sampling.clear(slot)
         self.page_tables[slot] = 0
         self._free.append(slot)
 
@@ -199,35 +170,27 @@ class LiveBatch:
         old = len(self._rows)
         new = max(_GROWTH, 2 * old)
         self._rows.extend([None] * (new - old))
-        self._rules.extend([None] * (new - old))
         self._free.extend(range(new - 1, old - 1, -1))
-        self.page_tables = _longer(self.page_tables, new)
-        self.page_counts = _longer(self.page_counts, new)
-        self.states = _longer(self.states, new)
-        self.prompt_lengths = _longer(self.prompt_lengths, new)
-        self.generated = _longer(self.generated, new)
-        self.received = _longer(self.received, new)
-        self.limits = _longer(self.limits, new)
-        self.ends_at_limit = _longer(self.ends_at_limit, new)
-        self.groups = _longer(self.groups, new)
-        self.ignore_eos = _longer(self.ignore_eos, new)
-        self.has_stops = _longer(self.has_stops, new)
-        self.end_ids = _longer(self.end_ids, new)
-        self.ended = _longer(self.ended, new)
-        self.non_finite = _longer(self.non_finite, new)
-        self.no_token = _longer(self.no_token, new)
-        self._tokens_at_join = _longer(self._tokens_at_join, new)
-        self._temperature = _longer(self._temperature, new)
-        self._top_k = _longer(self._top_k, new)
-        self._top_p = _longer(self._top_p, new)
-        self._min_p = _longer(self._min_p, new)
-        self._keys = _longer(self._keys, new)
-        self._samples = _longer(self._samples, new)
-        self._ruled = _longer(self._ruled, new)
-        self._history_rows = _longer(self._history_rows, new)
-        self._tokens = _longer(self._tokens, new)
-        self._logprobs = _longer(self._logprobs, new)
-        self._sampler_logprobs = _longer(self._sampler_logprobs, new)
+        self.page_tables = longer(self.page_tables, new)
+        self.page_counts = longer(self.page_counts, new)
+        self.states = longer(self.states, new)
+        self.prompt_lengths = longer(self.prompt_lengths, new)
+        self.generated = longer(self.generated, new)
+        self.received = longer(self.received, new)
+        self.limits = longer(self.limits, new)
+        self.ends_at_limit = longer(self.ends_at_limit, new)
+        self.groups = longer(self.groups, new)
+        self.ignore_eos = longer(self.ignore_eos, new)
+        self.has_stops = longer(self.has_stops, new)
+        self.end_ids = longer(self.end_ids, new)
+        self.ended = longer(self.ended, new)
+        self.non_finite = longer(self.non_finite, new)
+        self.no_token = longer(self.no_token, new)
+        self._tokens_at_join = longer(self._tokens_at_join, new)
+        self._sampling.grow(new)
+        self._tokens = longer(self._tokens, new)
+        self._logprobs = longer(self._logprobs, new)
+        self._sampler_logprobs = longer(self._sampler_logprobs, new)
         self._last = torch.cat([self._last, self._last.new_zeros(new - old)])
 
     def _set_end_ids(self, slot: int, ids: Sequence[int]) -> None:
@@ -312,47 +275,8 @@ class LiveBatch:
         )
 
     def sampling(self, slots: IntArray) -> RowSampling:
-        """Return the sampling parameters of ``slots``, cached until the slots change."""
-        if self._sampling is None or not np.array_equal(self._sampling_slots, slots):
-            self._sampling = self._make_sampling(slots)
-            self._sampling_slots = slots
-        return self._sampling
-
-    def _make_sampling(self, slots: IntArray) -> RowSampling:
-        ruled = self._ruled[slots]
-        if not ruled.any():
-            return self._parameters(slots)
-        edits = logit_edits(
-            [self._rules[slot] for slot in slots.tolist()], self._history, self._history_rows[slots], self._device
-        )
-        edited = [EditedRows(edits=part, rows=self._parameters(slots[part.members])) for part in edits]
-        return replace(self._parameters(slots, slots[~ruled]), edited=tuple(edited))
-
-    def _parameters(self, slots: IntArray, flagged: IntArray | None = None) -> RowSampling:
-        """Return the parameters of ``slots``; those of ``flagged``, by default all, set the flags."""
-        flagged = slots if flagged is None else flagged
-
-        def tensor(array: NDArray[Any]) -> torch.Tensor:
-            return uploaded(array[slots], self._device)
-
-        return RowSampling(
-            temperature=tensor(self._temperature),
-            top_k=tensor(self._top_k),
-            top_p=tensor(self._top_p),
-            min_p=tensor(self._min_p),
-            keys=tensor(self._keys),
-            samples=tensor(self._samples),
-            most_top_k=int(self._top_k[flagged].max(initial=0)),
-            any_top_p=bool((self._top_p[flagged] < 1).any()),
-            any_min_p=bool((self._min_p[flagged] > 0).any()),
-        )
-
-
-def _longer(array: NDArray[_T], length: int) -> NDArray[_T]:
-    """Return a copy with ``length`` entries, the new ones 0."""
-    longer = np.zeros((length, *array.shape[1:]), array.dtype)
-    longer[: len(array)] = array
-    return longer
+        """Return the sampling parameters of ``slots``."""
+        return self._sampling.of(slots)
 
 
 def _wider(array: NDArray[_T], columns: int) -> NDArray[_T]:
