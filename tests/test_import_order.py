@@ -21,7 +21,7 @@ LEVELS = {
         "errors logs arithmetic stats generation_defaults record_columns",
         "records sampling_params headroom engine_arguments argument_parser tokenization",
         "requests length_history config",
-        "progress",
+        "progress tracking",
         "data engine run_dir",
         "job verify report simulate",
         "cli",

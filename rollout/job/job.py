@@ -22,7 +22,6 @@ from rollout.job.ranks import Ranks, Topology
 from rollout.job.rewards import load_reward
 from rollout.job.sampling_defaults import with_model_defaults
 from rollout.job.shard_worker import ShardWorker
-from rollout.job.tracking import Tracking, check_tracker
 from rollout.progress.progress import Done, Progress
 from rollout.record_columns import ABSENT_LOGPROBS
 from rollout.records import REASONING, RECORD_COLUMNS, Record
@@ -35,6 +34,8 @@ from rollout.run_dir.run import RunDir, existing_run, open_run, prepare_folder, 
 from rollout.run_dir.shard_locks import FileLocks
 from rollout.run_dir.summary import summarise
 from rollout.sampling_params import SamplingParams
+from rollout.tracking.trackers import check_tracker
+from rollout.tracking.tracking import Tracking
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +233,7 @@ def _generate(
         on_line = None
         if config.tracker != "none" and topology.rank == 0:
             run_name = f"{run.paths.root.name}-{topology.worker}" if topology.workers > 1 else run.paths.root.name
-            on_line = stack.enter_context(Tracking(config.tracker, run.paths.trackers, run_name, config)).log
+            on_line = stack.enter_context(Tracking(config.tracker, run.paths.trackers, run_name, asdict(config))).log
         metrics = stack.enter_context(
             MetricsWriter(metrics_path, topology.worker, run.attempt, device=loaded.memory, on_line=on_line)
         )

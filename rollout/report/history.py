@@ -10,8 +10,8 @@ import numpy as np
 
 from rollout.report.metric_lines import Line, Span, lines_of
 from rollout.report.series import Counts, FloatArray, Limits, Track, add_counts
-from rollout.run_dir.metrics import LINE_SECONDS
 from rollout.run_dir.paths import RunPaths
+from rollout.tracking.step_metrics import LINE_SECONDS
 
 MOST_BINS = 480
 """A bin is at least two pixels of a chart, and at least one line of metrics."""

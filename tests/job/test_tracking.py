@@ -10,10 +10,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rollout.errors import Exit, InputError
-from rollout.job import tracking
 from rollout.job.job import run_job
 from rollout.run_dir.metrics import read_metrics
 from rollout.run_dir.paths import RunPaths
+from rollout.tracking import trackers
 from tests.support.jobs import JOB, config_of, load_fake, refuse_to_load
 
 
@@ -33,11 +33,11 @@ def test_tracker_that_fails_is_said_once_and_costs_nothing(
     def refused(folder: Path, run_name: str) -> Any:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setitem(tracking._STARTS, "wandb", refused)  # type: ignore[index]
+    monkeypatch.setitem(trackers.STARTS, "wandb", refused)  # type: ignore[index]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert run_job(config_of(tmp_path, *JOB, "tracker=wandb"), load_fake()) == Exit.COMPLETE
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert said == ["tracker=wandb failed, and the job goes on without it: ConnectionError: no route to host."]
+    assert said == ["tracker=wandb failed, and the work goes on without it: ConnectionError: no route to host."]
 
 
 def test_missing_package_is_refused_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

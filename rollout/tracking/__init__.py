@@ -1,0 +1,1 @@
+"""The numbers of running work, and the trackers that they are sent to."""
