@@ -6,9 +6,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -21,32 +20,33 @@ from rollout.engine.completion_ends import CompletionEnds
 from rollout.engine.detokenizer import Detokenizer
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.loop import Loop
+from rollout.engine.observed_call import observed_call
 from rollout.engine.params_arguments import given_params
+from rollout.engine.patches import make_patches
 from rollout.engine.prompt_arguments import GivenPrompt, given_prompts, given_row_ids, given_seed
-from rollout.engine.reasoning import ReasoningSplitter, warn_if_skipped
+from rollout.engine.reasoning import reasoning_splitter
+from rollout.engine.recommendations import Recommendations
 from rollout.engine.rule_compiler import RuleCompiler
 from rollout.engine.tp_sync import sync_for
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.engine_arguments import argument_checks
-from rollout.errors import InputError, check_all
-from rollout.generation_defaults import not_offered
+from rollout.errors import check_all
 from rollout.headroom.headroom import Headroom, after_reserve, headroom_over, memory_name
 from rollout.length_history import LengthHistory
 from rollout.models.attention.names import AUTO
-from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.module.adapters import refuse_adapters
 from rollout.models.module.inspect import context_limit, logits_size, output_device, unwrap_model, vocabulary_size
-from rollout.models.patches.linears import PackedLinears
-from rollout.models.patches.norms_and_rope import FusedModules
-from rollout.models.patches.shared_inputs import layers_with_shared_inputs
 from rollout.models.runners.select import select_strategy
-from rollout.progress.progress import Done, Progress
 from rollout.records import Batch, Record
 from rollout.requests import Request, StepReport, in_windows
-from rollout.sampling_params import SamplingParams, describe_parameters, unapplied_recommendations
+from rollout.sampling_params import SamplingParams
 from rollout.stats import Stats
 from rollout.tokenization.prompt import AddSpecialTokens, EncodingOptions, Prompt, Tool
 from rollout.tokenization.prompt_encoder import PromptEncoder
+from rollout.tracking.call_tracker import start_tracker
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 #: Rows read before the first decision; their lengths set the slab size.
 _FIRST_ROWS = 64
@@ -55,9 +55,6 @@ _FIRST_ROWS = 64
 _REMEMBERED_PROMPTS = 1 << 16
 #: Prompts of a sequence that are ordered together.
 _WINDOW = 1 << 12
-
-#: Share of the headroom for packed copies of linear weights; the rest is left to the KV cache.
-_COPIES_SHARE = 0.5
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +87,8 @@ class Engine:
         tools: JSON schemas or functions, for chats that have none of their own.
         add_special_tokens: ``auto`` adds to texts what the tokenizer puts before them, unless a text begins with it;
             True adds all that the tokenizer adds, to rendered chats as well; False adds nothing.
+        tracker: where the numbers of a job's metrics go, about once a second: ``tensorboard``, ``wandb``, ``trackio``,
+            ``mlflow``, or a tracker of accelerate's.
 
     Raises:
         UnsupportedModel: the model, or the model with that attention, is not supported; the message says why.
@@ -115,6 +114,7 @@ class Engine:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Tool] | None = None,
         add_special_tokens: AddSpecialTokens = "auto",
+        tracker: str | GeneralTracker | None = None,
     ) -> None:
         check_all(
             argument_checks(
@@ -162,23 +162,16 @@ class Engine:
         """Maximum tokens of prompt and completion together; None if the model states no limit."""
         self._vocab_size = vocabulary_size(model)
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
-        if split_reasoning and tokenizer is None:
-            raise InputError("split_reasoning needs a tokenizer: create the engine with one.")
-        self._reasoning = None
-        if tokenizer is not None and split_reasoning:
-            self._reasoning = ReasoningSplitter(tokenizer, skip_special_tokens)
-        elif tokenizer is not None and skip_special_tokens:
-            warn_if_skipped(tokenizer)
+        self._reasoning = reasoning_splitter(tokenizer, split=split_reasoning, skip_special_tokens=skip_special_tokens)
         self._ends = CompletionEnds(base.generation_config, tokenizer)
-        self._recommended: Any = base.generation_config
-        """Reported by the first call that does not use it, then None."""
-        for name, value in not_offered(base.generation_config).items():
-            logger.warning("The model's generation_config sets %s=%r, which this engine does not apply.", name, value)
+        self._recommendations = Recommendations(base.generation_config)
         self._rules = RuleCompiler(
             tokenizer, eos_ids=self._ends.eos_ids, vocab_size=min(self._vocab_size, logits_size(model))
         )
         self._lengths = LengthHistory(_REMEMBERED_PROMPTS)
         self._ordering = Ordering()
+        name = getattr(base.config, "name_or_path", "")
+        self._log_line = start_tracker(tracker, self, {"model": name, "attention": self.attention})
         self.stats: Stats | None = None
         """Totals of the last call that finished or was closed early."""
 
@@ -210,7 +203,9 @@ class Engine:
             InputError: an argument has no form that can be read, lists differ in length, or ids repeat.
         """
         given = list(given_prompts(prompts, attention_mask, self._pad_id))
-        ids = [str(i) for i in range(len(given))] if row_ids is None else list(given_row_ids(row_ids, given))
+        ids = list(map(str, range(len(given))))
+        if row_ids is not None:
+            ids = list(islice(given_row_ids(row_ids, given), len(given)))
         order = {row_id: i for i, row_id in enumerate(ids)}
         records = list(self._stream(given, params, seed, ids, progress))
         records.sort(key=lambda record: (order[record.row_id], record.sample))
@@ -241,7 +236,7 @@ class Engine:
     ) -> Iterator[Record]:
         if isinstance(params, SamplingParams):
             self.check_params(params)
-            self._report_recommendations(params)
+            self._recommendations.report(params)
         each, total = given_params(params, given), None
         if progress and isinstance(given, Sequence):
             listed = list(islice(each, len(given)))
@@ -251,26 +246,10 @@ class Engine:
         )
         if isinstance(given, Sequence) and self._lengths:
             requests = in_windows(requests, _WINDOW)
-        if not progress or int(os.environ.get("RANK") or 0):
+        progress = progress and not int(os.environ.get("RANK") or 0)
+        if not progress and self._log_line is None:
             return self.run(requests)
-        return self._run_with_progress(requests, total)
-
-    def _run_with_progress(self, requests: Iterable[Request], total: int | None) -> Iterator[Record]:
-        """Run like `run` and draw the progress; ``total``: samples, None if unknown."""
-        finished = 0
-        with Progress(total, lambda: Done(finished)) as progress:
-            for record in self.run(requests, on_step=progress.step):
-                finished += 1
-                yield record
-
-    def _report_recommendations(self, params: SamplingParams) -> None:
-        """Log once what the model recommends and the caller does not use."""
-        config, self._recommended = self._recommended, None
-        if recommended := unapplied_recommendations(config, params):
-            logger.info(
-                "The model's generation_config recommends %s; SamplingParams.from_generation_config applies this.",
-                describe_parameters(recommended),
-            )
+        return observed_call(self.run, requests, total=total, progress=progress, log_line=self._log_line)
 
     def check_params(self, params: SamplingParams) -> None:
         """Refuse parameters that do not suit the model and its tokenizer.
@@ -298,7 +277,9 @@ class Engine:
         self.stats = None
         refuse_adapters(self.model)  # another adapter may be active than in the last call
         layout = self._strategy.kv_layout()
-        patches = self._make_patches(layout)  # before the KV budget: the packed weights take their share of memory
+        # Before the KV budget: the packed weights take their share of memory.
+        free_bytes = after_reserve(self._headroom, self._reserve_fraction)
+        patches = make_patches(self.model, free_bytes, has_states=bool(layout.states))
         queue = WaitingQueue(
             self._ends.applied(requests),
             context_limit=self.context_limit,
@@ -344,20 +325,6 @@ class Engine:
             self.stats = loop.tally.stats(
                 peak_kv_bytes=kv.peak_bytes, kv_bytes_held=kv.bytes_held, seconds=time.perf_counter() - start
             )
-
-    def _make_patches(self, layout: KVLayout) -> Callable[[], AbstractContextManager[None]]:
-        """Pack linear weights within the headroom, and return a context manager that applies all patches."""
-        free_bytes = after_reserve(self._headroom, self._reserve_fraction)
-        linears = PackedLinears(self.model, int(free_bytes * _COPIES_SHARE), layers_with_shared_inputs(self.model))
-        # Recurrent states accumulate rounding differences, so these models keep their own kernels.
-        fused = nullcontext if layout.states else FusedModules(self.model).applied
-
-        @contextmanager
-        def applied() -> Iterator[None]:
-            with linears.applied(), fused():
-                yield
-
-        return applied
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt; chat messages go through the chat template, text is used unchanged.

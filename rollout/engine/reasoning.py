@@ -9,6 +9,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rollout.engine.detokenizer import Detokenizer, Ids, cut_at_stop, special_ids, special_pattern
+from rollout.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,25 @@ def find_think_tokens(tokenizer: PreTrainedTokenizerBase) -> ThinkTokens:
         *_KNOWN[0],
     )
     return _KNOWN[0]
+
+
+def reasoning_splitter(
+    tokenizer: PreTrainedTokenizerBase | None, *, split: bool, skip_special_tokens: bool
+) -> ReasoningSplitter | None:
+    """Return what splits reasoning from text if ``split``; else warn of reasoning without its tokens.
+
+    Raises:
+        InputError: there is no tokenizer to split with.
+    """
+    if split and tokenizer is None:
+        raise InputError("split_reasoning needs a tokenizer: create the engine with one.")
+    if tokenizer is None:
+        return None
+    if split:
+        return ReasoningSplitter(tokenizer, skip_special_tokens)
+    if skip_special_tokens:
+        warn_if_skipped(tokenizer)
+    return None
 
 
 def warn_if_skipped(tokenizer: PreTrainedTokenizerBase) -> None:

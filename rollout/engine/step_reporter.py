@@ -54,6 +54,8 @@ class StepReporter:
         tally.steps += 1
         tally.paused_row_steps += step.paused_rows
         tally.count_live_rows(step.live_rows, waiting_rows)
+        if self.on_step is None:
+            return
         report = StepReport(
             step=tally.steps,
             live_rows=step.live_rows,
@@ -74,5 +76,4 @@ class StepReporter:
         self._reported_tokens = tally.sampled_tokens
         self._reported_preemptions = tally.preempted_rows
         self._reported_ooms = tally.out_of_memory_events
-        if self.on_step is not None:
-            self.on_step(report)
+        self.on_step(report)
