@@ -147,7 +147,13 @@ class Batch:
         return dict.fromkeys(name for record in self.records for name in record.row)
 
     def to_padded(self, pad_token_id: int) -> Padded:
-        """Return the records as padded CPU tensors; an error record contributes the tokens it has."""
+        """Return the records as padded CPU tensors; an error record contributes the tokens it has.
+
+        Raises:
+            InputError: ``pad_token_id`` is None, as it is in a tokenizer without one.
+        """
+        if pad_token_id is None:
+            raise InputError("pad_token_id is None: give any id, e.g. eos_token_id; the masks leave it out.")
         import torch
 
         prompts = [record.prompt_ids for record in self.records]

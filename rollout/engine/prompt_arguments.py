@@ -56,7 +56,8 @@ def given_prompts(prompts: Any, attention_mask: Any = None, pad_id: int | None =
         return _rows_of_mapping(prompts)
     if isinstance(prompts, str | Chat):
         return [GivenPrompt(prompts)]
-    if prompts is None or isinstance(prompts, bytes | int | float) or not isinstance(prompts, Iterable):
+    is_single = isinstance(prompts, bytes | int | float) or _is_number(prompts)
+    if prompts is None or is_single or not isinstance(prompts, Iterable):
         raise InputError(
             f"prompts is {shorten(repr(prompts), 60)}, but must be texts, chats, lists of token ids or rows of a "
             "dataset."
@@ -147,14 +148,25 @@ def _rows_of_mapping(prompts: Mapping[str, Any]) -> list[GivenPrompt]:
 
 def _given(item: Any) -> GivenPrompt:
     if isinstance(item, Mapping) and PROMPT in item:
-        return GivenPrompt(item[PROMPT], {name: value for name, value in item.items() if name != PROMPT})
+        return GivenPrompt(_plain(item[PROMPT]), {name: value for name, value in item.items() if name != PROMPT})
     if _is_tokenized(item):
         given = given_prompts(item)
         ids = list(given)
         return ids[0] if len(ids) == 1 else GivenPrompt(item)
-    if _is_array(item) and _is_numeric(item):
-        return GivenPrompt(item.tolist()[0] if len(item.shape) == 2 and len(item) == 1 else item.tolist())
-    return GivenPrompt(item)
+    return GivenPrompt(_plain(item))
+
+
+def _plain(prompt: Any) -> Any:
+    """Return a prompt without arrays: they hold ids, or chat messages, as tables of pandas do."""
+    if _is_array(prompt) and len(prompt.shape):
+        values = prompt.tolist()
+        return _plain(values[0] if _is_numeric(prompt) and len(prompt.shape) == 2 and len(prompt) == 1 else values)
+    if isinstance(prompt, list) and any(isinstance(message, Mapping) for message in prompt):
+        return [
+            {name: _plain(value) for name, value in message.items()} if isinstance(message, Mapping) else message
+            for message in prompt
+        ]
+    return prompt
 
 
 def _as_list(value: Any) -> Any:
@@ -187,10 +199,9 @@ def given_row_ids(row_ids: Any, prompts: Iterable[GivenPrompt]) -> Iterator[str]
     """Yield one id per prompt as a string; without any, the prompts' indices.
 
     Raises:
-        InputError: an id is neither text nor a whole number, stands twice, or there are too few or too many.
+        InputError: an id is neither text nor a whole number, or stands twice, or a list has too few or too many.
     """
-    if isinstance(row_ids, str | int):
-        row_ids = [row_ids]
+    row_ids = [row_ids] if isinstance(row_ids, str | int) else _as_list(row_ids)
     if isinstance(prompts, Sequence) and hasattr(row_ids, "__len__") and len(row_ids) != len(prompts):
         raise InputError(f"row_ids has {len(row_ids)} entries, but there are {len(prompts)} prompts.")
     return _checked_ids(row_ids)
@@ -202,7 +213,7 @@ def given_seed(seed: Any) -> int:
     Raises:
         InputError: it is no 64-bit integer.
     """
-    if not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**63:
+    if type(seed) is bool or not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**63:
         raise InputError(f"seed is {shorten(repr(seed), 60)}, but must be a 64-bit integer.")
     return int(seed)
 
@@ -213,6 +224,8 @@ def _checked_ids(row_ids: Iterable[Any]) -> Iterator[str]:
         if type(given) is bool or not isinstance(given, str | Integral):
             raise InputError(f"row_ids has {shorten(repr(given), 60)}, but ids are strings or whole numbers.")
         row_id = str(given)
+        if not row_id.isascii() and row_id != row_id.encode(errors="ignore").decode():
+            raise InputError(f"row_ids has {shorten(repr(given), 60)}, which is not valid Unicode.")
         if row_id in seen:
             raise InputError(f"row_ids must differ from each other, but {shorten(row_id, 60)!r} stands twice.")
         seen.add(row_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -138,6 +139,12 @@ def test_no_prompts_give_an_empty_batch(engine: Engine) -> None:
     batch = engine.generate([])
     assert len(batch) == 0
     assert batch.stats.steps == 0
+
+
+def test_row_ids_of_an_endless_iterator_are_read_as_far_as_there_are_prompts(engine: Engine) -> None:
+    ids = (f"step-{i}" for i in count())
+    assert [record.row_id for record in engine.generate([[5, 6], [7]], _SHORT, row_ids=ids)] == ["step-0", "step-1"]
+    assert next(ids) == "step-2"
 
 
 def test_stream_with_too_few_row_ids_raises_input_error(engine: Engine) -> None:

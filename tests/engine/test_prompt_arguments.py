@@ -117,20 +117,46 @@ def test_row_ids_become_strings() -> None:
     given = [GivenPrompt("a"), GivenPrompt("b")]
     assert list(given_row_ids([7, "x"], given)) == ["7", "x"]
     assert list(given_row_ids(np.array([7, 8]), given)) == ["7", "8"]
+    assert list(given_row_ids(torch.tensor([7, 8]), given)) == ["7", "8"]
     assert list(given_row_ids("row", given[:1])) == ["row"]
 
 
 @pytest.mark.parametrize(
     ("row_ids", "message"),
-    [([1, "1"], "'1' stands twice"), ([1.5, 2], "1.5"), ([None, 1], "None"), ([True, 1], "True"), (["a"], "1 entries")],
+    [
+        ([1, "1"], "'1' stands twice"),
+        ([1.5, 2], "1.5"),
+        ([None, 1], "None"),
+        ([True, 1], "True"),
+        (["a"], "1 entries"),
+        (["é\ud800", "b"], "not valid Unicode"),
+    ],
 )
 def test_other_row_ids_are_refused(row_ids: Any, message: str) -> None:
     with pytest.raises(InputError, match=f"row_ids .*{message}"):
         list(given_row_ids(row_ids, [GivenPrompt("a"), GivenPrompt("b")]))
 
 
-@pytest.mark.parametrize("seed", ["x", None, 1.5, 2**63])
+@pytest.mark.parametrize("seed", ["x", None, 1.5, 2**63, True])
 def test_other_seeds_are_refused(seed: Any) -> None:
     assert given_seed(np.int64(3)) == 3
     with pytest.raises(InputError, match=r"seed is .*, but must be a 64-bit integer"):
         given_seed(seed)
+
+
+def test_arrays_of_tables_are_the_lists_that_were_stored() -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    stored = datasets.Dataset.from_list([{"prompt": parts}, {"prompt": parts}])
+    table = stored.to_pandas()
+    assert isinstance(table["prompt"][0], np.ndarray)
+    for form in (table, table["prompt"], list(table["prompt"])):
+        assert [given.prompt for given in given_prompts(form)] == [parts, parts]
+    ids = datasets.Dataset.from_list([{"prompt": [1, 2]}, {"prompt": [3]}])
+    for form in (ids.to_pandas(), ids.with_format("torch"), ids.with_format("numpy")):
+        assert [given.prompt for given in given_prompts(form)] == [[1, 2], [3]]
+
+
+def test_single_number_is_refused_in_any_type() -> None:
+    for number in (5, np.int64(5), torch.tensor(5), np.array(5.0)):
+        with pytest.raises(InputError, match=r"^prompts is .*, but must be texts"):
+            given_prompts(number)

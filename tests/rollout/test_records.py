@@ -48,6 +48,11 @@ def test_the_mask_is_of_what_was_generated_not_of_what_is_not_padding() -> None:
     assert padded.completion_mask.tolist() == [[1, 1], [1, 0]]
 
 
+def test_padding_without_an_id_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^pad_token_id is None"):
+        Batch((record("a", [1], [2]),), STATS).to_padded(None)  # type: ignore[arg-type]
+
+
 def test_error_records_are_rows_like_others() -> None:
     batch = Batch((record("a", [1, 2], [3]), record("empty", [], []), record("late", [4], [])), STATS)
     padded = batch.to_padded(PAD)
