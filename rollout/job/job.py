@@ -22,7 +22,7 @@ from rollout.job.ranks import Ranks, Topology
 from rollout.job.rewards import load_reward
 from rollout.job.sampling_defaults import with_model_defaults
 from rollout.job.shard_worker import ShardWorker
-from rollout.progress.progress import Done, Progress
+from rollout.progress.progress import Progress
 from rollout.record_columns import ABSENT_LOGPROBS
 from rollout.records import REASONING, RECORD_COLUMNS, Record
 from rollout.requests import Request, StepReport
@@ -243,7 +243,7 @@ def _generate(
             progress = stack.enter_context(
                 Progress(
                     run.rows * run.samples,
-                    lambda: Done(worker.samples_in_open_shards, run.committed_samples(), active_workers(run.paths)),
+                    lambda: worker.done(active_workers(run.paths)),
                 )
             )
             observers.append(progress.step)

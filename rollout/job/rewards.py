@@ -130,7 +130,7 @@ class Scorer:
                 "The reward of row %s, sample %d failed (%s); its completion is kept. Further failures are counted.",
                 record.row_id,
                 record.sample,
-                shorten(record.error, longest=200),
+                shorten(" ".join(record.error.split()), longest=200),
             )
 
 

@@ -14,6 +14,7 @@ from rollout.data.row_params import RowParams
 from rollout.errors import PromptError
 from rollout.job.rewards import Reward, Scorer
 from rollout.length_history import LengthHistory
+from rollout.progress.progress import Done
 from rollout.record_columns import ABSENT_LOGPROBS
 from rollout.records import Record
 from rollout.requests import Request, in_windows, turn_ends
@@ -123,10 +124,17 @@ class ShardWorker:
             self._commit_if_finished(shard)
         return records
 
-    @property
-    def samples_in_open_shards(self) -> int:
-        """Number of finished samples in shards that are not committed yet."""
-        return sum(len(shard.part.done) for shard in self._open.values())
+    def done(self, workers: int) -> Done:
+        """Count the finished samples of the run, and those that the other of so many workers are expected to do."""
+        run = self._run
+        own = sum(len(shard.part.done) for shard in self._open.values())
+        committed, begun = run.committed_samples(), run.begun_samples()
+        others = 0.0
+        if workers > 1:
+            mine = run.samples_of({*self._open, *([] if self._claimed is None else [self._claimed])})
+            unclaimed = run.samples * run.rows - committed - begun
+            others = max(0, begun - mine) + max(0, unclaimed) * (workers - 1) / workers
+        return Done(own, committed, workers, others)
 
     def close(self) -> None:
         """Release unfinished shards; their finished records stay in the part files."""

@@ -30,17 +30,23 @@ class Done(NamedTuple):
     """All others."""
     workers: int = 1
     """Workers at work."""
+    others: float = 0.0
+    """Unfinished samples that other workers work on, or are expected to take."""
 
 
 class _Estimate(NamedTuple):
+    """What is known at a time: counting reads folders of the run, and the time left is calculated for milliseconds."""
+
     at: float
+    done: Done
     seconds: float | None
+    """The time left; None if it cannot be judged."""
 
 
 class Progress:
     """Draw the progress of the whole run from one worker.
 
-    Other workers tell only what they have committed. Each is assumed to be as far and as fast as this one.
+    Of other workers, only what they have begun and committed is known. Each is assumed to be as fast as this one.
 
     Args:
         total: samples of the run; None if unknown.
@@ -60,7 +66,7 @@ class Progress:
         self._clock = clock
         self._display = display_on(console or Console(stderr=True))
         self._time_left = TimeLeft()
-        self._estimate = _Estimate(clock(), None)
+        self._estimate = _Estimate(clock(), Done(0), None)
         self._next_estimate = clock()
         self._drawn_at = self._begun_at = clock()
         self._begun_share = 0.0
@@ -92,9 +98,15 @@ class Progress:
 
     def view(self, now: float) -> View:
         """Return what to draw after the last step."""
-        done, last = self._done(), self._last
+        last = self._last
         assert last is not None, "step comes first"
-        left = self._seconds_left(done, now)
+        if now >= self._next_estimate:
+            self._estimate = self._new_estimate(last, now)
+            cost = self._clock() - now
+            self._next_estimate = now + max(_ESTIMATE_SECONDS, cost / _ESTIMATE_SHARE)
+        at, done, seconds = self._estimate
+        # It counts down between two estimates.
+        left = None if seconds is None else max(0.0, seconds - (now - at))
         self._recent.append((now, self._tokens))
         while len(self._recent) > 2 and self._recent[0][0] < now - RATE_SECONDS:
             self._recent.popleft()
@@ -102,26 +114,20 @@ class Progress:
         rate = _rate(self._tokens - tokens, now - since)
         live = f"{last.live_rows} live" + (f" of {last.row_target} ({last.reason})" if last.waiting_rows else "")
         # What is wanted most stands first: narrow terminals cut the end.
-        line = f"{self._samples(done)} · {_duration(left)} left · {rate} tok/s · {live}"
+        line = f"{self._samples(done)} · {_duration(left)} left · {_here(done)}{rate} tok/s · {live}"
         return View(self._share(done, left, now), line)
 
     def _samples(self, done: Done) -> str:
         count = done.own + done.committed
         return f"{count:,} samples" if self._total is None else f"{count:,}/{self._total:,} samples"
 
-    def _seconds_left(self, done: Done, now: float) -> float | None:
-        """Return the estimate, which is made anew from time to time and counts down in between."""
-        if self._total is None or self._last is None:
-            return None
-        if now >= self._next_estimate:
-            per_worker = (self._total - done.committed) / done.workers
-            waiting = max(0.0, per_worker - done.own - self._last.live_rows)
-            left_ms = self._time_left.milliseconds(waiting, 1e3 * now)
-            self._estimate = _Estimate(now, None if left_ms is None else left_ms / 1e3)
-            cost = self._clock() - now
-            self._next_estimate = now + max(_ESTIMATE_SECONDS, cost / _ESTIMATE_SHARE)
-        at, seconds = self._estimate
-        return None if seconds is None else max(0.0, seconds - (now - at))
+    def _new_estimate(self, last: StepReport, now: float) -> _Estimate:
+        done = self._done()
+        if self._total is None:
+            return _Estimate(now, done, None)
+        waiting = max(0.0, self._total - done.committed - done.own - done.others - last.live_rows)
+        left_ms = self._time_left.milliseconds(waiting, 1e3 * now)
+        return _Estimate(now, done, None if left_ms is None else left_ms / 1e3)
 
     def _share(self, done: Done, left: float | None, now: float) -> float:
         """Return the done share: of the time if it is known, which counts unfinished samples too, else of samples."""
@@ -146,9 +152,15 @@ class Progress:
         if self._last is not None:
             now, done = self._clock(), self._done()
             elapsed = now - self._begun_at
-            line = f"{self._samples(done)} · {_duration(elapsed)} in all · {_rate(self._tokens, elapsed)} tok/s"
+            rate = f"{_here(done)}{_rate(self._tokens, elapsed)}"
+            line = f"{self._samples(done)} · {_duration(elapsed)} in all · {rate} tok/s"
             self._display.draw(View(self._share(done, None, now), line))
         self._display.stop()
+
+
+def _here(done: Done) -> str:
+    """Return what stands before the numbers that are known of this worker alone."""
+    return "this worker: " if done.workers > 1 else ""
 
 
 def _rate(tokens: int, seconds: float) -> str:

@@ -9,7 +9,7 @@ import platform
 import shutil
 import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -65,8 +65,14 @@ class RunDir:
 
     def committed_samples(self) -> int:
         """Count the samples in committed shards."""
-        manifests = self.paths.shards.glob("*.json")
-        shards = [int(path.stem) for path in manifests if path.stem.isdigit()]
+        return self.samples_of(int(path.stem) for path in self.paths.shards.glob("*.json") if path.stem.isdigit())
+
+    def begun_samples(self) -> int:
+        """Count the samples in shards that a worker has begun and not committed, killed workers among them."""
+        return self.samples_of(int(path.stem) for path in self.paths.work.glob("*.lock") if path.stem.isdigit())
+
+    def samples_of(self, shards: Iterable[int]) -> int:
+        """Count the samples of some shards."""
         return self.samples * sum(len(self.shard_rows(shard)) for shard in shards)
 
     def complete(self) -> bool:

@@ -65,7 +65,7 @@ class Summary:
             "live batch": "" if speed is None else f"{speed.live_samples_min} to {speed.live_samples_max} samples",
             "finished": format_counts(totals.finish_reasons),
             "errors": f"{totals.error_rows} prompts ({format_counts(totals.errors)})" if totals.errors else "none",
-            "first errors": "; ".join(self.first_errors),
+            "error rows": "; ".join(self.first_errors),
             "mean reward": "" if totals.mean_reward is None else f"{totals.mean_reward:.4f}",
             "files": f"{run.paths.shards}/*.{run.format}",
             "verify": f"python -m rollout.verify {shlex.quote(str(run.paths.root))}",

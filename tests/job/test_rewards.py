@@ -127,6 +127,14 @@ def test_first_failure_is_said_at_once_and_all_are_counted(caplog: pytest.LogCap
     ]
 
 
+def test_reason_of_several_lines_is_said_in_one(caplog: pytest.LogCaptureFixture) -> None:
+    def failing_at_length(row: dict[str, Any], text: str) -> float:
+        raise ValueError("no answer:\n  nowhere")
+
+    score(RECORD, {}, failing_at_length)
+    assert "failed (ValueError: no answer: nowhere); its completion" in caplog.text
+
+
 def test_function_cannot_change_the_row_of_other_samples() -> None:
     columns = {"answer": 1}
     score(RECORD, columns, lambda row, text: row.pop("answer"))

@@ -44,12 +44,12 @@ def observation(age: int, finished: int = 0, ms: float = 125.0) -> Observation:
     )
 
 
-def drawn(console: Console, seconds: float, total: int | None = 100, workers: int = 1) -> str:
+def drawn(console: Console, seconds: float, total: int | None = 100, workers: int = 1, others: float = 0) -> str:
     """Draw a run in which a row of 50 tokens ends every fourth step, for so many seconds of eight steps."""
     clock, done = Clock(), 0
     out = console.file
     assert isinstance(out, io.StringIO)
-    with Progress(total, lambda: Done(done, 0, workers), console, clock) as progress:
+    with Progress(total, lambda: Done(done, 0, workers, others), console, clock) as progress:
         for step in range(round(seconds * 8)):
             clock.now += 0.125
             ended = int(step % 4 == 3)
@@ -96,13 +96,19 @@ def test_narrow_terminal_shows_the_time_left() -> None:
     assert text.count(" left") > 5
 
 
-def test_time_left_counts_what_other_workers_do() -> None:
-    def left(workers: int) -> int:
-        last = drawn(Console(file=io.StringIO(), width=200), seconds=65, total=5000, workers=workers).splitlines()[-2]
+def test_time_left_leaves_out_what_other_workers_do() -> None:
+    def left(workers: int, total: int, others: float) -> int:
+        console = Console(file=io.StringIO(), width=200)
+        last = drawn(console, seconds=65, total=total, workers=workers, others=others).splitlines()[-2]
         hours, minutes, seconds = f"0:{last.split(' · ')[1].removesuffix(' left')}".split(":")[-3:]
         return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
 
-    assert left(2) == pytest.approx(left(1) / 2, rel=0.1)
+    assert left(2, 5000, others=2500) == pytest.approx(left(1, 2500, others=0), rel=0.1)
+
+
+def test_numbers_of_one_worker_are_said_to_be_its_own() -> None:
+    lines = drawn(Console(file=io.StringIO(), width=200), seconds=15, workers=2).splitlines()
+    assert all(" · this worker: 24 tok/s" in line for line in lines)
 
 
 def test_log_lines_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
