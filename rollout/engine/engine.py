@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
@@ -265,7 +265,7 @@ class Engine:
 
     def run(
         self, requests: Iterable[Request], *, on_step: Callable[[StepReport], None] | None = None
-    ) -> Iterator[Record]:
+    ) -> Generator[Record, None, None]:
         """Generate for a stream of requests and yield records as they finish.
 
         The module is borrowed only while steps run, so between records it is as its owner left it.

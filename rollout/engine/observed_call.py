@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from typing import Protocol
 
@@ -13,12 +13,13 @@ from rollout.tracking.call_tracker import LogLine
 from rollout.tracking.step_metrics import StepMetrics
 
 OnStep = Callable[[StepReport], None]
+Records = Generator[Record, None, None]
 
 
 class Run(Protocol):
     """Runs requests; `Engine.run`."""
 
-    def __call__(self, requests: Iterable[Request], *, on_step: OnStep | None = None) -> Iterator[Record]: ...
+    def __call__(self, requests: Iterable[Request], *, on_step: OnStep | None = None) -> Records: ...
 
 
 def observed_call(

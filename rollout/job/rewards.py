@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
-import math
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 BATCH_KEY = "_batch_"
 """Key of ``reward`` that is no argument of the function: how many completions it takes at once."""
+
+_LARGEST = 3.4028234663852886e38
+"""Largest number of 32 bits, which records store."""
 
 
 class Reward(NamedTuple):
@@ -52,6 +55,9 @@ def load_reward(config: dict[str, Any] | None) -> Reward | None:
         raise InputError(f"reward._target_={target} cannot be used: {first_line(error.__cause__ or error)}.") from error
     taken = "an input row and the text of a completion" if batch is None else "a list of input rows and one of texts"
     try:
+        if isinstance(function, functools.partial):
+            # Of a partial function, only this says which argument is not taken.
+            inspect.signature(function.func).bind_partial(**function.keywords)
         inspect.signature(function).bind({}, "")
     except (TypeError, ValueError) as error:
         raise InputError(f"reward._target_={target} must accept {taken}: {error}.") from error
@@ -105,7 +111,7 @@ class Scorer:
     def _score_batch(self, function: Callable[..., Any], pending: list[_Unscored]) -> list[Record] | None:
         """Score a batch in one call; None if the call fails, so that only the records at fault may fail."""
         try:
-            values = list(function([dict(one.columns) for one in pending], [one.record.text for one in pending]))
+            values = _values(function([dict(one.columns) for one in pending], [one.record.text for one in pending]))
         except (Exception, SystemExit):  # noqa: BLE001  # a user's function may raise anything
             return None
         if len(values) != len(pending):
@@ -118,10 +124,12 @@ class Scorer:
         try:
             if not reward.batch:
                 return _with_reward(record, reward.function(columns, record.text))
-            (value,) = reward.function([columns], [record.text])
+            values = _values(reward.function([columns], [record.text]))
         except (Exception, SystemExit) as error:  # noqa: BLE001  # only this record fails
             return _failed(record, f"{type(error).__name__}: {error}")
-        return _with_reward(record, value)
+        if len(values) != 1:
+            return _failed(record, f"The function returned {len(values)} rewards for 1 completion.")
+        return _with_reward(record, values[0])
 
     def _count_failure(self, record: Record) -> None:
         self.failed += 1
@@ -134,13 +142,29 @@ class Scorer:
             )
 
 
-def _with_reward(record: Record, value: object) -> Record:
+def _values(returned: object) -> list[object]:
+    """Return the rewards of a batch as a list.
+
+    Raises:
+        TypeError: they come in no order, or are not several.
+    """
+    if isinstance(returned, str | bytes | Mapping | Set) or not isinstance(returned, Iterable):
+        raise TypeError(
+            f"the function returned {shorten(repr(returned), longest=80)}, but must return a list of numbers"
+        )
+    return list(returned)
+
+
+def _with_reward(record: Record, value: Any) -> Record:
     """Return the record with a reward of any numeric type, or with an error if it is no finite number."""
     try:
-        reward = float(value)  # type: ignore[arg-type]
+        # Of an array or tensor with a single number, the number.
+        reward = float(value.item() if hasattr(value, "item") else value)
     except Exception:  # noqa: BLE001  # a value of a user's type may raise anything
         return _failed(record, f"The reward is {shorten(repr(value), longest=80)}, but must be a number.")
-    return replace(record, reward=reward) if math.isfinite(reward) else _failed(record, f"The reward is {reward}.")
+    if not abs(reward) <= _LARGEST:
+        return _failed(record, f"The reward is {reward}, but must be a finite number of 32 bits.")
+    return replace(record, reward=reward)
 
 
 def _failed(record: Record, error: str) -> Record:

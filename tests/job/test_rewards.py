@@ -98,13 +98,15 @@ def test_reward_that_exits_keeps_the_job() -> None:
     assert score(RECORD, {}, lambda row, text: sys.exit(3)).error == "SystemExit: 3"
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "many", [1.0, 2.0], {}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e39, 10**400, None, "many", [1.0, 2.0], {}])
 def test_reward_that_is_no_finite_number_is_an_error(value: Any) -> None:
     result = score(RECORD, {}, lambda row, text: value)
     assert (result.error_class, result.reward) == ("reward_failed", None)
 
 
-@pytest.mark.parametrize("value", [1, True, np.float32(1), np.array(1), torch.tensor(1.0), Fraction(1)])
+@pytest.mark.parametrize(
+    "value", [1, True, np.float32(1), np.array([1]), torch.ones(1, requires_grad=True), Fraction(1)]
+)
 def test_reward_of_any_numeric_type_is_a_float(value: Any) -> None:
     result = score(RECORD, {}, lambda row, text: value)
     assert type(result.reward) is float
@@ -179,3 +181,18 @@ def test_wrong_number_of_rewards_fails_the_batch() -> None:
 def test_async_functions_and_empty_batches_are_refused(name: str, batch: int | None, why: str) -> None:
     with pytest.raises(InputError, match=why):
         load_reward({"_target_": f"{HERE}.{name}", "_batch_": batch})
+
+
+@pytest.mark.parametrize("returned", [{0: 1.0, 1: 2.0}, {1.0, 2.0}, "12", b"12", 1.0, None])
+def test_batch_of_rewards_in_no_order_is_an_error(returned: Any) -> None:
+    scorer = Scorer(Reward(lambda rows, texts: returned, batch=2))
+    assert scorer.add(RECORD, {}) == []
+    scored = scorer.add(RECORD, {})
+    assert [record.reward for record in scored] == [None, None]
+    for record in scored:
+        assert record.error.startswith(f"TypeError: the function returned {returned!r}, but must return a list")
+
+
+def test_argument_that_the_reward_does_not_take_is_named() -> None:
+    with pytest.raises(InputError, match="got an unexpected keyword argument 'no_such_argument'"):
+        load_reward({"_target_": f"{HERE}.length", "no_such_argument": 1})
