@@ -15,6 +15,8 @@ JSON = pa.json_()
 MIXED = JSON
 """Type of a column whose values have several types."""
 _PLAIN: dict[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+_VIEWS = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+_ANNOTATED = {pa.uuid(): pa.string(), pa.bool8(): pa.bool_()}
 _MOST_FIELDS = 512
 """Beyond this number of fields, objects are maps with keys of their own rather than records."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -64,15 +66,27 @@ def _fields(kind: pa.DataType) -> int:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """Return a type with the usual name for the items of lists: each format and writer has a name of its own."""
-    if pa.types.is_list(kind):
-        return pa.list_(plain_type(kind.value_type))
-    if pa.types.is_large_list(kind):
-        return pa.large_list(plain_type(kind.value_type))
+    """Return the type in which a column is written.
+
+    Types that lay out or annotate values in a way of their own, such as views and UUIDs, become the usual type of
+    those, and the items of lists get their usual name: each format and writer has a name of its own.
+    """
+    if pa.types.is_run_end_encoded(kind):
+        return plain_type(kind.value_type)
+    if isinstance(kind, pa.OpaqueType | pa.FixedShapeTensorType):
+        return plain_type(kind.storage_type)
+    return _ANNOTATED.get(kind) or _without_views(kind)
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind) or pa.types.is_list_view(kind):
+        return pa.list_(_without_views(kind.value_type))
+    if pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind):
+        return pa.large_list(_without_views(kind.value_type))
     if pa.types.is_struct(kind):
         fields = (kind.field(index) for index in range(kind.num_fields))
-        return pa.struct([(field.name, plain_type(field.type)) for field in fields])
-    return kind
+        return pa.struct([(field.name, _without_views(field.type)) for field in fields])
+    return _VIEWS.get(kind, kind)
 
 
 def merge_types(one: pa.DataType, other: pa.DataType) -> pa.DataType:
@@ -191,6 +205,8 @@ def to_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
             return pa.chunked_array([pa.array([_without_surrogates(value) for value in python_values(column)], kind)])
     if column.type == kind:
         return column
+    if kind != MIXED:
+        column = _laid_out_as_usual(column, kind)
     if kind != MIXED and not _holds_json(column.type):
         # Of merged types only integers in lists of floats lose something: what is beyond 53 bits.
         return column.cast(kind, safe=False)
@@ -202,6 +218,19 @@ def to_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
         return pa.chunked_array([pa.array(plain, kind)])
     except pa.ArrowInvalid:
         return pa.chunked_array([pa.array(plain).cast(kind, safe=False)])
+
+
+def _laid_out_as_usual(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Return the values of a column in a form that Arrow can cast to a type of `plain_type`."""
+    if pa.types.is_run_end_encoded(column.type):
+        return pa.chunked_array([pc.run_end_decode(chunk) for chunk in column.chunks], column.type.value_type)
+    if isinstance(column.type, pa.UuidType):
+        return pa.chunked_array([[None if value is None else str(value) for value in column.to_pylist()]], pa.string())
+    if isinstance(column.type, pa.BaseExtensionType) and not isinstance(column.type, pa.JsonType):
+        return pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+    if pa.types.is_nested(column.type) and "view" in str(column.type):
+        return pa.chunked_array([column.to_pylist()], kind)
+    return column
 
 
 def _without_surrogates(value: Any) -> Any:

@@ -30,7 +30,7 @@ from rollout.models.errors import first_line
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 """Raised when files of an earlier version are to be read anew."""
 _IN_MEMORY_BYTES = 32 << 20
 """Files of less than this are read into memory by each process, larger ones into the cache by one of them."""

@@ -24,14 +24,14 @@ class KeptRows(NamedTuple):
 def shard_schema(kept: pa.Schema, form: str, absent: Sequence[str] = (), split_reasoning: bool = False) -> pa.Schema:
     """Return the schema of a run's shards: the columns of a record, with the kept input columns after the first two.
 
-    Input columns whose type Parquet cannot hold become JSON text.
+    Input columns whose type Parquet or ``datasets`` cannot hold become JSON text.
 
     Args:
         absent: columns of a record that the run does not write.
         split_reasoning: whether reasoning has a column of its own.
     """
     inputs = [
-        field.with_type(pa.string()) if form == "parquet" and not _fits_parquet(field) else field for field in kept
+        field.with_type(pa.string()) if form == "parquet" and not _can_be_loaded(field) else field for field in kept
     ]
     columns = [field for field in SCHEMA if field.name not in absent]
     if split_reasoning:
@@ -44,10 +44,13 @@ def describe_columns(schema: pa.Schema, form: str) -> dict[str, str]:
     return {field.name: str(field.type) for field in (_as_stored(schema) if form == "parquet" else schema)}
 
 
-def _fits_parquet(field: pa.Field) -> bool:
+def _can_be_loaded(field: pa.Field) -> bool:
+    """Return whether ``load_dataset`` reads a column from a Parquet file."""
+    import datasets
+
     try:
-        _as_stored(pa.schema([field]))
-    except pa.ArrowNotImplementedError:
+        datasets.Features.from_arrow_schema(_as_stored(pa.schema([field])))
+    except (pa.ArrowNotImplementedError, ValueError):
         return False
     return True
 

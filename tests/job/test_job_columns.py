@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -156,3 +158,31 @@ def test_reasoning_is_a_column_where_it_is_split(tmp_path: Path) -> None:
     plain = config_of(tmp_path, f"data.path={tmp_path / 'rows.jsonl'}", f"output.dir={tmp_path / 'plain'}")
     assert run_job(plain, load_fake()) == Exit.COMPLETE
     assert read_records(tmp_path / "plain")[0]["reasoning"] == "mine"
+
+
+UUID = uuid.UUID("12345678-1234-5678-1234-567812345678")
+_UUIDS = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([UUID.bytes], pa.binary(16)))
+SELDOM: dict[str, tuple[pa.Array, Any]] = {
+    "uuid": (_UUIDS, str(UUID)),
+    "uuids": (pa.ListArray.from_arrays([0, 1], _UUIDS), json.dumps([str(UUID)])),
+    "map": (pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())), '[["k", 1]]'),
+    "texts": (pa.array([["a", "é"]], pa.list_(pa.string_view())), ["a", "é"]),
+    "text view": (pa.array(["é"], pa.string_view()), "é"),
+    "numbers": (pa.array([[1, 2]], pa.list_view(pa.int64())), [1, 2]),
+    "run": (pa.RunEndEncodedArray.from_arrays([1], ["x"]), "x"),
+    "flag": (pa.ExtensionArray.from_storage(pa.bool8(), pa.array([1], pa.int8())), True),
+    "tensor": (pa.FixedShapeTensorArray.from_numpy_ndarray(np.ones((1, 2, 2))), [1.0] * 4),
+    "interval": (pa.array([(1, 2, 3)], pa.month_day_nano_interval()), None),
+}
+
+
+def test_values_of_types_that_datasets_does_not_know_can_be_loaded(tmp_path: Path) -> None:
+    table = pa.table({"prompt": pa.array(["a"], pa.string_view()), **{name: pair[0] for name, pair in SELDOM.items()}})
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as sink:
+        sink.write_table(table)
+    assert run_job(config_of(tmp_path, f"data.path={tmp_path / 'rows.arrow'}"), load_fake()) == Exit.COMPLETE
+    assert verify(tmp_path / "out").complete
+    (row,) = loaded(tmp_path, "parquet")
+    found = {name: row[name] for name, pair in SELDOM.items() if pair[1] is not None}
+    assert found == {name: value for name, (_, value) in SELDOM.items() if value is not None}
+    assert "nanoseconds=3" in row["interval"]
