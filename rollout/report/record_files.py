@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from rollout import record_columns
 from rollout.models.errors import first_line
 from rollout.records import RECORD_COLUMNS
+from rollout.run_dir.json_values import json_value
 from rollout.run_dir.part_file import read_whole_records
 from rollout.run_dir.run import RunDir
 
@@ -113,7 +114,7 @@ def _parquet_records(path: Path, rows: Collection[int]) -> dict[int, dict[str, A
                 for batch in file.iter_batches(BATCH_RECORDS, row_groups=[group], columns=columns):
                     for row in rows:
                         if at <= row < at + len(batch):
-                            (found[row],) = batch.slice(row - at, 1).to_pylist()
+                            found[row] = {name: json_value(batch.column(name)[row - at]) for name in columns}
                     at += len(batch)
             start = end
     return found

@@ -44,6 +44,13 @@ def test_records_are_found_in_any_row_group(tmp_path: Path) -> None:
     assert {row: values["row_id"] for row, values in chosen.items()} == {row: f"row-{row}" for row in (0, 6, 7, 55, 99)}
 
 
+def test_values_that_python_cannot_hold_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "00000.parquet"
+    body = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"messages": ["a"]}']))
+    pq.write_table(pa.table({"day": pa.array([-(10**6)], pa.int32()).cast(pa.date32()), "body": body}), path)
+    assert read_records(path, [0]) == {0: {"day": -(10**6), "body": {"messages": ["a"]}}}
+
+
 @pytest.mark.parametrize("name", ["00000.parquet", "00000.jsonl"])
 @pytest.mark.parametrize("content", [b"PAR1 torn", b'{"row_id": "a", "completion_ids": "no list"}\n'])
 def test_torn_file_is_unreadable(tmp_path: Path, name: str, content: bytes) -> None:
