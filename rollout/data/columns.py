@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import pyarrow as pa
@@ -13,8 +15,11 @@ from rollout.config.schema import DataConfig
 from rollout.errors import InputError
 from rollout.tokenization.template_columns import TEMPLATE_COLUMNS
 
-#: What datasets usually call the column of prompts.
-_PROMPT_COLUMNS = ("messages", "conversations", "prompts", "question", "instruction", "problem", "query", "text")
+_PROMPT_COLUMNS = (
+    *("prompt", "messages", "conversations", "conversation", "prompts", "question", "instruction"),
+    *("problem", "query", "input", "inputs", "text", "content"),
+)
+"""Names under which datasets have prompts, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +60,9 @@ class ColumnChoice:
         """
         for key, column in self.read.items():
             if not resolve(column, available):
-                usual = next(
-                    (name for name in _PROMPT_COLUMNS if key == "data.prompt_column" and name in available), None
-                )
-                advice = f": write {key}={usual}" if usual and key == "data.prompt_column" else ""
-                raise InputError(f"{key}={column} is not a column of {where}, which has {_listed(available)}{advice}.")
+                likely = _likely(key, column, available)
+                hint = f": write {_assignment(key, likely)}" if likely else ""
+                raise InputError(f"{key}={column} is not a column of {where}, which has {_listed(available)}{hint}.")
 
     def check_prompt_type(self, where: str, schema: pa.Schema) -> None:
         """Refuse a file of typed columns whose prompt column has a type that no prompt has.
@@ -77,6 +80,23 @@ class ColumnChoice:
     def key(self) -> list[Any]:
         """Return what tells this choice from others, as JSON can hold it."""
         return list(astuple(self))
+
+
+def _likely(key: str, column: str, available: Sequence[str]) -> str | None:
+    """Return the column that is probably meant by the name of one that does not exist."""
+    spelled = {name.strip().casefold(): name for name in reversed(available)}
+    if near := get_close_matches(column.strip().casefold(), spelled, n=1, cutoff=0.8):
+        return spelled[near[0]]
+    if key != "data.prompt_column":
+        return None
+    if {"custom_id", "body"} <= spelled.keys():
+        return "body.messages"
+    return next((spelled[name] for name in _PROMPT_COLUMNS if name in spelled), None)
+
+
+def _assignment(key: str, value: str) -> str:
+    """Format a word of the command line, with the quotes that a name with spaces or the like needs."""
+    return f"{key}={value}" if re.fullmatch(r"[\w.-]+", value) else f"'{key}=\"{value}\"'"
 
 
 def _may_hold_prompts(kind: pa.DataType) -> bool:

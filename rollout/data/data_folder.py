@@ -42,9 +42,7 @@ def files_of_folder(folder: str, name: str | None, split: str) -> tuple[DataFile
             every = DataFilesDict.from_patterns({"all": ["**"]}, base_path=base, allowed_extensions=_EXTENSIONS)
             _warn_of_others(folder, every["all"], splits)
     except (EmptyDatasetError, FileNotFoundError) as error:
-        raise InputError(
-            f"data.path={folder} is a folder in which no file can be read; readable are {', '.join(FORMATS)}."
-        ) from error
+        raise _no_file(folder) from error
     except (ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
@@ -52,9 +50,17 @@ def files_of_folder(folder: str, name: str | None, split: str) -> tuple[DataFile
     chosen = {key: _of_one_format(folder, files) for key, files in splits.items()}
     if split not in chosen:
         raise InputError(f"data.split={split} is not in {folder}, which has {', '.join(sorted(chosen))}.")
+    if not chosen[split] and not patterns:
+        raise _no_file(folder)
     if not chosen[split]:
         raise InputError(f"data.split={split} of {folder} has no file: its README.md names files that are not there.")
     return chosen[split]
+
+
+def _no_file(folder: str) -> InputError:
+    return InputError(
+        f"data.path={folder} is a folder in which no file can be read; readable are {', '.join(FORMATS)}."
+    )
 
 
 def _warn_of_others(folder: str, paths: list[str], splits: dict[str, list[str]]) -> None:

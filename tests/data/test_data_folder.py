@@ -108,3 +108,10 @@ def test_files_that_are_left_out_are_named(tmp_path: Path, caplog: pytest.LogCap
     write(tmp_path / "train_1.jsonl")
     assert names(tmp_path) == ["train_1.jsonl"]
     assert "of no split, and not read, are a.jsonl, b.jsonl, c.csv, notes.txt" in caplog.text
+
+
+def test_folder_of_files_without_suffixes_is_refused(tmp_path: Path) -> None:
+    for name in ("_SUCCESS", "part-00000", ".part-00000.crc"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=r"no file can be read; readable are \.jsonl"):
+        names(tmp_path)

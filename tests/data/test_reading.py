@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import lzma
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -72,6 +73,52 @@ def test_csv_with_bom_crlf_quotes_and_blank_lines(tmp_path: Path) -> None:
     prompts = read(write(tmp_path / "a.csv", table), "data.id_column='my id'")
     assert texts(prompts) == ['a\nb "c", d', "plain"]
     assert prompts.row_ids == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("a.csv", '\ufeffid;prompt\r\n01;"a;b, c"\r\n'),
+        ("a.csv", 'sep=;\r\nid;prompt\r\n01;"a;b, c"\r\n'),
+        ("a.csv", "id|prompt\n01|a;b, c\n"),
+        ("a.csv", "id\tprompt\n01\ta;b, c\n"),
+        ("a.tsv", 'id,prompt\n01,"a;b, c"\n'),
+    ],
+)
+def test_header_or_first_line_shows_another_delimiter(tmp_path: Path, name: str, table: str) -> None:
+    assert columns_of(read(write(tmp_path / name, table))) == [{"id": "01", "prompt": "a;b, c"}]
+
+
+def test_column_name_with_a_delimiter_divides_nothing(tmp_path: Path) -> None:
+    prompts = read(write(tmp_path / "a.csv", "prompt; text\na;b\n"), "data.prompt_column='prompt; text'")
+    assert texts(prompts) == ["a;b"]
+
+
+def test_line_of_a_csv_error_counts_a_line_that_names_the_delimiter(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Line 4 of .* a field with a semicolon in it"):
+        read(write(tmp_path / "a.csv", "sep=;\nid;prompt\n1;a\n2;a;b\n"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "hint"),
+    [
+        (["meta", "messages"], "prompt", "write data.prompt_column=messages"),
+        (["answer", "question"], "prompt", "write data.prompt_column=question"),
+        (["custom_id", "body"], "prompt", "write data.prompt_column=body.messages"),
+        (["text", "Prompt "], "prompt", "write 'data.prompt_column=\"Prompt \"'"),
+        (["text", "promt"], "prompt", "write data.prompt_column=promt"),
+    ],
+)
+def test_refusal_names_the_likely_prompt_column(tmp_path: Path, columns: list[str], asked: str, hint: str) -> None:
+    path = write(tmp_path / "a.jsonl", lines([dict.fromkeys(columns, "x")]))
+    with pytest.raises(InputError, match=re.escape(hint)):
+        read(path, f"data.prompt_column={asked}")
+
+
+def test_refusal_names_no_column_that_is_not_likely(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines([{"prompt": "a", "text": "b"}]))
+    with pytest.raises(InputError, match=r"data\.id_column=key is not .* which has prompt, text\.$"):
+        read(path, "data.id_column=key")
 
 
 def test_repeated_csv_header_is_refused_only_where_it_is_read(tmp_path: Path) -> None:
@@ -169,7 +216,7 @@ def test_column_that_is_not_read_is_not_held(tmp_path: Path) -> None:
 def test_file_without_the_prompt_column_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", lines([{"prompt": "a"}]))
     write(tmp_path / "b.jsonl", lines([{"text": "b"}]))
-    with pytest.raises(InputError, match=r"prompt is not a column of .*b\.jsonl, which has text\."):
+    with pytest.raises(InputError, match=r"prompt is not a column of .*b\.jsonl, which has text: write"):
         read(tmp_path / "*.jsonl")
     pq.write_table(pa.table({"prompt": [1.5]}), tmp_path / "c.parquet")
     with pytest.raises(InputError, match=r"prompt holds double values in .*c\.parquet"):
