@@ -173,7 +173,9 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_missing_column_is_refused_with_the_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
-    with pytest.raises(InputError, match=r"data\.prompt_column=question is not a column .* which has prompt, answer: write"):
+    with pytest.raises(
+        InputError, match=r"data\.prompt_column=question is not a column .* which has prompt, answer: write"
+    ):
         read_prompts(data(path, "data.prompt_column=question"))
     with pytest.raises(InputError, match=r"data\.id_column=key is not a column .* prompt, answer\."):
         read_prompts(data(path, "data.id_column=key"))
