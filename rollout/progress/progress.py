@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Generic, NamedTuple, Self, TypeVar
 
 from rich.console import Console
 
@@ -14,11 +14,13 @@ from rollout.batcher.estimators.time_left import TimeLeft
 from rollout.progress.displays import View, display_on
 from rollout.requests import StepReport
 
+T = TypeVar("T")
+
 RATE_SECONDS = 30.0
 """Length of the window that the rate of tokens is measured over."""
-_ESTIMATE_SECONDS = 1.0
-#: Estimates take at most this share of the time.
-_ESTIMATE_SHARE = 0.01
+_SPARING_SECONDS = 1.0
+#: What is called sparingly takes at most this share of the time.
+_SPARING_SHARE = 0.01
 
 
 class Done(NamedTuple):
@@ -35,12 +37,26 @@ class Done(NamedTuple):
 
 
 class _Estimate(NamedTuple):
-    """What is known at a time: counting reads folders of the run, and the time left is calculated for milliseconds."""
-
     at: float
-    done: Done
     seconds: float | None
-    """The time left; None if it cannot be judged."""
+
+
+class _Sparing(Generic[T]):
+    """A value that is made anew once a second, or less often where that would take much of the time."""
+
+    def __init__(self, make: Callable[[], T], clock: Callable[[], float]) -> None:
+        self._make = make
+        self._clock = clock
+        self._next = clock()
+        self._value: T | None = None
+
+    def __call__(self, now: float) -> T:
+        if self._value is None or now >= self._next:
+            begun = self._clock()
+            self._value = self._make()
+            cost = self._clock() - begun
+            self._next = now + max(_SPARING_SECONDS, cost / _SPARING_SHARE)
+        return self._value
 
 
 class Progress:
@@ -66,8 +82,9 @@ class Progress:
         self._clock = clock
         self._display = display_on(console or Console(stderr=True))
         self._time_left = TimeLeft()
-        self._estimate = _Estimate(clock(), Done(0), None)
-        self._next_estimate = clock()
+        # Counting reads the folders of a run, and an estimate is calculated for milliseconds.
+        self._counted = _Sparing(done, clock)
+        self._estimated = _Sparing(self._estimate, clock)
         self._drawn_at = self._begun_at = clock()
         self._begun_share = 0.0
         self._tokens = 0
@@ -100,11 +117,8 @@ class Progress:
         """Return what to draw after the last step."""
         last = self._last
         assert last is not None, "step comes first"
-        if now >= self._next_estimate:
-            self._estimate = self._new_estimate(last, now)
-            cost = self._clock() - now
-            self._next_estimate = now + max(_ESTIMATE_SECONDS, cost / _ESTIMATE_SHARE)
-        at, done, seconds = self._estimate
+        done = self._counted(now)
+        at, seconds = self._estimated(now)
         # It counts down between two estimates.
         left = None if seconds is None else max(0.0, seconds - (now - at))
         self._recent.append((now, self._tokens))
@@ -121,13 +135,14 @@ class Progress:
         count = done.own + done.committed
         return f"{count:,} samples" if self._total is None else f"{count:,}/{self._total:,} samples"
 
-    def _new_estimate(self, last: StepReport, now: float) -> _Estimate:
-        done = self._done()
-        if self._total is None:
-            return _Estimate(now, done, None)
+    def _estimate(self) -> _Estimate:
+        now, last = self._clock(), self._last
+        if self._total is None or last is None:
+            return _Estimate(now, None)
+        done = self._counted(now)
         waiting = max(0.0, self._total - done.committed - done.own - done.others - last.live_rows)
         left_ms = self._time_left.milliseconds(waiting, 1e3 * now)
-        return _Estimate(now, done, None if left_ms is None else left_ms / 1e3)
+        return _Estimate(now, None if left_ms is None else left_ms / 1e3)
 
     def _share(self, done: Done, left: float | None, now: float) -> float:
         """Return the done share: of the time if it is known, which counts unfinished samples too, else of samples."""

@@ -111,6 +111,24 @@ def test_numbers_of_one_worker_are_said_to_be_its_own() -> None:
     assert all(" · this worker: 24 tok/s" in line for line in lines)
 
 
+def test_slow_counts_are_made_seldom_and_hold_up_no_other_number() -> None:
+    clock, counts = Clock(), 0
+
+    def count() -> Done:
+        nonlocal counts
+        counts += 1
+        clock.now += 0.05
+        return Done(counts)
+
+    with Progress(1000, count, Console(file=io.StringIO()), clock) as progress:
+        before = counts
+        for step in range(100):
+            clock.now += 0.25
+            progress.step(report_of(step, live_rows=step, new_tokens=1))
+            assert f" · {step} live" in progress.view(clock.now).line
+        assert 2 <= counts - before <= 8
+
+
 def test_log_lines_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
