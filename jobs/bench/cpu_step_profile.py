@@ -144,12 +144,15 @@ class Timers:
             return attend(step, module, query, key, value, *a)
 
         nn.Linear.forward, form.product = linear, product  # type: ignore[method-assign, assignment]
+        # Layers whose class has another forward are not packed; this one only adds a timer.
+        linears._FORWARD = linear
         PagedAttention.attend_tokens = attending  # type: ignore[method-assign, assignment]
         loop.sample = self.timed("sampler", originals[3])
         try:
             yield
         finally:
             nn.Linear.forward, form.product, PagedAttention.attend_tokens, loop.sample = originals  # type: ignore[method-assign]
+            linears._FORWARD = originals[0]
 
 
 def overhead() -> float:

@@ -15,7 +15,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rollout import Engine
 from rollout.config.compose import load_config
@@ -73,7 +73,7 @@ def test_unsliceable_model_is_refused_before_weights_are_read(
     family: str, processes: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny(family).save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(ValueError, match=reason):
         load_model(ModelSource(str(tmp_path), tensor_parallel=True), torch.device("cpu"))
