@@ -17,25 +17,33 @@ Usage:
 
 Examples:
   python -m rollout +experiment=ppo_sampling data.limit=4 output.dir=runs/first
-  python -m rollout +experiment=bulk_inference data.path=prompts.jsonl data.as_chat=true output.dir=runs/answers
-  python -m rollout -m +experiment=ppo_sampling sampling.temperature=0.5,1.0     one job for each temperature
-  python -m rollout +experiment=grpo_sampling --cfg job                          print the values, run nothing
-  accelerate launch --num_processes 4 -m rollout +experiment=ppo_sampling        one process per GPU
+  python -m rollout +experiment=bulk_inference data.path=prompts.jsonl \\
+    data.as_chat=true output.dir=runs/answers
+  One job for each temperature:
+  python -m rollout -m +experiment=ppo_sampling sampling.temperature=0.5,1.0
+  Print the values, run nothing:
+  python -m rollout +experiment=grpo_sampling --cfg job
+  One process per GPU:
+  accelerate launch --num_processes 4 -m rollout +experiment=ppo_sampling
 
 Values:
-  A value with a comma, a quote, a bracket or another special character has quotes of its own inside the shell's:
-    'data.system_prompt="You are helpful, honest and brief."'    'sampling.stop=["\\n\\n", "###"]'
+  A value with a comma, a quote, a bracket or another special character has
+  quotes of its own inside the shell's:
+    'data.system_prompt="You are helpful, honest and brief."'
+    'sampling.stop=["\\n\\n", "###"]'
   null is no value, and true and false are written small. A key is given once.
 """
 _END = """\
-Exit status: 0 complete; 1 crashed; 2 wrong configuration or input; 4 complete, with rows in error; 75 stopped early.
-The same command on the same output.dir resumes a run. See also: python -m rollout.verify DIR, rollout.report DIR.
+Exit status: 0 complete; 1 crashed; 2 wrong configuration or input;
+4 complete, with rows in error; 75 stopped early.
+The same command on the same output.dir resumes a run.
+See also: python -m rollout.verify DIR, python -m rollout.report DIR.
 """
 
 
 def help_text(width: int | None = None) -> str:
     """Return the whole text, for a terminal of ``width`` columns."""
-    columns = min(width or shutil.get_terminal_size((100, 24)).columns, 120)
+    columns = min(width or shutil.get_terminal_size((80, 24)).columns, 120)
     lines = _USAGE.splitlines()
     lines += ["", "Options:"]
     lines += _table([(", ".join(names), meaning) for names, meaning in FLAGS.items()], columns)

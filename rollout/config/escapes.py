@@ -10,6 +10,9 @@ logger = logging.getLogger(__name__)
 
 _MEANINGS = {r"\n": "\n", r"\t": "\t", r"\r": "\r", "\\\\": "\\"}
 _ESCAPE = re.compile(r"\\[ntr\\]")
+_EATEN = re.compile(r"n+|t|r")
+"""What is left of line breaks and tabs that stood outside of quotes."""
+_LINE_BREAK = re.compile(r"(?<!\\)\\n(?!eq|abla|ot|u\b|i\b|e\b|ewcommand)")
 
 
 def understood_stops(stops: Sequence[str]) -> list[str]:
@@ -21,8 +24,25 @@ def understood_stops(stops: Sequence[str]) -> list[str]:
     for written, meant in zip(stops, understood, strict=True):
         if written != meant:
             logger.info(
-                "sampling.stop: '%s' is understood as %r; write two backslashes for a backslash of the text.",
+                "sampling.stop: in '%s' a backslash and a letter are understood as the character %r; write two "
+                "backslashes for a backslash of the text.",
                 written,
                 meant,
             )
+        elif _EATEN.fullmatch(written):
+            logger.warning(
+                "sampling.stop: %r stops at this letter; for a line break, whose backslash the shell removes outside "
+                "of quotes, write 'sampling.stop=[\"\\n\"]'.",
+                written,
+            )
     return understood
+
+
+def warn_about_escapes(key: str, text: str) -> None:
+    """Warn that a backslash and an n stay these two characters in a text, where LaTeX may have them as well."""
+    if _LINE_BREAK.search(text):
+        logger.warning(
+            "%s has a backslash and an n, which stay two characters: for a line break write $'%s=\"Line 1\\nLine 2\"'.",
+            key,
+            key,
+        )

@@ -28,7 +28,8 @@ def test_help_names_every_key_with_default_and_meaning() -> None:
         assert f"  {experiment} " in text
     for internal in ("_bounds", "schema_", "hydra/"):
         assert internal not in text
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 110
+    assert max(map(len, help_text(width=80).splitlines())) <= 80
 
 
 @pytest.mark.parametrize("arguments", ["--help", "-h", "--help sampling.temprature=1", "+experiment=ppo_sampling -h"])

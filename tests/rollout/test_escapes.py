@@ -16,10 +16,27 @@ def stops_of(*overrides: str) -> list[str]:
 def test_escapes_of_the_shell_are_understood_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert stops_of(r'sampling.stop=["\n", "a\tb", "\\n"]') == ["\n", "a\tb", r"\n"]
-    assert r"'\n' is understood as '\n'" in caplog.text
+    assert r"in '\n' a backslash and a letter are understood as the character '\n'" in caplog.text
 
 
 def test_other_stop_strings_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert stops_of(r'sampling.stop=["###", "\boxed", "</s>"]') == ["###", r"\boxed", "</s>"]
     assert "understood" not in caplog.text
+
+
+@pytest.mark.parametrize("stop", ["n", "nn"])
+def test_line_break_whose_backslash_the_shell_removed_is_warned_of(stop: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert stops_of(f"sampling.stop=[{stop}]") == [stop]
+    assert "write 'sampling.stop=[\"\\n\"]'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "warned"), [(r"one\ntwo", True), (r"put it in \boxed{}", False), (r"$a \neq b$", False)]
+)
+def test_written_line_break_of_a_system_prompt_is_warned_of(
+    prompt: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(["output.dir=out", f"data.system_prompt='{prompt}'"])
+    assert config.data.system_prompt == prompt
+    assert ("stay two characters" in caplog.text) == warned
