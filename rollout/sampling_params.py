@@ -196,7 +196,7 @@ def _are_ids(ids: Iterable[int]) -> bool:
 
 
 _RULES = (
-    _Rule("n", _whole, lambda x: 1 <= x < 2**31, "a whole number from 1 to 2147483647"),
+    _Rule("n", _whole, lambda x: 1 <= x < 2**31, "a whole number of at least 1 and below 2**31"),
     _Rule("temperature", _real, lambda x: 0 <= x < math.inf, "a finite number of at least 0 (0 is greedy)"),
     _Rule("top_p", _real, lambda x: 0 < x <= 1, "above 0 and at most 1 (1 is off)"),
     _Rule("top_k", _whole, lambda x: 0 <= x < 2**63, "a whole number of at least 0 (0 is off)"),

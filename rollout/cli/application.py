@@ -6,6 +6,7 @@ import copy
 import io
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
@@ -38,6 +39,8 @@ class Application:
     def __init__(self, command: CommandLine) -> None:
         register()
         version.setbase(VERSION_BASE)
+        # A user's file wins over the defaults that it lists, as one expects, with `_self_` among them or without.
+        warnings.filterwarnings("ignore", message=".*Defaults list is missing `_self_`")
         path = create_config_search_path(f"pkg://{CONFIG_MODULE}")
         if command.config_dir is not None:
             # Before the package's own, as Hydra has it: a user's file may replace one of the same name.

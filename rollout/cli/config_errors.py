@@ -47,7 +47,11 @@ def explain(error: BaseException, known: Known) -> str:
     message = first_line(error).rstrip(".")
     # OmegaConf's inner errors still have their placeholders.
     details = [first_line(cause).rstrip(".") for cause in causes[1:2] if "$VALUE" not in str(cause)]
-    return ": ".join(dict.fromkeys(part for part in [message, *details] if part)) + "."
+    whole = ": ".join(dict.fromkeys(part for part in [message, *details] if part))
+    if match := re.match(r"Error merging override (hydra\.[^=]+)=(.*?): (.*)", whole):
+        wanted = _wanted_by_hydra(match[3])
+        return f"{match[1]} is {match[2]}, but must be {wanted}: --cfg hydra prints Hydra's own keys."
+    return f"{whole}."
 
 
 def _sentence(cause: BaseException, known: Known) -> str | None:
@@ -88,7 +92,8 @@ def _override(message: str, known: Known) -> str | None:
     if match := re.match(r"Could not override '([^']+)'\.\s+To append to your config use (\+.*)", message, re.DOTALL):
         key, argument = match[1], match[2].strip()
         if key.replace("_", "") in _REWARD_TARGETS:
-            return f"There is no key {key}; here it is reward._target_: write reward._target_=MODULE.FUNCTION."
+            target = argument.partition("=")[2] or "MODULE.FUNCTION"
+            return f"There is no key {key}; here it is reward._target_: write reward._target_={target}."
         if key.startswith("reward."):
             return f"An argument of the reward is added to its configuration: write {shell_word(argument)}."
         if key in known.keys and key.startswith("batcher."):
@@ -99,8 +104,22 @@ def _override(message: str, known: Known) -> str | None:
             return f"There is no key {key}: --cfg hydra prints Hydra's own keys."
         return explain_unknown_key(key, argument.partition("=")[2], known)
     if match := re.search(r"Could not override '([^']+)'\. No match in the defaults list", message):
+        if match[1] in known.groups:
+            return f"The configuration lacks the group {match[1]}: begin its defaults list with `- {CONFIG_NAME}`."
         return f"There is no group {match[1]} to override; the groups are {', '.join(known.groups)}."
+    if match := re.match(r"Multiple values for (\w+)\. To override a value use 'override \w+: (\S+)'", message):
+        return f"The defaults list chooses {match[1]} a second time: write `- override /{match[1]}: {match[2]}` there."
+    if match := re.match(r"Cannot find primary config '([^']+)'", message):
+        return f"There is no configuration {match[1]}: --config-name names a file of --config-dir, without .yaml."
     return None
+
+
+def _wanted_by_hydra(message: str) -> str:
+    """Return what a key of Hydra's takes, by the message about a value that it does not take."""
+    if choices := re.search(r"expected one of \[(.*)\]", message):
+        return f"one of {choices[1]}"
+    kinds = {"Integer": "a whole number", "Float": "a number", "bool": "true or false", "to string": "text"}
+    return next((wanted for kind, wanted in kinds.items() if kind in message), "of another type")
 
 
 def _other_policy(key: str) -> str:

@@ -25,7 +25,8 @@ _SAME: dict[str, str] = {
     "data.name": "subset dataset_config dataset_config_name",
     "data.path": "dataset dataset_name dataset_path data_path data_files data_file input inputs input_file input_path "
     "prompts prompts_file prompt_file train_files",
-    "data.prompt_column": "prompt_key prompt_field input_column text_column input_key dataset_text_field text_field",
+    "data.prompt_column": "prompt_key prompt_field column input_column text_column input_key messages_key "
+    "messages_column messages_field dataset_text_field text_field",
     "data.id_column": "id_field id_key uid",
     "data.split": "dataset_split train_split",
     "data.system_prompt": "system system_message system_instruction",
@@ -68,6 +69,7 @@ _NO_KEY: dict[str, str] = {
     "a run whose output.dir exists is resumed": "resume resume_from_checkpoint overwrite overwrite_output_dir",
     "beam search is not offered": "num_beams beam_width beam_size use_beam_search num_beam_groups diversity_penalty "
     "length_penalty early_stopping",
+    "the text ends before the stop string, and completion_ids have all of it": "include_stop_str_in_output",
     "every sample is kept, so it is not offered (see sampling.n)": "best_of",
     "guided decoding is not offered": "guided_json guided_regex guided_choice guided_grammar guided_decoding "
     "structured_outputs response_format json_schema grammar",
@@ -81,6 +83,11 @@ _NO_KEY: dict[str, str] = {
 _OTHER_VALUES = {"model.tensor_parallel", "model.device_map", "data.chat_template_kwargs", "output.rows_per_shard"}
 _OTHER_VALUES |= {"model.dtype", "model.attention", "output.logprobs", "sampling.defaults", "tracker", "job.deadline"}
 
+MAIN_KEYS = {"model": "model.path", "data": "data.path", "output": "output.dir", "reward": "reward._target_"}
+"""The key that names what a group is about, for `model=Qwen/Qwen2.5-0.5B` and the like."""
+#: Names that such a key has elsewhere.
+_OF_GROUP = ("name", "id", "path", "file", "files", "folder", "directory", "dir", "fn", "func", "function", "target")
+
 _KEYS = {name: key for key, names in _SAME.items() for name in names.split()}
 _SAID = {name: said for said, names in _NO_KEY.items() for name in names.split()}
 
@@ -93,7 +100,9 @@ def key_of(name: str, known: Collection[str]) -> str | None:
 
 def explain_other_name(name: str, text: str | None, keys: dict[str, Key]) -> str | None:
     """Return the sentence for a key that other tools have; None if the name is not known from any."""
-    bare = _bare(name)
+    bare, group = _bare(name), name.partition(".")[0]
+    if bare in _OF_GROUP and group in MAIN_KEYS and text:
+        return f"There is no key {name}; here it is {MAIN_KEYS[group]}: write {suggest(MAIN_KEYS[group], text)}."
     if bare in _SAID:
         return f"There is no key {name}: {_SAID[bare]}."
     if bare not in _KEYS:

@@ -14,8 +14,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from rollout.batcher.suggestions import near_name
-from rollout.cli.other_names import explain_other_name, key_of
+from rollout.cli.other_names import MAIN_KEYS, explain_other_name, key_of
 from rollout.cli.quoting import interpolations, literal, shell_word, suggest
+from rollout.cli.reward_target import refuse_file_as_target
+from rollout.cli.unread_values import cannot_be_read, several_values
 from rollout.cli.values import check_value
 from rollout.config.key_comments import Key
 from rollout.config.keys import unknown_key
@@ -23,8 +25,6 @@ from rollout.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-#: The key that names what a group is about, for `model=Qwen/Qwen2.5-0.5B` and the like.
-_MAIN_KEYS = {"model": "model.path", "data": "data.path", "output": "output.dir", "reward": "reward._target_"}
 _KEY = re.compile(r"[\w./@$-]+", re.ASCII)
 _HOME = re.compile(r"(^|[,\[] ?)~(?=/|$|,|\])")
 
@@ -89,6 +89,8 @@ def _check(argument: str, words: Words, known: Known, sweep: bool) -> str:
         raise InputError(f"{argument} moves a group, which is not offered: write {key.partition('@')[0]}={text or ''}.")
     if prefix not in ("", "+", "++", "~"):
         raise InputError(f"{argument} begins with {prefix}: write {shell_word(argument.lstrip('+~'))}.")
+    if key in ("reward", "reward._target_"):
+        refuse_file_as_target(text or "")
     if key == "experiment":
         _check_experiment(words, known, sweep)
     elif key in known.groups:
@@ -194,7 +196,7 @@ def _check_group(argument: str, words: Words, known: Known, sweep: bool) -> str:
         raise InputError(f"{group} has no value: write {group}=NAME{_one_of(options)}.")
     if text.startswith("{"):
         raise InputError(f"{group} is a group of keys: set each with {group}.KEY=VALUE.")
-    main = _MAIN_KEYS.get(group)
+    main = MAIN_KEYS.get(group)
     if main and text not in options and near_name(text, options) is None and not (sweep and "," in text):
         raise InputError(
             f"There is no {group}={text}: write {suggest(main, text)} ({group}= takes {', '.join(options)})."
@@ -206,6 +208,8 @@ def _check_group(argument: str, words: Words, known: Known, sweep: bool) -> str:
 
 
 def _check_hydra(argument: str, words: Words, known: Known) -> None:
+    if words.key == "hydra.verbose" and (words.text or "").startswith("{"):
+        raise InputError(f"{argument} is a dictionary: write hydra.verbose=true, or the name of a logger.")
     if "/" not in words.key or not words.text:
         return
     options = known.options(words.key)
@@ -242,7 +246,7 @@ def _check_value(words: Words, known: Known, sweep: bool) -> str:
     try:
         parsed = OverridesParser.create().parse_override(f"{key}={text}")
     except HydraException as error:
-        raise InputError(_cannot_be_read(key, text, kind)) from error
+        raise InputError(cannot_be_read(key, text, kind)) from error
     if parsed.is_sweep_override():
         _check_sweep(parsed, key, text, kind, sweep)
         return f"++{words.key}={text}" if kind and _holds_names(kind) else f"{key}={text}"
@@ -273,59 +277,10 @@ def _check_sweep(parsed: Override, key: str, text: str, kind: Key | None, sweep:
     if parsed.value_type == ValueType.INTERVAL_SWEEP:
         raise InputError(f"{key}={text} has no list of values: write range(START,STOP,STEP) or VALUE,VALUE with -m.")
     if not sweep:
-        raise InputError(_several_values(parsed, key, text, kind))
+        raise InputError(several_values(parsed, key, text, kind))
     if kind is not None and parsed.value_type != ValueType.GLOB_CHOICE_SWEEP:
         for value in parsed.sweep_iterator(transformer=Override._convert_value):
             check_value(kind, value, str(value))
-
-
-def _several_values(parsed: Override, key: str, text: str, kind: Key | None) -> str:
-    jobs = "add -m for a job with each value"
-    type_ = kind.type if kind else "str"
-    if parsed.value_type != ValueType.SIMPLE_CHOICE_SWEEP:
-        return f"{shell_word(f'{key}={text}')} has several values: {jobs}."
-    if type_.startswith("float") and re.fullmatch(r"\d+,\d+", text):
-        return f"{key}={text} has a comma: write {key}={text.replace(',', '.')}, or {jobs}."
-    if type_.startswith("int") and re.fullmatch(r"\d{1,3}(,\d{3})+", text):
-        return f"{key}={text} has a comma: write {key}={text.replace(',', '')}, or {jobs}."
-    if type_.startswith(("int", "float", "bool")):
-        return f"{key}={text} has several values: write one of them, or {jobs}."
-    if type_.startswith(("list of", "Any")):
-        type_ = type_ if type_.startswith("list") else "list of str"
-        shown = suggest(key, f"[{text}]", type_)
-        return f"{shell_word(f'{key}={text}')} has a comma outside a list: write {shown}, or {jobs}."
-    return f"The comma in {key} separates the values of several jobs: write {suggest(key, text, type_)}, or {jobs}."
-
-
-def _cannot_be_read(key: str, text: str, kind: Key | None) -> str:
-    type_ = kind.type if kind else "str"
-    if kind is not None and type_.startswith(("int", "float", "bool")):
-        try:
-            check_value(kind, text, text)
-        except InputError as wrong:
-            return str(wrong)
-    if re.search(r"\$\{[\w.]+:[^{}]*$", text):
-        return f"The value of {key} has ${{ without its partner: write {shell_word(f'{key}={text}}}')}."
-    return f"The value of {key} {_reason(text, type_)}: write {suggest(key, text, type_)}."
-
-
-def _reason(text: str, type_: str) -> str:
-    """Return what in a value Hydra's grammar reads otherwise."""
-    if type_.startswith("list"):
-        text = re.sub(r"""[\[\],"' ]""", "", text) or text
-    unbalanced = any(text.count(a) != text.count(b) for a, b in ("[]", "{}", "()"))
-    if unbalanced:
-        return "has a bracket without its partner, so it must be quoted"
-    found = [character for character in dict.fromkeys(text) if character in "'\"[](){}=,#!;<>`&^:"]
-    if not found:
-        found = [character for character in dict.fromkeys(text) if not (character.isascii() and character.isalnum())]
-    names = {"\n": "a line break", "\t": "a tab", ",": "a comma", "=": "an equals sign", "'": "an apostrophe"}
-    shown = [
-        names.get(character, character if character.isprintable() else ascii(character))
-        for character in found
-        if character != " "
-    ] or ["a space"]
-    return f"has {' and '.join(shown[:3])}, so it must be quoted"
 
 
 def option_key(name: str, known: Known) -> str | None:
@@ -336,8 +291,8 @@ def option_key(name: str, known: Known) -> str | None:
     for key in known.keys:
         if plain == re.sub(r"\W|_", "", key).lower():
             return key
-    if name in _MAIN_KEYS:
-        return _MAIN_KEYS[name]
+    if name in MAIN_KEYS:
+        return MAIN_KEYS[name]
     if other := key_of(name, known.keys):
         return other
     last = [key for key in known.keys if key.rpartition(".")[2] == name.replace("-", "_")]

@@ -10,12 +10,12 @@ from rollout.batcher.suggestions import near_name
 from rollout.cli.command_line import option_names
 from rollout.cli.overrides import Known, Words, explain_unknown_key, option_key
 from rollout.cli.quoting import parses, shell_word, suggest
+from rollout.cli.unread_values import is_data_file
 from rollout.errors import InputError
 
 _DASHES = "‐‑‒–—―−﹘﹣－"
 #: The begin of a number, as in ``{15: -1.5}`` that the shell took apart.
 _NUMBER = re.compile(r"-\.?\d")
-_DATA_FILE = re.compile(r".*\.(jsonl?|ndjson|parquet|csv|tsv|txt|gz|zst|bz2|xz)")
 #: What others call an option that is written in another way here.
 _OTHER_OPTIONS = {"-v": "hydra.verbose=true", "--verbose": "hydra.verbose=true", "--debug": "hydra.verbose=true"}
 _OTHER_OPTIONS |= {"-V": "--version", "--dry-run": "--cfg job", "--config": "--config-name NAME"}
@@ -94,7 +94,11 @@ def _described(word: str, before: Sequence[str], after: Sequence[str], known: Kn
     is_path = last is not None and Words.of(before[last]).key == "data.path"
     if is_path and text is not None and _is_file(text) and _is_file(word):
         return f"{word} is one path too many: name several files by a glob, as in 'data.path=folder/*.jsonl'."
-    if last is not None and text is not None and (is_path or not _is_file(word)):
+    whole = re.search(r"\s", word) is not None
+    if last is not None and text is not None and not whole and (is_path or not _is_file(word)):
+        kind = known.keys.get(Words.of(before[last]).key)
+        if text and kind and kind.type.startswith(("int", "float", "bool")):
+            return f"{shell_word(word)} is no override: write KEY=VALUE, as `python -m rollout --help` shows."
         return _torn(before[last], [*before[last + 1 :], word, *after], known)
     if _is_file(word):
         return f"{word} is no override: write {suggest('data.path', word)}."
@@ -105,7 +109,7 @@ def _described(word: str, before: Sequence[str], after: Sequence[str], known: Kn
 
 
 def _is_file(word: str) -> bool:
-    return bool(_DATA_FILE.fullmatch(word)) or (re.search("[/.]", word) is not None and os.path.exists(word))
+    return is_data_file(word) or (re.search("[/.]", word) is not None and os.path.exists(word))
 
 
 def _spaced(word: str, after: Sequence[str], known: Known) -> str:
@@ -118,6 +122,8 @@ def _spaced(word: str, after: Sequence[str], known: Known) -> str:
         value = rest[0][1:]
     elif rest and "=" not in rest[0] and not rest[0].startswith("-"):
         value = rest[0]
+    if rest and f"{word}.{Words.of(rest[0]).key}" in known.keys and "=" in rest[0]:
+        return f"{word} has no value: write {shell_word(f'{word}.{rest[0]}')}, without a space."
     word = Words.of(word).key
     key = "+experiment" if word == "experiment" else word
     if not value:

@@ -13,6 +13,24 @@ from tests.cli.conftest import Ask
 Sentence = Callable[[str | list[str]], str]
 
 MISTAKES = [
+    # names and values of other tools, and of Hydra
+    ("model.name=gpt2", "write model.path=gpt2."),
+    ("output.path=out", "write output.dir=out."),
+    ("data.column=text", "write data.prompt_column=text."),
+    ("reward.fn=mine.score", "write reward._target_=mine.score."),
+    ("reward=my_reward.py", "write reward._target_=my_reward.FUNCTION."),
+    ("reward._target_=rewards/mine.py:score", "write reward._target_=rewards.mine.score."),
+    ("hydra.job.num=x", "hydra.job.num is x, but must be a whole number: --cfg hydra prints"),
+    ("hydra.mode=FAST", "hydra.mode is FAST, but must be one of RUN, MULTIRUN"),
+    ("hydra.job.chdir=maybe", "must be true or false"),
+    ("hydra.output_subdir=[1]", "must be text"),
+    ("hydra.verbose={}", "write hydra.verbose=true"),
+    ("tracker=mlflow,wandb", "tracker takes one value, but mlflow,wandb has several: write one, as in tracker=mlflow"),
+    ("data.path=a.jsonl,b.jsonl", "write a glob, as in 'data.path=folder/*.jsonl'"),
+    ("data.chat_template_kwargs=thinking=false", "write 'data.chat_template_kwargs={thinking: false}'."),
+    ("sampling n=3", "write sampling.n=3, without a space."),
+    ("sampling.n=3 extra", "extra is no override: write KEY=VALUE"),
+    ("output.dir=o 'more words'", "'more words' is no override"),
     # options
     ("--foo", "--foo is no option: --help lists the options"),
     ("--experiment ppo_sampling", "write +experiment=ppo_sampling."),
@@ -99,7 +117,7 @@ MISTAKES = [
     ("batcher.name=sla", "write batcher=sla."),
     ("+reward.scale=2", "reward.scale needs a function: write reward._target_=MODULE.FUNCTION"),
     ("reward._target_=", "reward._target_ needs a function"),
-    ("hydra.mode=FOO", "expected one of [RUN, MULTIRUN]."),
+    ("hydra.mode=FOO", "must be one of RUN, MULTIRUN"),
     ("reward.target=a.b", "here it is reward._target_"),
     # options of groups
     ("experiment=ppo_sampling", "write +experiment=ppo_sampling."),
