@@ -196,5 +196,5 @@ def test_arguments_of_tool_calls_have_the_form_that_the_template_takes(form: str
 @pytest.mark.parametrize("arguments", ['{"x": ', "[1]"])
 def test_arguments_that_are_no_json_object_are_refused(arguments: str) -> None:
     template = _CALLS.replace("CALL", _WRITTEN["by name"][0])
-    with pytest.raises(PromptError, match="Message 1 of the chat has a tool call .* no JSON object"):
+    with pytest.raises(PromptError, match=r"Message 1 of the chat has a tool call .* no JSON object"):
         rendered(template, call_of(arguments))
