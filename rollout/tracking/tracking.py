@@ -20,6 +20,8 @@ _WAITING_LINES = 256
 #: How long the process waits at its end for the tracker.
 _FINISH_SECONDS = 60.0
 _NO_NUMBERS = ("time", "worker", "attempt")
+#: Counts by step time are for sums over a run: each would be a chart of its own, of a few points.
+_NO_CHARTS = ("step_ms_counts",)
 
 
 class Tracking:
@@ -98,6 +100,7 @@ class Tracking:
 
 def numbers_of(line: Mapping[str, Any]) -> dict[str, int | float]:
     """Return the metrics of a line by their names."""
+    line = {name: value for name, value in line.items() if name not in _NO_CHARTS}
     return {name: value for name, value in _flat(line) if _is_metric(name, value)}
 
 

@@ -24,7 +24,9 @@ def test_tensorboard_has_the_numbers_of_the_metrics(tmp_path: Path) -> None:
     events.Reload()
     lines = list(read_metrics(paths))
     assert [event.value for event in events.Scalars("new_tokens")] == [line["new_tokens"] for line in lines]
-    assert "finish_reasons/stop" in events.Tags()["scalars"]
+    charts = events.Tags()["scalars"]
+    assert "finish_reasons/stop" in charts
+    assert not [chart for chart in charts if chart.startswith("step_ms_counts")]
 
 
 def test_tracker_that_fails_is_said_once_and_costs_nothing(
