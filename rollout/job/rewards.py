@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import pkgutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,6 +19,9 @@ from rollout.models.errors import first_line
 from rollout.records import Record
 
 logger = logging.getLogger(__name__)
+
+#: Rewards that take this share of the time hold up the generation; judged once they have taken so many seconds.
+_SLOW_SHARE, _SLOW_SECONDS = 0.25, 10.0
 
 BATCH_KEY = "_batch_"
 """Key of ``reward`` that is no argument of the function: how many completions it takes at once."""
@@ -74,12 +78,20 @@ class _Unscored(NamedTuple):
 class Scorer:
     """Adds rewards to records, and says at once why the first one fails.
 
+    Rewards are called between steps. If they take much of the time, that is logged once.
+
     Args:
         reward: None: records are passed on as they are.
     """
 
-    def __init__(self, reward: Reward | None) -> None:
+    def __init__(self, reward: Reward | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._reward = reward
+        self._clock = clock
+        self._begun = clock()
+        self._seconds = 0.0
+        """Time that the function took."""
+        self._scored = 0
+        self._said_slow = False
         self._pending: list[_Unscored] = []
         self.failed = 0
         """Records whose reward failed."""
@@ -100,9 +112,13 @@ class Scorer:
         pending, self._pending = self._pending, []
         if self._reward is None or not pending:
             return []
+        start = self._clock()
         scored = self._score_batch(self._reward.function, pending) if self._reward.batch else None
         if scored is None:
             scored = [self._score_one(self._reward, unscored) for unscored in pending]
+        self._seconds += self._clock() - start
+        self._scored += len(scored)
+        self._say_if_slow(self._reward)
         for record in scored:
             if record.error_class:
                 self._count_failure(record)
@@ -130,6 +146,22 @@ class Scorer:
         if len(values) != 1:
             return _failed(record, f"The function returned {len(values)} rewards for 1 completion.")
         return _with_reward(record, values[0])
+
+    def _say_if_slow(self, reward: Reward) -> None:
+        if self._said_slow or self._seconds < _SLOW_SECONDS:
+            return
+        share = self._seconds / max(self._clock() - self._begun, 1e-9)
+        if share < _SLOW_SHARE:
+            return
+        self._said_slow = True
+        larger = f"a larger reward.{BATCH_KEY}"
+        logger.warning(
+            "The reward takes %.0f %% of the time (%.0f ms a completion), in which nothing is generated; "
+            "if it can score many at once faster, use %s.",
+            100 * share,
+            1e3 * self._seconds / self._scored,
+            larger if reward.batch else f"reward.{BATCH_KEY}=64 and a function of lists",
+        )
 
     def _count_failure(self, record: Record) -> None:
         self.failed += 1

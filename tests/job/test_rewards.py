@@ -129,6 +129,42 @@ def test_first_failure_is_said_at_once_and_all_are_counted(caplog: pytest.LogCap
     ]
 
 
+@pytest.mark.parametrize(
+    ("batch", "remedy"), [(None, "use reward._batch_=64 and"), (2, "use a larger reward._batch_.")]
+)
+def test_slow_reward_is_said_once_with_its_remedy(
+    caplog: pytest.LogCaptureFixture, batch: int | None, remedy: str
+) -> None:
+    now = 0.0
+
+    def slow(rows: object, texts: object) -> Any:
+        nonlocal now
+        now += 1.0
+        return 1.0 if batch is None else [1.0] * batch
+
+    scorer = Scorer(Reward(slow, batch), clock=lambda: now)
+    for _ in range(60):
+        now += 0.5
+        scorer.add(RECORD, {})
+    (record,) = caplog.records
+    assert remedy in record.getMessage()
+
+
+def test_reward_that_takes_little_of_the_time_is_not_said_to_be_slow(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+
+    def quick(row: object, text: str) -> float:
+        nonlocal now
+        now += 1.0
+        return 1.0
+
+    scorer = Scorer(Reward(quick), clock=lambda: now)
+    for _ in range(60):
+        now += 9.0
+        scorer.add(RECORD, {})
+    assert not caplog.records
+
+
 def test_reason_of_several_lines_is_said_in_one(caplog: pytest.LogCaptureFixture) -> None:
     def failing_at_length(row: dict[str, Any], text: str) -> float:
         raise ValueError("no answer:\n  nowhere")
