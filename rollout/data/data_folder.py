@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ def files_of_folder(folder: str, name: str | None, split: str) -> tuple[DataFile
         patterns = _configured(folder, name)
         found = sanitize_patterns(patterns) if patterns else get_data_patterns(base)
         by_split = DataFilesDict.from_patterns(found, base_path=base, allowed_extensions=_EXTENSIONS)
-        splits = {str(key): list(files) for key, files in by_split.items()}
+        runs = _runs_inside(folder)
+        splits = {str(key): _outside(runs, files) for key, files in by_split.items()}
         if not patterns:
             every = DataFilesDict.from_patterns({"all": ["**"]}, base_path=base, allowed_extensions=_EXTENSIONS)
-            _warn_of_others(folder, every["all"], splits)
+            _warn_of_others(folder, _outside(runs, every["all"]), splits)
     except (EmptyDatasetError, FileNotFoundError) as error:
         raise _no_file(folder) from error
     except (ValueError, TypeError) as error:
@@ -55,6 +57,18 @@ def files_of_folder(folder: str, name: str | None, split: str) -> tuple[DataFile
     if not chosen[split]:
         raise InputError(f"data.split={split} of {folder} has no file: its README.md names files that are not there.")
     return chosen[split]
+
+
+def _runs_inside(folder: str) -> list[Path]:
+    """Return the folders of runs below a local folder: the files of a run that is written there are no input."""
+    if is_url(folder):
+        return []
+    found = (path.parent for path in Path(folder).resolve().rglob("run.json") if (path.parent / "shards").is_dir())
+    return [run for run in found if run != Path(folder).resolve()]
+
+
+def _outside(runs: list[Path], paths: Iterable[str]) -> list[str]:
+    return [path for path in paths if not any(Path(path).is_relative_to(run) for run in runs)]
 
 
 def _no_file(folder: str) -> InputError:

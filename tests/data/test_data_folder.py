@@ -115,3 +115,16 @@ def test_folder_of_files_without_suffixes_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     with pytest.raises(InputError, match=r"no file can be read; readable are \.jsonl"):
         names(tmp_path)
+
+
+def test_files_of_a_run_inside_the_folder_are_no_input(tmp_path: Path) -> None:
+    for path in (
+        "a.jsonl",
+        "out/run.json",
+        "out/rows.parquet",
+        "out/shards/00000.jsonl",
+        "out/metrics/rank-00000.jsonl",
+    ):
+        write(tmp_path / path)
+    assert names(tmp_path) == ["a.jsonl"]
+    assert names(tmp_path / "out" / "shards") == ["00000.jsonl"]
