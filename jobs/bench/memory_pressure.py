@@ -230,7 +230,7 @@ def follow(
             if watcher.done:
                 break
     finally:
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
 
 
 if __name__ == "__main__":

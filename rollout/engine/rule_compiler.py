@@ -77,7 +77,7 @@ class RuleCompiler:
             frequency_penalty=params.frequency_penalty,
         )
         if rules is not None and rules.leaves_nothing(self._vocab_size):
-            raise InputError("allowed_token_ids, bad_words and logit_bias together ban every token.")
+            raise InputError("allowed_token_ids, bad_words, logit_bias and min_new_tokens together ban every token.")
         return rules
 
     def _words(self, bad_words: Sequence[str | tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
