@@ -50,7 +50,7 @@ def make_policy(name: str, bounds: Bounds, **parameters: Any) -> Policy:
 
 
 class BoundedPolicy:
-    """Keeps the decisions of a caller's policy within the bounds on rows."""
+    """Keeps the decisions of a caller's policy within the bounds on rows, and lets an idle engine prefill."""
 
     def __init__(self, policy: Policy, bounds: Bounds) -> None:
         self._policy = policy
@@ -59,7 +59,11 @@ class BoundedPolicy:
     def decide(self, observation: Observation) -> Decision:
         decision = self._policy.decide(observation)
         rows = min(max(decision.rows, self._bounds.min_rows), self._bounds.max_rows)
-        return decision if rows == decision.rows else replace(decision, rows=rows)
+        # While no row decodes, a step without prefill would do nothing, and so would all further ones.
+        prefill_tokens = (
+            decision.prefill_tokens if observation.generated_tokens.any() else max(1, decision.prefill_tokens)
+        )
+        return replace(decision, rows=rows, prefill_tokens=prefill_tokens)
 
 
 def bounded(policy: object, bounds: Bounds) -> Policy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 from rollout.errors import Check
 from rollout.models.attention.names import ATTENTION_BACKENDS
 
@@ -25,17 +27,31 @@ def argument_checks(
         Check(
             "latency_budget_ms",
             latency_budget_ms,
-            latency_budget_ms is None or latency_budget_ms > 0,
-            f"above 0, or {none} for no budget",
+            latency_budget_ms is None or (_is_a(Real, latency_budget_ms) and latency_budget_ms > 0),
+            f"a number above 0, or {none} for no budget",
         ),
-        Check("min_rows", min_rows, min_rows >= 1, "at least 1"),
-        Check("max_rows", max_rows, max_rows >= min_rows, f"at least min_rows ({min_rows})"),
+        Check("min_rows", min_rows, _is_a(Integral, min_rows) and min_rows >= 1, "a whole number of at least 1"),
+        Check(
+            "max_rows",
+            max_rows,
+            _is_a(Integral, max_rows) and (not _is_a(Integral, min_rows) or max_rows >= min_rows),
+            f"a whole number of at least min_rows ({min_rows})",
+        ),
         Check(
             "max_kv_bytes",
             max_kv_bytes,
-            max_kv_bytes is None or max_kv_bytes > 0,
-            f"above 0, or {none} for all headroom",
+            max_kv_bytes is None or (_is_a(Real, max_kv_bytes) and max_kv_bytes > 0),
+            f"a number above 0, or {none} for all headroom",
         ),
-        Check("reserve_fraction", reserve_fraction, 0 <= reserve_fraction < 1, "at least 0 and below 1"),
+        Check(
+            "reserve_fraction",
+            reserve_fraction,
+            _is_a(Real, reserve_fraction) and 0 <= reserve_fraction < 1,
+            "a number of at least 0 and below 1",
+        ),
         Check("attention", attention, attention in ATTENTION_BACKENDS, f"one of {', '.join(ATTENTION_BACKENDS)}"),
     ]
+
+
+def _is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rollout.models.module.borrow import BorrowedModule
-from rollout.models.module.inspect import output_device
+from rollout.models.module.inspect import output_device, vocabulary_size
 
 LinearGroup = tuple[nn.Linear, ...]
 
@@ -62,14 +62,13 @@ def _calls_in_forward(model: nn.Module) -> list[_Call]:
         if inputs and isinstance(inputs[0], torch.Tensor):
             calls.append(_Call(layer=layer, x=inputs[0], version=version(inputs[0])))
 
-    with ExitStack() as stack:
+    # Tensors of a caller's inference mode would not count changes in place.
+    with torch.inference_mode(False), BorrowedModule(model).borrow(), ExitStack() as stack:
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
                 stack.callback(layer.register_forward_pre_hook(record).remove)
-        # Tensors of a caller's inference mode would not count changes in place.
-        with torch.inference_mode(False), BorrowedModule(model).borrow():
-            ids = torch.arange(_TOKENS, device=output_device(model))[None]
-            model(input_ids=ids, use_cache=False)
+        ids = torch.arange(_TOKENS, device=output_device(model))[None] % vocabulary_size(model)
+        model(input_ids=ids, use_cache=False)
     return calls
 
 

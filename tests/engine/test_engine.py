@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rollout import Engine, SamplingParams
+from rollout.batcher.types import Decision, Observation
 from rollout.errors import InputError
 from tests.support.tiny_models import VOCABULARY, tiny
 
@@ -127,6 +129,9 @@ def test_prompts_that_need_a_missing_tokenizer_or_template_are_refused() -> None
         ({"max_rows": 2, "min_rows": 3}, "max_rows"),
         ({"max_kv_bytes": 0}, "max_kv_bytes"),
         ({"reserve_fraction": 1.0}, "reserve_fraction"),
+        ({"latency_budget_ms": "5"}, "latency_budget_ms is '5', but must be a number"),
+        ({"max_rows": 2.5}, "max_rows is 2.5, but must be a whole number"),
+        ({"min_rows": "1"}, "min_rows is '1', but must be a whole number"),
         ({"policy": "papr"}, "paper"),
     ],
 )
@@ -191,3 +196,31 @@ def test_padded_ids_generate_as_without_padding(engine: Engine) -> None:
     assert padded.records == engine.generate([[5], [7, 5, 6]], _SHORT).records
     streamed = engine.stream(ids, {"max_new_tokens": 2, "ignore_eos": True}, attention_mask=mask, row_ids=[5, 6])
     assert sorted((record.row_id, len(record.completion_ids)) for record in streamed) == [("5", 2), ("6", 2)]
+
+
+def test_threads_that_share_a_module_wait_for_each_other() -> None:
+    model = tiny("llama")
+    engines = [Engine(model, None) for _ in range(3)]
+    prompts = [[5 + i, 6, 7] for i in range(6)]
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    attention, expected = model.config._attn_implementation, engines[0].generate(prompts, params)
+    with ThreadPoolExecutor(len(engines)) as threads:
+        batches = list(threads.map(lambda engine: engine.generate(prompts, params), engines))
+    for batch in batches:
+        assert [record.completion_ids for record in batch] == [record.completion_ids for record in expected]
+    assert model.config._attn_implementation == attention
+
+
+def test_vocabulary_of_two_is_served() -> None:
+    config = LlamaConfig(vocab_size=2, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    record = Engine(LlamaForCausalLM(config), None).generate([[0, 1]], _SHORT)[0]
+    assert set(record.completion_ids) <= {0, 1}
+    assert not record.error
+
+
+def test_policy_that_never_prefills_ends_all_the_same() -> None:
+    class Never:
+        def decide(self, observation: Observation) -> Decision:
+            return Decision(rows=2, prefill_tokens=0, reason="never")
+
+    assert len(Engine(tiny("llama"), None, policy=Never()).generate([[5, 6], [7]], _SHORT)) == 2
