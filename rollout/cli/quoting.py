@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 #: What OmegaConf replaces by the value of a key or of a resolver.
 _INTERPOLATION = re.compile(r"\$\{[\w.]+(?::[^{}]*)?\}")
 _TYPOGRAPHIC = {"“": "”", "‘": "’", "„": "“", "«": "»"}
+_ANSI_C = {"\n": r"\n", "\t": r"\t", "\\": r"\\", "'": r"\'"}
 _SAFE_IN_SHELL = re.compile(r"[\w@%+=:,./~-]+", re.ASCII)
 
 
@@ -35,6 +36,9 @@ def shell_word(word: str) -> str:
     """Quote a command-line argument for a POSIX shell, in the form that reads best."""
     if _SAFE_IN_SHELL.fullmatch(word):
         return word
+    if "\n" in word or "\t" in word:
+        # A message is one line, so these are written as bash, zsh and ksh read them.
+        return "$'" + "".join(_ANSI_C.get(character, character) for character in word) + "'"
     single = shlex.quote(word)
     if "'" not in word or re.search(r"[$`!\\]", word):
         return single

@@ -13,6 +13,7 @@ from rollout.cli.application import Application
 from rollout.cli.command_line import CommandLine
 from rollout.cli.sweep import Job, Outcome, describe
 from rollout.config.compose import given_parameters, validate
+from rollout.config.escapes import warn_about_escapes
 from rollout.errors import Exit, InputError
 from rollout.models.errors import UnsupportedModel
 
@@ -42,6 +43,7 @@ def run_composed(composed: DictConfig, *, job: Job) -> Outcome:
     try:
         # Validate first: the job imports datasets, torch and transformers, which take seconds.
         config = validate(composed)
+        warn_about_escapes(config.sampling.stop, config.data.system_prompt)
         if job.folders:
             config.output.dir = job.folders[HydraConfig.get().job.num]
         folder = config.output.dir

@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from rollout.config.checks import config_checks
-from rollout.config.escapes import understood_stops, warn_about_escapes
+from rollout.config.escapes import understood_stops
 from rollout.config.key_comments import CONFIG_MODULE
 from rollout.config.keys import dotted_keys, unknown_key
 from rollout.config.schema import (
@@ -86,8 +86,6 @@ def validate(composed: DictConfig) -> Config:
     _refuse_unknown_keys(composed, config)
     _expand_home(config)
     config.sampling.stop = understood_stops(config.sampling.stop)
-    if config.data.system_prompt:
-        warn_about_escapes("data.system_prompt", config.data.system_prompt)
     config.sampling.params()
     config.batcher.policy()
     check_all(config_checks(config))

@@ -29,20 +29,24 @@ def understood_stops(stops: Sequence[str]) -> list[str]:
                 written,
                 meant,
             )
-        elif _EATEN.fullmatch(written):
-            logger.warning(
-                "sampling.stop: %r stops at this letter; for a line break, whose backslash the shell removes outside "
-                "of quotes, write 'sampling.stop=[\"\\n\"]'.",
-                written,
-            )
     return understood
 
 
-def warn_about_escapes(key: str, text: str) -> None:
-    """Warn that a backslash and an n stay these two characters in a text, where LaTeX may have them as well."""
-    if _LINE_BREAK.search(text):
+def warn_about_escapes(stops: Sequence[str], system_prompt: str | None) -> None:
+    """Warn about line breaks that a shell has removed, or passed on as two characters.
+
+    Args:
+        stops: as `understood_stops` returns them.
+        system_prompt: in which LaTeX may have a backslash and an n as well.
+    """
+    for stop in filter(_EATEN.fullmatch, stops):
         logger.warning(
-            "%s has a backslash and an n, which stay two characters: for a line break write $'%s=\"Line 1\\nLine 2\"'.",
-            key,
-            key,
+            "sampling.stop: %r stops at this letter; for a line break, whose backslash the shell removes outside of "
+            "quotes, write 'sampling.stop=[\"\\n\"]'.",
+            stop,
+        )
+    if system_prompt and _LINE_BREAK.search(system_prompt):
+        logger.warning(
+            "data.system_prompt has a backslash and an n, which stay two characters: for a line break write "
+            "$'data.system_prompt=\"Line 1\\nLine 2\"'."
         )

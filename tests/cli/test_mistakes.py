@@ -28,6 +28,7 @@ MISTAKES = [
     ("tracker=mlflow,wandb", "tracker takes one value, but mlflow,wandb has several: write one, as in tracker=mlflow"),
     ("data.path=a.jsonl,b.jsonl", "write a glob, as in 'data.path=folder/*.jsonl'"),
     ("data.chat_template_kwargs=thinking=false", "write 'data.chat_template_kwargs={thinking: false}'."),
+    ("'data.system_prompt=a\nb'", "write $'data.system_prompt=\"a\\nb\"'."),
     ("sampling n=3", "write sampling.n=3, without a space."),
     ("sampling.n=3 extra", "extra is no override: write KEY=VALUE"),
     ("output.dir=o 'more words'", "'more words' is no override"),
