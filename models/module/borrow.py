@@ -36,8 +36,7 @@ class BorrowedModule:
         self._rotary = Rotary(model)
         self.times_borrowed = 0
         """How often the module was borrowed."""
-        *_, inner = wrappers(model)
-        self._lock = _locks.setdefault(inner, threading.RLock())
+        *_, self._inner = wrappers(model)
         configs = (getattr(module, "config", None) for module in model.modules())
         self._configs: list[Any] = list(
             {id(config): config for config in configs if hasattr(config, "_attn_implementation_internal")}.values()
@@ -50,7 +49,7 @@ class BorrowedModule:
         Args:
             implementation: name in transformers' attention interface; None keeps the module's own.
         """
-        with self._lock:
+        with _locks.setdefault(self._inner, threading.RLock()):
             self.times_borrowed += 1
             training = [module for module in self._model.modules() if module.training]
             implementations = [config._attn_implementation_internal for config in self._configs]
