@@ -145,7 +145,7 @@ class Timers:
 
         nn.Linear.forward, form.product = linear, product  # type: ignore[method-assign, assignment]
         # Layers whose class has another forward are not packed; this one only adds a timer.
-        linears._FORWARD = linear
+        linears._FORWARD = linear  # type: ignore[assignment]
         PagedAttention.attend_tokens = attending  # type: ignore[method-assign, assignment]
         loop.sample = self.timed("sampler", originals[3])
         try:
