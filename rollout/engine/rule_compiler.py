@@ -43,7 +43,8 @@ class RuleCompiler:
             params.logit_bias,
             params.bad_words,
             params.min_new_tokens,
-            (*params.stop_token_ids, *end_ids) if params.min_new_tokens else (),
+            params.stop_token_ids,
+            end_ids if params.min_new_tokens else (),
             params.repetition_penalty,
             params.presence_penalty,
             params.frequency_penalty,
@@ -61,10 +62,11 @@ class RuleCompiler:
             ("allowed_token_ids", params.allowed_token_ids or ()),
             ("logit_bias", bias),
             ("bad_words", [i for word in words for i in word]),
+            ("stop_token_ids", params.stop_token_ids),
         ):
             if ids and max(ids) >= self._vocab_size:
                 raise InputError(f"{name} has the token id {max(ids)}, but the last one is {self._vocab_size - 1}.")
-        # A stop id outside of the vocabulary is never drawn.
+        # An end id outside of the vocabulary is never drawn.
         stop_ids = [i for i in (*self._eos_ids, *params.stop_token_ids, *end_ids) if i < self._vocab_size]
         rules = token_rules(
             allowed=params.allowed_token_ids or (),

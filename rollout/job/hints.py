@@ -46,6 +46,17 @@ def hint_at_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, config
         )
 
 
+def hint_at_length(max_new_tokens: int, context_limit: int | None) -> None:
+    """Log a hint where the model's context ends every completion before ``max_new_tokens``."""
+    if context_limit is not None and max_new_tokens >= context_limit:
+        logger.warning(
+            "sampling.max_new_tokens is %d, but the model's context holds %d tokens with the prompt: completions end "
+            "there at the latest, with finish_reason length.",
+            max_new_tokens,
+            context_limit,
+        )
+
+
 def _hint_at_chat(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
     """Log a hint where plain texts go to a model that has a chat template, as they are.
 

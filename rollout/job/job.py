@@ -16,7 +16,7 @@ from rollout.data.prompts import Prompts, read_prompts
 from rollout.data.row_params import RowParams
 from rollout.errors import Exit, InputError
 from rollout.job.cpu_threads import choose_threads
-from rollout.job.hints import hint_at_prompts
+from rollout.job.hints import hint_at_length, hint_at_prompts
 from rollout.job.prompt_encoding import Encoder, make_encoder
 from rollout.job.ranks import Ranks, Topology
 from rollout.job.rewards import load_reward
@@ -117,6 +117,8 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
     except InputError as error:
         # The message begins with the name of the parameter.
         raise InputError(f"sampling.{error}") from error
+    if topology.rank == 0:
+        hint_at_length(config.sampling.max_new_tokens, engine.context_limit)
     logger.info(
         "Loaded the model in %.0f s: %s on %s, attention %s.",
         time.monotonic() - start,

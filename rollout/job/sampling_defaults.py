@@ -12,6 +12,7 @@ from typing import Any
 
 from rollout.config.schema import SamplingConfig
 from rollout.errors import InputError
+from rollout.generation_defaults import recommended_sampling
 from rollout.sampling_params import describe_parameters, unapplied_recommendations
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,10 @@ def with_model_defaults(sampling: SamplingConfig, model: Path, given: Collection
         InputError: the generation_config cannot be read, or recommends a value that is out of range.
     """
     path = model / "generation_config.json"
+    params = sampling.params()
     try:
-        recommended = unapplied_recommendations(_read(path), sampling.params(), given)
+        generation_config = _read(path)
+        recommended = unapplied_recommendations(generation_config, params, given)
     except InputError as error:
         raise InputError(f"{path} cannot be used: {error}") from error
     if sampling.defaults == "none":
@@ -43,6 +46,16 @@ def with_model_defaults(sampling: SamplingConfig, model: Path, given: Collection
         logger.info("Applied from the model's generation_config: %s.", describe_parameters(recommended))
     else:
         logger.info("The model's generation_config recommends nothing that is not given.")
+    overruled = {
+        name: value
+        for name, value in recommended_sampling(generation_config).items()
+        if name not in recommended and value != getattr(params, name)
+    }
+    if overruled:
+        logger.info(
+            "Not applied from the model's generation_config, since this job sets them: %s.",
+            describe_parameters(overruled),
+        )
     return replace(sampling, **recommended)
 
 

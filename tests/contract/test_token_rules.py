@@ -131,6 +131,7 @@ def test_rows_whose_tokens_are_all_banned_become_error_records() -> None:
 @pytest.mark.parametrize(
     ("params", "reason"),
     [
+        (SamplingParams(stop_token_ids=(VOCABULARY,)), f"stop_token_ids has the token id {VOCABULARY}"),
         (SamplingParams(allowed_token_ids=(VOCABULARY,)), f"allowed_token_ids has the token id {VOCABULARY}"),
         (SamplingParams(logit_bias={VOCABULARY + 5: 1.0}), "logit_bias has the token id"),
         (SamplingParams(bad_words=((3, 10_000),)), "bad_words has the token id 10000"),

@@ -13,7 +13,7 @@ import pytest
 
 from rollout.config.compose import load_config
 from rollout.data.prompts import read_prompts
-from rollout.job.hints import hint_at_prompts
+from rollout.job.hints import hint_at_length, hint_at_prompts
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -76,3 +76,11 @@ def test_prompts_that_may_be_meant_otherwise_are_warned_of(
 def test_other_prompts_are_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture, prompts: list[Any]) -> None:
     hints(tmp_path, caplog, prompts)
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+@pytest.mark.parametrize(("asked", "limit", "hinted"), [(255, 256, False), (256, 256, True), (9999, None, False)])
+def test_length_beyond_the_context_is_hinted_at(
+    caplog: pytest.LogCaptureFixture, asked: int, limit: int | None, hinted: bool
+) -> None:
+    hint_at_length(asked, limit)
+    assert ("finish_reason length" in caplog.text) is hinted

@@ -53,6 +53,14 @@ def test_recommendations_that_are_not_applied_are_named_with_their_values(
     assert "recommends temperature 0.6, repetition_penalty 1.05; sampling.defaults=model" in line
 
 
+def test_recommendation_that_an_option_overrules_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    model = model_with(tmp_path, do_sample=True, temperature=0.6)
+    applied = with_model_defaults(sampling_of("sampling.defaults=model", "sampling=greedy"), model)
+    assert applied.temperature == 0
+    assert "this job sets them: temperature 0.6." in caplog.text
+
+
 @pytest.mark.parametrize("fields", [{}, {"eos_token_id": 2, "temperature": 1.0, "top_k": 0}])
 def test_model_that_recommends_nothing_changes_nothing(
     tmp_path: Path, fields: dict[str, Any], caplog: pytest.LogCaptureFixture
