@@ -18,8 +18,8 @@ _FIRST_STEPS, _FIRST_MS = 4, 1000.0
 _SAMPLES_PER_ESTIMATE = 8
 #: Waiting rows that are simulated one by one, in batches; the others go at the rate of a full batch.
 _SIMULATED_BATCHES = 4
-#: Estimates whose steps tell how much slower the job is than the fit.
-_RECENT_ESTIMATES = 32
+#: The steps of this last time tell how much slower the job is than the fit; other processes come and go.
+_RECENT_MS = 60_000.0
 _TYPICAL_ROWS = 512
 #: Nothing is foretold while thinkable lengths differ so much that the longer ones take this much longer.
 _QUANTILES, _GREATEST_SPREAD = (0.25, 0.5, 0.75), 2.5
@@ -69,7 +69,7 @@ class TimeLeft:
         """Live rows of the last steps in which rows waited and none was in prefill."""
         self._seen_steps = 0
         self._seen_ms = 0.0
-        self._windows: deque[_Window] = deque(maxlen=_RECENT_ESTIMATES)
+        self._windows: deque[_Window] = deque()
         self._prefilled = 0
         self._ended = 0
 
@@ -104,6 +104,8 @@ class TimeLeft:
         samples = [_mean(group) for group in groups]
         self._step_time.learn(samples)
         self._windows.append(_Window(now_ms, [len(group) for group in groups], samples))
+        while len(self._windows) > 2 and self._windows[1].now_ms <= now_ms - _RECENT_MS:
+            self._windows.popleft()
         finished, self._finished = self._finished, []
         self._ended += len(finished)
         self._lengths.learn(finished)

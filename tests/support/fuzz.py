@@ -202,7 +202,7 @@ def check(case: Case) -> None:
             assert record.error_class == reference.error_class == "prompt_too_long"
             continue
         assert record.prompt_ids == prompts[i]
-        count, reason, text = _ending(reference.completion_ids, params[i])
+        count, reason, text = _ending(prompts[i], reference.completion_ids, params[i])
         assert reference.finish_reason == "length"
         assert len(reference.completion_ids) == min(params[i].max_new_tokens, room)
         assert (record.finish_reason, record.error) == (reason, "")
@@ -246,17 +246,22 @@ def _run(case: Case, model: PreTrainedModel, prompts: list[list[int]]) -> list[R
         return sorted(engine.run(arriving()), key=lambda record: (int(record.row_id), record.sample))
 
 
-def _ending(ids: Sequence[int], params: SamplingParams) -> tuple[int, str, str]:
+def _ending(prompt: list[int], ids: Sequence[int], params: SamplingParams) -> tuple[int, str, str]:
     """How many of these tokens a completion has, why it ends, and its text; token by token, the plain way."""
     decode = functools.partial(tokenizer().decode, skip_special_tokens=True)
+
+    def text_of(count: int) -> str:
+        """What follows the prompt's text."""
+        return str(decode([*prompt, *ids[:count]]))[len(decode(prompt)) :]
+
     for count, token in enumerate(ids, 1):
         if (token == EOS and not params.ignore_eos) or token in params.stop_token_ids:
-            return count, "stop", str(decode(list(ids[:count])))
-        text = str(decode(list(ids[:count]))) if params.stop else ""
+            return count, "stop", text_of(count)
+        text = text_of(count) if params.stop else ""
         places = [at for at in map(text.find, params.stop) if at >= 0]
         if places:
             return count, "stop", text[: min(places)]
-    return len(ids), "length", str(decode(list(ids)))
+    return len(ids), "length", text_of(len(ids))
 
 
 def _judge_by_the_model(family: str, model: PreTrainedModel, record: Record, temperature: float) -> None:

@@ -20,7 +20,7 @@ from rollout.headroom.headroom import MultiDeviceHeadroom, after_reserve, headro
 from rollout.models.errors import UnsupportedModel
 from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.loading import load
+from rollout.models.loading.adapter import require_adapter, with_adapter
 from rollout.models.loading.load import ModelSource, load_model
 from rollout.models.module.inspect import output_device
 from tests.support.fake_devices import FAR, NEAR, Devices, spread
@@ -227,9 +227,9 @@ def test_device_map_without_gpus_is_refused(saved: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_recurrent_states_are_refused_before_weights_are_read(tmp_path: Path) -> None:
+def test_recurrent_states_are_refused_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("mamba").save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(UnsupportedModel, match=r"keeps recurrent states and must lie on one device"):
         load_model(ModelSource(str(tmp_path), device_map="auto"), AUTO)
 
@@ -239,9 +239,10 @@ def test_adapter_is_merged_on_the_devices_of_its_layers(tmp_path: Path) -> None:
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     peft.get_peft_model(tiny("llama"), settings).save_pretrained(tmp_path)
     ids = torch.arange(9)[None]
-    expected = load._merge_adapter(tiny("llama"), tmp_path, CPU)(ids).logits
+    config = require_adapter(tmp_path)
+    expected = with_adapter(tiny("llama"), tmp_path, config, CPU, None)(ids).logits
     with Devices():
-        merged = load._merge_adapter(spread(tiny("llama")), tmp_path, CPU)
+        merged = with_adapter(spread(tiny("llama")), tmp_path, config, CPU, None)
         assert {weight.device for weight in merged.parameters()} == {NEAR, FAR}
         logits = merged(ids.to(FAR)).logits.cpu()
     assert torch.equal(logits, expected)

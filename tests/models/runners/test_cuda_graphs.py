@@ -181,7 +181,7 @@ def test_shed_frees_graphs_and_they_are_captured_again_after_a_pause(
     assert not world.runner.shed()
     world.same([(0, 4), (1, 9)])
     world.decode(0, 1)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         assert world.runner.shed()
     assert "Memory is short: the CUDA graphs are freed and the next 3 decode steps run eagerly." in caplog.text
     assert (world.runner.bytes_kept, world.fake.released) == (0, 1)
@@ -200,7 +200,7 @@ def test_close_frees_all_memory_and_logs_the_captures(caplog: pytest.LogCaptureF
     world.decode(0)
     world.decode(0, 1)
     assert world.runner.bytes_kept == 2000
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         world.runner.close()
     assert "2 decode step(s) were captured in CUDA graphs" in caplog.text
     assert world.runner.bytes_kept == 0
