@@ -46,3 +46,8 @@ def uploaded(values: NDArray[Any], device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         source = source.pin_memory()
     return source.to(device, non_blocking=True)
+
+
+def version(x: torch.Tensor) -> int:
+    """Return the number of in-place changes to a tensor; always 0 for tensors of inference mode, which count none."""
+    return 0 if x.is_inference() else x._version

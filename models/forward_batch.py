@@ -28,6 +28,19 @@ class ForwardBatch:
     known_lens: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     """[S] known tokens of each sequence, including those of later prefill chunks; [0] if there are none."""
 
+    logits_lens: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[S] last new tokens of each sequence whose logits are wanted; [0] if only each sequence's last token's are."""
+
+    @property
+    def wanted_lens(self) -> IntArray:
+        """[S] last new tokens of each sequence whose logits are wanted; K is their sum."""
+        return self.logits_lens if len(self.logits_lens) else np.ones_like(self.query_lens)
+
+    @property
+    def wanted(self) -> IntArray:
+        """[K] indices among the T new tokens of those whose logits are wanted."""
+        return np.repeat(self.offsets + self.query_lens, self.wanted_lens) - countdown(self.wanted_lens)
+
     @property
     def full_lens(self) -> IntArray:
         """[S] known tokens of each sequence, including those of later prefill chunks."""
@@ -51,6 +64,12 @@ class ForwardBatch:
     def slot_mapping(self, page_size: int) -> IntArray:
         """Return [T]: the slot of each new token's keys and values, ``page * page_size + offset in page``."""
         return token_slots(self.page_tables, self.prefix_lens, self.query_lens, page_size)
+
+
+def countdown(counts: IntArray) -> IntArray:
+    """Return ``[c, ..., 2, 1]`` for each ``c`` of ``counts`` [S], concatenated."""
+    result: IntArray = np.repeat(np.cumsum(counts), counts) - np.arange(counts.sum())
+    return result
 
 
 def token_slots(page_tables: IntArray, first_positions: IntArray, counts: IntArray, page_size: int) -> IntArray:

@@ -1,7 +1,8 @@
 """Paged attention on a CPU by a compiled kernel, called with ctypes.
 
-The source is ``csrc/paged_attention.c``; `rollout.models.csrc.build` documents how it is built and which threads run
-it. If it cannot be built, `kernel` warns once and returns None, and the engine gathers pages instead.
+The source is ``csrc/paged_attention.c``; `rollout.models.csrc.build` documents how it is built, and
+`rollout.models.csrc.threads` which threads run it. If it cannot be built, `kernel` warns once and returns None, and the
+engine gathers pages instead.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ import torch
 
 from rollout.models.arrays import IntArray
 from rollout.models.attention.base import PagedAttention
-from rollout.models.attention.compiled_library import DTYPES, CBatch, CCall, CLayer, CPlan, CSizes, CTask, Kernel
+from rollout.models.attention.compiled_library import (
+    DTYPES,
+    Addresses,
+    CBatch,
+    CCall,
+    CLayer,
+    CPlan,
+    CSizes,
+    CTask,
+    Kernel,
+)
 from rollout.models.attention.interface import ScoreParams
 from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
 from rollout.models.csrc.build import KernelUnavailable, build, try_build
@@ -94,6 +105,7 @@ class CompiledForward:
             slot_mapping=self._slot_mapping.ctypes.data,
         )
         self._plans: dict[tuple[int, int, int, int, MaskKind], CPlan] = {}
+        self._sinks: dict[int, torch.Tensor] = {}
         self._plan_arrays: list[np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = []
         # Planning checks the pages, so that `prepare` reads only existing table entries.
         self._plan(self._layer(0, 1), pool.layout.layers[0].mask_kind)
@@ -135,7 +147,7 @@ class CompiledForward:
         out = torch.empty((self.tokens, heads, layer.value_dim), dtype=dtype)
         if not self.tokens:
             return out
-        call, itemsize = self._call(index, heads // layer.kv_heads), dtype.itemsize
+        call, itemsize = self._call(index, heads, scores), dtype.itemsize
         call.query = query.data_ptr()
         call.key = key.data_ptr()
         call.value = value.data_ptr()
@@ -143,15 +155,6 @@ class CompiledForward:
         call.query_token, call.query_head = query.stride(0) * itemsize, query.stride(1) * itemsize
         call.key_token, call.key_head = key.stride(0) * itemsize, key.stride(1) * itemsize
         call.value_token, call.value_head = value.stride(0) * itemsize, value.stride(1) * itemsize
-        call.scale = scores.scale
-        call.softcap = scores.softcap or 0.0
-        if scores.sinks is None:
-            call.sinks = None
-        else:
-            sinks = scores.sinks.detach().to(torch.float32).contiguous()
-            if sinks.shape != (heads,):
-                raise ValueError(f"sinks must be [{heads}], got {tuple(sinks.shape)}.")
-            call.sinks = sinks.data_ptr()
         self._kernel.attend(byref(call))
         return out
 
@@ -173,7 +176,21 @@ class CompiledForward:
             )
         return c_layer
 
-    def _call(self, index: int, group: int) -> CCall:
+    def _call(self, index: int, heads: int, scores: ScoreParams) -> CCall:
+        """Return the arguments of the kernel for one layer, without the addresses and strides of its tensors.
+
+        They stay valid as long as this object lives and no later forward asks for the same layer.
+
+        Args:
+            index: of the layer in the pool's layout.
+            heads: query heads, a multiple of the layer's key heads.
+            scores: scale, softcap and sinks.
+
+        Raises:
+            ValueError: the sinks are not one a head.
+            IndexError: a page that the layer reads is in no slab.
+        """
+        group = heads // self._layout.layers[index].kv_heads
         layer, calls = self._layer(index, group), self._addresses.calls
         call = calls.get((index, group))
         if call is None:
@@ -182,7 +199,43 @@ class CompiledForward:
         call.batch = addressof(self._batch)
         call.plan = addressof(plan)
         call.threads = self._threads
+        call.scale = scores.scale
+        call.softcap = scores.softcap or 0.0
+        call.sinks = None
+        if scores.sinks is not None:
+            sinks = scores.sinks.detach().to(torch.float32).contiguous()
+            if sinks.shape != (heads,):
+                raise ValueError(f"sinks must be [{heads}], got {tuple(sinks.shape)}.")
+            self._sinks[index] = sinks  # the call holds a bare address
+            call.sinks = sinks.data_ptr()
         return call
+
+    @property
+    def batch(self) -> CBatch:
+        """The sequences of this forward."""
+        return self._batch
+
+    @property
+    def threads(self) -> int:
+        """Number of threads that plans are made for."""
+        return self._threads
+
+    @property
+    def addresses(self) -> Addresses:
+        """Addresses of the pool's slabs; another object after the pool has grown or shrunk."""
+        return self._addresses
+
+    def layer(self, index: int, heads: int) -> CLayer:
+        """Return one layer as the kernel reads it; it stays valid as long as `addresses`."""
+        return self._layer(index, heads // self._layout.layers[index].kv_heads)
+
+    def plan(self, index: int, heads: int) -> CPlan:
+        """Return the plan of one layer, valid as long as this object; layers of one shape and mask share it.
+
+        Raises:
+            IndexError: a page that the layer reads is in no slab.
+        """
+        return self._plan(self.layer(index, heads), self._layout.layers[index].mask_kind)
 
     def _plan(self, layer: CLayer, mask_kind: MaskKind) -> CPlan:
         key = (layer.kv_heads, layer.group, layer.key_dim, layer.value_dim, mask_kind)
@@ -275,13 +328,13 @@ class CompiledAttention(PagedAttention):
 
     def __init__(self, pool: PagePool, batch: ForwardBatch, compiled: Kernel) -> None:
         super().__init__(pool, batch)
-        self._forward = _forward(compiled, pool, batch)
+        self.forward = _forward(compiled, pool, batch)
 
     def compute(
         self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
     ) -> torch.Tensor:
         """See `PagedAttention.compute`."""
-        return self._forward(index, q, k, v, scores)
+        return self.forward(index, q, k, v, scores)
 
 
 @dataclass(frozen=True, slots=True)

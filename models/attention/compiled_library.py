@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rollout.models.arrays import IntArray
-from rollout.models.csrc.build import gomp_parallel
+from rollout.models.csrc.threads import parallel
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
 
@@ -113,7 +113,7 @@ class Kernel:
         self.dtypes = frozenset(
             dtype for dtype in DTYPES if dtype != torch.float16 or bool(library.rollout_has_float16())
         )
-        self.parallel = gomp_parallel()
+        self.parallel = parallel()
         self._addresses: WeakKeyDictionary[PagePool, Addresses] = WeakKeyDictionary()
 
     def supports(self, layout: KVLayout, device: torch.device) -> bool:

@@ -20,6 +20,8 @@ from transformers import AttentionInterface
 from rollout.models.errors import UnsupportedModel
 
 NAME = "rollout"
+PROBE_NAME = "rollout_probe"
+"""Name under which masks are built as well; see `rollout.models.attention.probe`."""
 
 #: Keyword arguments that models pass and that have no effect here: positions are in the batch, mask kinds come from
 #: the probe, and generation uses no dropout.
@@ -102,8 +104,8 @@ def attend(
     attention = current_attention()
     if attention is None:
         raise RuntimeError(
-            f"{type(module).__name__} called the attention function {NAME!r} outside of an engine's step: "
-            "another thread is using the model while it generates."
+            f"{type(module).__name__} called the attention function {NAME!r} outside of an engine's step: set the "
+            "model's attention implementation to one of transformers' own."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = ScoreParams(scale=scale, softcap=softcap, sinks=s_aux)
@@ -111,3 +113,4 @@ def attend(
 
 
 AttentionInterface.register(NAME, attend)
+AttentionInterface.register(PROBE_NAME, attend)

@@ -8,8 +8,7 @@ attention call shows which mask the layer got.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from transformers import AttentionMaskInterface
 from rollout.models.attention import interface
 from rollout.models.errors import UnsupportedModel
 from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
+from rollout.models.module.attention_choice import use_implementation
 from rollout.models.module.inspect import family_name, output_device, refuse_recurrent, vocabulary_size
 
 MaskPredicate = Callable[[Any, Any, Any, Any], Any]
@@ -53,7 +53,7 @@ def attention_layers(model: nn.Module, **arguments: object) -> tuple[tuple[Atten
     """
     recorder = _Recorder()
     ids = torch.arange(PROBE_TOKENS, device=output_device(model))[None] % vocabulary_size(model)
-    with _registered_mask(recorder), interface.use_attention(recorder):
+    with use_implementation(interface.PROBE_NAME), interface.use_attention(recorder):
         model(input_ids=ids, **arguments)
     if len(recorder.dtypes) > 1:
         dtypes = ", ".join(sorted(map(str, recorder.dtypes)))
@@ -102,14 +102,14 @@ class _Recorder:
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
 
 
-@contextmanager
-def _registered_mask(recorder: _Recorder) -> Iterator[None]:
-    """Register the recorder's mask function with transformers inside this block."""
-    AttentionMaskInterface.register(interface.NAME, lambda *_args, **kwargs: recorder.mask(**kwargs))
-    try:
-        yield
-    finally:
-        del AttentionMaskInterface._global_mapping[interface.NAME]
+def _record_mask(*_args: Any, **kwargs: Any) -> torch.Tensor:
+    """Implement transformers' mask interface by this thread's recorder."""
+    recorder = interface.current_attention()
+    assert isinstance(recorder, _Recorder)
+    return recorder.mask(**kwargs)
+
+
+AttentionMaskInterface.register(interface.PROBE_NAME, _record_mask)
 
 
 def classify(sees: MaskPredicate, size: int | None) -> MaskKind:

@@ -1,4 +1,6 @@
 /* Arguments of the entry points of paged_attention.c; models/attention/compiled_library.py mirrors these structures. */
+#pragma once
+#include "threads.h"
 #include "vectors.h"
 
 enum { FULL, WINDOW, CHUNKED };
@@ -53,13 +55,12 @@ typedef struct {
     const float *sinks; /* [kv_heads * group], or NULL */
     double scale, softcap; /* softcap 0: no softcap */
     int64_t threads;
-    /* GOMP_parallel of the OpenMP runtime that torch uses, or NULL: one thread. */
-    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+    Parallel *parallel; /* or NULL: one thread */
 } Call;
 
 #define BLOCK 32                 /* positions per block; keys and values of two blocks fit into the L1 cache */
 #define CHUNK 512                /* positions per chunk */
-#define TILE_ROWS 24             /* most rows of a tile with several queries, unless one query has more */
+#define SHARED_ROWS 24           /* most rows of a tile with several queries, unless one query has more */
 #define STATE_FLOATS (32 * 1024) /* a task takes one head, or as many as keep its state below this */
 #define TASKS_PER_THREAD 4       /* tiles are split to make at least this many tasks */
 #define ALONE_BYTES (16 * 1024)  /* fewer new bytes than this are written by one thread */

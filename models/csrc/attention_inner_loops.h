@@ -1,4 +1,6 @@
 /* Inner loops of paged_attention.c: scores of rows against the keys of a block, and weighted sums of its values. */
+#pragma once
+#include "attention_call.h"
 
 /* Rows (heads of one or several queries) that share one load of a key or value. ROWS x 4 sums, a vector per row and one
  * of a key fit into the registers: 32 with AVX-512 and on Arm, 16 elsewhere. */

@@ -1,4 +1,7 @@
 /* Tasks of paged_attention.c: queries of one sequence against the chunks of keys and values that they see. */
+#pragma once
+#include "attention_inner_loops.h"
+#include "attention_pages.h"
 
 /* Working memory of a task. Rows are ordered by key head, query, head within the group. */
 typedef struct {
@@ -49,69 +52,6 @@ static void fold(int64_t vectors, float maximum, float weight, const float *sums
         store(totals + j * W, fma_(load(totals + j * W), splat(old), load(sums + j * W) * splat(new)));
     *total_weight = *total_weight * old + weight * new;
     *total_maximum = now;
-}
-
-/* Writes the result of one row: its weighted values over the sum of weights, including the sink's. */
-static void finish(const Call *call, Row row, int64_t token, int64_t head, float maximum, float weight,
-                   const float *totals)
-{
-    const Layer *layer = call->layer;
-    float factor = 1;
-    if (call->sinks) {
-        float sink = call->sinks[head], now = sink > maximum ? sink : maximum;
-        float reference = now == MINUS_INFINITY ? 0 : now;
-        factor = scale_from(maximum, reference);
-        weight = weight * factor + scale_from(sink, reference);
-    }
-    int64_t index = token * layer->kv_heads * layer->group + head;
-    pack(row, totals, factor / weight, call->out + index * layer->value_dim * size_of(row.dtype));
-}
-
-typedef struct {
-    int64_t begin, end;
-} Range;
-
-/* Returns the positions in the task's chunks that at least one of its queries sees. */
-static Range range_of(const Call *call, const Task *task)
-{
-    int64_t start = call->batch->prefix_lens[task->sequence] + task->query;
-    return (Range){larger_of(task->chunk * CHUNK, first_key(call->layer, start)),
-                   smaller_of((task->chunk + task->chunks) * CHUNK, start + task->queries)};
-}
-
-/* Looks up the addresses of a block's keys and values within the range, for the first head. Entries outside of the
- * range repeat the nearest address: keys are read four at a time, and the extra scores are ignored. */
-static void locate(const Call *call, int64_t sequence, int64_t block, Range range, const char **keys,
-                   const char **values)
-{
-    int64_t from = larger_of(range.begin - block, 0), to = smaller_of(range.end - block, BLOCK);
-    const Batch *batch = call->batch;
-    const Layer *layer = call->layer;
-    int64_t key_bytes = layer->kv_heads * layer->key_dim * size_of((int)layer->dtype);
-    int64_t value_bytes = layer->kv_heads * layer->value_dim * size_of((int)layer->dtype);
-    const int64_t *table = batch->page_tables + sequence * batch->width;
-    for (int64_t t = from; t < to;) {
-        int64_t page = (block + t) / batch->page_size, place = (block + t) % batch->page_size;
-        int64_t slab = table[page] / batch->slab_pages, inside = table[page] % batch->slab_pages;
-        const char *key = (const char *)(intptr_t)layer->keys[slab];
-        const char *value = (const char *)(intptr_t)layer->values[slab];
-        key += (inside * batch->page_size + place) * key_bytes;
-        value += (inside * batch->page_size + place) * value_bytes;
-        int64_t end = smaller_of(to, t + batch->page_size - place);
-        for (; t < end; t++, key += key_bytes, value += value_bytes)
-            keys[t] = key, values[t] = value;
-    }
-    for (int64_t t = 0; t < from; t++)
-        keys[t] = keys[from], values[t] = values[from];
-    for (int64_t t = to; t < BLOCK; t++)
-        keys[t] = keys[to - 1], values[t] = values[to - 1];
-}
-
-/* Returns the positions within a block that a query sees, relative to the block; begin == end if it sees none. */
-INLINE Range seen_of_block(const Layer *layer, int64_t position, int64_t block)
-{
-    int64_t end = larger_of(smaller_of(position + 1 - block, BLOCK), 0);
-    return (Range){smaller_of(larger_of(first_key(layer, position) - block, 0), end), end};
 }
 
 /* Returns whether queries and keys are multiplied in their stored dtype, without conversion to float. */
@@ -169,7 +109,7 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
     int64_t tiles = (count + ROWS - 1) / ROWS; /* tiles of rows; their sizes differ by one at most */
     Range seen[count];
     for (int64_t query = 0, row = 0; query < task->queries; query++) {
-        Range own = seen_of_block(layer, start + query, block);
+        Range own = seen_of(layer, start + query, block, BLOCK);
         for (int64_t i = 0; i < layer->group; i++)
             seen[row++] = own;
     }
@@ -226,7 +166,7 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
 }
 
 /* Runs a task. `next` is the thread's next task, whose first keys and values are prefetched, or NULL. */
-static void run_task(const Call *call, const Task *task, const Task *next, float *memory)
+static void run_float_task(const Call *call, const Task *task, const Task *next, float *memory)
 {
     const Batch *batch = call->batch;
     const Layer *layer = call->layer;
@@ -253,7 +193,7 @@ static void run_task(const Call *call, const Task *task, const Task *next, float
     Range seen = range_of(call, task), then = next ? range_of(call, next) : (Range){0, 0};
     const char *keys[2][BLOCK], *values[2][BLOCK]; /* of this block, and of the next one */
     int now = 0;
-    locate(call, task->sequence, seen.begin / BLOCK * BLOCK, seen, keys[now], values[now]);
+    locate(call, task->sequence, seen.begin / BLOCK * BLOCK, BLOCK, seen, keys[now], values[now]);
     for (int64_t block = seen.begin / BLOCK * BLOCK; block < seen.end; block += BLOCK, now = 1 - now) {
         int64_t chunk = block / CHUNK;
         if (block % CHUNK == 0 || block <= seen.begin) {
@@ -267,7 +207,7 @@ static void run_task(const Call *call, const Task *task, const Task *next, float
         Ahead next_keys = {keys[1 - now], 0, 0, 0, task->heads, 0};
         Ahead next_values = {values[1 - now], 0, 0, 0, task->heads, 0};
         if (following) {
-            locate(call, following->sequence, following == task ? block + BLOCK : then.begin / BLOCK * BLOCK,
+            locate(call, following->sequence, following == task ? block + BLOCK : then.begin / BLOCK * BLOCK, BLOCK,
                    following == task ? seen : then, keys[1 - now], values[1 - now]);
             next_keys.offset = following->head * key_bytes, next_keys.bytes = following->heads * key_bytes;
             next_values.offset = following->head * value_bytes, next_values.bytes = following->heads * value_bytes;
@@ -313,8 +253,10 @@ static void run_task(const Call *call, const Task *task, const Task *next, float
                          &s.total_weight[row], s.totals + row * value_floats);
             }
     }
-    for (int64_t row = 0; row < rows; row++)
-        finish(call, value_row, token + row % per_head / layer->group,
-               (task->head + row / per_head) * layer->group + row % layer->group, s.total_maximum[row],
-               s.total_weight[row], s.totals + row * value_floats);
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t head = (task->head + row / per_head) * layer->group + row % layer->group;
+        pack(value_row, s.totals + row * value_floats,
+             normalizer(call, head, s.total_maximum[row], s.total_weight[row]),
+             out_at(call, token + row % per_head / layer->group, head));
+    }
 }

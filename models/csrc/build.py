@@ -3,9 +3,7 @@
 A source needs a C compiler (``CC``, else cc, gcc or clang), the compiler's own headers and those beside the source. If
 it cannot be built or fails its self-test, the engine warns once and uses a slower PyTorch path.
 
-Kernels run in torch's threads: sources call ``GOMP_parallel`` of the OpenMP runtime that torch is linked with (GNU's,
-LLVM's and Intel's all export it), so that both share one thread pool. Sources are not linked with OpenMP themselves, so
-no second runtime is loaded; without OpenMP in torch, kernels run in one thread.
+Sources are not linked with a threading library: `rollout.models.csrc.threads` has the threads that run them.
 """
 
 from __future__ import annotations
@@ -21,12 +19,8 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from ctypes import c_void_p
-from functools import cache
 from pathlib import Path
 from typing import TypeVar
-
-import torch
 
 from rollout.models.cache_dir import cache_root
 
@@ -171,16 +165,3 @@ def _cpu() -> str:
     names = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU implementer", "CPU part")
     # Cores of a machine may differ, and their order in the file is arbitrary.
     return "\n".join([*system, *sorted({line for line in lines if line.split(":")[0].strip() in names})])
-
-
-@cache
-def gomp_parallel() -> int | None:
-    """Return the address of ``GOMP_parallel`` in torch's OpenMP runtime, or None if torch has no such runtime."""
-    if not torch.backends.openmp.is_available():
-        return None
-    try:
-        # Already loaded; symbols are looked up in this library and in those it is linked with.
-        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, c_void_p).value
-    except (OSError, AttributeError):
-        logger.debug("torch's OpenMP runtime has no GOMP_parallel; compiled kernels run in one thread.")
-        return None

@@ -5,6 +5,7 @@
  * winning block. The sample is that of models/sampling/sampler.py, from the same random bits; only the order of
  * summation differs. Rows are independent, so a row's sample does not depend on the batch composition.
  */
+#include "threads.h"
 #include "vectors.h"
 
 enum { BLOCK = 256 };
@@ -20,7 +21,7 @@ typedef struct {
     int64_t *tokens;             /* [rows] out */
     double *totals;              /* [rows] out: log(sum(exp(logits / temperature))) */
     float *logprobs;             /* [rows] out */
-    void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel, or null */
+    Parallel *parallel;          /* or null: one thread */
     int64_t threads;
     int64_t next;                /* next row that no thread has taken */
 } Batch;

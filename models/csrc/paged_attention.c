@@ -5,80 +5,17 @@
  *
  * The result of a token does not depend on the batch composition, bit for bit, because the operations on each query
  * depend only on its position and the layer's mask:
- *   - keys are processed in blocks of BLOCK positions, counted from position 0 of the sequence, by an online softmax:
- *     scores, running maximum, weights, weighted sum of values;
- *   - blocks form chunks of CHUNK positions, each summed on its own and folded into the result in order, so that
- *     several threads can compute the chunks of one long sequence;
+ *   - positions form chunks of CHUNK, counted from position 0 of the sequence; each is summed on its own and folded into
+ *     the result in order, so that several threads can compute the chunks of one long sequence;
+ *   - in bfloat16, where the CPU has instructions for it, a chunk is two products of packed tiles around a softmax
+ *     (attention_bfloat16.h); one query and thousands go through the same sums in the same order;
+ *   - else a chunk is processed in blocks of BLOCK positions by an online softmax in float: scores, running maximum,
+ *     weights, weighted sum of values (attention_tiles.h);
  *   - fused multiply-adds are explicit, and compiler flags forbid further fusing and any reordering.
- * Rows of a tile share loaded keys and values; results do not depend on which rows share a tile. Keys, queries, values
- * and sums stay in the element order of `vectors.h`, which only the final store undoes.
+ * Rows of a tile share loaded keys and values; results do not depend on which rows share a tile. In float, keys,
+ * queries, values and sums stay in the element order of `vectors.h`, which only the final store undoes.
  */
-#include "attention_call.h"
-#include "attention_inner_loops.h"
-#include "attention_tiles.h"
-
-/* ---- threads ------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    const Call *call;
-    int64_t next, worker;
-} Team;
-
-#define WRITTEN_AT_ONCE 16
-
-static void write_tokens(void *data)
-{
-    Team *team = data;
-    const Call *call = team->call;
-    const Batch *batch = call->batch;
-    const Layer *layer = call->layer;
-    int64_t slab_slots = batch->slab_pages * batch->page_size, item = size_of((int)layer->dtype);
-    int64_t key_bytes = layer->key_dim * item, value_bytes = layer->value_dim * item;
-    for (;;) {
-        int64_t from = __atomic_fetch_add(&team->next, WRITTEN_AT_ONCE, __ATOMIC_RELAXED);
-        if (from >= batch->tokens)
-            return;
-        for (int64_t token = from; token < smaller_of(from + WRITTEN_AT_ONCE, batch->tokens); token++) {
-            int64_t slab = batch->slot_mapping[token] / slab_slots, inside = batch->slot_mapping[token] % slab_slots;
-            char *key = (char *)(intptr_t)layer->keys[slab] + inside * layer->kv_heads * key_bytes;
-            char *value = (char *)(intptr_t)layer->values[slab] + inside * layer->kv_heads * value_bytes;
-            for (int64_t head = 0; head < layer->kv_heads; head++) {
-                const char *from_key = call->key + token * call->key_token + head * call->key_head;
-                const char *from_value = call->value + token * call->value_token + head * call->value_head;
-                memcpy(key + head * key_bytes, from_key, (size_t)key_bytes);
-                memcpy(value + head * value_bytes, from_value, (size_t)value_bytes);
-            }
-        }
-    }
-}
-
-static void run_tasks(void *data)
-{
-    Team *team = data;
-    const Plan *plan = team->call->plan;
-    int64_t worker = __atomic_fetch_add(&team->worker, 1, __ATOMIC_RELAXED);
-    float *memory = plan->scratch + worker * plan->sizes.scratch_floats;
-    int64_t tasks = plan->sizes.tasks, index = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED);
-    while (index < tasks) {
-        /* A thread takes its next task early to prefetch its memory, except towards the end, when an idle thread could
-         * start that task now. */
-        int64_t next = tasks;
-        int early = index + 2 * team->call->threads < tasks || team->call->threads == 1;
-        if (early)
-            next = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED);
-        run_task(team->call, &plan->tasks[index], next < tasks ? &plan->tasks[next] : NULL, memory);
-        index = early ? next : __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED);
-    }
-}
-
-static void run_team(const Call *call, void (*work)(void *), int alone)
-{
-    Team team = {call, 0, 0};
-    if (alone || call->threads <= 1 || !call->parallel)
-        work(&team);
-    else
-        call->parallel(work, &team, (unsigned)call->threads, 0);
-}
+#include "attention_team.h"
 
 /* ---- entry points -------------------------------------------------------------------------------------------- */
 
@@ -107,8 +44,7 @@ static int by_cost(const void *a, const void *b)
 /* Returns the tile of queries that starts at `query`, and its cost. */
 static Task tile_at(const Batch *batch, const Layer *layer, int64_t sequence, int64_t query)
 {
-    int64_t most = larger_of(TILE_ROWS / layer->group, 1);
-    int64_t queries = smaller_of(batch->query_lens[sequence] - query, most);
+    int64_t queries = smaller_of(batch->query_lens[sequence] - query, most_queries(layer));
     int64_t start = batch->prefix_lens[sequence] + query, last = start + queries - 1, first = first_key(layer, start);
     int64_t keys = last + 1 - first;
     int64_t cost = (keys * queries + 16) * layer->group * (layer->key_dim + layer->value_dim) * layer->kv_heads;
@@ -123,10 +59,7 @@ static Task tile_at(const Batch *batch, const Layer *layer, int64_t sequence, in
 int64_t rollout_plan(const Batch *batch, const Layer *layer, int64_t threads, Sizes *sizes, Task *tasks,
                      int64_t *pending)
 {
-    Row key_row = row_of((int)layer->dtype, layer->key_dim), value_row = row_of((int)layer->dtype, layer->value_dim);
-    int64_t key_floats = key_row.vectors * W, value_floats = value_row.vectors * W;
-    int64_t row_floats = key_floats + 2 * value_floats + W;
-    int64_t total = 0;
+    int64_t value_floats = value_floats_of(layer), total = 0;
     for (int64_t s = 0; s < batch->sequences; s++) {
         if (!batch->query_lens[s])
             continue;
@@ -148,17 +81,17 @@ int64_t rollout_plan(const Batch *batch, const Layer *layer, int64_t threads, Si
         for (int64_t query = 0; query < batch->query_lens[s];) {
             Task tile = tile_at(batch, layer, s, query);
             query += tile.queries;
-            /* A single query takes all heads block by block, so that pages are read contiguously. Several queries take
-             * one head at a time, so that its keys stay in cache. */
+            /* A single query takes all heads block by block, so that pages are read contiguously, if its chunks are
+             * enough to share. Several queries take one head at a time, so that its keys stay in cache. */
             int64_t rows = tile.queries * layer->group;
-            int64_t heads = tile.queries > 1 || tile.cost > fair ? 1 : larger_of(STATE_FLOATS / (rows * row_floats), 1);
-            int split = tile.cost / layer->kv_heads > fair && tile.chunks > 1;
+            int single = tile.queries == 1 && tile.cost <= fair * tile.chunks;
+            int64_t heads = single ? smaller_of(most_heads(layer), layer->kv_heads) : 1;
+            int split = tile.cost * heads / layer->kv_heads > fair && tile.chunks > 1;
             for (int64_t head = 0; head < layer->kv_heads; head += heads) {
                 Task part = tile;
                 part.head = head, part.heads = smaller_of(heads, layer->kv_heads - head);
                 part.cost = tile.cost * part.heads / layer->kv_heads;
-                int64_t floats = scratch_floats(rows * part.heads, rows, key_floats, value_floats);
-                sizes->scratch_floats = larger_of(sizes->scratch_floats, floats);
+                sizes->scratch_floats = larger_of(sizes->scratch_floats, task_floats(layer, tile.queries, part.heads));
                 if (!split) {
                     if (tasks)
                         tasks[sizes->tasks] = part;
@@ -180,12 +113,25 @@ int64_t rollout_plan(const Batch *batch, const Layer *layer, int64_t threads, Si
     return 0;
 }
 
+static void write_alone(void *team) { write_tokens(team); }
+static void attend_written(void *team) { run_tasks(team); }
+
+static void run_team(AttendTeam *team, void (*work)(void *), int alone)
+{
+    const Call *call = team->call;
+    if (alone || call->threads <= 1 || !call->parallel)
+        work(team);
+    else
+        call->parallel(work, team, (unsigned)call->threads, 0);
+}
+
 /* Writes the new keys and values of a layer to their pages, then attends. */
 void rollout_attend(const Call *call)
 {
     const Layer *layer = call->layer;
     int64_t token_bytes = layer->kv_heads * (layer->key_dim + layer->value_dim) * size_of((int)layer->dtype);
     int64_t bytes = call->batch->tokens * token_bytes;
-    run_team(call, write_tokens, bytes < ALONE_BYTES);
-    run_team(call, run_tasks, call->plan->sizes.tasks <= 1);
+    AttendTeam team = {.call = call};
+    run_team(&team, write_alone, bytes < ALONE_BYTES);
+    run_team(&team, attend_written, call->plan->sizes.tasks <= 1);
 }

@@ -3,50 +3,13 @@
  * Each entry point replaces several torch operations by one pass over memory, and rounds where they round. Rows are
  * independent, so a row's result does not depend on the batch composition, bit for bit.
  */
-#include "vectors.h"
+#include "pointwise_rows.h"
+#include "threads.h"
 
-/* Elements that are loaded together: two vectors, in the order of `vectors.h`. */
-#define TWO (2 * W)
 /* Fewer elements than this are computed by one thread. */
 #define ALONE 24576
 
-typedef struct {
-    vf a, b;
-} Pair;
-
-/* Loads elements [i, i + TWO) of a row. */
-INLINE Pair load_pair(const int dtype, const char *row, int64_t i)
-{
-    if (dtype == FLOAT32)
-        return (Pair){load((const float *)row + i), load((const float *)row + i + W)};
-    vu words = *(const vu_memory *)(row + 2 * i);
-    return (Pair){(vf)(words << 16), (vf)(words & 0xffff0000u)};
-}
-
-INLINE void store_pair(const int dtype, char *row, int64_t i, Pair x)
-{
-    if (dtype == FLOAT32) {
-        store((float *)row + i, x.a);
-        store((float *)row + i + W, x.b);
-        return;
-    }
-    *(vu_memory *)(row + 2 * i) = (round_to_bfloat16(x.a) >> 16) | (round_to_bfloat16(x.b) & 0xffff0000u);
-}
-
-/* Rounds to the dtype. */
-INLINE vf rounded(const int dtype, vf x)
-{
-    return dtype == FLOAT32 ? x : (vf)(round_to_bfloat16(x) & 0xffff0000u);
-}
-
-INLINE Pair rounded_pair(const int dtype, Pair x) { return (Pair){rounded(dtype, x.a), rounded(dtype, x.b)}; }
-INLINE Pair times(Pair x, Pair y) { return (Pair){x.a * y.a, x.b * y.b}; }
-INLINE Pair plus(Pair x, Pair y) { return (Pair){x.a + y.a, x.b + y.b}; }
-INLINE Pair minus(Pair x, Pair y) { return (Pair){x.a - y.a, x.b - y.b}; }
-
 /* ---- threads ------------------------------------------------------------------------------------------------- */
-
-typedef void Parallel(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel, or NULL */
 
 typedef struct {
     void (*rows)(const void *call, int64_t from, int64_t to);
@@ -80,44 +43,16 @@ static void each_row(void (*rows)(const void *, int64_t, int64_t), const void *c
 /* ---- root mean square norm ------------------------------------------------------------------------------------- */
 
 typedef struct {
-    int64_t width;
+    Norm norm;
     const char *x;
-    const float *factors;
     char *out;
-    float eps;
-} Norm;
+} NormCall;
 
-INLINE void norm_rows(const int dtype, const int late, const Norm *n, int64_t from, int64_t to)
+INLINE void norm_rows(const int dtype, const int late, const NormCall *n, int64_t from, int64_t to)
 {
-    int64_t width = n->width, whole = width / TWO * TWO;
-    for (int64_t row = from; row < to; row++) {
-        const char *x = n->x + row * width * size_of(dtype);
-        char *out = n->out + row * width * size_of(dtype);
-        vf even = {0}, odd = {0};
-        for (int64_t i = 0; i < whole; i += TWO) {
-            Pair p = load_pair(dtype, x, i);
-            even = fma_(p.a, p.a, even), odd = fma_(p.b, p.b, odd);
-        }
-        float squares = sum(even + odd);
-        for (int64_t i = whole; i < width; i++) {
-            float v = get(dtype, x, i);
-            squares += v * v;
-        }
-        float scale = 1.0f / sqrtf(squares / (float)width + n->eps);
-        for (int64_t i = 0; i < whole; i += TWO) {
-            Pair p = load_pair(dtype, x, i);
-            p.a = p.a * scale, p.b = p.b * scale;
-            if (!late)
-                p = rounded_pair(dtype, p);
-            store_pair(dtype, out, i, times(p, (Pair){load(n->factors + i), load(n->factors + i + W)}));
-        }
-        for (int64_t i = whole; i < width; i++) {
-            float v = get(dtype, x, i) * scale;
-            if (!late)
-                v = rounded(dtype, splat(v))[0];
-            put(dtype, out, i, v * n->factors[i]);
-        }
-    }
+    int64_t bytes = n->norm.width * size_of(dtype);
+    for (int64_t row = from; row < to; row++)
+        norm_row(dtype, late, &n->norm, n->x + row * bytes, n->out + row * bytes);
 }
 
 static void norm_float32(const void *n, int64_t from, int64_t to) { norm_rows(FLOAT32, 1, n, from, to); }
@@ -131,7 +66,7 @@ static void norm_late(const void *n, int64_t from, int64_t to) { norm_rows(BFLOA
 void rollout_rms_norm(int64_t dtype, int64_t late, int64_t count, int64_t width, const char *x, const float *factors,
                       double eps, char *out, int64_t threads, Parallel *parallel)
 {
-    Norm n = {width, x, factors, out, (float)eps};
+    NormCall n = {{width, factors, (float)eps}, x, out};
     each_row(dtype == FLOAT32 ? norm_float32 : late ? norm_late : norm_early, &n, count, width, threads, parallel);
 }
 
@@ -159,35 +94,16 @@ typedef struct {
     Rotated parts[2];
 } Rotation;
 
-/* (x0, x1) -> (x0 cos0 - x1 sin0, x1 cos1 + x0 sin1), for the halves x0 and x1 of a head; each product is rounded. */
 INLINE void rotate_rows(const int dtype, const Rotation *r, int64_t from, int64_t to)
 {
-    int64_t half = r->dim / 2, whole = half / TWO * TWO, size = size_of(dtype);
+    int64_t bytes = r->dim * size_of(dtype);
     for (int64_t token = from; token < to; token++) {
         const char *cosines = r->cosines + token * r->angles, *sines = r->sines + token * r->angles;
         for (int part = 0; part < 2; part++) {
             const Rotated *p = &r->parts[part];
-            for (int64_t head = 0; head < p->heads; head++) {
-                const char *x = p->x + token * p->token + head * p->head;
-                char *out = p->out + (token * p->heads + head) * r->dim * size;
-                for (int64_t i = 0; i < whole; i += TWO) {
-                    Pair low = load_pair(dtype, x, i), high = load_pair(dtype, x, half + i);
-                    Pair a = rounded_pair(dtype, times(low, load_pair(dtype, cosines, i)));
-                    Pair b = rounded_pair(dtype, times(high, load_pair(dtype, sines, i)));
-                    Pair c = rounded_pair(dtype, times(high, load_pair(dtype, cosines, half + i)));
-                    Pair d = rounded_pair(dtype, times(low, load_pair(dtype, sines, half + i)));
-                    store_pair(dtype, out, i, minus(a, b));
-                    store_pair(dtype, out, half + i, plus(c, d));
-                }
-                for (int64_t i = whole; i < half; i++) {
-                    float low = get(dtype, x, i), high = get(dtype, x, half + i);
-                    vf products = {low * get(dtype, cosines, i), high * get(dtype, sines, i),
-                                   high * get(dtype, cosines, half + i), low * get(dtype, sines, half + i)};
-                    products = rounded(dtype, products);
-                    put(dtype, out, i, products[0] - products[1]);
-                    put(dtype, out, half + i, products[2] + products[3]);
-                }
-            }
+            for (int64_t head = 0; head < p->heads; head++)
+                rotate_head(dtype, r->dim, cosines, sines, p->x + token * p->token + head * p->head,
+                            p->out + (token * p->heads + head) * bytes);
         }
     }
 }

@@ -4,6 +4,7 @@
  * in pairs: 2 W elements as W words, whose low halves become one vector (by a shift) and whose high halves another (by
  * a mask). Element-wise computations keep that order, and the final store undoes it.
  */
+#pragma once
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>

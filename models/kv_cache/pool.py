@@ -49,6 +49,8 @@ class Pool(ABC, Generic[_S]):
         self.device = device
         self.slabs: list[_S | None] = []
         self._references: IntArray = np.zeros(0, np.int64)
+        self.reference_changes = 0
+        """Counts up whenever pages in use gain or lose references."""
         self._free: list[list[int]] = []  # per slab: free page ids, highest first
         self._free_count = 0
 
@@ -160,9 +162,15 @@ class Pool(ABC, Generic[_S]):
         self._references[pages] = 1
         return pages
 
+    def references(self, pages: IntArray) -> IntArray:
+        """Return how often each of ``pages`` is in use."""
+        counts: IntArray = self._references[pages]
+        return counts
+
     def share(self, pages: IntArray) -> None:
         """Add one reference to each of ``pages``."""
         self._references[pages] += 1
+        self.reference_changes += 1
 
     def release(self, pages: IntArray, scrub: bool = False) -> None:
         """Drop one reference to each of ``pages`` and free those without references.
@@ -171,6 +179,7 @@ class Pool(ABC, Generic[_S]):
         masked key of a later row would spoil its output.
         """
         self._references[pages] -= 1
+        self.reference_changes += 1
         freed = pages[self._references[pages] == 0]
         for page in freed.tolist():
             self._free[page // self.slab_pages].append(page)
@@ -182,8 +191,10 @@ class Pool(ABC, Generic[_S]):
                 for tensor in tensors:
                     tensor.index_fill_(0, inside[tensor.device], 0)
 
-    def copy(self, source: IntArray, target: IntArray) -> None:
+    def copy(self, source: IntArray, target: IntArray, tokens: int | None = None) -> None:
         """Copy the contents of pages ``source`` [n] to ``target`` [n]; targets are unique and no page is in both.
+
+        If ``tokens`` is given, only the keys and values of so many tokens are copied, the first of each page.
 
         Pages are copied in batches, since a launch per page and tensor would leave a GPU idle. Batches are small,
         since pages move when memory is short.
@@ -194,8 +205,8 @@ class Pool(ABC, Generic[_S]):
             for start in range(0, len(pairs), _PAGES_PER_COPY):
                 pages = pairs[start : start + _PAGES_PER_COPY]
                 _copy(
-                    sources=self.slab(from_slab).tensors,
-                    targets=self.slab(to_slab).tensors,
+                    sources=_beginnings(self.slab(from_slab).tensors, tokens),
+                    targets=_beginnings(self.slab(to_slab).tensors, tokens),
                     source=source[pages] % self.slab_pages,
                     target=target[pages] % self.slab_pages,
                 )
@@ -233,6 +244,11 @@ class Pool(ABC, Generic[_S]):
         held = set(np.flatnonzero(counts).tolist())
         if len(free) != self._free_count or sorted([*free, *held]) != sorted(every):
             raise AssertionError("free and held pages do not make up the slabs")
+
+
+def _beginnings(tensors: Sequence[torch.Tensor], tokens: int | None) -> Sequence[torch.Tensor]:
+    """Return views of the first tokens of each page, or of the whole pages."""
+    return tensors if tokens is None else [tensor[:, :tokens] for tensor in tensors]
 
 
 def _copy(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], source: IntArray, target: IntArray) -> None:

@@ -7,7 +7,6 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError
 
 from rollout.models.cache_dir import cache_root
@@ -59,6 +58,8 @@ def packaged_folder(name: str) -> Path:
     package = _find_package(model)
     folder = cache_root() / f"{model.name}-format{FORMAT}-{model.distribution}-{package.version}"
     if not folder.exists():
+        import torch
+
         try:
             convert(package.folder / model.gguf_file, folder, model.name, torch.bfloat16)
         except (OSError, SafetensorError) as error:

@@ -1,13 +1,18 @@
-"""Read GGUF files through transformers into plain modules."""
+"""Read GGUF files through transformers into plain modules.
+
+Torch and transformers are imported when a file is read: a job asks for the packaged model's folder before it knows
+whether it has anything to generate, and they take seconds.
+"""
 
 from __future__ import annotations
 
 from importlib import util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def require_gguf(path: Path) -> None:
@@ -22,6 +27,9 @@ def require_gguf(path: Path) -> None:
 
 def read_model(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """Read the model of a GGUF file, with every weight unpacked into plain tensors of ``dtype``."""
+    import transformers
+    from transformers import AutoModelForCausalLM
+
     require_gguf(path)
     # By default, newer versions may keep the weights quantized, in modules and with attention of their own.
     config = getattr(transformers, "GgufConfig", None)
@@ -37,6 +45,8 @@ def read_model(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a GGUF file."""
+    from transformers import AutoTokenizer
+
     require_gguf(path)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         path.parent, gguf_file=path.name, trust_remote_code=False

@@ -12,12 +12,15 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
 
 from rollout.models.cache_dir import cache_root
 from rollout.models.loading.gguf import read_model, read_tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +83,8 @@ def convert(file: Path, folder: Path, name: str, dtype: torch.dtype | None) -> N
 
 def _save(file: Path, folder: Path, name: str, dtype: torch.dtype | None) -> None:
     """Read the GGUF model and its tokenizer and save both to ``folder``."""
+    import torch
+
     loaded = read_model(file, "auto" if dtype is None else dtype)
     config = loaded.config
     # The GGUF file's title of the checkpoint, which is not a path to load from.

@@ -130,13 +130,23 @@ def resolve_device(device: str = "auto") -> torch.device:
     if wanted.type != "cuda":
         return wanted
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(os.environ.get("LOCAL_RANK", "0")) if wanted.index is None else wanted.index
+    index = _own_device(count) if wanted.index is None else wanted.index
     if index >= count:
         raise ValueError(
             f"device is {device!r}, which is cuda:{index} for this process, but {count} CUDA devices are "
             "visible: start at most one process per device, or set device=cpu."
         )
     return torch.device("cuda", index)
+
+
+def _own_device(count: int) -> int:
+    """Return the index of this process's device among those that it sees.
+
+    SLURM shows the tasks of a node their own devices only, or all of them the same ones.
+    """
+    if "LOCAL_RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and count:
+        return int(os.environ.get("SLURM_LOCALID", "0")) % count
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype | None:

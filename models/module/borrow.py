@@ -2,30 +2,63 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from rollout.models.module.attention_choice import AttentionChoice
+from rollout.models.module.compiled import without_compiling
 from rollout.models.module.inspect import wrappers
 from rollout.models.module.rope import Rotary
+from rollout.models.module.sharding import ShardedWeights
+from rollout.models.module.signals import signals_held
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 """One for each innermost module, held while it is borrowed."""
+_locks_lock = threading.Lock()
+
+
+@contextmanager
+def exclusive(model: nn.Module) -> Iterator[None]:
+    """Keep other threads from borrowing a module inside the block, and hold back signals that would interrupt it."""
+    with signals_held():
+        lock = _lock_of(model)
+    with lock, signals_held():
+        yield
+
+
+def _new_locks() -> None:
+    """Replace the locks in a forked process: threads that hold them do not exist there."""
+    global _locks_lock
+    _locks.clear()
+    _locks_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_locks)
+
+
+def _lock_of(model: nn.Module) -> threading.RLock:
+    """Return the lock of a module."""
+    *_, inner = wrappers(model)
+    with _locks_lock:
+        return _locks.setdefault(inner, threading.RLock())
 
 
 class BorrowedModule:
     """Switches a module to the engine and back, as often as needed.
 
-    It switches the attention implementation of every configuration in the module and the training flag of every
-    submodule, and restores each one by itself, since a trainer may have set them individually. Rotary embeddings that
-    depend on length follow the length of each sequence and are restored too.
+    It switches the attention implementation of every configuration in the module, for this thread alone, and the
+    training flag of every submodule, and restores each one by itself, since a trainer may have set them individually.
+    Rotary embeddings that depend on length follow the length of each sequence and are restored too. Compiled modules
+    run as they were written.
 
-    A module is borrowed by one thread at a time; others wait, so that each restores what it found.
+    A module is borrowed by one thread at a time; others wait, so that each restores what it found. Signals are held
+    back until it is restored (`rollout.models.module.signals`).
 
     Nothing else changes: gradients are off by ``no_grad`` (not ``inference_mode``, whose tensors would stay in rotary
     buffers), no global random generator is read, and the caller's autocast stays in force.
@@ -34,13 +67,10 @@ class BorrowedModule:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._rotary = Rotary(model)
+        self._attention = AttentionChoice(model)
+        self._weights = ShardedWeights(model)
         self.times_borrowed = 0
         """How often the module was borrowed."""
-        *_, self._inner = wrappers(model)
-        configs = (getattr(module, "config", None) for module in model.modules())
-        self._configs: list[Any] = list(
-            {id(config): config for config in configs if hasattr(config, "_attn_implementation_internal")}.values()
-        )
 
     @contextmanager
     def borrow(self, implementation: str | None = None) -> Iterator[None]:
@@ -49,20 +79,20 @@ class BorrowedModule:
         Args:
             implementation: name in transformers' attention interface; None keeps the module's own.
         """
-        with _locks.setdefault(self._inner, threading.RLock()):
+        with exclusive(self._model):
             self.times_borrowed += 1
             training = [module for module in self._model.modules() if module.training]
-            implementations = [config._attn_implementation_internal for config in self._configs]
             try:
                 for module in training:
                     module.training = False
-                if implementation is not None:
-                    for config in self._configs:
-                        config._attn_implementation_internal = implementation
-                with torch.no_grad(), self._rotary.applied():
+                with (
+                    torch.no_grad(),
+                    without_compiling(),
+                    self._weights.kept(),
+                    self._attention.use(implementation, training),
+                    self._rotary.applied(),
+                ):
                     yield
             finally:
-                for config, own in zip(self._configs, implementations, strict=True):
-                    config._attn_implementation_internal = own
                 for module in training:
                     module.training = True

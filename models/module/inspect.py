@@ -14,7 +14,7 @@ from rollout.models.errors import UnsupportedModel
 
 
 def unwrap_model(model: nn.Module) -> PreTrainedModel:
-    """Return the transformers model inside PEFT, DDP or torch.compile wrappers.
+    """Return the transformers model inside PEFT, DDP, FSDP or torch.compile wrappers.
 
     Raises:
         UnsupportedModel: there is no transformers model inside.
@@ -25,8 +25,26 @@ def unwrap_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def refuse_other_models(model: nn.Module) -> None:
+    """Refuse a module that is no causal language model of transformers.
+
+    Raises:
+        UnsupportedModel: the message is one sentence with the remedy.
+    """
+    base = unwrap_model(model)
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{family_name(model)} is an encoder-decoder, and only models that continue their prompt are served: load "
+            "a decoder-only model."
+        )
+    if base.get_output_embeddings() is None:
+        raise UnsupportedModel(
+            f"{family_name(model)} has no language-modelling head: load it with AutoModelForCausalLM."
+        )
+
+
 def wrappers(model: nn.Module) -> Iterator[Any]:
-    """Yield the model and what each of its wrappers holds: PEFT's, DDP's, torch.compile's; last the innermost."""
+    """Yield the model and what each wrapper holds: PEFT's, DDP's, FSDP's, torch.compile's; last the innermost."""
     inner: Any = model
     while inner is not None:
         yield inner
@@ -35,8 +53,9 @@ def wrappers(model: nn.Module) -> Iterator[Any]:
         if hasattr(inner, "get_base_model"):  # PEFT
             inner = inner.get_base_model()
             continue
-        # PEFT's models of mixed adapters and their tuners, DDP, torch.compile
-        held = (inner._modules.get(name) for name in ("base_model", "model", "module", "_orig_mod"))
+        # PEFT's models of mixed adapters and their tuners, DDP, torch.compile, FSDP1
+        names = ("base_model", "model", "module", "_orig_mod", "_fsdp_wrapped_module")
+        held = (inner._modules.get(name) for name in names)
         inner = next((module for module in held if module is not None), None)
 
 
@@ -99,6 +118,14 @@ def context_limit(config: Any) -> int | None:
             original = rope.get("original_max_position_embeddings")
             limits.append(original or getattr(text, "original_max_position_embeddings", None))
     return min((int(limit) for limit in limits if limit), default=None)
+
+
+def has_relative_positions(model: nn.Module) -> bool:
+    """Return whether a sequence may begin at any position, since only plain rotary embeddings tell positions."""
+    text = unwrap_model(model).config.get_text_config(decoder=True)
+    ropes = list(_ropes(getattr(text, "rope_parameters", None)))
+    kinds = {rope["rope_type"] for rope in ropes if "rope_type" in rope}
+    return bool(kinds) and not kinds & {"dynamic", "longrope"} and not getattr(text, "attention_chunk_size", None)
 
 
 def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:

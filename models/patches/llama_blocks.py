@@ -23,7 +23,7 @@ from rollout.models.attention.base import PagedAttention
 from rollout.models.attention.interface import ScoreParams, current_attention
 from rollout.models.patches.pointwise_cpu import Pointwise
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Forward = Callable[..., Any]
 
@@ -33,7 +33,7 @@ def fast_attention(module: nn.Module, kernel: Pointwise) -> Forward | None:
 
     The module's family must rotate the halves of heads, as `Pointwise.rotate` does.
     """
-    layers = _plain_layers(module, _ATTENTIONS, "q_proj", "k_proj", "v_proj", "o_proj")
+    layers = plain_layers(module, ATTENTIONS, "q_proj", "k_proj", "v_proj", "o_proj")
     if layers is None:
         return None
     own: Forward = module.forward
@@ -68,7 +68,7 @@ def fast_attention(module: nn.Module, kernel: Pointwise) -> Forward | None:
 
 def fast_mlp(module: nn.Module) -> Forward | None:
     """Return a faster forward for a gated MLP, None if its own forward is unknown."""
-    layers = _plain_layers(module, _MLPS, "gate_proj", "up_proj", "down_proj")
+    layers = plain_layers(module, MLPS, "gate_proj", "up_proj", "down_proj")
     if layers is None:
         return None
     gate, up, down = layers
@@ -80,22 +80,22 @@ def fast_mlp(module: nn.Module) -> Forward | None:
     return forward
 
 
-def _plain_layers(module: nn.Module, known: frozenset[object], *names: str) -> list[nn.Linear] | None:
+def plain_layers(module: nn.Module, known: frozenset[object], *names: str) -> list[nn.Linear] | None:
     """Return the linear layers of these names, None if the module's forward is unknown or a layer has hooks."""
     if "forward" in vars(module) or not inspect.isfunction(type(module).forward):
         return None
     layers = [layer for name in names if isinstance(layer := getattr(module, name, None), nn.Linear)]
-    hooked = _has_any_global_hook() or any(getattr(layer, hooks) for layer in layers for hooks in _HOOKS)
-    if len(layers) != len(names) or hooked or _bytecode(type(module)) not in known:
+    hooked = _has_any_global_hook() or any(getattr(layer, hooks) for layer in layers for hooks in HOOKS)
+    if len(layers) != len(names) or hooked or bytecode(type(module)) not in known:
         return None
     return layers
 
 
-def _bytecode(kind: type[nn.Module]) -> object:
+def bytecode(kind: type[nn.Module]) -> object:
     """Return what identifies a forward: instructions, names, and constants other than strings."""
     code: CodeType = inspect.unwrap(kind.forward).__code__
     return code.co_code, code.co_names, code.co_varnames, tuple(c for c in code.co_consts if not isinstance(c, str))
 
 
-_ATTENTIONS = frozenset(_bytecode(kind) for kind in (LlamaAttention, MistralAttention, Qwen2Attention))
-_MLPS = frozenset([_bytecode(LlamaMLP)])
+ATTENTIONS = frozenset(bytecode(kind) for kind in (LlamaAttention, MistralAttention, Qwen2Attention))
+MLPS = frozenset([bytecode(LlamaMLP)])

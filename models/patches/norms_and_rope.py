@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from copy import copy
 from importlib.util import find_spec
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from rollout.models.module.shared_attribute import replaced
 from rollout.models.patches.llama_blocks import fast_attention, fast_mlp
 from rollout.models.patches.patching import patched
-from rollout.models.patches.pointwise import NormFactors, PointwiseKernel
+from rollout.models.patches.pointwise import PointwiseKernel
 from rollout.models.patches.pointwise_cpu import Pointwise, pointwise
 
 _ROTARY = "apply_rotary_pos_emb"
@@ -28,22 +30,25 @@ _EPSILONS = ("variance_epsilon", "eps")
 #: Share of a test's numbers that must be equal in half precision; the others may differ by rounding.
 _MIN_EQUAL = 0.98
 
-_applied: ContextVar[bool] = ContextVar("rollout_fused_modules", default=False)
+_rotary_kernels: ContextVar[Mapping[Callable[..., Any], PointwiseKernel]] = ContextVar(
+    "rollout_rotary_kernels",
+    default=MappingProxyType({}),
+)
+"""The kernel in place of each family's rotary function in this thread."""
 
 
 class _RotaryPatch(NamedTuple):
-    """A rotary function of a family's Python module and its replacement."""
+    """A rotary function of a family's Python module, which a kernel replaces."""
 
     source: ModuleType
     own: Callable[..., Any]
-    fused: Callable[..., Any]
 
 
 class FusedModules:
     """Faster forwards for parts of a module, in force inside `applied`.
 
-    On a CPU they hold copies of the norms' weights, on a GPU references to them. So create a new instance after weights
-    change on a CPU or move on a GPU.
+    On a CPU they hold copies of the norms' weights, on a GPU references to them: `refresh` reads them anew after
+    weights change on a CPU or move on a GPU.
 
     Args:
         model: the module; nothing is replaced if it spans several devices.
@@ -51,7 +56,9 @@ class FusedModules:
 
     def __init__(self, model: nn.Module) -> None:
         self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._norms: dict[nn.Module, FusedNorm] = {}
         self._rotary: list[_RotaryPatch] = []
+        self._rotary_kernels: dict[Callable[..., Any], PointwiseKernel] = {}
         devices = {weight.device for weight in model.parameters()} - {torch.device("meta")}
         if len(devices) != 1:
             return
@@ -59,42 +66,60 @@ class FusedModules:
         kernel = _kernel(device)
         if kernel is None:
             return
+        kinds: dict[_NormKind, _NormForm | None] = {}
         for module in model.modules():
-            norm = _fused_norm(module, kernel, device)
-            if norm is not None:
-                self._forwards.append((module, norm))
+            kind = _NormKind.of(module, device)
+            if kind is None:
+                continue
+            if kind not in kinds:
+                kinds[kind] = _norm_form(module, kind, kernel, device)
+            form = kinds[kind]
+            if form is not None:
+                self._norms[module] = FusedNorm(module, kind.eps, kernel, form)
+        self._forwards.extend(self._norms.items())
         for name in {type(module).__module__ for module in model.modules()}:
             source = sys.modules.get(name)
             own = getattr(source, _ROTARY, None)
             if isinstance(own, _FusedRotary):  # another thread is inside `applied`
                 own = own.own
             if source is not None and own is not None and _rotates_halves(own, kernel, device):
-                self._rotary.append(_RotaryPatch(source=source, own=own, fused=_FusedRotary(own, kernel)))
+                self._rotary.append(_RotaryPatch(source=source, own=own))
+        self._rotary_kernels = {patch.own: kernel for patch in self._rotary}
         if isinstance(kernel, Pointwise):
             self._add_llama_blocks(model, kernel)
 
+    def norm(self, module: nn.Module) -> FusedNorm | None:
+        """Return the forward that replaces a norm's, None if there is none."""
+        return self._norms.get(module)
+
+    def rotates(self, module: nn.Module) -> bool:
+        """Return whether a kernel replaces the rotary function of a module's family."""
+        return any(patch.source.__name__ == type(module).__module__ for patch in self._rotary)
+
+    def refresh(self) -> None:
+        """Read the norms' weights anew."""
+        for norm in self._norms.values():
+            norm.refresh()
+
     def _add_llama_blocks(self, model: nn.Module, kernel: Pointwise) -> None:
         """Add faster forwards of attention and MLP modules."""
-        rotating = {patch.source.__name__ for patch in self._rotary}
         for module in model.modules():
-            attention = fast_attention(module, kernel) if type(module).__module__ in rotating else None
+            attention = fast_attention(module, kernel) if self.rotates(module) else None
             forward = attention or fast_mlp(module)
             if forward is not None:
                 self._forwards.append((module, forward))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Replace the model's forwards and rotary functions inside the block, rotary functions for this thread only."""
-        token = _applied.set(True)
+        """Replace the model's forwards and rotary functions inside the block, for this thread only."""
+        token = _rotary_kernels.set(self._rotary_kernels)
         try:
-            with patched(self._forwards):
+            with patched(self._forwards), ExitStack() as stack:
                 for patch in self._rotary:
-                    setattr(patch.source, _ROTARY, patch.fused)
+                    stack.enter_context(replaced(patch.source, _ROTARY, _FusedRotary))
                 yield
         finally:
-            for patch in self._rotary:
-                setattr(patch.source, _ROTARY, patch.own)
-            _applied.reset(token)
+            _rotary_kernels.reset(token)
 
 
 def _kernel(device: torch.device) -> PointwiseKernel | None:
@@ -112,47 +137,87 @@ def _kernel(device: torch.device) -> PointwiseKernel | None:
 # -- norms -----------------------------------------------------------------------------------------------
 
 
-def _fused_norm(module: nn.Module, kernel: PointwiseKernel, device: torch.device) -> Callable[..., torch.Tensor] | None:
-    """Return a fused forward for a root mean square norm, None if the kernel does not match the module."""
-    weight = _norm_weight(module, device)
-    eps = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), None)
-    if weight is None or not isinstance(eps, float) or weight.dtype not in kernel.dtypes:
+class _NormKind(NamedTuple):
+    """What decides how a possible norm computes; modules of one kind differ only in their weights."""
+
+    own: type[nn.Module]
+    eps: float
+    width: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, module: nn.Module, device: torch.device) -> _NormKind | None:
+        """Return the kind of a module, None if it is no norm or may change its weight by itself."""
+        if "RMSNorm" not in type(module).__name__ or "forward" in vars(module) or module._forward_pre_hooks:
+            return None
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        if len(tensors) != 1 or tensors[0][0] != "weight":
+            return None
+        weight = tensors[0][1]
+        plain = type(weight.data) is torch.Tensor and weight.dim() == 1 and weight.device == device
+        # Other norms also take a gate or a residual.
+        takes_one = len(inspect.signature(module.forward).parameters) == 1
+        eps = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), None)
+        if not plain or not takes_one or not isinstance(eps, float):
+            return None
+        return cls(own=type(module), eps=eps, width=len(weight), dtype=weight.dtype)
+
+
+class _NormForm(NamedTuple):
+    """How a norm uses its weight."""
+
+    plus: float
+    """Constant to add: some families store the factor minus 1."""
+    late: bool
+    """See `PointwiseKernel.rms_norm`."""
+
+
+def _norm_form(module: nn.Module, kind: _NormKind, kernel: PointwiseKernel, device: torch.device) -> _NormForm | None:
+    """Return how a norm uses its weight, None if the kernel does not match it on a test input."""
+    if kind.dtype not in kernel.dtypes:
         return None
-    x = _test_input(3, len(weight)).mul(torch.tensor([[1.0], [1e-3], [30.0]])).to(device, weight.dtype)
+    x = _test_input(3, kind.width).mul(torch.tensor([[1.0], [1e-3], [30.0]])).to(device, kind.dtype)
+    # Weights of their own: those of an untrained norm are all equal and do not show when it rounds.
+    weight = _test_input(1, kind.width)[0].to(device, kind.dtype)
+    norm = copy(module)
+    vars(norm)["_parameters"] = {"weight": weight}
     with torch.no_grad():
-        expected = module.forward(x)  # not module(x), so that the caller's hooks do not run
-    for plus in (0.0, 1.0):  # some families store the factor minus 1
-        for late in (False, True):
-            factors = kernel.norm_factors(weight, weight.dtype, plus)
-            if _equal_up_to_rounding(kernel.rms_norm(x, factors, eps, late), expected):
-                return _norm_forward(own=module.forward, kernel=kernel, factors=factors, eps=eps, late=late)
+        expected = norm.forward(x)  # not norm(x), so that the caller's hooks do not run
+    for form in (_NormForm(plus, late) for plus in (0.0, 1.0) for late in (False, True)):
+        factors = kernel.norm_factors(weight, kind.dtype, form.plus)
+        if _equal_up_to_rounding(kernel.rms_norm(x, factors, kind.eps, form.late), expected):
+            return form
     return None
 
 
-def _norm_weight(module: nn.Module, device: torch.device) -> torch.Tensor | None:
-    """Return the weight of a possible norm: an unpatched module whose only tensor is one vector."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    if len(tensors) != 1 or tensors[0][0] != "weight" or "forward" in vars(module):
-        return None
-    weight = tensors[0][1]
-    plain = type(weight.data) is torch.Tensor and weight.dim() == 1 and weight.device == device
-    # Other norms also take a gate or a residual.
-    takes_one = len(inspect.signature(module.forward).parameters) == 1
-    return weight if plain and takes_one and "RMSNorm" in type(module).__name__ else None
+class FusedNorm:
+    """A forward of a norm that calls the kernel, or the norm's own forward for rows of another dtype or width."""
 
+    def __init__(self, module: nn.Module, eps: float, kernel: PointwiseKernel, form: _NormForm) -> None:
+        self.module = module
+        self._own: Callable[..., torch.Tensor] = module.forward
+        self.eps = eps
+        self._kernel = kernel
+        self._form = form
+        self.refresh()
 
-def _norm_forward(
-    own: Callable[..., torch.Tensor], kernel: PointwiseKernel, factors: NormFactors, eps: float, late: bool
-) -> Callable[..., torch.Tensor]:
-    """Return a forward that calls the kernel, or ``own`` for rows of another dtype or width."""
-    width = len(factors.values)
+    @property
+    def late(self) -> bool:
+        """See `PointwiseKernel.rms_norm`."""
+        return self._form.late
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if x.dtype != factors.dtype or x.shape[-1] != width:
-            return own(x)
-        return kernel.rms_norm(x, factors, eps, late)
+    def refresh(self) -> None:
+        """Read the norm's weight anew."""
+        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        self.factors = self._kernel.norm_factors(weight, weight.dtype, self._form.plus)
+        """What the rows are multiplied by; another object after each refresh."""
+        self._width = len(self.factors.values)
 
-    return forward
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the normed rows of x [..., width]."""
+        if x.dtype != self.factors.dtype or x.shape[-1] != self._width:
+            return self._own(x)
+        return self._kernel.rms_norm(x, self.factors, self.eps, self.late)
 
 
 # -- rotary embeddings -----------------------------------------------------------------------------------
@@ -181,27 +246,27 @@ def _rotates_halves(own: Callable[..., Any], kernel: PointwiseKernel, device: to
 
 
 class _FusedRotary:
-    """Replaces a family's rotary function: calls the kernel in threads inside `FusedModules.applied`."""
+    """Replaces a family's rotary function: calls the kernel of the thread, if it is inside `FusedModules.applied`."""
 
-    def __init__(self, own: Callable[..., Any], kernel: PointwiseKernel) -> None:
+    def __init__(self, own: Callable[..., Any]) -> None:
         self.own = own
-        self._kernel = kernel
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any, **named: Any
     ) -> Any:
+        kernel = _rotary_kernels.get().get(self.own)
         supported = (
-            _applied.get()
+            kernel is not None
             and q.dtype == k.dtype == cos.dtype == sin.dtype
-            and q.dtype in self._kernel.dtypes
+            and q.dtype in kernel.dtypes
             and q.dim() == k.dim() == 4
             and cos.shape == sin.shape == (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
             and q.stride(3) == k.stride(3) == 1
             and not (others or named)
         )
-        if not supported:
+        if kernel is None or not supported:
             return self.own(q, k, cos, sin, *others, **named)
-        return _rotated(self._kernel, q, k, cos, sin)
+        return _rotated(kernel, q, k, cos, sin)
 
 
 def _rotated(

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from rollout.models.csrc.build import KernelUnavailable, gomp_parallel, try_build
+from rollout.models.csrc.build import KernelUnavailable, try_build
+from rollout.models.csrc.threads import parallel
 from rollout.models.patches.pointwise import NormFactors, disagreement_with_torch
 
 _SOURCE = Path(__file__).parents[1] / "csrc" / "pointwise.c"
@@ -37,7 +38,7 @@ class Pointwise:
         self._rotate.argtypes = [*[number] * 3, address, address, number, *strided, *strided, number, address]
         for entry in (self._norm, self._factors, self._rotate):
             entry.restype = None
-        self._parallel = gomp_parallel()
+        self._parallel = parallel()
 
     def norm_factors(self, weight: torch.Tensor, dtype: torch.dtype, plus: float = 0.0) -> NormFactors:
         """See `PointwiseKernel.norm_factors`; the factors are a copy of the weight."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rollout.models.arrays import version
 from rollout.models.module.borrow import BorrowedModule
 from rollout.models.module.inspect import output_device, vocabulary_size
 
@@ -56,10 +58,11 @@ def layers_with_shared_inputs(model: nn.Module) -> list[LinearGroup]:
 def _calls_in_forward(model: nn.Module) -> list[_Call]:
     """Return the calls of linear layers in one forward of the model."""
     calls: list[_Call] = []
+    thread = threading.get_ident()  # others may call the layers meanwhile
 
     def record(layer: nn.Module, inputs: tuple[object, ...]) -> None:
         assert isinstance(layer, nn.Linear)
-        if inputs and isinstance(inputs[0], torch.Tensor):
+        if threading.get_ident() == thread and inputs and isinstance(inputs[0], torch.Tensor):
             calls.append(_Call(layer=layer, x=inputs[0], version=version(inputs[0])))
 
     # Tensors of a caller's inference mode would not count changes in place.
@@ -70,8 +73,3 @@ def _calls_in_forward(model: nn.Module) -> list[_Call]:
         ids = torch.arange(_TOKENS, device=output_device(model))[None] % vocabulary_size(model)
         model(input_ids=ids, use_cache=False)
     return calls
-
-
-def version(x: torch.Tensor) -> int:
-    """Return the number of in-place changes to a tensor; always 0 for tensors of inference mode, which count none."""
-    return 0 if x.is_inference() else x._version

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from rollout.models.arrays import IntArray, uploaded
 from rollout.models.attention.names import AUTO
-from rollout.models.forward_batch import ForwardBatch
+from rollout.models.forward_batch import ForwardBatch, countdown
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.module.borrow import BorrowedModule
@@ -33,7 +34,8 @@ class Runner(Protocol):
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Run the new tokens of all sequences and write their keys and values.
 
-        Returns logits [S, V] of each sequence's last token, which the next call may overwrite.
+        Returns logits [K, V] of the tokens `ForwardBatch.wanted`, by default of each sequence's last one. The next call
+        may overwrite them.
         """
         ...
 
@@ -63,6 +65,10 @@ class RunStrategy(ABC):
     name: ClassVar[str]
     prefills_whole_context: ClassVar[bool] = False
     """True if a sequence's first forward must hold its whole context and each later one a single token."""
+
+    runs_layers_together: ClassVar[bool] = False
+    """True if each layer runs for all sequences at once: then a sequence of a forward may attend to the new tokens of
+    another of the same forward, whose pages it shares."""
 
     chooses_attention: ClassVar[bool] = True
     """True if attention runs in an attention backend, False if it runs in the model's own code."""
@@ -94,14 +100,26 @@ class RunStrategy(ABC):
     def runner(self, pool: PagePool) -> Runner:
         """Return a runner of the model on ``pool``."""
 
-    def attention(self) -> str:
-        """Return the name of the attention backend; see `Runner.attention`."""
-        return self.runner(PagePool(self.kv_layout(), 1, output_device(self.model))).attention
+    def attention(self, layout: KVLayout) -> str:
+        """Return the name of the attention backend for a layout from `kv_layout`; see `Runner.attention`."""
+        return self.runner(PagePool(layout, 1, output_device(self.model))).attention
 
 
-def merge_logits(outputs: Sequence[torch.Tensor], groups: Sequence[IntArray]) -> torch.Tensor:
-    """Merge logits [b, V] of groups of sequences into [S, V]; ``groups`` holds the indices of each group."""
-    logits = outputs[0].new_empty(sum(len(group) for group in groups), outputs[0].shape[-1])
+def merge_logits(outputs: Sequence[torch.Tensor], groups: Sequence[IntArray], wanted_lens: IntArray) -> torch.Tensor:
+    """Merge logits [b, k, V] of groups of sequences into [K, V], in the order of the sequences.
+
+    Args:
+        outputs: of each group, the logits of the last k tokens of its sequences.
+        groups: the indices of each group's sequences.
+        wanted_lens: [S] tokens of each sequence whose logits are wanted, at most the k of its group.
+    """
+    ends = np.cumsum(wanted_lens)
+    logits = outputs[0].new_empty(int(ends[-1]), outputs[0].shape[-1])
     for output, group in zip(outputs, groups, strict=True):
-        logits[uploaded(group, logits.device)] = output
+        counts = wanted_lens[group]
+        back = countdown(counts)
+        rows = np.repeat(np.arange(len(group)), counts)
+        targets = np.repeat(ends[group], counts) - back
+        found = output[uploaded(rows, logits.device), uploaded(output.shape[1] - back, logits.device)]
+        logits[uploaded(targets, logits.device)] = found
     return logits

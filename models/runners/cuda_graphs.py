@@ -11,6 +11,7 @@ Forwards that prefill run eagerly, and so do models that a graph cannot capture;
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -149,11 +150,12 @@ class CudaGraphRunner(Runner):
         if not self._can_replay(batch):
             return self._eager.forward(batch)
         self._drop_if_weights_moved()
+        handled = sys.exception()
         try:
             captured = self._captured_step(batch)
         except RuntimeError as error:
             # The eager forward writes everything again that the failed attempt may have written.
-            self._handle_failure(_root_cause(error))
+            self._handle_failure(_root_cause(error, handled))
             return self._eager.forward(batch)
         captured.graph.replay()
         return captured.logits[: len(batch.query_lens)]
@@ -181,7 +183,9 @@ class CudaGraphRunner(Runner):
         self._drop_all()
 
     def _can_replay(self, batch: ForwardBatch) -> bool:
-        if self._model in _refused or not len(batch.query_lens) or (batch.query_lens != 1).any():
+        if self._model in _refused or len(batch.logits_lens):
+            return False
+        if not len(batch.query_lens) or (batch.query_lens != 1).any():
             return False
         if torch.is_autocast_enabled(self._pool.device.type):
             return False
@@ -330,12 +334,16 @@ class _WeightAddresses:
         return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _root_cause(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException, handled: BaseException | None) -> BaseException:
     """Return the first error of a chain, out-of-memory errors before all others.
 
     Ending a failed capture raises a second error.
+
+    Args:
+        handled: what the caller was handling before the capture began; it and what led to it are no cause.
     """
     chain = [error]
-    while (context := chain[-1].__context__) is not None:
+    while (context := chain[-1].__context__) not in (None, handled):
+        assert context is not None
         chain.append(context)
     return next(filter(is_out_of_memory, chain), chain[-1])

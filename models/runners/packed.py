@@ -30,6 +30,7 @@ class PackedStrategy(RunStrategy):
     """Runs families whose modules call attention through transformers' ``AttentionInterface``."""
 
     name: ClassVar[str] = "packed"
+    runs_layers_together: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, choice: str = AUTO) -> None:
         super().__init__(model, choice)
@@ -81,21 +82,22 @@ class PackedRunner(Runner):
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """See `Runner.forward`."""
-        last = batch.offsets + batch.query_lens - 1
+        # Some heads take no empty input: the last token's logits are computed where none are wanted.
+        wanted = batch.wanted if batch.wanted_lens.any() else np.array([len(batch.tokens) - 1])
         lengths = use_sequence_lengths(np.repeat(batch.full_lens, batch.query_lens)[None])
         with interface.use_attention(self._backend(self._pool, batch)), lengths:
             output = self._model(
                 input_ids=batch.tokens[None],
                 position_ids=uploaded(batch.positions[None], self._device),
                 use_cache=False,
-                logits_to_keep=self._logits_to_keep(last) if len(last) < len(batch.tokens) else 0,
+                logits_to_keep=self._logits_to_keep(wanted) if len(wanted) < len(batch.tokens) else 0,
             )
         logits: torch.Tensor = output.logits[0]
-        return logits
+        return logits if batch.wanted_lens.any() else logits[:0]
 
-    def _logits_to_keep(self, last: IntArray) -> torch.Tensor | list[int]:
+    def _logits_to_keep(self, wanted: IntArray) -> torch.Tensor | list[int]:
         """Return the token indices to compute logits for: a list if the model spans several devices.
 
         accelerate would move a tensor to the device of the first layer, while logits are on that of the last.
         """
-        return uploaded(last, self._device) if len(self._pool.device_pools) == 1 else last.tolist()
+        return uploaded(wanted, self._device) if len(self._pool.device_pools) == 1 else wanted.tolist()

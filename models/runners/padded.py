@@ -37,6 +37,8 @@ _PAGE_SIZE = 16
 _PROBE_TOKENS = 5
 #: A sequence joins a batch only if its query and its whole length are at least this share of the batch's longest.
 _BATCH_FILL = 0.6
+#: A batch computes logits for at most so many times the tokens of which they are wanted.
+_LOGITS_FILL = 2
 #: Limit on the gathered keys and values of one layer and batch; every further batch reads the weights again.
 _BATCH_BYTES = 256 << 20
 
@@ -85,6 +87,7 @@ class PaddedRunner(Runner):
         """See `Runner.forward`."""
         outputs = []
         groups = list(self._batches(batch))
+        wanted_lens = batch.wanted_lens
         for sequences in groups:
             padded = _PaddedBatch.of(batch, sequences, self._pool.layout.page_size)
             sources = uploaded(padded.sources, self._device)
@@ -94,18 +97,24 @@ class PaddedRunner(Runner):
                     mask=uploaded(padded.mask, self._device),
                     positions=uploaded(padded.positions, self._device),
                     cache=_GatheringCache(self._pool, padded),
+                    wanted=int(wanted_lens[sequences].max()),
                 )
             outputs.append(logits)
-        return merge_logits(outputs, groups)
+        return merge_logits(outputs, groups, wanted_lens)
 
     def _batches(self, batch: ForwardBatch) -> Iterator[IntArray]:
         """Group the sequences into padded batches; yield the indices of each group."""
-        order = np.lexsort((-batch.seq_lens, -batch.query_lens))
+        wanted_lens = batch.wanted_lens
+        order = np.lexsort((-batch.seq_lens, -wanted_lens, -batch.query_lens))
         while len(order):
             queries, keys = batch.query_lens[order], batch.seq_lens[order]
             longest = np.maximum.accumulate(keys)
             fits = np.arange(1, len(order) + 1) * longest * self._token_bytes <= _BATCH_BYTES
             similar = (queries >= _BATCH_FILL * queries[0]) & (np.minimum.accumulate(keys) >= _BATCH_FILL * longest)
+            # Logits are computed for as many tokens of each sequence as are wanted of one of them.
+            wanted = wanted_lens[order]
+            computed = np.arange(1, len(order) + 1) * np.maximum.accumulate(wanted)
+            similar &= computed <= _LOGITS_FILL * np.maximum(np.cumsum(wanted), np.arange(1, len(order) + 1))
             count = max(1, int(np.argmin(np.append(fits & similar, False))))
             yield order[:count]
             order = order[count:]
@@ -156,9 +165,15 @@ class _Forward:
         self._model = model
         self._accepted = forward_parameters(model)
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: _Cache) -> torch.Tensor:
-        """Return logits [b, V] of the last new token; ids and positions are [b, t], mask is [b, n]."""
-        optional = {"position_ids": positions, "logits_to_keep": 1}
+    def __call__(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: _Cache, wanted: int = 1
+    ) -> torch.Tensor:
+        """Return logits [b, k, V] of the last new tokens, ``wanted`` of each sequence but at least one.
+
+        ids and positions are [b, t], mask is [b, n].
+        """
+        wanted = max(1, wanted)  # 0 would mean all
+        optional = {"position_ids": positions, "logits_to_keep": wanted}
         output = self._model(
             input_ids=ids,
             attention_mask=mask,
@@ -167,7 +182,7 @@ class _Forward:
             **{name: value for name, value in optional.items() if name in self._accepted},
         )
         cache.finish()
-        logits: torch.Tensor = output.logits[:, -1]
+        logits: torch.Tensor = output.logits[:, -wanted:]
         return logits
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,17 +41,26 @@ class _Sequence:
     """Tokens computed after each of the three forwards."""
 
 
-def check_parity(strategy: RunStrategy) -> None:
+def check_parity(
+    strategy: RunStrategy,
+    layout: KVLayout | None = None,
+    applied: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
     """Compare two sequences, each in three forwards, with the model's own logits.
+
+    Args:
+        strategy: how the model is run.
+        layout: what the strategy has probed; None: probe now.
+        applied: patches to run the forwards with; the model's own logits are computed without.
 
     Raises:
         UnsupportedModel: they differ by more than rounding.
     """
     model = strategy.model
-    layout = strategy.kv_layout()
+    layout = layout or strategy.kv_layout()
     sequences = _sequences(layout, vocabulary_size(model), strategy.prefills_whole_context)
     expected = torch.stack([strategy.reference_logits(s.ids, s.ends).float() for s in sequences], 1)
-    found = _paged_logits(strategy, sequences, layout)
+    found = _paged_logits(strategy, sequences, layout, applied)
     distance = float(((found - expected).norm(dim=(0, 2)) / expected.norm(dim=(0, 2))).max())
     tolerance = _TOLERANCE.get(layout.dtype, _HALF_TOLERANCE)
     if not distance <= tolerance:
@@ -72,7 +83,12 @@ def _sequences(layout: KVLayout, vocabulary: int, prefills_whole_context: bool) 
     return sequences
 
 
-def _paged_logits(strategy: RunStrategy, sequences: list[_Sequence], layout: KVLayout) -> torch.Tensor:
+def _paged_logits(
+    strategy: RunStrategy,
+    sequences: list[_Sequence],
+    layout: KVLayout,
+    applied: Callable[[], AbstractContextManager[None]],
+) -> torch.Tensor:
     """Return logits [forwards, sequences, V] of the last token of each forward."""
     pages = sum(len(sequence.pages) for sequence in sequences)
     pool = PagePool(layout, pages, output_device(strategy.model), len(sequences))
@@ -90,7 +106,7 @@ def _paged_logits(strategy: RunStrategy, sequences: list[_Sequence], layout: KVL
     logits = []
     starts = np.zeros(len(sequences), np.int64)
     try:
-        with strategy.borrow():
+        with strategy.borrow(), applied():
             for ends in np.array([sequence.ends for sequence in sequences]).T:
                 ids = [s.ids[start:end] for s, start, end in zip(sequences, starts, ends, strict=True)]
                 batch = ForwardBatch(

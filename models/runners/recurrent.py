@@ -135,12 +135,14 @@ class RecurrentRunner(Runner):
             RuntimeError: a sequence that already has a state has more than one new token.
         """
         groups = list(_groups(batch))
-        outputs = [self._run(_select(batch, sequences)) for sequences in groups]
-        # A single group holds all sequences in order.
-        return outputs[0] if len(groups) == 1 else merge_logits(outputs, groups)
+        wanted_lens = batch.wanted_lens
+        outputs = [self._run(_select(batch, sequences), int(wanted_lens[sequences].max())) for sequences in groups]
+        if len(groups) == 1 and not len(batch.logits_lens):
+            return outputs[0][:, -1]  # a single group holds all sequences in order
+        return merge_logits(outputs, groups, wanted_lens)
 
-    def _run(self, batch: ForwardBatch) -> torch.Tensor:
-        """Return logits [b, V] of sequences that either all prefill at equal length or all decode."""
+    def _run(self, batch: ForwardBatch, wanted: int) -> torch.Tensor:
+        """Return logits [b, wanted, V] of the last tokens of sequences that prefill at equal length or all decode."""
         fresh = not batch.prefix_lens[0]
         cache = PooledStates(StateRows.of(self._pool.states, batch.states), fresh=fresh)
         tokens = batch.tokens.view(len(batch.query_lens), -1)
@@ -150,9 +152,9 @@ class RecurrentRunner(Runner):
         else:
             attention = interface.use_attention(self._backend(self._pool, batch))
         with attention, use_sequence_lengths(batch.full_lens[:, None]):
-            output = self._model(input_ids=tokens, **self._arguments(positions, cache))
+            output = self._model(input_ids=tokens, **self._arguments(positions, cache, wanted))
         cache.finish()
-        logits: torch.Tensor = output.logits[:, -1]
+        logits: torch.Tensor = output.logits[:, -wanted:]
         return logits
 
 
@@ -163,9 +165,12 @@ class _Arguments:
         self._accepted = forward_parameters(model)
         self.cache = next((name for name in ("past_key_values", "cache_params") if name in self._accepted), None)
 
-    def __call__(self, positions: torch.Tensor, cache: object) -> dict[str, Any]:
-        """Return the arguments for new tokens at ``positions`` [b, t]; without a cache the model creates its own."""
-        arguments = {"position_ids": positions, "logits_to_keep": 1, "use_cache": True, self.cache: cache}
+    def __call__(self, positions: torch.Tensor, cache: object, wanted: int = 1) -> dict[str, Any]:
+        """Return the arguments for new tokens at ``positions`` [b, t]; without a cache the model creates its own.
+
+        Logits are computed for the last ``wanted`` tokens.
+        """
+        arguments = {"position_ids": positions, "logits_to_keep": wanted, "use_cache": True, self.cache: cache}
         return {name: value for name, value in arguments.items() if name in self._accepted}
 
 
@@ -202,5 +207,6 @@ def _select(batch: ForwardBatch, sequences: IntArray) -> ForwardBatch:
         page_tables=batch.page_tables[sequences, :pages],
         prefix_lens=batch.prefix_lens[sequences],
         query_lens=batch.query_lens[sequences],
+        known_lens=batch.full_lens[sequences],
         states=batch.states[sequences],
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from rollout.models.attention.names import AUTO
@@ -19,8 +21,15 @@ from rollout.models.runners.recurrent import RecurrentStrategy
 STRATEGIES: tuple[type[RunStrategy], ...] = (PackedStrategy, PaddedStrategy, RecurrentStrategy)
 
 
-def select_strategy(model: nn.Module, choice: str = AUTO) -> RunStrategy:
+def select_strategy(
+    model: nn.Module, choice: str = AUTO, check: Callable[[RunStrategy], None] = check_parity
+) -> RunStrategy:
     """Return the first strategy that supports ``choice`` of attention and reproduces the model's own logits.
+
+    Args:
+        model: a transformers causal LM, wrapped or not.
+        choice: attention backend.
+        check: raises UnsupportedModel if a strategy does not reproduce the logits.
 
     Raises:
         UnsupportedAttention: the chosen attention cannot run this model.
@@ -36,7 +45,7 @@ def select_strategy(model: nn.Module, choice: str = AUTO) -> RunStrategy:
             if choice != AUTO and not strategy_type.chooses_attention:
                 why_not = _joined(reasons).rstrip(".")
                 raise UnsupportedAttention(choice, f"the model attends with code of its own ({why_not})")
-            check_parity(strategy)
+            check(strategy)
         except UnsupportedAttention:
             raise
         except UnsupportedModel as error:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from rollout.models.arrays import ceil_div
-from rollout.models.csrc.build import KernelUnavailable, gomp_parallel, try_build
+from rollout.models.csrc.build import KernelUnavailable, try_build
+from rollout.models.csrc.threads import parallel
 from rollout.models.sampling.base import BLOCK, Draws
 
 _SOURCE = Path(__file__).parents[1] / "csrc" / "gumbel_max.c"
@@ -41,7 +42,7 @@ class GumbelMax:
         self._sample = library.rollout_sample
         self._sample.argtypes = [c_void_p]
         self._sample.restype = None
-        self._parallel = gomp_parallel()
+        self._parallel = parallel()
 
     def draw(
         self,

@@ -14,8 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rollout.models.attention.triton import _TILE_SIZES, tile_sizes
 from rollout.models.sampling import gumbel_triton, top_p_triton
+
+pytestmark = pytest.mark.long
 
 _SHARED_BYTES = 227 << 10
 
@@ -110,7 +114,14 @@ def test_attention_of_every_cut(tmp_path: Path) -> None:
             assert made["stack"] <= 16, (kind, made)  # bytes, where spilled registers go
 
 
-def test_kernels_compile_for_the_shapes_of_models(tmp_path: Path) -> None:
+def test_kernels_compile(tmp_path: Path) -> None:
+    """All cases share one subprocess here too."""
+    cases = [*shapes_of_models(), *arguments_of_1()]
+    for case, made in zip(cases, compiled(tmp_path, cases), strict=True):
+        assert made["shared"] <= _SHARED_BYTES, (case[:3], made)
+
+
+def shapes_of_models() -> list[tuple[Any, ...]]:
     full = {"SOFTCAP": True, "SINKS": True}
     cases = [
         attend("bf16", (128, 128), 7, False, MASK="window", **full),
@@ -149,11 +160,10 @@ def test_kernels_compile_for_the_shapes_of_models(tmp_path: Path) -> None:
         heads |= dict.fromkeys(("query_token", "query_head", "key_token", "key_head"), "i32")
         sizes = {"HEADS": 12, "KEY_HEADS": 2, "HALF": 64, "BLOCK_HEADS": 16, "BLOCK_HALF": 64}
         cases.append(("rotate", heads, sizes, (), 4))
-    for case, made in zip(cases, compiled(tmp_path, cases), strict=True):
-        assert made["shared"] <= _SHARED_BYTES, (case[:3], made)
+    return cases
 
 
-def test_kernels_compile_for_arguments_of_1(tmp_path: Path) -> None:
+def arguments_of_1() -> list[tuple[Any, ...]]:
     """Triton specializes an argument of 1 to a constant, which gives another kernel with other types inside."""
     narrow = attend("fp32", (1, 1), 2, True, MASK="window", KV_HEADS=1)
     key = {"key": "*fp32", "value": "*fp32", "out": "*fp32", "slots": "*i32", "slabs": "*i64"}
@@ -175,7 +185,7 @@ def test_kernels_compile_for_arguments_of_1(tmp_path: Path) -> None:
     draws = dict.fromkeys(("keys", "samples", "positions", "tokens"), "*i64") | {"logprobs": "*fp32", "totals": "*fp64"}
     block = {"BLOCK": gumbel_triton.BLOCK}
     vocabularies = (("blocks",), ("logits_row", "vocabulary", "blocks"))
-    cases = [
+    return [
         with_ones(narrow, "query_head", "mask_size"),
         with_ones(("write", key, sizes, (), 4), "key_token", "key_head", "value_token", "value_head"),
         with_ones(("search", scores, {"BLOCK": 1}, (), 4), "row_scores", "vocabulary"),
@@ -183,8 +193,6 @@ def test_kernels_compile_for_arguments_of_1(tmp_path: Path) -> None:
         *(with_ones(("sum_blocks", logits, block | {"BLOCKS": 8}, (), 4), *ones) for ones in vocabularies),
         *(with_ones(("draw", logits | draws, block | {"ALL_BLOCKS": 1}, (), 4), *ones) for ones in vocabularies),
     ]
-    for made in compiled(tmp_path, cases):
-        assert made["shared"] <= _SHARED_BYTES
 
 
 def with_ones(case: tuple[Any, ...], *names: str) -> tuple[Any, ...]:

@@ -321,8 +321,8 @@ def test_forward_without_tokens_returns_empty_output(kernel: Kernel) -> None:
 # -- the source ------------------------------------------------------------------------------------------
 
 
-def test_kernel_runs_in_threads_of_torch(kernel: Kernel) -> None:
-    """No more threads after than before, and one OpenMP runtime."""
+def test_kernel_has_one_team_and_no_second_openmp(kernel: Kernel) -> None:
+    """Calls share the threads of the first one, and torch's OpenMP runtime stays the only one."""
     if not torch.backends.openmp.is_available() or not Path("/proc/self/task").exists():
         pytest.skip("torch has no OpenMP here, or the system no /proc")
     assert kernel.parallel is not None
@@ -330,6 +330,7 @@ def test_kernel_runs_in_threads_of_torch(kernel: Kernel) -> None:
     try:
         torch.set_num_threads(2)
         torch.ones(1 << 20).exp()
+        world.run(kernel, whole(world), threads=2)
         before = len(os.listdir("/proc/self/task"))
         for _ in range(3):
             world.run(kernel, whole(world), threads=2)

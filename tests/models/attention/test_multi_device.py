@@ -24,7 +24,7 @@ from rollout.models.loading.adapter import require_adapter, with_adapter
 from rollout.models.loading.load import ModelSource, load_model
 from rollout.models.module.inspect import output_device
 from tests.support.fake_devices import FAR, NEAR, Devices, spread
-from tests.support.tiny_models import tiny
+from tests.support.tiny_models import shallow, tiny
 
 PROMPTS = [list(range(3, 3 + length)) for length in (5, 20, 33)]
 SAMPLED = SamplingParams(n=3, max_new_tokens=20)
@@ -51,16 +51,16 @@ LAYOUT = KVLayout(
 def test_two_devices_give_the_records_of_one_device(
     family: str, last: torch.device, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, overlap=late))
-    whole = Engine(tiny(family), None, max_kv_bytes=10_000_000)
-    expected, page_bytes = list(whole.generate(PROMPTS, SAMPLED)), whole._strategy.kv_layout().bytes_per_page
-    model = tiny(family)
+    monkeypatch.setattr("rollout.engine.generation.Loop", partial(Loop, overlap=late))
+    whole = Engine(shallow(family), None, max_kv_bytes=10_000_000)
+    expected, page_bytes = list(whole.generate(PROMPTS, SAMPLED)), whole._module.strategy.kv_layout().bytes_per_page
+    model = shallow(family)
     with Devices():
         spread(model)
         assert output_device(model) == last
         # Small enough for rows to be preempted and slabs to come and go.
         engine = Engine(model, None, policy="static", max_kv_bytes=8 * page_bytes, headroom=FakeHeadroom(1_000_000))
-        assert {layer.device for layer in engine._strategy.kv_layout().layers} == {NEAR, FAR}
+        assert {layer.device for layer in engine._module.strategy.kv_layout().layers} == {NEAR, FAR}
         batch = engine.generate(PROMPTS, SAMPLED)
     assert [record.completion_ids for record in batch] == [record.completion_ids for record in expected]
     for ours, theirs in zip(batch, expected, strict=True):

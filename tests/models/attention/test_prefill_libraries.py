@@ -16,7 +16,7 @@ from rollout import Engine, SamplingParams
 from rollout.config.compose import load_config
 from rollout.data.prompts import read_prompts
 from rollout.errors import InputError
-from rollout.job.job import load_engine
+from rollout.job.loading import load_engine
 from rollout.job.ranks import Topology
 from rollout.models.attention import prefill_libraries, select, triton
 from rollout.models.attention.base import PagedAttention

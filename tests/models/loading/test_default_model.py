@@ -23,6 +23,8 @@ def converted() -> Path:
     return Path(resolve_path(PACKAGED))
 
 
+# After the documentation's commands, by the worker that has the model converted.
+@pytest.mark.long
 @pytest.mark.skipif(
     util.find_spec(default_model.DEFAULT.package) is None or util.find_spec("gguf") is None,
     reason="the packaged model is not installed",

@@ -259,6 +259,18 @@ class TestDevice:
         with pytest.raises(ValueError, match="2 CUDA devices"):
             resolve_device(name)
 
+    @pytest.mark.parametrize(("visible", "device"), [(4, 3), (1, 0)])
+    def test_a_task_of_slurm_takes_one_of_the_devices_that_it_sees(
+        self, monkeypatch: pytest.MonkeyPatch, visible: int, device: int
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        monkeypatch.setenv("SLURM_LOCALID", "3")
+        assert resolve_device() == torch.device("cuda", 0), "a batch script's shell is no task"
+        monkeypatch.setenv("SLURM_STEP_ID", "0")
+        assert resolve_device() == torch.device("cuda", device)
+
     def test_missing_device_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(ValueError, match="0 CUDA devices"):

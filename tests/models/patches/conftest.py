@@ -11,7 +11,8 @@ import torch
 
 from rollout.models.csrc import build
 from rollout.models.csrc.build import KernelUnavailable
-from rollout.models.patches import linears
+from rollout.models.patches import linear_products
+from rollout.models.patches.compiled_products import CompiledProducts, PackedWeight
 from rollout.models.patches.pointwise_cpu import Pointwise, pointwise
 
 
@@ -45,7 +46,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of all results of packed products."""
     shapes: list[torch.Size] = []
-    own = linears._packed
+    own, compiled = linear_products._packed, CompiledProducts.multiply
 
     def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
         multiply = own(weight, bias)
@@ -57,5 +58,17 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
         return counted
 
-    monkeypatch.setattr(linears, "_packed", packed)
+    def counting(kernel: CompiledProducts, weight: PackedWeight, x: torch.Tensor) -> torch.Tensor:
+        out = compiled(kernel, weight, x)
+        shapes.append(out.shape)
+        return out
+
+    monkeypatch.setattr(linear_products, "_packed", packed)
+    monkeypatch.setattr(CompiledProducts, "multiply", counting)
     return shapes
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave products to oneDNN, as on a machine without a compiler."""
+    monkeypatch.setattr(linear_products, "compiled_products", lambda: None)

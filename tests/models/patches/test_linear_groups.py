@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from rollout.models.patches import linears
+from rollout.models.patches import linear_products
 from rollout.models.patches.linears import PackedLinears
 from tests.support.linear_layers import DTYPES, PLENTY, as_group, each, one_input
 
@@ -67,7 +67,7 @@ def test_a_row_of_a_group_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> 
             assert torch.equal(ours, theirs[5])
 
 
-def test_one_row_is_padded_to_two(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row_is_padded_to_two_for_onednn(monkeypatch: pytest.MonkeyPatch, onednn: None) -> None:
     """oneDNN may use a kernel for one row that rounds differently; this test does not depend on the CPU."""
     given: list[torch.Size] = []
     mkldnn: Any = torch.ops.mkldnn
@@ -203,22 +203,22 @@ def test_layers_of_a_group_that_does_not_fit_are_packed_one_by_one(
     caplog: pytest.LogCaptureFixture, products: list[torch.Size]
 ) -> None:
     """As many of its layers are packed as fit; a later group may still fit."""
-    model, x = one_input(sizes=(64, 32, 8)), torch.randn(5, 48)
+    model, x = one_input(sizes=(64, 32, 16)), torch.randn(5, 48)
     own = each(model, x)
-    room = 4 * 48 * (64 + 8)
+    room = 4 * 48 * (64 + 16)
     held = PackedLinears(model, room, [tuple(model)])
     assert held.bytes_held == room
     assert "1 linear layers are not packed" in caplog.text
     with held.applied():
         products.clear()
         got = each(model, x)
-    assert products == [(5, 64), (5, 8)]
+    assert products == [(5, 64), (5, 16)]
     assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(got, own, strict=True))
-    held = PackedLinears(model, 4 * 48 * (32 + 8), [(model[0],), tuple(model)[1:]])
+    held = PackedLinears(model, 4 * 48 * (32 + 16), [(model[0],), tuple(model)[1:]])
     with held.applied():
         products.clear()
         each(model, x)
-    assert products == [(5, 40)]
+    assert products == [(5, 48)]
 
 
 @torch.no_grad()
@@ -244,6 +244,26 @@ def test_layers_with_shared_weights_are_not_merged(products: list[torch.Size]) -
 
 
 @torch.no_grad()
+def test_a_step_of_trained_layers_copies_no_frozen_layer_of_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Linear(32, 64, bias=False) for _ in range(4)]
+    for layer in layers[::2]:
+        layer.requires_grad_(False)
+    packed = as_group(nn.ModuleList(layers))
+    copied: list[tuple[int, ...]] = []
+    load = linear_products.LinearProduct.load
+
+    def recorded(product: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        copied.append(tuple(weight.shape))
+        load(product, weight, bias)
+
+    monkeypatch.setattr(linear_products.LinearProduct, "load", recorded)
+    with torch.no_grad():
+        for layer in layers[1::2]:
+            layer.weight += 1.0
+    assert packed.refresh({(id(layer), "weight") for layer in layers[1::2]}, moved=False)
+    assert copied == [(128, 32)]
+
+
 def test_subclasses_of_linear_leave_their_group(products: list[torch.Size]) -> None:
     class Own(nn.Linear):
         """A subclass with its own forward."""
@@ -259,9 +279,9 @@ def test_subclasses_of_linear_leave_their_group(products: list[torch.Size]) -> N
 
 
 @torch.no_grad()
-def test_groups_get_float32_copies_without_packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_can_pack", lambda dtype: False)
-    monkeypatch.setattr(linears, "cpu_multiplies", lambda dtype: dtype == torch.float32)
+def test_groups_get_float32_copies_without_packing(monkeypatch: pytest.MonkeyPatch, onednn: None) -> None:
+    monkeypatch.setattr(linear_products, "_can_pack", lambda dtype: False)
+    monkeypatch.setattr(linear_products, "cpu_multiplies", lambda dtype: dtype == torch.float32)
     assert as_group(one_input()).bytes_held == 0
     model, x = one_input(torch.bfloat16), torch.randn(5, 48).bfloat16()
     own, held = each(model, x), as_group(model)

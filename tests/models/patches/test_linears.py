@@ -11,11 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rollout.models.patches import linears
+from rollout.models.patches import linear_products
 from rollout.models.patches.linears import PackedLinears
 from tests.support.linear_layers import DTYPES, PLENTY, computed, layers
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+@pytest.fixture(params=("compiled", "onednn"), autouse=True)
+def multiplier(request: pytest.FixtureRequest) -> None:
+    """Run every test with both."""
+    if request.param == "onednn":
+        request.getfixturevalue("onednn")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -37,7 +44,7 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
         assert torch.equal(computed(model, x[0, -rows:]), together[0, -rows:])
 
 
-def test_rows_are_padded_to_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_padded_to_few_sizes_for_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN builds a kernel for each size."""
     given: list[int] = []
     mkldnn: Any = torch.ops.mkldnn
@@ -49,7 +56,7 @@ def test_rows_are_padded_to_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         return out
 
     monkeypatch.setattr(mkldnn, "_linear_pointwise", SimpleNamespace(default=multiply))
-    multiply_rows = linears._packed(torch.randn(32, 16), None)
+    multiply_rows = linear_products._packed(torch.randn(32, 16), None)
     counts = [*range(2, 130), *range(130, 2049, 37), 2048]
     with torch.no_grad():
         for count in counts:
@@ -114,7 +121,7 @@ def test_layers_with_a_shared_weight_keep_their_own_bias() -> None:
 @torch.no_grad()
 def test_layers_that_do_not_fit_keep_their_own_forward(caplog: pytest.LogCaptureFixture) -> None:
     model, x = layers(), torch.randn(3, 48)
-    first = 4 * 48 * 160
+    first = 4 * 48 * 160  # no padding in a packed copy either
     held = PackedLinears(model, first)
     assert held.bytes_held == first
     assert "1 linear layers are not packed" in caplog.text
@@ -142,9 +149,9 @@ def test_patched_layers_and_subclasses_are_not_packed(caplog: pytest.LogCaptureF
 
 
 @torch.no_grad()
-def test_half_precision_gets_float32_copies_without_packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_can_pack", lambda dtype: False)
-    monkeypatch.setattr(linears, "cpu_multiplies", lambda dtype: dtype == torch.float32)
+def test_half_precision_gets_float32_copies_without_packing(monkeypatch: pytest.MonkeyPatch, onednn: None) -> None:
+    monkeypatch.setattr(linear_products, "_can_pack", lambda dtype: False)
+    monkeypatch.setattr(linear_products, "cpu_multiplies", lambda dtype: dtype == torch.float32)
     assert PackedLinears(layers(), PLENTY).bytes_held == 0
     model, x = layers(torch.bfloat16), torch.randn(3, 48).bfloat16()
     assert PackedLinears(model, PLENTY).bytes_held == 4 * (48 * 160 + 160 * 50)

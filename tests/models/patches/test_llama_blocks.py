@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rollout import Engine, SamplingParams
+from rollout.engine import patches
 from rollout.models.patches import norms_and_rope
 from rollout.models.patches.llama_blocks import fast_attention, fast_mlp
 from rollout.models.patches.pointwise_cpu import Pointwise, pointwise
@@ -80,6 +81,7 @@ def test_engine_generates_the_same_with_and_without_fast_blocks(
         forward = fast_attention(module, kernel)
         return forward and (lambda *a, **k: (used.append(module), forward(*a, **k))[1])
 
+    monkeypatch.setattr(patches, "decoder_stack", lambda *_: None)
     monkeypatch.setattr(norms_and_rope, "fast_attention", spied)
     short = Engine(model, None).generate(prompts, params, seed=4)
     assert {id(module) for module in used} == {id(module) for module in attentions(model)}

@@ -337,14 +337,16 @@ def test_wrong_kernel_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, right: str, wrong: str
 ) -> None:
     needs_compiler()
-    source = module._SOURCE.read_text()
-    assert source.count(right) == 1
-    (tmp_path / "pointwise.c").write_text(source.replace(right, wrong))
-    shutil.copy(module._SOURCE.with_name("vectors.h"), tmp_path)
+    sources = [module._SOURCE, module._SOURCE.with_name("pointwise_rows.h")]
+    assert sum(source.read_text().count(right) for source in sources) == 1
+    for header in module._SOURCE.parent.glob("*.h"):
+        shutil.copy(header, tmp_path)
+    for source in sources:
+        (tmp_path / source.name).write_text(source.read_text().replace(right, wrong))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in build.FLAGS))
     monkeypatch.setattr(module, "_SOURCE", tmp_path / "pointwise.c")
     pointwise.cache_clear()
     assert pointwise() is None
     assert "the compiled kernel is wrong: it differs from torch in torch." in caplog.text
-    assert not list(tmp_path.rglob("*.so"))
+    assert not list(tmp_path.rglob("pointwise*.so"))

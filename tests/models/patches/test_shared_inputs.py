@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rollout.models.arrays import version
 from rollout.models.errors import UnsupportedModel
 from rollout.models.patches.linears import PackedLinears
-from rollout.models.patches.shared_inputs import layers_with_shared_inputs, version
+from rollout.models.patches.shared_inputs import layers_with_shared_inputs
 from tests.support.tiny_models import VOCABULARY, tiny
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")

@@ -20,7 +20,6 @@ from rollout.models.runners.packed import PackedRunner, PackedStrategy
 from tests.contract.test_long_sequences import long_model
 from tests.support.cuda_graph_world import FakeGraphs, World, llama
 from tests.support.devices import DEVICE
-from tests.support.tiny_models import tiny
 from tests.support.triton_interpreter import kernels_run_here
 
 _SMALL = TileSizes(16, 16, 4)
@@ -47,7 +46,7 @@ def test_padded_batch_sizes_cover_all_rows_with_little_padding() -> None:
 
 
 def test_rows_are_padded_to_the_next_batch_size_and_bits_match_the_eager_runner() -> None:
-    world = World(texts=5)
+    world = World(llama(), texts=5)
     world.same([(text, (3, 5, 1, 17, 33)[text]) for text in range(5)])
     for texts in ((0,), (1, 2), (0, 3, 4), (2,), (4, 0, 1), (0, 1, 2, 3, 4)):
         world.decode(*texts)
@@ -57,7 +56,7 @@ def test_rows_are_padded_to_the_next_batch_size_and_bits_match_the_eager_runner(
 
 
 def test_padding_writes_nothing() -> None:
-    world = World(texts=3)
+    world = World(llama(), texts=3)
     world.same([(text, 5) for text in range(3)])
     pool = world.pools[1]
     before = [tensor.clone() for slab in pool.slabs if slab is not None for tensor in slab.tensors]
@@ -79,7 +78,7 @@ def test_forwards_that_prefill_run_eagerly() -> None:
 
 
 def test_logits_up_to_the_same_power_of_two_share_memory() -> None:
-    runner = World(llama(1)).runner
+    runner = World().runner
     memory = {rows: runner._logits_buffer(torch.zeros(rows, 5)) for rows in (24, 32, 40, 16)}
     assert all(logits.shape == (rows, 5) for rows, logits in memory.items())
     assert memory[24].data_ptr() == memory[32].data_ptr()
@@ -88,7 +87,7 @@ def test_logits_up_to_the_same_power_of_two_share_memory() -> None:
 
 def test_replays_are_right_while_the_pool_grows_and_shrinks() -> None:
     """Freed slabs are filled with NaN."""
-    world = World(slab_pages=2, texts=3)
+    world = World(llama(), slab_pages=2, texts=3)
     world.same([(0, 18), (1, 3), (2, 14)])
     pool, tables = world.pools[1], world.tables[1]
     kept = []
@@ -113,7 +112,7 @@ def test_replays_are_right_while_the_pool_grows_and_shrinks() -> None:
 
 def test_step_is_captured_again_when_pages_outgrow_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "MIN_PAGES_PER_ROW", 2)
-    world = World(llama(1), texts=2)
+    world = World(texts=2)
     rooms = []
     for _ in range(5):
         world.same([(0, 15), (1, 15)])
@@ -159,18 +158,25 @@ def test_capture_out_of_memory_is_retried_after_a_pause(
 
 
 def test_out_of_memory_is_found_behind_a_later_error() -> None:
-    world = World(llama(1))
-    try:
-        try:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        except RuntimeError:
-            raise RuntimeError("capture was invalidated")  # noqa: B904 - as torch does
-    except RuntimeError as error:
-        world.fake.failure = error
+    world = World()
+    world.fake.first_failure = torch.OutOfMemoryError("CUDA out of memory.")
+    world.fake.failure = RuntimeError("capture was invalidated")
     world.same([(0, 4)])
     world.decode(0)
     assert world.runner._paused
     assert world.model not in cuda_graphs._refused
+
+
+def test_what_the_caller_was_handling_is_no_cause(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    world.fake.failure = RuntimeError("operation not permitted when stream is capturing")
+    world.same([(0, 4)])
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    except torch.OutOfMemoryError:
+        world.decode(0)
+    assert not world.runner._paused
+    assert "run slower: RuntimeError: operation not permitted when stream is capturing." in caplog.text
 
 
 def test_shed_frees_graphs_and_they_are_captured_again_after_a_pause(
@@ -225,7 +231,7 @@ def test_step_is_captured_again_after_weights_move() -> None:
 
 
 def test_forwards_under_autocast_run_eagerly() -> None:
-    world = World(llama(1))
+    world = World()
     world.same([(0, 4)])
     with torch.autocast(DEVICE.type, torch.bfloat16):
         world.decode(0)
@@ -237,7 +243,7 @@ def test_models_with_length_dependent_rotary_embeddings_run_eagerly(
     family: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
-    model = long_model("phi3") if family == "phi3" else tiny("llama", rope_parameters=scaling)
+    model = long_model("phi3") if family == "phi3" else llama(rope_parameters=scaling)
     world = World(model)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -247,7 +253,7 @@ def test_models_with_length_dependent_rotary_embeddings_run_eagerly(
 
 
 def test_model_on_several_devices_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
-    world = World(llama(1))
+    world = World()
     world.model.lm_head.to("meta")
     with caplog.at_level(logging.WARNING):
         assert with_cuda_graphs(world.plain, world.model, world.runner._backend, world.borrowed) is world.plain

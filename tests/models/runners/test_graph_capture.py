@@ -85,7 +85,7 @@ def test_aborted_capture_is_ended_in_the_allocator_of_torch(driver: Driver) -> N
     driver.aborts = True
     with pytest.raises(RuntimeError, match="previous error") as caught:
         graphs.capture(fails)
-    assert isinstance(cuda_graphs._root_cause(caught.value), torch.OutOfMemoryError)
+    assert isinstance(cuda_graphs._root_cause(caught.value, None), torch.OutOfMemoryError)
     assert driver.calls == ["begin 1", "end 1", "release 1"]
     assert len(graph_capture._aborted) == 1
 

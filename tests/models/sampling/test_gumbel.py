@@ -90,7 +90,9 @@ def by_tensors(logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [1, 7, 255, 256, 257, 1000, 5000])
 def test_kernel_draws_match_tensor_operations(kernel: GumbelKernel, vocabulary: int, dtype: torch.dtype) -> None:
-    logits, rows, positions = case(64, vocabulary, vocabulary, dtype)
+    # Triton's interpreter computes row by row.
+    count = 16 if isinstance(kernel, OnDevice) and GPU is None else 64
+    logits, rows, positions = case(count, vocabulary, vocabulary, dtype)
     got, wanted = sample(logits, rows, positions), by_tensors(logits, rows, positions)
     assert torch.equal(got.tokens, wanted.tokens)
     assert torch.allclose(got.logprobs, wanted.logprobs, atol=3e-6)
@@ -189,7 +191,8 @@ def test_kernel_with_wrong_log_sums_is_not_used(
     source = module._SOURCE.read_text()
     assert source.count("b->totals[row] = top +") == 1
     wrong.write_text(source.replace("b->totals[row] = top +", "b->totals[row] = 0.01 + top +"))
-    shutil.copy(module._SOURCE.with_name("vectors.h"), tmp_path)
+    for header in module._SOURCE.parent.glob("*.h"):
+        shutil.copy(header, tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(module, "_SOURCE", wrong)
     gumbel_max.cache_clear()
