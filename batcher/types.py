@@ -56,9 +56,56 @@ class WaitingRows:
     """As in ``Observation.groups``."""
     ends_at_limit: BoolArray
     """As in ``Observation.ends_at_limit``."""
+    shared_tokens: IntArray | None = None
+    """[rows] leading prompt tokens, in full pages, that a live row or a row before it in this list holds or will hold,
+    so that the row neither computes nor stores them; None: only what ``groups`` tells is known. Pages that no live row
+    holds are free memory: they do not count for the first row that will take them."""
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPages:
+    """Pages that several live rows hold, in pieces; all pages of a piece have the same holders.
+
+    ``batcher.shared_pages.find_shared`` makes it from page tables.
+    """
+
+    tokens: IntArray
+    """[pieces] tokens in the pages of each piece."""
+    rows: IntArray
+    """[holders of all pieces] indices of live rows: piece by piece, ascending within a piece."""
+    starts: IntArray
+    """[pieces] where the holders of each piece begin in ``rows``."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def holders(self) -> IntArray:
+        """[pieces] number of live rows that hold each piece."""
+        counts: IntArray = np.diff(self.starts, append=len(self.rows))
+        return counts
+
+    @property
+    def repeated_tokens(self) -> int:
+        """Tokens that would be held more than once if each row held its own."""
+        return int((self.tokens * (self.holders - 1)).sum())
+
+    @property
+    def youngest(self) -> IntArray:
+        """[pieces] index of the youngest live row that holds each piece."""
+        youngest: IntArray = self.rows[np.append(self.starts[1:], len(self.rows))[: len(self)] - 1]
+        return youngest
+
+    def max_over_holders(self, per_row: FloatArray) -> FloatArray:
+        """[pieces] Return the maximum over the rows that hold each piece."""
+        return np.maximum.reduceat(per_row[self.rows], self.starts) if len(self) else np.zeros(0)
+
+    def tokens_per_row(self, rows: int) -> IntArray:
+        """[rows] Return the tokens of each live row that other live rows hold too: they stay when the row leaves."""
+        return np.bincount(self.rows, np.repeat(self.tokens, self.holders), rows).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +125,8 @@ class Observation:
     kv_tokens_held: int
     """Tokens that the memory in use can hold; shared pages count once."""
     kv_tokens_free: int
-    """Further tokens that memory can hold: free pages of the pool, and its possible growth into the headroom."""
+    """Further tokens that memory can hold: free pages of the pool, pages of prefixes that no live row holds, and the
+    pool's possible growth into the headroom."""
     headroom_bytes: int
     """Device memory that may still be allocated, after the reserve."""
     bytes_per_token: int
@@ -97,6 +145,8 @@ class Observation:
     """Steps since the last decision."""
     finished: tuple[FinishedRow, ...] = ()
     """Rows that finished since the last decision."""
+    shared: SharedPages | None = None
+    """Pages that several live rows hold, those of ``groups`` included; None: only ``groups`` is known."""
 
     @property
     def live_rows(self) -> int:

@@ -9,20 +9,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rollout.engine.engine import Engine
+    from rollout.engine.session import Session
     from rollout.records import Batch, Record
     from rollout.sampling_params import SamplingParams
+    from rollout.stop_conditions import CallProgress, Deadline, FinishedPerPrompt
     from rollout.tokenization.prompt import Chat
 
-__all__ = ["Batch", "Chat", "Engine", "Record", "SamplingParams"]
+__all__ = [
+    "Batch",
+    "CallProgress",
+    "Chat",
+    "Deadline",
+    "Engine",
+    "FinishedPerPrompt",
+    "Record",
+    "SamplingParams",
+    "Session",
+]
 
 __version__: str
 
 _MODULES = {
     "Batch": "records",
+    "CallProgress": "stop_conditions",
     "Chat": "tokenization.prompt",
+    "Deadline": "stop_conditions",
     "Engine": "engine.engine",
+    "FinishedPerPrompt": "stop_conditions",
     "Record": "records",
     "SamplingParams": "sampling_params",
+    "Session": "engine.session",
 }
 
 

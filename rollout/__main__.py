@@ -6,9 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from typing import NoReturn
 
 from rollout.cli.command_line import parse_command_line
 from rollout.errors import Exit, InputError
+from rollout.job.stop_signals import stop_signals
+from rollout.logs import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,24 +22,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parse_command_line(list(sys.argv[1:] if arguments is None else arguments))
         if command.action == "version":
-            print(f"rollout {metadata.version('rollout')}")
+            say(f"rollout {metadata.version('rollout')}")
         elif command.action == "help":
             from rollout.cli.help import help_text
 
-            try:
-                print(help_text(), flush=True)
-            except BrokenPipeError:
-                # `--help | head`: nothing is left to say, and the interpreter would complain when it flushes.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            say(help_text())
         else:
-            from rollout.cli.run import run
+            # Before the imports, which take a second.
+            with stop_signals():
+                from rollout.cli.run import run
 
-            return run(command)
+                return run(command)
+    except KeyboardInterrupt:
+        say("Stopped: the same command goes on.", sys.stderr)
+        return Exit.RESUMABLE
     except InputError as error:
-        print(error, file=sys.stderr)
+        say(str(error), sys.stderr)
         return Exit.BAD_INPUT
     return Exit.COMPLETE
 
 
+def command() -> NoReturn:
+    """Run `main`, and end the process with its status."""
+    status = main()
+    if status == Exit.RESUMABLE:
+        # At once: to unload the libraries takes seconds, in which a signal that is sent again would end the process.
+        say("", end="")
+        say("", sys.stderr, end="")
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

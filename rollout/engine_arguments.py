@@ -15,6 +15,7 @@ def argument_checks(
     min_rows: int,
     max_kv_bytes: int | None,
     reserve_fraction: float,
+    keep_prefixes_bytes: int,
     attention: str,
     none: str = "None",
 ) -> list[Check]:
@@ -48,6 +49,12 @@ def argument_checks(
             reserve_fraction,
             _is_a(Real, reserve_fraction) and 0 <= reserve_fraction < 1,
             "a number of at least 0 and below 1",
+        ),
+        Check(
+            "keep_prefixes_bytes",
+            keep_prefixes_bytes,
+            _is_a(Integral, keep_prefixes_bytes) and keep_prefixes_bytes >= 0,
+            "a whole number of at least 0",
         ),
         Check("attention", attention, attention in ATTENTION_BACKENDS, f"one of {', '.join(ATTENTION_BACKENDS)}"),
     ]

@@ -47,8 +47,8 @@ class LengthHistory:
             del self._known[next(iter(self._known))]
 
     def learn(self, record: Record) -> None:
-        """Add a record's completion, unless the record is an error."""
-        if record.finish_reason != "error":
+        """Add a record's completion if it has finished: an error or an abort says little about lengths."""
+        if record.finished:
             self.add(record.prompt_ids, len(record.completion_ids))
 
     def expected(self, prompt_ids: Sequence[int] | IntArray) -> float | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from rollout import batch_layouts
 from rollout.errors import InputError, shorten
 from rollout.record_columns import PREFIX, SCHEMA, as_utf8, column_of
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     import pandas
     import torch
 
+    from rollout.batch_layouts import Padded
     from rollout.stats import Stats
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -34,7 +37,12 @@ class Record:
     ``completion_ids`` keeps the end-of-sequence id. ``error_class`` and ``error`` are empty unless ``finish_reason``
     is ``error`` or a reward function failed (``reward_failed``). ``row`` holds the other columns of a prompt that was
     given as a mapping. ``reasoning`` is what stood between the model's think tokens, if the engine splits it from
-    ``text``.
+    ``text``. ``weight_versions`` has one number per completion token, the version of the weights that it was drawn
+    with; ``weight_version`` is the last of them. ``ref_logprobs`` are the log-probabilities of a job's reference model.
+
+    ``finish_reason`` is ``abort`` where a stop condition or an interruption ended the sample; `Engine.generate`
+    continues such records. One that was still waiting has no tokens: it is no completion. Its ``end_ids`` are ids that
+    end it besides the model's end-of-sequence ids and ``stop_token_ids``, such as that of a chat's turn.
     """
 
     row_id: str
@@ -53,6 +61,28 @@ class Record:
     attempt: int = 0
     reasoning: str = ""
     row: Mapping[str, Any] = field(default_factory=dict)
+    weight_versions: list[int] = field(default_factory=list)
+    end_ids: list[int] = field(default_factory=list)
+    ref_logprobs: list[float] = field(default_factory=list)
+    sampled_logprobs: list[float] = field(default_factory=list)
+    """What ``logprobs`` were when the tokens were drawn, if ``exact`` has replaced them; else empty."""
+
+    @property
+    def kept_mass(self) -> list[float]:
+        """The share of the model's probability that could be drawn, one per completion token; 1 without filters.
+
+        It is the model's probability of the token over the sampler's. Top-k, top-p, min-p and bans (allowed ids, bad
+        words, a minimum length, biases of minus infinity) leave the proportions of what they keep, so for them it is
+        the mass of the tokens kept. Penalties and finite biases change proportions: then it is that ratio alone, an
+        importance weight, which may be above 1.
+        """
+        own = self.sampled_logprobs or self.logprobs
+        return [math.exp(model - sampler) for model, sampler in zip(own, self.sampler_logprobs, strict=True)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the completion ended by itself, at a stop or at its length limit."""
+        return self.finish_reason in ("stop", "length")
 
     def __repr__(self) -> str:
         """Describe the record in a line, without its lists of numbers."""
@@ -64,28 +94,14 @@ class Record:
         )
 
 
+_LIBRARY_ONLY = frozenset({"row", "weight_versions", "end_ids", "sampled_logprobs"})
+"""Fields that are no columns of their own."""
 REASONING = "reasoning"
 """The column that a run writes before the text if reasoning is split from it."""
-RECORD_COLUMNS = tuple(f.name for f in fields(Record) if f.name not in (REASONING, "row"))
+REF_LOGPROBS = "ref_logprobs"
+"""The column that a run writes behind the log-probabilities if it has a reference model."""
+RECORD_COLUMNS = tuple(f.name for f in fields(Record) if f.name not in _LIBRARY_ONLY | {REASONING, REF_LOGPROBS})
 """The columns that a run writes of a record, in their order; the input's columns stand after the first two."""
-
-
-@dataclass(frozen=True, slots=True)
-class Padded:
-    """A batch as tensors: prompts left-padded to P, completions right-padded to R."""
-
-    prompt_ids: torch.Tensor
-    """[B, P] int64."""
-    prompt_mask: torch.Tensor
-    """[B, P] int64, 1 on prompt tokens."""
-    completion_ids: torch.Tensor
-    """[B, R] int64."""
-    completion_mask: torch.Tensor
-    """[B, R] int64, 1 on completion tokens, including the end-of-sequence id."""
-    logprobs: torch.Tensor
-    """[B, R] float32, 0 on padding."""
-    sampler_logprobs: torch.Tensor
-    """[B, R] float32, 0 on padding."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -110,6 +126,16 @@ class Batch:
         tokens = sum(len(record.completion_ids) for record in self.records)
         errors = sum(bool(record.error_class) for record in self.records)
         return f"<Batch of {len(self)} records of {rows} prompts: {tokens} tokens, {errors} errors>"
+
+    @property
+    def finished(self) -> tuple[Record, ...]:
+        """The records of completions that ended by themselves."""
+        return tuple(record for record in self.records if record.finished)
+
+    @property
+    def aborted(self) -> tuple[Record, ...]:
+        """The records that ``resume`` continues; those of samples that were still waiting have no tokens."""
+        return tuple(record for record in self.records if record.finish_reason == "abort")
 
     def to_dataset(self) -> datasets.Dataset:
         """Return the records as a dataset: the columns of a job's shards, with those of `Record.row`.
@@ -147,37 +173,43 @@ class Batch:
         return dict.fromkeys(name for record in self.records for name in record.row)
 
     def to_padded(self, pad_token_id: int) -> Padded:
-        """Return the records as padded CPU tensors; an error record contributes the tokens it has.
+        """Return the records as padded CPU tensors; an error or abort record contributes the tokens it has.
 
         Raises:
-            InputError: ``pad_token_id`` is None, as it is in a tokenizer without one.
+            InputError: ``pad_token_id`` is None, as it is in a tokenizer without one, or no whole number.
         """
-        if pad_token_id is None:
-            raise InputError("pad_token_id is None: give any id, e.g. eos_token_id; the masks leave it out.")
-        import torch
+        return batch_layouts.to_padded(self.records, pad_token_id)
 
-        prompts = [record.prompt_ids for record in self.records]
-        completions = [record.completion_ids for record in self.records]
+    def to_verl(self, pad_token_id: int, *, prompt_length: int, response_length: int) -> dict[str, torch.Tensor]:
+        """Return the records as CPU tensors with the names, shapes and paddings of a verl ``DataProto``.
 
-        def padded(
-            sequences: list[list[int]] | list[list[float]],
-            fill: float,
-            dtype: torch.dtype,
-            side: Literal["left", "right"],
-        ) -> torch.Tensor:
-            tensors = [torch.tensor(sequence, dtype=dtype) for sequence in sequences]
-            if not tensors:
-                return torch.zeros(0, 0, dtype=dtype)
-            return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
+        ``prompts`` [B, P] are left-padded, ``responses`` and ``response_mask`` [B, R] right-padded; ``input_ids``,
+        ``attention_mask`` and ``position_ids`` [B, P + R] are those of both together. All are int64;
+        ``rollout_log_probs`` [B, R] are `Record.sampler_logprobs` in float32, 0 on padding. A record without tokens,
+        such as an error, has a row whose ``response_mask`` is 0 everywhere.
 
-        return Padded(
-            prompt_ids=padded(prompts, pad_token_id, torch.int64, "left"),
-            prompt_mask=padded([[1] * len(ids) for ids in prompts], 0, torch.int64, "left"),
-            completion_ids=padded(completions, pad_token_id, torch.int64, "right"),
-            completion_mask=padded([[1] * len(ids) for ids in completions], 0, torch.int64, "right"),
-            logprobs=padded([record.logprobs for record in self.records], 0.0, torch.float32, "right"),
-            sampler_logprobs=padded([record.sampler_logprobs for record in self.records], 0.0, torch.float32, "right"),
-        )
+        Args:
+            pad_token_id: fills the padding.
+            prompt_length: P; prompts must not be longer.
+            response_length: R; completions must not be longer.
+
+        Raises:
+            InputError: a prompt or a completion is longer, or an argument is no whole number.
+        """
+        return batch_layouts.to_verl(self.records, pad_token_id, prompt_length, response_length)
+
+    def to_nemo_rl(self, pad_token_id: int) -> dict[str, torch.Tensor]:
+        """Return the records as CPU tensors with the names, shapes and paddings of NeMo-RL's ``GenerationOutputSpec``.
+
+        ``output_ids`` [B, L] int64 are prompt and completion, right-padded; ``generation_lengths`` and
+        ``unpadded_sequence_lengths`` [B] int64 are the lengths of the completion and of both; ``logprobs`` [B, L] are
+        `Record.sampler_logprobs` in float32, 0 on prompts and padding; ``truncated`` [B] bool is False where the
+        completion ended at a stop. A record without tokens, such as an error, has generation length 0.
+
+        Raises:
+            InputError: ``pad_token_id`` is no whole number.
+        """
+        return batch_layouts.to_nemo_rl(self.records, pad_token_id)
 
 
 def _column_of_rows(values: list[Any]) -> pa.Array:

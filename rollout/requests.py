@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from rollout.batcher.types import Observation
+from rollout.records import Record
 from rollout.sampling_params import SamplingParams
+
+
+class PromptKey(NamedTuple):
+    """Names a prompt in a call; the samples' noise depends on it."""
+
+    seed: int
+    row_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,14 @@ class Request:
     """Token ids that end a completion, besides the model's end-of-sequence ids and those of ``params``."""
     ahead: int = 0
     """Number of following requests that can be read without waiting, so that they may be reordered together."""
+    resumed: Mapping[int, Record] = field(default_factory=dict)
+    """Records that samples continue, by sample."""
+    finished_before: int = 0
+    """Samples of the prompt that had finished before the call."""
+
+    @property
+    def key(self) -> PromptKey:
+        return PromptKey(self.seed, self.row_id)
 
     @property
     def wanted_samples(self) -> Sequence[int]:

@@ -18,9 +18,9 @@ class SamplingParams:
     """Sampling parameters of one prompt; a job's sampling configuration has the same names and defaults.
 
     ``temperature=0`` is greedy; ``top_k=0``, ``top_p=1`` and ``min_p=0`` are off. A completion ends at an
-    end-of-sequence id of the model, at the end of an assistant's turn in a chat (unless ``stop_at_turn_end`` is False),
-    at an id in ``stop_token_ids``, when its text contains a string of ``stop``, or after ``max_new_tokens`` tokens; not
-    before ``min_new_tokens``. ``ignore_eos`` turns off the first two.
+    end-of-sequence id of the model or the tokenizer, at the end of an assistant's turn in a chat (unless
+    ``stop_at_turn_end`` is False), at an id in ``stop_token_ids``, when its text contains a string of ``stop``, or
+    after ``max_new_tokens`` tokens; not before ``min_new_tokens``. ``ignore_eos`` turns off the first two.
 
     The logits are changed in vLLM's order: ``allowed_token_ids``, ``bad_words``, ``logit_bias``, ``min_new_tokens``,
     ``repetition_penalty``, ``frequency_penalty``, ``presence_penalty``, temperature, top-k, top-p, min-p. In

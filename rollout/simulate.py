@@ -7,7 +7,7 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,9 +16,11 @@ import numpy as np
 
 from rollout.argument_parser import SentenceParser
 from rollout.batcher.simulation.compare import Comparison, Spec, parse_spec
+from rollout.batcher.simulation.prefixes import Prefixes, labelled
 from rollout.batcher.simulation.simulator import Machine
 from rollout.batcher.simulation.workloads import WORKLOADS, Workload, named_workload, workload_of
 from rollout.batcher.suggestions import describe_names
+from rollout.batcher.types import IntArray
 from rollout.errors import Exit, InputError
 
 _DEFAULT_POLICIES = "static:256,memory,sla,paper,watermark:0.02,predictive,oracle"
@@ -26,6 +28,8 @@ _DEFAULT_POLICIES = "static:256,memory,sla,paper,watermark:0.02,predictive,oracl
 _PROMPT_COLUMNS = ("contexttokens", "prompt_tokens", "prompt", "input_tokens", "input")
 _OUTPUT_COLUMNS = ("generatedtokens", "output_tokens", "output", "completion_tokens", "completion")
 _HINT_COLUMN = "length_hint"
+# A name of the beginning that a prompt has in common with others, and its length.
+_PREFIX_COLUMN, _PREFIX_TOKENS_COLUMN = "prefix", "prefix_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,9 @@ def compare(comparison: Comparison, specs: Sequence[Spec]) -> list[Result]:
 def read_lengths(path: Path, requests: int | None, max_new: int | None, group: int) -> Workload:
     """Read rows from a CSV file with a column of prompt tokens and one of output tokens.
 
+    Two further columns, ``prefix`` and ``prefix_tokens``, name the beginning of each prompt: prompts that begin alike
+    have the same name.
+
     Raises:
         InputError: the file cannot be read, a column is missing, or a value is not a number of tokens.
     """
@@ -90,7 +97,9 @@ def read_lengths(path: Path, requests: int | None, max_new: int | None, group: i
             header = reader.fieldnames or []
             prompt = _find_column(path, header, _PROMPT_COLUMNS)
             output = _find_column(path, header, _OUTPUT_COLUMNS)
-            hint = next((name for name in header if name.strip().lower() == _HINT_COLUMN), None)
+            hint, prefix, prefix_tokens = (
+                _find_optional(header, name) for name in (_HINT_COLUMN, _PREFIX_COLUMN, _PREFIX_TOKENS_COLUMN)
+            )
             lines = [line for line, _ in zip(reader, range(requests or sys.maxsize), strict=False)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--lengths {path} cannot be read: {error}.") from error
@@ -101,14 +110,28 @@ def read_lengths(path: Path, requests: int | None, max_new: int | None, group: i
     hints = None
     if hint is not None:
         hints = np.array([_parse_hint(path, number, hint, line[hint]) for number, line in numbered])
+    prompts = np.array([_parse_tokens(path, number, prompt, line[prompt]) for number, line in numbered])
+    if (prefix is None) != (prefix_tokens is None):
+        raise InputError(
+            f"--lengths {path} has a column {prefix or prefix_tokens!r} alone, but needs both {_PREFIX_COLUMN!r} and "
+            f"{_PREFIX_TOKENS_COLUMN!r}, or none of them."
+        )
+    prefixes = None
+    if prefix is not None and prefix_tokens is not None:
+        prefixes = _parse_prefixes(path, numbered, prefix, prefix_tokens, prompts)
     return workload_of(
         path.stem,
-        prompt_tokens=np.array([_parse_tokens(path, number, prompt, line[prompt]) for number, line in numbered]),
+        prompt_tokens=prompts,
         output_tokens=np.array([_parse_tokens(path, number, output, line[output]) for number, line in numbered]),
         max_new=max_new,
         group=group,
         length_hints=hints,
+        prefixes=prefixes,
     )
+
+
+def _find_optional(header: Sequence[str], name: str) -> str | None:
+    return next((column for column in header if column.strip().lower() == name), None)
 
 
 def _find_column(path: Path, header: Sequence[str], names: Sequence[str]) -> str:
@@ -139,6 +162,37 @@ def _parse_hint(path: Path, line: int, column: str, text: str | None) -> float:
     except ValueError:
         message = f"--lengths {path}, line {line}: {column} is {text!r}, but must be a number of tokens or empty."
         raise InputError(message) from None
+
+
+def _parse_prefixes(
+    path: Path, numbered: Sequence[tuple[int, Mapping[str, str]]], prefix: str, tokens: str, prompts: IntArray
+) -> Prefixes | None:
+    """Return the beginnings that rows name; None if no row names one."""
+    first_lines: dict[str, tuple[int, int]] = {}
+    labels, lengths = [], np.zeros(len(numbered), np.int64)
+    for row, (number, line) in enumerate(numbered):
+        label = (line[prefix] or "").strip()
+        labels.append(label)
+        if not label:
+            if (line[tokens] or "").strip() not in ("", "0"):
+                raise InputError(
+                    f"--lengths {path}, line {number}: {tokens} is {line[tokens]!r}, but {prefix} is empty."
+                )
+            continue
+        length = _parse_tokens(path, number, tokens, line[tokens])
+        if not 1 <= length <= prompts[row]:
+            raise InputError(
+                f"--lengths {path}, line {number}: {tokens} is {length}, but must be from 1 to the prompt's "
+                f"{prompts[row]} tokens."
+            )
+        first, first_length = first_lines.setdefault(label, (number, length))
+        if length != first_length:
+            raise InputError(
+                f"--lengths {path}, line {number}: {tokens} of {prefix} {label!r} is {length}, but {first_length} in "
+                f"line {first}."
+            )
+        lengths[row] = length
+    return labelled(labels, lengths) if first_lines else None
 
 
 def _make_workload(arguments: argparse.Namespace, seed: int) -> Workload:
@@ -235,7 +289,9 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--lengths",
         required=True,
         metavar="FILE.csv|NAME",
-        help=f"lengths of rows: a file, or one of {', '.join(WORKLOADS)}",
+        help="lengths of rows: a file with columns prompt_tokens and output_tokens, and if wanted length_hint, or "
+        "prefix and prefix_tokens (name and length of a beginning that prompts have in common); or one of "
+        f"{', '.join(WORKLOADS)}",
     )
     parser.add_argument(
         "--policies", default=_DEFAULT_POLICIES, metavar="NAME[:VALUE],…", help=f"default: {_DEFAULT_POLICIES}"

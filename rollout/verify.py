@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from rollout.argument_parser import SentenceParser
 from rollout.errors import Exit, InputError
-from rollout.run_dir.part_file import SampleKey, count_lines
+from rollout.run_dir.missing_tasks import missing_tasks
+from rollout.run_dir.part_file import ShardKey, read_parts
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.run import RunDir, read_row_ids, read_run
+from rollout.run_dir.record_lines import SampleKey
+from rollout.run_dir.row_ids_file import check_row_ids, read_row_ids
+from rollout.run_dir.run import RunDir, read_run
+from rollout.run_dir.shard_checks import foreign_files
+from rollout.run_dir.shard_comparison import SHOWN, Codes, Listed, ShardComparison, ShardRecords
 from rollout.run_dir.shards import (
-    COUNTED_COLUMNS,
     Manifest,
     RecordCounts,
-    count_table,
     file_sha256,
     read_columns,
     read_manifest,
-    read_shard,
 )
 
 _EPILOG = "Exit status: 0 the run is complete; 1 it is not, and each finding is printed; 2 there is no run in DIR."
-SHOWN = 20
-"""Most items of each kind to list; the others are counted."""
 
 
 @dataclass
@@ -46,12 +44,13 @@ class Findings:
     """Finished samples of shards that are not committed."""
     torn: list[str] = field(default_factory=list)
     """Shards whose file does not match their manifest, with the reason."""
-    foreign: list[str] = field(default_factory=list)
+    foreign: Listed[str] = field(default_factory=Listed)
     """Files and samples that do not belong to this run."""
-    missing: list[SampleKey] = field(default_factory=list)
-    duplicated: list[SampleKey] = field(default_factory=list)
-    errors: list[tuple[SampleKey, str]] = field(default_factory=list)
+    missing: Listed[SampleKey] = field(default_factory=Listed)
+    duplicated: Listed[SampleKey] = field(default_factory=Listed)
+    errors: Listed[tuple[SampleKey, str]] = field(default_factory=Listed)
     """Samples with an error and its class; they do not make a run incomplete."""
+    error_classes: Counter[str] = field(default_factory=Counter)
 
     @property
     def complete(self) -> bool:
@@ -61,34 +60,89 @@ class Findings:
 def verify(folder: Path) -> Findings:
     """Compare a run's directory with the ids of its input rows.
 
+    Records are read in batches, so memory does not grow with the run, but by a few bytes for each sample at fault.
+
     Raises:
         InputError: the folder holds no run, or not all of its input rows' ids.
     """
     paths = RunPaths(folder)
     run = read_run(paths)
-    row_ids = read_row_ids(paths)
+    check_row_ids(paths.rows, run.rows_sha256)
+    row_ids = read_row_ids(paths.rows)
     if len(row_ids) != run.rows:
         raise InputError(f"{paths.rows} holds {len(row_ids)} ids, but the run has {run.rows} input rows.")
+    comparison = ShardComparison(run, row_ids)
     findings = Findings(run.rows * run.samples)
-    occurrences = np.zeros((run.rows, run.samples), np.int32)
-    """[input rows, samples] records of each sample."""
+    samples = _SamplesAtFault(comparison)
     for shard in range(run.shards):
-        table = _checked_shard(run, shard, findings)
-        if table is not None:
-            _count_samples(table, row_ids, occurrences, findings)
-    _find_foreign_files(run, findings)
-    findings.found = int(np.count_nonzero(occurrences))
-    findings.missing = _keys_where(occurrences == 0, row_ids)
-    findings.duplicated = _keys_where(occurrences > 1, row_ids)
+        records = _checked_shard(run, shard, comparison, findings)
+        if records is None:
+            samples.gone.append(shard)
+        else:
+            findings.foreign.extend(records.foreign.first, len(records.foreign))
+            findings.errors.extend(records.errors.first, len(records.errors))
+            findings.error_classes.update(records.counts.errors)
+            samples.add(shard, records)
+    files = foreign_files(run)
+    findings.foreign.extend(files, len(files))
+    samples.resolve(findings)
+    findings.found = findings.expected - len(findings.missing)
     return findings
 
 
-def _checked_shard(run: RunDir, shard: int, findings: Findings) -> pa.Table | None:
-    """Read a shard's records; None if it is not committed or does not match its manifest."""
+class _SamplesAtFault:
+    """Samples that shards lack, have twice, or have though they are another's."""
+
+    def __init__(self, comparison: ShardComparison) -> None:
+        self._comparison = comparison
+        self.gone: list[int] = []
+        """Shards of which no sample is there."""
+        self._missing: dict[int, Codes] = {}
+        self._duplicated: list[Codes] = []
+        self._strays: list[Codes] = []
+
+    def add(self, shard: int, records: ShardRecords) -> None:
+        """Take the samples of a shard that differ from what it should hold."""
+        for kept, codes in ((self._duplicated, records.duplicated), (self._strays, records.strays)):
+            if len(codes):
+                kept.append(codes)
+        if len(records.missing):
+            self._missing[shard] = records.missing
+
+    def resolve(self, findings: Findings) -> None:
+        """Find out which samples are missing from the whole run, and which it has twice."""
+        none = np.zeros(0, np.int64)
+        strays, counts = np.unique(np.concatenate([none, *self._strays]), return_counts=True)
+        lacking: dict[int, Codes | range] = {shard: self._comparison.codes(shard) for shard in self.gone}
+        lacking |= self._missing
+        elsewhere = np.zeros(len(strays), np.bool_)
+        """Whether a stray sample is missing from its own shard."""
+        for codes in lacking.values():
+            low, high = np.searchsorted(strays, [codes[0], codes[-1] + 1])
+            within = strays[low:high]
+            elsewhere[low:high] |= True if isinstance(codes, range) else np.isin(within, codes, assume_unique=True)
+        missing = (int(code) for shard in sorted(lacking) for code in _without(lacking[shard], strays))
+        count = sum(map(len, lacking.values())) - int(np.count_nonzero(elsewhere))
+        findings.missing.extend(map(self._comparison.key, missing), count)
+        twice = np.unique(np.concatenate([none, *self._duplicated, strays[~elsewhere | (counts > 1)]]))
+        findings.duplicated.extend((self._comparison.key(int(code)) for code in twice), len(twice))
+
+
+def _without(codes: Codes | range, strays: Codes) -> Iterator[int]:
+    """Yield the codes that are not among sorted strays."""
+    for code in codes:
+        place = int(np.searchsorted(strays, code))
+        if place == len(strays) or strays[place] != code:
+            yield code
+
+
+def _checked_shard(run: RunDir, shard: int, comparison: ShardComparison, findings: Findings) -> ShardRecords | None:
+    """Compare a shard; None if it is not committed or does not match its manifest."""
     manifest_path, path = run.paths.manifest(shard), run.paths.shard(shard, run.format)
     if not manifest_path.exists():
         findings.uncommitted.append(path.name)
-        findings.in_part_files += count_lines(run.paths.part(shard))
+        key = ShardKey(run.fingerprint.digest, shard)
+        findings.in_part_files += len(read_parts(run.files, run.paths, key).finished)
         return None
     try:
         manifest = read_manifest(manifest_path)
@@ -103,12 +157,12 @@ def _checked_shard(run: RunDir, shard: int, findings: Findings) -> pa.Table | No
         if (manifest.shard, manifest.file) != (shard, path.name):
             raise ValueError(f"its manifest describes shard {manifest.shard}, {manifest.file}")
         _check_columns(read_columns(path), run)
-        table = read_shard(path, COUNTED_COLUMNS)
-        _check_counts(count_table(table), manifest)
-    except ValueError as error:
+        records = comparison.compare(shard)
+        _check_counts(records.counts, manifest)
+    except (ValueError, OSError) as error:
         findings.torn.append(f"{path.name}: {error}")
         return None
-    return table
+    return records
 
 
 def _check_columns(found: dict[str, str], run: RunDir) -> None:
@@ -127,57 +181,30 @@ def _check_counts(found: RecordCounts, manifest: Manifest) -> None:
     """Refuse a manifest whose counts are not those of the records."""
     for name, value in asdict(found).items():
         declared = getattr(manifest, name)
-        # Shards hold rewards in fp32, manifests their sum in fp64.
-        close = name == "reward_sum" and math.isclose(value, declared, rel_tol=1e-5, abs_tol=1e-5 * found.rewards)
-        if value != declared and not close:
+        # A sum of rewards that are not numbers is none either.
+        both_nan = value != value and declared != declared
+        if value != declared and not both_nan:
             raise ValueError(f"its manifest declares {name}={declared}, but its records have {name}={value}")
-
-
-def _count_samples(table: pa.Table, row_ids: pa.ChunkedArray, occurrences: np.ndarray, findings: Findings) -> None:
-    """Add a shard's samples to ``occurrences``, and its foreign samples and errors to ``findings``."""
-    indices = pc.index_in(table.column("row_id"), value_set=row_ids)
-    rows = pc.fill_null(indices, -1).to_numpy()
-    samples = table.column("sample").to_numpy()
-    known = (rows >= 0) & (samples >= 0) & (samples < occurrences.shape[1])
-    np.add.at(occurrences, (rows[known], samples[known]), 1)
-    ids = table.column("row_id")
-    findings.foreign += [f"{ids[int(i)]} sample {samples[i]}" for i in np.flatnonzero(~known)]
-    classes = table.column("error_class")
-    for i in np.flatnonzero(pc.not_equal(classes, "").to_numpy()):
-        key = SampleKey(ids[int(i)].as_py(), int(samples[i]))
-        findings.errors.append((key, classes[int(i)].as_py()))
-
-
-def _find_foreign_files(run: RunDir, findings: Findings) -> None:
-    """Find files that do not belong to the run; a loader of ``shards/*`` would read them."""
-    if not run.paths.shards.exists():
-        return
-    own = {path.name for k in range(run.shards) for path in (run.paths.manifest(k), run.paths.shard(k, run.format))}
-    findings.foreign += sorted(file.name for file in run.paths.shards.iterdir() if file.name not in own)
-
-
-def _keys_where(mask: np.ndarray, row_ids: pa.ChunkedArray) -> list[SampleKey]:
-    return [SampleKey(row_ids[int(row)].as_py(), int(sample)) for row, sample in np.argwhere(mask)]
 
 
 def report(findings: Findings) -> list[str]:
     """Format the findings for the terminal."""
     lines = []
-    for title, items in (
-        ("shards not committed", findings.uncommitted),
-        ("shards torn", findings.torn),
-        ("files and samples of no prompt of this run", findings.foreign),
-        ("samples missing", [f"{row_id} sample {sample}" for row_id, sample in findings.missing]),
-        ("samples duplicated", [f"{row_id} sample {sample}" for row_id, sample in findings.duplicated]),
-        ("samples in error", [f"{row_id} sample {sample}: {name}" for (row_id, sample), name in findings.errors]),
+    for title, items, count in (
+        ("shards not committed", findings.uncommitted, len(findings.uncommitted)),
+        ("shards torn", findings.torn, len(findings.torn)),
+        ("files and samples of no prompt of this run", findings.foreign.first, len(findings.foreign)),
+        ("samples missing", map(_named, findings.missing.first), len(findings.missing)),
+        ("samples duplicated", map(_named, findings.duplicated.first), len(findings.duplicated)),
+        ("samples in error", [f"{_named(key)}: {name}" for key, name in findings.errors.first], len(findings.errors)),
     ):
-        if items:
-            lines.append(f"{title}: {len(items)}")
-            lines += [f"  {item}" for item in items[:SHOWN]]
-            lines += [f"  and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+        if count:
+            lines.append(f"{title}: {count}")
+            lines += [f"  {_printable(item)}" for item in islice(items, SHOWN)]
+            lines += [f"  and {count - SHOWN} more"] if count > SHOWN else []
     if findings.errors:
-        classes = Counter(error_class for _, error_class in findings.errors).most_common()
-        lines.append("errors by class: " + ", ".join(f"{error_class} {count}" for error_class, count in classes))
+        classes = [f"{_printable(name)} {count}" for name, count in findings.error_classes.most_common()]
+        lines.append("errors by class: " + ", ".join(classes))
     if findings.torn or findings.duplicated:
         lines.append("To generate a shard again, remove its manifest (shards/NNNNN.json) and run the same command.")
     if findings.uncommitted:
@@ -190,17 +217,43 @@ def report(findings: Findings) -> list[str]:
     return lines
 
 
+def _named(key: SampleKey) -> str:
+    return f"{key.row_id} sample {key.sample}"
+
+
+def _printable(text: str) -> str:
+    """Return a text of a file as it can be printed: without what steers a terminal, and on one line."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the findings; return 0 if the run is complete, 1 if it is not, 2 if there is no run."""
     parser = SentenceParser("python -m rollout.verify", description=__doc__, epilog=_EPILOG)
     parser.add_argument("dir", metavar="DIR", type=Path, help="the output.dir of a run")
+    parser.add_argument(
+        "--missing-array",
+        action="store_true",
+        help="print what to give sbatch --array= for the shards that are missing or damaged; nothing if none is",
+    )
     try:
-        findings = verify(parser.parse_args(arguments).dir)
-    except InputError as error:
+        asked = parser.parse_args(arguments)
+        if asked.missing_array:
+            return _print_missing_array(asked.dir)
+        findings = verify(asked.dir)
+    except (InputError, OSError) as error:
         print(error, file=sys.stderr)
         return Exit.BAD_INPUT
     print("\n".join(report(findings)))
     return Exit.COMPLETE if findings.complete else Exit.CRASHED
+
+
+def _print_missing_array(folder: Path) -> Exit:
+    missing = missing_tasks(read_run(RunPaths(folder)))
+    if not missing.tasks:
+        return Exit.COMPLETE
+    print(missing.array)
+    print(missing.sentence(), file=sys.stderr)
+    return Exit.CRASHED
 
 
 if __name__ == "__main__":

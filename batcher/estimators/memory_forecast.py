@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rollout.batcher.estimators.row_memory import RowMemory, SharedPrompts
+from rollout.batcher.estimators.row_memory import RowMemory
 from rollout.batcher.estimators.survival import Survival, bins_of
-from rollout.batcher.types import FloatArray, IntArray
+from rollout.batcher.types import FloatArray, IntArray, SharedPages
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +128,16 @@ class MemoryForecaster:
             without_exits=rows.own_tokens.sum() + len(rows) * steps,
         )
 
-    def shared_prompts(self, shared: SharedPrompts, rows: RowMemory) -> MemoryForecast:
-        """[grid] Forecast the shared prompts, with all rows of a prompt as old as its youngest row."""
-        survival = self.survival(rows.select(shared.lasts))
-        tokens = shared.tokens[:, None]
-        mean = (1 - (1 - survival) ** shared.sizes[:, None]) * tokens
+    def shared_pages(self, shared: SharedPages, rows: RowMemory) -> MemoryForecast:
+        """[grid] Forecast pages that several rows hold until the last of them ends.
+
+        All holders of a piece count as old as the youngest of them.
+        """
+        survival = self.survival(rows.select(shared.youngest))
+        tokens = shared.tokens.astype(np.float64)[:, None]
+        mean = (1 - (1 - survival) ** shared.holders[:, None]) * tokens
         return MemoryForecast(
             mean=mean.sum(0),
             variance=(mean * (tokens - mean)).sum(0),
-            without_exits=np.full(len(self.steps), shared.tokens.sum()),
+            without_exits=np.full(len(self.steps), tokens.sum()),
         )

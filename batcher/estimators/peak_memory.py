@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rollout.batcher.estimators.row_memory import RowMemory, SharedPrompts
-from rollout.batcher.types import FloatArray
+from rollout.batcher.estimators.row_memory import RowMemory
+from rollout.batcher.types import FloatArray, SharedPages
 
 
 def future_peak(held: FloatArray, growth: FloatArray, remaining: FloatArray) -> float:
@@ -13,7 +13,7 @@ def future_peak(held: FloatArray, growth: FloatArray, remaining: FloatArray) -> 
 
     Memory falls only when an entry ends, so the peak is just before one of the ends: max over k of
     sum(held_j + growth_j * r_k) over the entries with r_j >= r_k. This is the estimator of LightLLM's Past-Future
-    scheduler (arXiv 2507.10150), with a growth per entry because shared prompts do not grow.
+    scheduler (arXiv 2507.10150), with a growth per entry because shared pages do not grow.
 
     Args:
         held: [n] tokens held now.
@@ -27,12 +27,12 @@ def future_peak(held: FloatArray, growth: FloatArray, remaining: FloatArray) -> 
     return float(totals.max())
 
 
-def rows_that_fit(live: RowMemory, shared: SharedPrompts, waiting: RowMemory, kv_tokens: float) -> int:
+def rows_that_fit(live: RowMemory, shared: SharedPages, waiting: RowMemory, kv_tokens: float) -> int:
     """Return how many waiting rows keep the peak within ``kv_tokens`` if every row reaches its limit."""
-    held = np.concatenate((shared.tokens, live.own_tokens, waiting.own_tokens))
+    held = np.concatenate((shared.tokens.astype(np.float64), live.own_tokens, waiting.own_tokens))
     live_steps = live.remaining.astype(np.float64)
     waiting_steps = waiting.remaining.astype(np.float64)
-    remaining = np.concatenate((shared.max_per_prompt(live_steps), live_steps, waiting_steps))
+    remaining = np.concatenate((shared.max_over_holders(live_steps), live_steps, waiting_steps))
     growth = np.ones(len(held))
     growth[: len(shared)] = 0
     # The peak never falls with another row, so bisection finds the largest number that fits.

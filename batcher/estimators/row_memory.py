@@ -1,4 +1,4 @@
-"""Memory held by each row, and by prompts that several rows share."""
+"""Memory held by each row, and by pages that several rows share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rollout.batcher.types import BoolArray, FloatArray, IntArray, Observation
+from rollout.batcher.types import BoolArray, FloatArray, IntArray, Observation, SharedPages
 
 TYPICAL_MAX_NEW = 256
 """Assumed ``max_new_tokens`` where no row is known."""
@@ -45,44 +45,33 @@ class RowMemory:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class SharedPrompts:
-    """Prompts that several rows hold until the last of those rows ends; arrays with one entry per prompt."""
-
-    tokens: FloatArray
-    sizes: IntArray
-    """Rows per prompt."""
-    lasts: IntArray
-    """Index of the youngest row of each prompt. Rows of a prompt are adjacent, because they are admitted together."""
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def max_per_prompt(self, per_row: FloatArray) -> FloatArray:
-        """[prompts] Return the maximum over the rows of each prompt."""
-        starts = self.lasts - self.sizes + 1
-        return np.maximum.reduceat(per_row, starts) if len(starts) else np.zeros(0)
-
-
-_NO_SHARED_PROMPTS = SharedPrompts(tokens=np.zeros(0), sizes=np.zeros(0, np.int64), lasts=np.zeros(0, np.int64))
+_NOTHING = np.zeros(0, np.int64)
+_NOTHING_SHARED = SharedPages(tokens=_NOTHING, rows=_NOTHING, starts=_NOTHING)
 _NO_ROWS = RowMemory(
     own_tokens=np.zeros(0), ages=np.zeros(0, np.int64), limits=np.zeros(0, np.int64), ends_at_limit=np.zeros(0, bool)
 )
 
 
-def live_rows(observation: Observation) -> tuple[RowMemory, SharedPrompts]:
-    """Return the live rows, and the prompts that they share as far as ``observation.groups`` is known."""
+def live_rows(observation: Observation) -> tuple[RowMemory, SharedPages]:
+    """Return the live rows, and the pages that several of them hold, as far as the observation tells.
+
+    Where only ``groups`` tells, the prompt of each group is a piece, even if a single row holds it.
+    """
     ends_at_limit = observation.ends_at_limit
     if ends_at_limit is None:
         ends_at_limit = np.zeros(observation.live_rows, bool)
     tokens = observation.prompt_tokens + observation.generated_tokens
-    shared, own_tokens = _NO_SHARED_PROMPTS, _tokens_held(tokens, observation)
+    shared, own_tokens = _NOTHING_SHARED, _tokens_held(tokens, observation)
     groups = observation.groups
-    if groups is not None and (groups[1:] == groups[:-1]).any():
+    if observation.shared is not None:
+        shared = observation.shared
+        own_tokens = own_tokens - shared.tokens_per_row(observation.live_rows)
+    elif groups is not None and (groups[1:] == groups[:-1]).any():
         prompts = _full_page_tokens(observation.prompt_tokens, observation)
         own_tokens = own_tokens - prompts
-        lasts = np.flatnonzero(np.append(groups[1:] != groups[:-1], True))
-        shared = SharedPrompts(tokens=prompts[lasts].astype(np.float64), sizes=np.diff(lasts, prepend=-1), lasts=lasts)
+        # Rows of a group are adjacent, because they are admitted together.
+        starts = np.flatnonzero(np.append(True, groups[1:] != groups[:-1]))
+        shared = SharedPages(tokens=prompts[starts], rows=np.arange(len(groups)), starts=starts)
     rows = RowMemory(
         own_tokens=own_tokens,
         ages=observation.generated_tokens,
@@ -95,7 +84,7 @@ def live_rows(observation: Observation) -> tuple[RowMemory, SharedPrompts]:
 def waiting_rows(observation: Observation) -> RowMemory:
     """Return the known waiting rows in admission order, or one average row if only their number is known.
 
-    A row whose prompt is already held, by a live row or by the waiting row before it, holds only its own tokens.
+    A row whose prompt, or the beginning of it, is held by a live row or by a waiting row before it holds only the rest.
     """
     waiting = observation.waiting
     if waiting is None:
@@ -106,6 +95,8 @@ def waiting_rows(observation: Observation) -> RowMemory:
         shares_prompt |= (waiting.groups[:, None] == observation.groups[-_YOUNGEST_ROWS:]).any(1)
     tokens = waiting.prompt_tokens + waiting.generated_tokens
     shared = np.where(shares_prompt, _full_page_tokens(waiting.prompt_tokens, observation), 0)
+    if waiting.shared_tokens is not None:
+        shared = np.maximum(shared, waiting.shared_tokens)
     return RowMemory(
         own_tokens=_tokens_held(tokens - shared, observation),
         ages=waiting.generated_tokens,

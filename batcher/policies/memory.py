@@ -73,6 +73,14 @@ def _at_least_one_token(mean: float) -> float:
     return max(mean, 1.0)
 
 
+def _own_share(observation: Observation) -> float:
+    """Return the share of the live rows' prompt tokens that memory must hold, where shared pages count once."""
+    prompts = int(observation.prompt_tokens.sum())
+    if observation.shared is None or not prompts:
+        return 1.0
+    return 1 - observation.shared.repeated_tokens / prompts
+
+
 class MemoryPolicy:
     """Run as many rows as fit in memory at their final lengths, except with probability epsilon_M.
 
@@ -81,7 +89,8 @@ class MemoryPolicy:
 
     - Equation 12 uses the moments of a single row, and L0 is theta*sigma_S (see the two functions above).
     - Each row is charged its final length, as in the paper. Rows of different ages hold less on average, so the
-      batch is smaller than memory allows when lengths vary little. Samples of a prompt are each charged for it.
+      batch is smaller than memory allows when lengths vary little. Prompts are charged as far as live rows do not
+      share them, and wholly where an observation tells only groups.
     - ``LengthMoments`` learns the moments, every 16 refreshes; the paper assumes that they are given, "updated
       online periodically".
     - The floor N^d and the bounds also apply when the last size is kept.
@@ -127,8 +136,13 @@ class MemoryPolicy:
         if self._moments is None or self._refreshes % _DECISIONS_PER_ESTIMATE == 0:
             self._moments = self._lengths.estimate(observation)
         self._refreshes += 1
-        # A recurrent state takes as much memory as that many more prompt tokens would.
-        moments = replace(self._moments, prompt_mean=self._moments.prompt_mean + observation.tokens_per_row)
+        own = _own_share(observation)
+        moments = replace(
+            self._moments,
+            # A recurrent state takes as much memory as that many more prompt tokens would.
+            prompt_mean=own * self._moments.prompt_mean + observation.tokens_per_row,
+            prompt_variance=own**2 * self._moments.prompt_variance,
+        )
         eta = observation.kv_tokens_total
         if self._form == "eq12":
             return rows_by_eq12(eta, moments, self._theta)

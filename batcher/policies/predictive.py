@@ -157,8 +157,8 @@ class PredictivePolicy:
             return rows_that_fit(live=live, shared=shared, waiting=waiting.select(repeated), kv_tokens=eta)
         held = forecaster.total(live)
         if len(shared):
-            held += forecaster.shared_prompts(shared, live)
-        elif observation.groups is None:
+            held += forecaster.shared_pages(shared, live)
+        elif observation.groups is None and observation.shared is None:
             # The policy does not know which rows share prompts, but it knows how many tokens they hold in total.
             held = held.minus(max(0.0, float(live.own_tokens.sum()) - observation.kv_tokens_held))
         # Usually not even one more row fits, so the first is checked before all others are forecast.

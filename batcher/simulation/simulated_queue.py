@@ -34,14 +34,15 @@ class SimulatedQueue:
     def __iter__(self) -> Iterator[int]:
         return iter(self._rows)
 
-    def first(self) -> int:
-        """Return the row that is admitted next."""
-        return self._rows[0]
+    def row(self, place: int) -> int:
+        """Return the row before which ``place`` others wait."""
+        return self._rows[place]
 
-    def pop(self) -> int:
-        """Remove and return the first row."""
+    def pop(self, place: int = 0) -> int:
+        """Remove and return the row before which ``place`` others wait."""
         self.moves += 1
-        row = self._rows.popleft()
+        row = self._rows[place]
+        del self._rows[place]
         group = self._groups[row]
         self._waiting_of[group] -= 1
         if not self._waiting_of[group]:

@@ -8,10 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rollout.batcher.preemption import Victim
+from rollout.batcher.preemption import Victim, recompute_tokens
+from rollout.batcher.simulation.prefix_pages import PrefixPages
 from rollout.batcher.simulation.simulated_queue import SimulatedQueue
 from rollout.batcher.simulation.workloads import Workload
-from rollout.batcher.types import FinishedRow, IntArray, ceil_div
+from rollout.batcher.types import FinishedRow, IntArray, SharedPages, ceil_div
+
+_MOST_PASSED = 256
+"""Rows at the front of the queue that may wait for a beginning while rows behind them are admitted."""
 
 
 @dataclass(eq=False, slots=True)
@@ -24,9 +28,9 @@ class Prefill:
     computed: int
     """Tokens of the context that are in pages already."""
     own_pages: int
-    """Pages of this prefill, without the group's."""
+    """Pages of this prefill, without those of the prompt's beginning and the group's."""
     shared_pages: int
-    """Pages of the group's prompt that it uses."""
+    """Pages of the group's prompt that it uses, without those of the prompt's beginning."""
     recomputes: bool
     """True if a preempted row had computed this context before."""
     rows: list[int]
@@ -83,6 +87,7 @@ class SimulatedRows:
         self.page_tokens = page_tokens
         self.pages = kv_tokens // page_tokens
         self.used = 0
+        """Pages that live rows and prefills hold. Those that are only kept are free memory."""
         longest = int((workload.prompt_tokens + workload.output_tokens).max(initial=0))
         if self._pages_for(longest) > self.pages:
             raise ValueError(
@@ -96,14 +101,25 @@ class SimulatedRows:
         self.prefills: list[Prefill] = []
         self.recomputed_tokens = 0
         """Tokens prefilled more than once, because of preemption."""
+        self.reused_tokens = 0
+        """Tokens that prefills found in memory."""
+        self.prefix_hits = 0
+        """Prefills that found any."""
+        self.pages_saved = 0
+        """Pages that they found whole."""
         self.preempted_rows = 0
         self.paused_steps = 0
+        self.prefixes = PrefixPages(workload, page_tokens)
+        """Pages of beginnings that several prompts have in common; all others belong to rows and their groups."""
+        self.prefixes.wait(self.queue)
+        if self.prefixes:
+            self.queue.reorder(self.prefixes.order())
         self._prompts: list[int] = workload.prompt_tokens.tolist()
         self._groups: list[int] = workload.groups.tolist()
         self._holders: dict[int, int] = {}
         """References to the prompt pages of each group, by live rows and prefills."""
         self._shared_pages: dict[int, int] = {}
-        """Prompt pages of each of these groups."""
+        """Prompt pages of each of these groups, without those of the prompt's beginning."""
         self._joinable: dict[int, Prefill] = {}
         """The prefill of each group's prompt that further rows of the group may join."""
 
@@ -130,40 +146,69 @@ class SimulatedRows:
     def _has_room(self, pages: int, reserve: int = 0) -> bool:
         return self.used + pages + reserve <= self.pages
 
+    def _take(self, pages: int) -> None:
+        """Count pages as held, in place of those that are only kept if there are no others."""
+        self.used += pages
+        excess = self.used + self.prefixes.kept_pages - self.pages
+        if excess > 0 and self.prefixes.kept_pages:
+            self.recomputed_tokens += self.prefixes.evict(excess)
+
+    def _pop(self, place: int) -> int:
+        row = self.queue.pop(place)
+        self.prefixes.leave_queue(row)
+        return row
+
+    def _put_back(self, rows: Sequence[int]) -> None:
+        self.queue.put_back(rows)
+        self.prefixes.wait(rows)
+
     def admit(self, rows: int, prefill_tokens: int) -> None:
-        """Admit waiting rows up to ``rows`` live rows, while prefill tokens and pages are left."""
+        """Admit waiting rows up to ``rows`` live rows, while prefill tokens and pages are left.
+
+        A row that begins with what a prefill is computing waits until it can share that, and lets others pass.
+        """
         budget = prefill_tokens - sum(prefill.remaining for prefill in self.prefills)
         alive = self.alive
         # Each row in prefill will need a page of its own when it starts to decode.
         prefilling = alive - self.decoding
-        while alive < rows and self.queue:
-            row = self.queue.first()
+        place = 0
+        while alive < rows and place < min(len(self.queue), _MOST_PASSED):
+            row = self.queue.row(place)
             group, prompt, kept = self._groups[row], self._prompts[row], int(self.kept[row])
             reserve = prefilling + int(self._watermark * self.pages) if alive else 0
             if not kept and group in self._joinable:
                 if not self._has_room(1, reserve):
                     return
-                self._joinable[group].rows.append(self.queue.pop())
+                self._joinable[group].rows.append(self._pop(place))
             else:
                 if budget <= 0:
                     return
+                if self.prefixes.is_in_prefill(row):
+                    place += 1
+                    continue
                 tokens = prompt + kept
-                shared = min(prompt, tokens - 1) // self.page_tokens if group in self._holders else 0
-                if not self._has_room(self._pages_for(tokens + 1) - shared, reserve):
+                begin = self.prefixes.pages_of(row)
+                shared = min(prompt, tokens - 1) // self.page_tokens - begin if group in self._holders else 0
+                if not self._has_room(self._pages_for(tokens + 1) - shared - self.prefixes.held_pages(row), reserve):
                     return
-                own = self._pages_for(tokens) - shared
-                self.used += own
+                own = self._pages_for(tokens) - shared - begin
                 if shared:
                     self._holders[group] += 1
+                found = shared + self.prefixes.computed_pages(row)
+                computed = found * self.page_tokens + (0 if shared else self.prefixes.copied_tokens(row))
+                self.reused_tokens += computed
+                self.prefix_hits += computed > 0
+                self.pages_saved += found
                 prefill = Prefill(
                     group=group,
                     tokens=tokens,
-                    computed=shared * self.page_tokens,
+                    computed=computed,
                     own_pages=own,
                     shared_pages=shared,
                     recomputes=kept > 0,
-                    rows=[self.queue.pop()],
+                    rows=[self._pop(place)],
                 )
+                self._take(own + self.prefixes.hold(row))
                 self.prefills.append(prefill)
                 if not kept:
                     self._joinable[group] = prefill
@@ -189,7 +234,10 @@ class SimulatedRows:
             prefilled += length
             left -= length
             if prefill.recomputes:
-                self.recomputed_tokens += length
+                # A beginning that has to be computed again was counted when it was evicted.
+                begin = self.prefixes.pages_of(prefill.rows[0]) * self.page_tokens
+                self.recomputed_tokens += max(0, min(length, prefill.computed - begin))
+            self.prefixes.compute(prefill.rows[0], prefill.computed)
             if not prefill.remaining:
                 ready.append(prefill)
         live[GENERATED, :rows] += 1
@@ -208,7 +256,7 @@ class SimulatedRows:
             if self._has_room(needed):
                 live[CAPACITY, full] += self.page_tokens
                 live[OWN_PAGES, full] += 1
-                self.used += needed
+                self._take(needed)
                 return rows
             self.preempt()
 
@@ -222,20 +270,22 @@ class SimulatedRows:
             fitting = 1
             while fitting < len(prefill.rows) and self._has_room(fitting * partial):
                 fitting += 1
-            self.queue.put_back(prefill.rows[fitting:])
+            self._put_back(prefill.rows[fitting:])
             self._share_prompt(prefill)
             # Where another prefill stored the group's prompt first, the first row keeps its own copy of it.
             joining.append(self._decode_row(prefill.rows[0], group, prefill.own_pages, prefill.shared_pages))
             for row in prefill.rows[1:fitting]:
-                self.used += partial
-                joining.append(self._decode_row(row, group, partial, prefill.tokens // self.page_tokens))
+                self._take(partial + self.prefixes.hold(row))
+                shared = prefill.tokens // self.page_tokens - self.prefixes.pages_of(row)
+                joining.append(self._decode_row(row, group, partial, shared))
         self.live = np.concatenate((self.live, np.array(joining, np.int64).T), axis=1)
 
     def _share_prompt(self, prefill: Prefill) -> None:
         """Give the prompt pages of a complete prefill to its group, or drop its reference to pages of the group."""
         group = prefill.group
         if group not in self._holders:
-            prompt_pages = self._prompts[prefill.rows[0]] // self.page_tokens
+            row = prefill.rows[0]
+            prompt_pages = self._prompts[row] // self.page_tokens - self.prefixes.pages_of(row)
             self._holders[group] = 0
             self._shared_pages[group] = prompt_pages
             prefill.own_pages -= prompt_pages
@@ -257,7 +307,7 @@ class SimulatedRows:
             LIMIT: int(self._limits[row]),
             GROUP: group,
             LENGTH: prompt + kept + 1,
-            CAPACITY: (own_pages + shared_pages) * self.page_tokens,
+            CAPACITY: (own_pages + shared_pages + self.prefixes.pages_of(row)) * self.page_tokens,
             OWN_PAGES: own_pages,
             SHARES: int(shares),
         }
@@ -282,7 +332,7 @@ class SimulatedRows:
 
     def _free(self, slot: int) -> None:
         """Free the pages of a live row; the caller removes it from ``live``."""
-        self.used -= int(self.live[OWN_PAGES, slot])
+        self.used -= int(self.live[OWN_PAGES, slot]) + self.prefixes.release(int(self.live[ID, slot]))
         if self.live[SHARES, slot]:
             self._release_prompt(int(self.live[GROUP, slot]))
 
@@ -305,14 +355,16 @@ class SimulatedRows:
         """
         if self.prefills:
             prefill = self.prefills[-1]
-            self.queue.put_back([prefill.rows.pop()])
+            row = prefill.rows.pop()
+            self._put_back([row])
             self.preempted_rows += 1
             if not prefill.rows:
+                stays = prefill.shared_pages + self.prefixes.computed_pages(row)
                 self._remove_prefill(prefill)
-                self.used -= prefill.own_pages
+                self.used -= prefill.own_pages + self.prefixes.release(row)
                 if prefill.shared_pages:
                     self._release_prompt(prefill.group)
-                self.recomputed_tokens += prefill.computed - prefill.shared_pages * self.page_tokens
+                self.recomputed_tokens += prefill.computed - stays * self.page_tokens
             return True
         live = self.live
         if not self.decoding:
@@ -321,22 +373,38 @@ class SimulatedRows:
         row = int(live[ID, slot])
         self.kept[row] = live[GENERATED, slot]
         self.preempted_rows += 1
+        # First of all the row waits, so that the beginning of its prompt is kept.
+        self._put_back([row])
         self._free(slot)
         self.live = np.delete(live, slot, axis=1)
-        self.queue.put_back([row])
         return True
 
     def _recompute_tokens(self) -> IntArray:
         """[decoding rows] Return the tokens that each row would recompute if it were preempted."""
         live = self.live
+        if self.prefixes:
+            return recompute_tokens(live[LENGTH] - 1, self.shared())
         others_share = np.array([self._holders.get(group) != 1 for group in live[GROUP].tolist()], bool)
         prompt_stays = (live[SHARES] == 1) & others_share
         full_page_tokens = live[PROMPT] // self.page_tokens * self.page_tokens
         tokens: IntArray = live[LENGTH] - 1 - np.where(prompt_stays, full_page_tokens, 0)
         return tokens
 
+    def shared(self) -> SharedPages:
+        """Return the pages that several rows hold, decoding rows first and then those in prefill."""
+        live = self.live
+        prefilling = [row for prefill in self.prefills for row in prefill.rows]
+        rows = [*live[ID].tolist(), *prefilling]
+        shares = [*live[SHARES].tolist(), *(1 for _ in prefilling)]
+        pages = [
+            share * (self._prompts[row] // self.page_tokens - self.prefixes.pages_of(row))
+            for row, share in zip(rows, shares, strict=True)
+        ]
+        return self.prefixes.shared(rows, [self._groups[row] for row in rows], pages)
+
     def resize(self, kv_tokens: int) -> None:
         """Set the size of memory, and preempt rows until the rest fits."""
         self.pages = kv_tokens // self.page_tokens
         while self.used > self.pages and self.preempt():
             pass
+        self._take(0)

@@ -65,6 +65,14 @@ class Outcome:
     """Live rows, mean over steps."""
     rows_max: int
     """Live rows, maximum over steps."""
+    prefilled_tokens: int
+    """Tokens that went through prefill, recomputation included."""
+    reused_tokens: int
+    """Tokens that went through no prefill, because their pages were in memory when the row was admitted."""
+    prefix_hits: int
+    """Prefills that began with such tokens."""
+    pages_saved: int
+    """Pages that those prefills shared, and did not take for themselves."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -162,7 +170,7 @@ class _Simulation:
         """Run all steps."""
         times: list[float] = []
         noise: list[float] = []
-        alive_sum = alive_max = idle = 0
+        alive_sum = alive_max = idle = prefilled = 0
         while self._rows.queue or self._rows.alive:
             if self._kv_tokens_at is not None:
                 self._rows.resize(self._kv_tokens_at(len(times)))
@@ -182,6 +190,7 @@ class _Simulation:
                     raise ValueError(f"The policy stalled the job for {idle} steps; its last decision was {decision}.")
                 continue
             idle = 0
+            prefilled += composition.prefill_tokens
             if not noise:
                 noise = (1 + self._machine.noise * self._rng.standard_normal(_NOISE_BLOCK)).tolist()
             ms = self._machine.step_time(*composition) * noise.pop()
@@ -204,6 +213,10 @@ class _Simulation:
             paused_steps=self._rows.paused_steps,
             rows_mean=alive_sum / max(1, len(times)),
             rows_max=alive_max,
+            prefilled_tokens=prefilled,
+            reused_tokens=self._rows.reused_tokens,
+            prefix_hits=self._rows.prefix_hits,
+            pages_saved=self._rows.pages_saved,
         )
 
     # -- observation -----------------------------------------------------------------------------------
@@ -233,13 +246,16 @@ class _Simulation:
             waiting=self._observe_waiting(),
             steps=tuple(self._steps),
             finished=tuple(self._finished),
+            shared=self._rows.shared() if self._rows.prefixes else None,
         )
         self._steps.clear()
         self._finished.clear()
         return observation
 
     def _observe_waiting(self) -> WaitingRows:
-        if self._waiting is None or self._waiting_moves != self._rows.queue.moves:
+        prefixes = self._rows.prefixes
+        # Rows that end, or whose prefill ends, change what waiting rows share.
+        if self._waiting is None or self._waiting_moves != self._rows.queue.moves or prefixes:
             self._waiting_moves = self._rows.queue.moves
             rows = np.fromiter(islice(self._rows.queue, _LOOKAHEAD_ROWS), np.int64)
             self._waiting = WaitingRows(
@@ -248,6 +264,7 @@ class _Simulation:
                 max_new_tokens=self._limits[rows],
                 groups=self._workload.groups[rows],
                 ends_at_limit=np.full(len(rows), self._reveal),
+                shared_tokens=prefixes.waiting_tokens(rows.tolist()) if prefixes else None,
             )
         return self._waiting
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rollout.batcher.simulation.prefixes import Prefixes, common_beginnings
 from rollout.batcher.types import FloatArray, IntArray, ceil_div
 
 REQUESTS = 2000
@@ -27,6 +28,8 @@ class Workload:
     """Equal for rows with the same prompt, which share its full pages while one of them is live."""
     length_hints: FloatArray | None = None
     """Expected ``output_tokens``, NaN where unknown."""
+    prefixes: Prefixes | None = None
+    """Beginnings that prompts of different groups have in common; None: they have none."""
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -41,6 +44,7 @@ class Workload:
             max_new_tokens=self.max_new_tokens[order],
             groups=self.groups[order],
             length_hints=None if hints is None else hints[order],
+            prefixes=None if self.prefixes is None else self.prefixes.reordered(order),
         )
 
 
@@ -51,6 +55,7 @@ def workload_of(
     max_new: int | None = None,
     group: int = 1,
     length_hints: FloatArray | None = None,
+    prefixes: Prefixes | None = None,
 ) -> Workload:
     """Build a workload of these lengths, rounded and at least one token.
 
@@ -61,6 +66,7 @@ def workload_of(
         max_new: limit at which outputs are cut; None: the smallest power of two that holds the longest output.
         group: number of consecutive rows that have the prompt of the first of them.
         length_hints: [rows] expected output lengths, or None.
+        prefixes: beginnings that these prompts have in common, or None.
     """
     prompts, outputs = (np.rint(np.maximum(1.0, x)).astype(np.int64) for x in (prompt_tokens, output_tokens))
     if max_new is None:
@@ -74,6 +80,34 @@ def workload_of(
         max_new_tokens=limits,
         groups=groups,
         length_hints=length_hints,
+        prefixes=None if prefixes is None else prefixes.reordered(groups * group),
+    )
+
+
+def workload_of_prompts(
+    name: str, prompts: Sequence[Sequence[int]], output_tokens: Sequence[int], *, shares: bool = True
+) -> Workload:
+    """Build a workload of these prompts and exactly these outputs.
+
+    Equal prompts that stand next to each other are a group, as in the engine.
+
+    Args:
+        name: name of the workload.
+        prompts: [rows] token ids.
+        output_tokens: [rows] output lengths, which are the limits as well.
+        shares: prompts of different groups share their beginnings.
+    """
+    new = [row == 0 or list(prompts[row]) != list(prompts[row - 1]) for row in range(len(prompts))]
+    groups = np.cumsum(new) - 1
+    beginnings = common_beginnings([prompt for prompt, first in zip(prompts, new, strict=True) if first])
+    outputs = np.array(output_tokens, np.int64)
+    return Workload(
+        name=name,
+        prompt_tokens=np.array([len(prompt) for prompt in prompts], np.int64),
+        output_tokens=outputs,
+        max_new_tokens=outputs.copy(),
+        groups=groups,
+        prefixes=beginnings.reordered(groups) if shares and len(beginnings.tokens) else None,
     )
 
 
@@ -101,6 +135,7 @@ def named_workload(
         output_tokens=lengths.outputs,
         max_new=max_new or lengths.max_new,
         group=group or lengths.group,
+        prefixes=lengths.prefixes,
     )
 
 
@@ -115,7 +150,7 @@ def with_hints(workload: Workload, sigma: float, seed: int = 0) -> Workload:
     return replace(workload, length_hints=hints)
 
 
-# -- the ten named workloads ------------------------------------------------------------------------------
+# -- the named workloads ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +159,7 @@ class _Lengths:
     outputs: FloatArray
     max_new: int
     group: int = 1
+    prefixes: Prefixes | None = None
 
 
 def _lognormal(rng: np.random.Generator, mean: float, cv: float, count: int) -> FloatArray:
@@ -198,6 +234,42 @@ def _code(rng: np.random.Generator, count: int) -> _Lengths:
     return _azure(rng, count, _CODE, 2048)
 
 
+_TASK_ROWS = 100
+_SYSTEM_TOKENS = 300
+_TURNS = 4
+
+
+def _few_shot(rng: np.random.Generator, count: int) -> _Lengths:
+    """Draw tasks of 100 questions, all of which begin with the same 1,000 tokens on average: an evaluation."""
+    tasks = np.arange(count) // _TASK_ROWS
+    shots = np.maximum(16, np.rint(_lognormal(rng, 1000, 0.5, ceil_div(count, _TASK_ROWS)))).astype(np.int64)
+    return _Lengths(
+        prompts=shots[tasks].astype(np.float64) + np.maximum(1.0, _lognormal(rng, 80, 0.5, count)),
+        outputs=_lognormal(rng, 100, 1.0, count),
+        max_new=1024,
+        prefixes=Prefixes(parents=np.full(len(shots), -1, np.int64), tokens=shots, nodes=tasks),
+    )
+
+
+def _turns(rng: np.random.Generator, count: int) -> _Lengths:
+    """Draw conversations of four turns under one system text: each prompt begins with the whole prompt before."""
+    conversations = ceil_div(count, _TURNS)
+    prompts = _SYSTEM_TOKENS + rng.integers(100, 500, (conversations, _TURNS)).cumsum(1)
+    # Node 0 is the system text; the others are the prompts with which another turn begins.
+    nodes = 1 + np.arange(conversations * (_TURNS - 1)).reshape(conversations, _TURNS - 1)
+    parents = np.concatenate((np.zeros((conversations, 1), np.int64), nodes[:, :-1]), axis=1)
+    return _Lengths(
+        prompts=prompts.ravel()[:count].astype(np.float64),
+        outputs=_lognormal(rng, 150, 0.8, count),
+        max_new=1024,
+        prefixes=Prefixes(
+            parents=np.append(-1, parents.ravel()),
+            tokens=np.append(_SYSTEM_TOKENS, prompts[:, :-1].ravel()),
+            nodes=np.concatenate((nodes, nodes[:, -1:]), axis=1).ravel()[:count],
+        ),
+    )
+
+
 WORKLOADS: Mapping[str, Callable[[np.random.Generator, int], _Lengths]] = {
     "const": _constant,
     "unif": _uniform,
@@ -209,5 +281,7 @@ WORKLOADS: Mapping[str, Callable[[np.random.Generator, int], _Lengths]] = {
     "conv": _conversation,
     "code": _code,
     "grpo": _groups_of_16,
+    "shots": _few_shot,
+    "turns": _turns,
 }
-"""Generators of the ten named workloads."""
+"""Generators of the named workloads; prompts of the last two begin alike."""

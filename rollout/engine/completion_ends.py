@@ -1,4 +1,4 @@
-"""The token ids that end completions: the model's, those of a chat's turn, and special tokens among stop strings."""
+"""What ends completions: end-of-sequence ids, the end of a chat's turn, and special tokens among stop strings."""
 
 from __future__ import annotations
 
@@ -16,61 +16,71 @@ from rollout.tokenization.special_tokens import ids_of_special_strings
 logger = logging.getLogger(__name__)
 
 
+def joined_eos_ids(
+    generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, ...]:
+    """Return the end-of-sequence ids of the model, of which it may have several, and then the tokenizer's.
+
+    TRL joins them likewise. transformers' ``generate`` ends at the model's alone.
+    """
+    eos = None if tokenizer is None else tokenizer.eos_token_id
+    return tuple(dict.fromkeys([*eos_ids(generation_config), *([] if eos is None else [int(eos)])]))
+
+
 class CompletionEnds:
-    """Knows the model's end-of-sequence ids, and adds to requests the ids that end their completions.
+    """Adds to requests the ids that end their completions, and says once what ends them.
 
     Args:
-        generation_config: of the model; its end-of-sequence ids hold for every prompt.
-        tokenizer: its end-of-sequence id is used if the model has none; its special tokens may be stop strings.
+        tokenizer: its special tokens may be stop strings.
     """
 
-    def __init__(self, generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
-        self.eos_ids = list(eos_ids(generation_config))
-        """The model's end-of-sequence ids, of which it may have several."""
-        if not self.eos_ids and tokenizer is not None and tokenizer.eos_token_id is not None:
-            self.eos_ids = [int(tokenizer.eos_token_id)]
-            logger.info(
-                "The model names no end-of-sequence id; the tokenizer's is used: %s.", self._names(self.eos_ids)
-            )
         self._said_turn_end = False
         self._said_eos = False
         self._said_stops: set[int] = set()
         self._special_stops = lru_cache(maxsize=256)(self._find_special_stops)
 
-    def applied(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """Yield the requests with the ids of special tokens among their stop strings, and say once what ends them."""
+    def applied(
+        self, requests: Iterable[Request | None], end_ids: Sequence[int], generation_config: GenerationConfig | None
+    ) -> Iterator[Request | None]:
+        """Yield the requests with the ids of special tokens among their stop strings.
+
+        Args:
+            end_ids: the end-of-sequence ids of the call, see `joined_eos_ids`.
+            generation_config: of the model.
+        """
+        of_model = eos_ids(generation_config)
         for request in requests:
+            if request is None:
+                yield None
+                continue
             if request.end_ids and not self._said_turn_end:
-                self._say_turn_end(request.end_ids)
-            params = request.params
-            if params.stop_at_turn_end and not (
-                request.end_ids or request.error_class or self._said_eos or params.ignore_eos
-            ):
-                self._say_other_eos(request.params.stop_token_ids)
+                self._say_turn_end(request.end_ids, end_ids)
+            if not (self._said_eos or request.error_class or request.params.ignore_eos):
+                self._say_eos(end_ids, of_model)
             special = self._special_stops(request.params.stop) if request.params.stop else ()
             yield replace(request, end_ids=(*request.end_ids, *special)) if special else request
 
-    def _say_turn_end(self, ids: Iterable[int]) -> None:
+    def _say_turn_end(self, turn_ids: Iterable[int], end_ids: Sequence[int]) -> None:
         self._said_turn_end = True
-        if new := [i for i in ids if i not in self.eos_ids]:
+        if new := [i for i in turn_ids if i not in end_ids]:
             logger.info(
-                "Chat completions also end at %s, the end of the assistant's turn, which is not among the model's "
+                "Chat completions also end at %s, the end of the assistant's turn, which is not among the "
                 "end-of-sequence ids %s (stop_at_turn_end=false: only these).",
                 self._names(new),
-                self.eos_ids,
+                list(end_ids),
             )
 
-    def _say_other_eos(self, stop_ids: Sequence[int]) -> None:
-        """Warn if the tokenizer's end of sequence ends no text, as is so with ``generate``."""
+    def _say_eos(self, end_ids: Sequence[int], of_model: Sequence[int]) -> None:
+        """Say that completions end at the tokenizer's end of sequence as well, at which ``generate`` does not stop."""
         self._said_eos = True
-        eos = None if self._tokenizer is None else self._tokenizer.eos_token_id
-        if eos is not None and eos not in (*self.eos_ids, *stop_ids):
-            logger.warning(
-                "Completions of plain prompts end at the model's end-of-sequence ids %s, but not at the tokenizer's "
-                "%s: add it to stop_token_ids if they should.",
-                self.eos_ids,
-                self._names([eos]),
+        if new := [i for i in end_ids if i not in of_model]:
+            logger.info(
+                "Completions also end at the tokenizer's end of sequence, %s, which is not among those of the model's "
+                "generation_config, %s (transformers' generate goes on there).",
+                self._names(new),
+                of_model,
             )
 
     def _find_special_stops(self, stops: tuple[str, ...]) -> tuple[int, ...]:

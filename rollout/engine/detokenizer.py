@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -90,8 +91,22 @@ class Detokenizer:
             whole = self._whole.decode_after(prompt_ids, ids)
             cut = self._whole.before_stop(prompt_ids, ids, named, after)
             if len(cut) < len(whole):
-                return min(text, self._special.sub("", cut), key=len)
+                return min(text, self._without_special(prompt_ids, ids, cut), key=len)
         return text
+
+    def _without_special(self, prompt_ids: Ids, ids: Ids, cut: str) -> str:
+        """Return the beginning ``cut`` of the text with special tokens, without them.
+
+        By their ids: other tokens may spell the text of a special one.
+        """
+
+        def size(count: int) -> int:
+            return len(self._whole.decode_after(prompt_ids, ids[:count]))
+
+        count = bisect_right(range(len(ids) + 1), len(cut), key=size) - 1
+        shown = self.decode_after(prompt_ids, ids[:count])
+        amid_special = count == len(ids) or int(ids[count]) in self._special_ids
+        return shown if amid_special else shown + cut[size(count) :]
 
     def _find_naming_special(self, stops: tuple[str, ...]) -> tuple[str, ...]:
         """Return the stop strings of special tokens and other text; one special token alone is found by its id."""

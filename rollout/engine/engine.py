@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 import logging
-import os
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from itertools import count, islice
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from rollout.batcher.admission_order import Ordering
-from rollout.batcher.registry import bounded, make_policy
 from rollout.batcher.types import Bounds, Policy
-from rollout.engine.call_requests import call_requests
-from rollout.engine.completion_ends import CompletionEnds
-from rollout.engine.detokenizer import Detokenizer
-from rollout.engine.kv_memory import KVMemory
-from rollout.engine.loop import Loop
-from rollout.engine.observed_call import observed_call
-from rollout.engine.params_arguments import given_params
-from rollout.engine.patches import make_patches
-from rollout.engine.prompt_arguments import GivenPrompt, given_prompts, given_row_ids, given_seed
-from rollout.engine.reasoning import reasoning_splitter
-from rollout.engine.recommendations import Recommendations
-from rollout.engine.rule_compiler import RuleCompiler
-from rollout.engine.tp_sync import sync_for
-from rollout.engine.waiting_queue import WaitingQueue
+from rollout.engine.generation import Generation
+from rollout.engine.kept_memory import KeptMemory
+from rollout.engine.library_calls import CallArguments, LibraryCalls, Params, Prompts
+from rollout.engine.live_module import LiveModule
+from rollout.engine.model_arguments import check_model_arguments
+from rollout.engine.option_arguments import check_options, given_policy
+from rollout.engine.score_arguments import given_pairs
+from rollout.engine.scoring import Scoring
 from rollout.engine_arguments import argument_checks
 from rollout.errors import check_all
-from rollout.headroom.headroom import Headroom, after_reserve, headroom_over, memory_name
-from rollout.length_history import LengthHistory
+from rollout.headroom.headroom import Headroom, after_reserve, headroom_for, headroom_over, memory_name
 from rollout.models.attention.names import AUTO
-from rollout.models.module.adapters import refuse_adapters
-from rollout.models.module.inspect import context_limit, logits_size, output_device, unwrap_model, vocabulary_size
-from rollout.models.runners.select import select_strategy
+from rollout.models.module.inspect import output_device, unwrap_model
 from rollout.records import Batch, Record
-from rollout.requests import Request, StepReport, in_windows
+from rollout.requests import Request, StepReport
 from rollout.sampling_params import SamplingParams
+from rollout.scores import Scores
 from rollout.stats import Stats
+from rollout.stop_conditions import StopConditions, StopWhen
 from rollout.tokenization.prompt import AddSpecialTokens, EncodingOptions, Prompt, Tool
 from rollout.tokenization.prompt_encoder import PromptEncoder
 from rollout.tracking.call_tracker import start_tracker
@@ -48,19 +36,9 @@ from rollout.tracking.call_tracker import start_tracker
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
-#: Rows read before the first decision; their lengths set the slab size.
-_FIRST_ROWS = 64
-
-#: Prompts whose completion lengths are remembered between calls.
-_REMEMBERED_PROMPTS = 1 << 16
-#: Prompts of a sequence that are ordered together.
-_WINDOW = 1 << 12
+    from rollout import Session
 
 logger = logging.getLogger(__name__)
-
-Prompts = Iterable[Any]
-"""Prompts in any form of `rollout.engine.prompt_arguments`."""
-Params = SamplingParams | Mapping[str, Any] | Iterable[SamplingParams | Mapping[str, Any]] | GenerationConfig | None
 
 
 class Engine:
@@ -78,6 +56,8 @@ class Engine:
         max_rows, min_rows: bounds on live rows, i.e. samples generated at the same time.
         max_kv_bytes: limit on KV bytes; None: all headroom.
         reserve_fraction: share of the device's total memory to leave free.
+        keep_prefixes_bytes: KV bytes that may stay in memory after a call, for later prompts that begin with the same
+            tokens, while the weights stay as they are; `release` frees them. 0: none.
         attention: name of a backend (`rollout.models.attention.names`); ``auto``: the engine's fastest for this model.
         headroom: free memory to follow instead of the devices' own.
         skip_special_tokens: leave special tokens, such as the one that ends a completion, out of the text.
@@ -92,8 +72,11 @@ class Engine:
 
     Raises:
         UnsupportedModel: the model, or the model with that attention, is not supported; the message says why.
-        InputError: an argument is out of range.
+        InputError: an argument is out of range, or the tokenizer is of another model.
     """
+
+    _kept: KeptMemory | None = None
+    """Where rows leave their KV for later calls; a session has it, and an engine that keeps prefixes."""
 
     def __init__(
         self,
@@ -106,6 +89,7 @@ class Engine:
         min_rows: int = 1,
         max_kv_bytes: int | None = None,
         reserve_fraction: float = 0.05,
+        keep_prefixes_bytes: int = 0,
         attention: str = AUTO,
         headroom: Headroom | None = None,
         skip_special_tokens: bool = True,
@@ -123,8 +107,18 @@ class Engine:
                 min_rows=min_rows,
                 max_kv_bytes=max_kv_bytes,
                 reserve_fraction=reserve_fraction,
+                keep_prefixes_bytes=keep_prefixes_bytes,
                 attention=attention,
             )
+        )
+        check_model_arguments(model, tokenizer)
+        check_options(
+            headroom=headroom,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            tools=tools,
+            has_tokenizer=tokenizer is not None,
+            flags={"skip_special_tokens": skip_special_tokens, "split_reasoning": split_reasoning},
         )
         self.model = model
         self.tokenizer = tokenizer
@@ -138,56 +132,109 @@ class Engine:
             ),
         )
         """Turns prompts into token ids."""
-        self.weight_version = 0
-        """Stamped on records; set it whenever the weights change."""
-        base = unwrap_model(model)
-        self._device = output_device(model)
-        self._sync = sync_for(model)
-        self._strategy = select_strategy(model, attention)
-        self.attention = self._strategy.attention()
+        self._module = LiveModule(
+            model,
+            attention,
+            lambda: after_reserve(headroom or headroom_for(output_device(model)), reserve_fraction),
+        )
+        strategy = self._module.strategy
+        layout = self._module.layout()
+        self.attention = strategy.attention(layout)
         """Attention backend: triton, compiled or gather; varlen or flash_attn for prefills, then + and the backend for
         decoding; own: the model's code; none: the model has no attention."""
-        logger.debug("Running the model's own modules with %s.", _describe(self._strategy.name, self.attention))
-        bounds = Bounds(min_rows=min_rows, max_rows=max_rows, latency_budget_ms=latency_budget_ms)
-        self._policy = make_policy(policy, bounds) if isinstance(policy, str) else bounded(policy, bounds)
-        self._max_kv_bytes = max_kv_bytes
-        self._reserve_fraction = reserve_fraction
-        shares = self._strategy.kv_layout().shares(self._device) or {self._device: 1.0}
+        logger.debug("Running the model's own modules with %s.", _describe(strategy.name, self.attention))
+        shares = layout.shares(self._module.device) or {self._module.device: 1.0}
         self.memory = memory_name(shares)
         """The memory that holds the KV cache, as `memory_name` names it."""
         if headroom is None:
             headroom = headroom_over(shares, reserve_fraction)
-        self._headroom = self._sync.headroom(headroom)
-        self.context_limit = context_limit(base.config)
-        """Maximum tokens of prompt and completion together; None if the model states no limit."""
-        self._vocab_size = vocabulary_size(model)
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
-        self._reasoning = reasoning_splitter(tokenizer, split=split_reasoning, skip_special_tokens=skip_special_tokens)
-        self._ends = CompletionEnds(base.generation_config, tokenizer)
-        self._recommendations = Recommendations(base.generation_config)
-        self._rules = RuleCompiler(
-            tokenizer, eos_ids=self._ends.eos_ids, vocab_size=min(self._vocab_size, logits_size(model))
+        headroom = self._module.sync.headroom(headroom)
+        bounds = Bounds(min_rows=min_rows, max_rows=max_rows, latency_budget_ms=latency_budget_ms)
+        self._generation = Generation(
+            self._module,
+            tokenizer,
+            given_policy(policy, bounds),
+            headroom,
+            max_kv_bytes=max_kv_bytes,
+            reserve_fraction=reserve_fraction,
+            skip_special_tokens=skip_special_tokens,
+            split_reasoning=split_reasoning,
         )
-        self._lengths = LengthHistory(_REMEMBERED_PROMPTS)
-        self._ordering = Ordering()
-        name = getattr(base.config, "name_or_path", "")
-        self._log_line = start_tracker(tracker, self, {"model": name, "attention": self.attention})
-        self.stats: Stats | None = None
+        sessions = self._generation.sessions
+        if keep_prefixes_bytes:
+            self._kept = KeptMemory(keep_prefixes_bytes)
+            sessions.add(self._kept)
+        self._scoring = Scoring(
+            self._module, headroom, sessions, max_kv_bytes=max_kv_bytes, reserve_fraction=reserve_fraction
+        )
+        self.context_limit = self._generation.context_limit
+        """Maximum tokens of prompt and completion together; None if the model states no limit."""
+        name = getattr(unwrap_model(model).config, "name_or_path", "")
+        self._calls = LibraryCalls(
+            self._module,
+            self._generation,
+            self.encoder,
+            start_tracker(tracker, self, {"model": name, "attention": self.attention}),
+        )
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights, stamped on every token drawn with them.
+
+        The engine looks at the weights when a call begins and when a stream is resumed, and adds 1 if they have
+        changed. Set it to give a change a number of your own: the engine then does not add to it for that change.
+        """
+        return self._module.version.number
+
+    @weight_version.setter
+    def weight_version(self, version: int) -> None:
+        self._module.version.number = version
+
+    def weights_changed(self) -> None:
+        """Tell the engine of a change that no look at some elements of the weights can see.
+
+        It is needed only for changes of few elements, or of what is no tensor. When the next call begins or the stream
+        is resumed, the engine drops all that it keeps of the weights and computes live rows anew.
+        """
+        self._module.declare_changed()
+
+    def release(self) -> None:
+        """Free what the engine keeps for the next call: copies of weights, which it makes again, and prefixes."""
+        if self._kept is not None:
+            self._kept.release()
+        self._module.drop_copies()
+
+    @property
+    def stats(self) -> Stats | None:
         """Totals of the last call that finished or was closed early."""
+        return self._generation.stats
+
+    @property
+    def undelivered(self) -> tuple[Record, ...]:
+        """What the last call made and did not deliver, since its stream was closed or an exception ended it.
+
+        Finished records, and an abort record of every other sample read so far; ``resume=engine.undelivered`` goes on.
+        Empty after a call that ended by itself. Prompts that had not been read are not among them.
+        """
+        return self._generation.undelivered
 
     def generate(
         self,
-        prompts: Prompts,
+        prompts: Prompts = (),
         params: Params = None,
         *,
         seed: int = 0,
         row_ids: Iterable[str | int] | None = None,
         attention_mask: Any = None,
         progress: bool = False,
+        stop_when: StopWhen = None,
+        resume: Iterable[Record] | None = None,
+        exact: bool | int = False,
     ) -> Batch:
         """Generate completions of all prompts; records come in prompt order, then sample order.
 
-        A prompt that cannot be used is an error record, and the others are unaffected.
+        A prompt that cannot be used is an error record, and the others are unaffected. A call that an exception ends,
+        such as KeyboardInterrupt, leaves what it made in `undelivered`.
 
         Args:
             prompts: texts, chat message lists, token-id lists, rows of a dataset with a column ``prompt``, or a
@@ -198,58 +245,75 @@ class Engine:
             row_ids: one string or whole number per prompt that keys its noise; by default the prompt's index.
             attention_mask: [B, P], 0 where the ids in ``prompts`` are padding.
             progress: draw a bar on stderr or in the notebook; of several ranks, only the first draws.
+            stop_when: ends the call, or a prompt's samples, early: a `Deadline`, a `FinishedPerPrompt`, a function of
+                `CallProgress`, or several. The rest comes back as records with the finish reason ``abort``, with what
+                they have; samples that were still waiting have no tokens.
+            resume: a batch, or records, whose abort records are continued; the others are returned unchanged. They come
+                before the new prompts. ``params`` count from a completion's first token, so they are those of the first
+                call; of a list, the first entries are the resumed prompts'. In fp32, tokens are those of an
+                uninterrupted call while the weights are unchanged.
+            exact: replace ``logprobs`` by those of the module's own forward over padded micro-batches in record order:
+                of so many rows, or of all in one if True (`rollout.engine.exact`).
 
         Raises:
             InputError: an argument has no form that can be read, lists differ in length, or ids repeat.
         """
-        given = list(given_prompts(prompts, attention_mask, self._pad_id))
-        ids = list(map(str, range(len(given))))
-        if row_ids is not None:
-            ids = list(islice(given_row_ids(row_ids, given), len(given)))
-        order = {row_id: i for i, row_id in enumerate(ids)}
-        records = list(self._stream(given, params, seed, ids, progress))
-        records.sort(key=lambda record: (order[record.row_id], record.sample))
-        assert self.stats is not None
-        return Batch(records=tuple(records), stats=self.stats)
+        arguments = CallArguments(prompts, params, seed, row_ids, attention_mask, progress, stop_when, resume)
+        return self._calls.generate(arguments, exact=exact, kept=self._kept)
 
     def stream(
         self,
-        prompts: Prompts,
+        prompts: Prompts = (),
         params: Params = None,
         *,
         seed: int = 0,
         row_ids: Iterable[str | int] | None = None,
         attention_mask: Any = None,
         progress: bool = False,
-    ) -> Iterator[Record]:
+        stop_when: StopWhen = None,
+        resume: Iterable[Record] | None = None,
+    ) -> Generator[Record, None, None]:
         """Generate like `generate`, but yield records as they finish and read ``prompts`` only as rows are admitted.
+
+        ``close()`` ends the call early, and `undelivered` has the rest. A condition of ``stop_when`` that ends the call
+        leaves an iterator of prompts where it is; of a sequence, the rest becomes abort records.
 
         If ``prompts`` is a sequence, up to 4096 of them are ordered together by the lengths that earlier calls
         observed, so that long completions start early.
         """
-        given = given_prompts(prompts, attention_mask, self._pad_id)
-        ids = (str(i) for i in count()) if row_ids is None else given_row_ids(row_ids, given)
-        return self._stream(given, params, seed, ids, progress)
+        arguments = CallArguments(prompts, params, seed, row_ids, attention_mask, progress, stop_when, resume)
+        return self._calls.stream(arguments, kept=self._kept)
 
-    def _stream(
-        self, given: Iterable[GivenPrompt], params: Params, seed: int, row_ids: Iterable[str], progress: bool
-    ) -> Iterator[Record]:
-        if isinstance(params, SamplingParams):
-            self.check_params(params)
-            self._recommendations.report(params)
-        each, total = given_params(params, given), None
-        if progress and isinstance(given, Sequence):
-            listed = list(islice(each, len(given)))
-            each, total = iter(listed), sum(one.n for one in listed)
-        requests = call_requests(
-            given, each, given_seed(seed), iter(row_ids), encoder=self.encoder, lengths=self._lengths
-        )
-        if isinstance(given, Sequence) and self._lengths:
-            requests = in_windows(requests, _WINDOW)
-        progress = progress and not int(os.environ.get("RANK") or 0)
-        if not progress and self._log_line is None:
-            return self.run(requests)
-        return observed_call(self.run, requests, total=total, progress=progress, log_line=self._log_line)
+    def score(
+        self,
+        prompt_ids: Prompts | Batch | Iterable[Record],
+        completion_ids: Iterable[Any] | None = None,
+        *,
+        temperature: float | Sequence[float] = 1.0,
+    ) -> Scores:
+        """Return the log-probabilities of given completions under the module's weights as they are now.
+
+        Many pairs share a forward, and a prompt that pairs share is computed once. A pair that cannot be scored has an
+        error, and the others are unaffected.
+
+        Args:
+            prompt_ids: prompts in any form of `generate`, one for each completion; or a `Batch` or records, which hold
+                their own completions.
+            completion_ids: one per prompt: token ids, as lists, arrays or tensors without padding, or texts, to which
+                no special token is added, none at the end either.
+            temperature: as in `Record.logprobs`: log-probabilities are those of ``logits / temperature``, or of the raw
+                logits at 0. One for all pairs, or one for each.
+
+        Raises:
+            InputError: an argument has no form that can be read, or lists differ in length.
+            UnsupportedModel: the model's active PEFT adapter cannot be served.
+        """
+        return self._scoring.run(given_pairs(prompt_ids, completion_ids, temperature, self.encoder))
+
+    @property
+    def scoring_bytes(self) -> int:
+        """Memory in bytes that a call of `score` takes beside the weights, for pairs of up to 8,192 tokens."""
+        return self._scoring.working_bytes
 
     def check_params(self, params: SamplingParams) -> None:
         """Refuse parameters that do not suit the model and its tokenizer.
@@ -257,74 +321,41 @@ class Engine:
         Raises:
             InputError: the message begins with the parameter's name.
         """
-        self._rules.compile(params)
-
-    @property
-    def _pad_id(self) -> int | None:
-        return None if self.tokenizer is None else self.tokenizer.pad_token_id
+        self._calls.check_params(params)
 
     def run(
-        self, requests: Iterable[Request], *, on_step: Callable[[StepReport], None] | None = None
+        self,
+        requests: Iterable[Request | None],
+        *,
+        on_step: Callable[[StepReport], None] | None = None,
+        stop: StopConditions | None = None,
+        weights_fixed: bool = False,
     ) -> Generator[Record, None, None]:
         """Generate for a stream of requests and yield records as they finish.
 
         The module is borrowed only while steps run, so between records it is as its owner left it.
 
+        Args:
+            requests: the stream. None in it says that there is no request at this time, and more may come: it is asked
+                again some steps later. It must end, or have a request, once all of its samples have their records.
+            on_step: called with a report of every step.
+            stop: ends samples, prompts, or the call, early, with abort records. Once the call ends, requests that have
+                not been read stay unread.
+            weights_fixed: the caller leaves the weights as they are until the call ends, so they are looked at only
+                when it begins.
+
         Raises:
             UnsupportedModel: the model's active PEFT adapter cannot be served.
         """
-        start = time.perf_counter()
-        self.stats = None
-        refuse_adapters(self.model)  # another adapter may be active than in the last call
-        layout = self._strategy.kv_layout()
-        # Before the KV budget: the packed weights take their share of memory.
-        free_bytes = after_reserve(self._headroom, self._reserve_fraction)
-        patches = make_patches(self.model, free_bytes, has_states=bool(layout.states))
-        queue = WaitingQueue(
-            self._ends.applied(requests),
-            context_limit=self.context_limit,
-            vocab_size=self._vocab_size,
-            ordering=self._ordering,
-            compile_rules=self._rules.compile,
+        return self._generation.run(
+            requests, on_step=on_step, stop=stop, reads_all=False, kept=self._kept, weights_fixed=weights_fixed
         )
-        queue.fill(_FIRST_ROWS)
-        kv = KVMemory(
-            layout,
-            self._headroom,
-            self._device,
-            max_kv_bytes=self._max_kv_bytes,
-            reserve_fraction=self._reserve_fraction,
-            expected_tokens=queue.max_tokens,
-            expected_rows=max(1, len(queue)),
-            sync=self._sync,
-        )
-        loop = Loop(
-            runner=self._strategy.runner(kv.pool),
-            kv=kv,
-            policy=self._policy,
-            queue=queue,
-            detokenizer=self._detokenizer,
-            reasoning=self._reasoning,
-            eos_ids=self._ends.eos_ids,
-            weight_version=self.weight_version,
-            on_step=on_step,
-            sync=self._sync,
-        )
-        try:
-            while True:
-                loop.refill()
-                with self._strategy.borrow(), patches():
-                    records = loop.advance()
-                if records is None:
-                    return
-                for record in records:
-                    self._lengths.learn(record)
-                yield from records
-        finally:
-            loop.close()
-            self.stats = loop.tally.stats(
-                peak_kv_bytes=kv.peak_bytes, kv_bytes_held=kv.bytes_held, seconds=time.perf_counter() - start
-            )
+
+    def session(self) -> Session:
+        """Return a `Session`: its calls keep the KV of their rows for later rows that continue them."""
+        from rollout import Session  # an engine itself, which imports this module
+
+        return Session(self)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt; chat messages go through the chat template, text is used unchanged.

@@ -42,6 +42,8 @@ class LiveBatch:
         self.page_tables: IntArray = np.zeros((0, _GROWTH), np.int64)
         """[slots, pages] page ids."""
         self.page_counts: IntArray = np.zeros(0, np.int64)
+        self.shared_pages: IntArray = np.zeros(0, np.int64)
+        """Leading pages that were computed for other rows."""
         self.states: IntArray = np.zeros((0, states_per_row), np.int64)
         """[slots, 1] page of each row's recurrent state; [slots, 0] in models without."""
         self.prompt_lengths: IntArray = np.zeros(0, np.int64)
@@ -71,6 +73,7 @@ class LiveBatch:
         self._tokens: IntArray = np.zeros((0, _GROWTH), np.int64)
         self._logprobs: NDArray[np.float32] = np.zeros((0, _GROWTH), np.float32)
         self._sampler_logprobs: NDArray[np.float32] = np.zeros((0, _GROWTH), np.float32)
+        self._weight_versions: IntArray = np.zeros((0, _GROWTH), np.int64)
 
     def __len__(self) -> int:
         return len(self.active)
@@ -123,8 +126,11 @@ class LiveBatch:
 
     # -- adding and removing rows --------------------------------------------------------------------
 
-    def add(self, row: BatchRow, pages: IntArray, state: IntArray = _NO_STATE) -> int:
-        """Give ``row`` a slot; it continues after the tokens of ``row.completion``."""
+    def add(self, row: BatchRow, pages: IntArray, state: IntArray = _NO_STATE, shared_pages: int = 0) -> int:
+        """Give ``row`` a slot; it continues after the tokens of ``row.completion``.
+
+        Of its pages, the first ``shared_pages`` were computed for other rows.
+        """
         if not self._free:
             self._grow_slots()
         slot = self._free.pop()
@@ -133,6 +139,7 @@ class LiveBatch:
         self._rows[slot] = row
         self.page_tables[slot, : len(pages)] = pages
         self.page_counts[slot] = len(pages)
+        self.shared_pages[slot] = shared_pages
         self.states[slot] = state
         self.prompt_lengths[slot] = len(row.group.prompt_ids)
         self.generated[slot] = done
@@ -152,6 +159,7 @@ class LiveBatch:
         self._tokens[slot, :done] = row.completion.tokens
         self._logprobs[slot, :done] = row.completion.logprobs
         self._sampler_logprobs[slot, :done] = row.completion.sampler_logprobs
+        self._weight_versions[slot, :done] = row.completion.weight_versions
         self.active = np.append(self.active, slot)
         self.occupied = np.append(self.occupied, slot)
         return slot
@@ -173,6 +181,7 @@ class LiveBatch:
         self._free.extend(range(new - 1, old - 1, -1))
         self.page_tables = longer(self.page_tables, new)
         self.page_counts = longer(self.page_counts, new)
+        self.shared_pages = longer(self.shared_pages, new)
         self.states = longer(self.states, new)
         self.prompt_lengths = longer(self.prompt_lengths, new)
         self.generated = longer(self.generated, new)
@@ -191,6 +200,7 @@ class LiveBatch:
         self._tokens = longer(self._tokens, new)
         self._logprobs = longer(self._logprobs, new)
         self._sampler_logprobs = longer(self._sampler_logprobs, new)
+        self._weight_versions = longer(self._weight_versions, new)
         self._last = torch.cat([self._last, self._last.new_zeros(new - old)])
 
     def _set_end_ids(self, slot: int, ids: Sequence[int]) -> None:
@@ -206,6 +216,7 @@ class LiveBatch:
         self._tokens = _wider(self._tokens, tokens)
         self._logprobs = _wider(self._logprobs, tokens)
         self._sampler_logprobs = _wider(self._sampler_logprobs, tokens)
+        self._weight_versions = _wider(self._weight_versions, tokens)
 
     # -- a step --------------------------------------------------------------------------------------
 
@@ -247,12 +258,14 @@ class LiveBatch:
         tokens: IntArray,
         logprobs: Float32Array,
         sampler_logprobs: Float32Array,
+        weight_version: int = 0,
     ) -> None:
         """Store the next token of each slot, at ``positions`` of its completion."""
         self._widen(tokens=int(positions.max(initial=-1)) + 1)
         self._tokens[slots, positions] = tokens
         self._logprobs[slots, positions] = logprobs
         self._sampler_logprobs[slots, positions] = sampler_logprobs
+        self._weight_versions[slots, positions] = weight_version
         self.received[slots] = positions + 1
 
     def end(self, slot: int) -> None:
@@ -265,13 +278,19 @@ class LiveBatch:
         tokens: IntArray = self._tokens[slot, : self.received[slot]]
         return tokens
 
-    def completion(self, slot: int) -> Completion:
-        """Return a copy of the row's tokens and their log-probabilities: all received but one drawn from none."""
-        received = int(self.received[slot]) - int(self.no_token[slot])
+    def completion(self, slot: int, without_last: bool = False) -> Completion:
+        """Return a copy of the row's tokens and their log-probabilities: all received but one drawn from none.
+
+        With ``without_last``, the last token received since the row joined is left out as well.
+        """
+        received = int(self.received[slot])
+        if self.no_token[slot] or (without_last and received > self._tokens_at_join[slot]):
+            received -= 1
         return Completion(
             tokens=self._tokens[slot, :received].copy(),
             logprobs=self._logprobs[slot, :received].copy(),
             sampler_logprobs=self._sampler_logprobs[slot, :received].copy(),
+            weight_versions=self._weight_versions[slot, :received].copy(),
         )
 
     def sampling(self, slots: IntArray) -> RowSampling:

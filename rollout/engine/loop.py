@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from rollout.batcher.types import OVER_BUDGET, Decision, FinishedRow, IntArray, Observation, Policy, StepSample
+from rollout.batcher.types import OVER_BUDGET, Decision, IntArray, Observation, Policy, StepSample
+from rollout.engine.aborts import Aborts
 from rollout.engine.batch_builder import build_forward_batch
 from rollout.engine.batch_row import PrefillChunk
 from rollout.engine.detokenizer import Detokenizer
+from rollout.engine.early_stop import EarlyStop
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.observation import observe
 from rollout.engine.oom_limits import OutOfMemoryLimits
+from rollout.engine.output_processor import OutputProcessor
 from rollout.engine.pending_tokens import PendingTokens
 from rollout.engine.reasoning import ReasoningSplitter
 from rollout.engine.record_builder import RecordBuilder
@@ -26,10 +30,11 @@ from rollout.engine.tp_sync import SingleProcess
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.models.arrays import uploaded
 from rollout.models.device import is_out_of_memory
+from rollout.models.module.signals import deliver_signals
 from rollout.models.runners.base import Runner
 from rollout.models.sampling.sampler import sample
 from rollout.records import Record
-from rollout.requests import StepReport
+from rollout.requests import Request, StepReport
 from rollout.stats import Tally
 
 logger = logging.getLogger(__name__)
@@ -37,6 +42,8 @@ logger = logging.getLogger(__name__)
 #: Seconds to wait for other processes to free memory on a device that holds none of our rows.
 _PATIENCE_S = 60.0
 _RETRY_S = 0.05
+#: Rows that are read at a time once the call ends early.
+_ABORTED_TOGETHER = 1 << 10
 
 
 class Loop:
@@ -50,12 +57,14 @@ class Loop:
         detokenizer: decodes completions and finds stop strings.
         eos_ids: end-of-sequence ids.
         reasoning: tells reasoning from text; None: all is text.
-        weight_version: stamped on records.
+        weight_version: stamped on tokens.
         on_step: called with a report of every step.
+        on_record: called with every record and its request.
         overlap: read each step's tokens one step later, so the device never waits for the host; None means: on a GPU.
             Records are the same. A row that ends at a stop or end-of-sequence token runs one step more, and the token
             of that step is discarded; steps and sampled tokens count it.
         sync: agrees with the other ranks of a tensor-parallel model.
+        early_stop: says which rows are to be aborted; None: none.
     """
 
     def __init__(
@@ -69,27 +78,32 @@ class Loop:
         reasoning: ReasoningSplitter | None = None,
         weight_version: int = 0,
         on_step: Callable[[StepReport], None] | None = None,
+        on_record: Callable[[Request, Record], None] | None = None,
         overlap: bool | None = None,
         sync: SingleProcess | None = None,
+        early_stop: EarlyStop | None = None,
     ) -> None:
         self._runner = runner
         self._kv = kv
         self._policy = policy
         self._queue = queue
-        self._detokenizer = detokenizer
-        self._eos_ids = np.array(eos_ids, np.int64)
         self._overlap = kv.pool.device.type == "cuda" if overlap is None else overlap
         self._sync = sync or SingleProcess()
         self.tally = Tally()
         self._reporter = StepReporter(tally=self.tally, kv=kv, queue=queue, on_step=on_step)
         self._records = RecordBuilder(
-            detokenizer=detokenizer, tally=self.tally, weight_version=weight_version, reasoning=reasoning
+            detokenizer=detokenizer,
+            tally=self.tally,
+            weight_version=weight_version,
+            reasoning=reasoning,
+            counted=None if early_stop is None else early_stop.count,
+            on_record=on_record,
         )
-        self._scheduler = Scheduler(kv=kv, queue=queue, tally=self.tally, settle=self._settle)
-        self._pending: PendingTokens | None = None
-        """Sampled tokens that have not been read yet."""
+        self._early_stop = early_stop
+        self._outputs = OutputProcessor(queue, self._records, detokenizer, eos_ids)
+        self._scheduler = self._scheduler_on(kv)
+        self._aborts = Aborts(queue, self._records, self.tally, early_stop)
         self._steps: list[StepSample] = []
-        self._finished: list[FinishedRow] = []
         self._row_target: int | None = None
         self._limits = OutOfMemoryLimits()
         self._stuck_since: float | None = None
@@ -109,8 +123,11 @@ class Loop:
     def advance(self) -> list[Record] | None:
         """Step until records are finished or more requests should be read; return None when all work is done."""
         while self._queue or self._scheduler.alive:
+            self._aborts.unwanted(self._scheduler, self._settle)
+            self._queue.count_step(idle=not (self._scheduler.alive or len(self._queue)))
             if self._records or self._queue.wants(self._lookahead):
                 return self._records.take()
+            deliver_signals()
             self._guarded_step()
         return self._records.take() or None
 
@@ -157,9 +174,45 @@ class Loop:
         self._steps.append(timed)
         self._reporter.report(replace(step, sample=timed))
 
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that the next step runs with."""
+        return self._records.weight_version
+
+    def use_weights(self, version: int, *, changed: bool) -> None:
+        """Stamp the tokens of further steps with a version of the weights.
+
+        Args:
+            version: of the weights that the next step runs with.
+            changed: whether they differ from those of earlier steps. Then all rows return to the queue with their
+                tokens, so that keys and values, also of shared prompts, are computed anew.
+        """
+        self._settle()  # tokens that are still to be read were drawn with the earlier weights
+        if changed:
+            self._scheduler.preempt_beyond(0)
+            self._kv.cache.clear()
+        self._records.weight_version = version
+
+    def abandon(self) -> list[Record]:
+        """Return the records that nobody has taken, and abort records of all other rows; then `close`."""
+        return self._aborts.everything(self._scheduler.live, self._outputs.unchecked)
+
+    def move(self, runner: Runner, kv: KVMemory) -> None:
+        """Go on with another runner and other pages, once `use_weights` has returned all rows to the queue."""
+        self._scheduler.close()
+        self._runner.close()
+        self._runner, self._kv = runner, kv
+        self._reporter.kv = kv
+        self._scheduler = self._scheduler_on(kv)
+
+    def _scheduler_on(self, kv: KVMemory) -> Scheduler:
+        # A cycle of references would keep the module and the copies of its weights until Python collects garbage.
+        loop = weakref.proxy(self)
+        return Scheduler(kv=kv, queue=self._queue, tally=self.tally, settle=lambda: loop._settle())
+
     def close(self) -> None:
         """Drop all rows and free all memory."""
-        self._pending = None
+        self._outputs.pending = None
         self._scheduler.close()
         self._runner.close()
 
@@ -169,6 +222,8 @@ class Loop:
 
         Reading no further leaves the rest of the dataset to other workers.
         """
+        if self._early_stop is not None and self._early_stop.call_ends:
+            return _ABORTED_TOGETHER
         if self._row_target is None:
             return 1
         kv, live_rows = self._kv, self._scheduler.alive
@@ -198,12 +253,9 @@ class Loop:
         return observation, decision
 
     def _observe(self) -> Observation:
-        observation = observe(
-            scheduler=self._scheduler, kv=self._kv, queue=self._queue, steps=self._steps, finished=self._finished
-        )
-        self._steps.clear()
-        self._finished.clear()
-        return observation
+        steps, self._steps = self._steps, []
+        finished = self._outputs.take_finished()
+        return observe(scheduler=self._scheduler, kv=self._kv, queue=self._queue, steps=steps, finished=finished)
 
     # -- computing -----------------------------------------------------------------------------------
 
@@ -224,7 +276,7 @@ class Loop:
             sequences = np.concatenate([np.arange(rows), rows + joined.chunks])
             pending = self._sample(slots, logits[uploaded(sequences, logits.device)] if chunks else logits)
         self._settle()
-        self._pending = pending
+        self._outputs.pending = pending
         if not (self._overlap and self._scheduler.alive):
             self._settle()
         prefilled = int(batch.query_lens[rows:].sum())
@@ -243,59 +295,7 @@ class Loop:
 
     def _settle(self) -> bool:
         """Read the pending tokens and finish the rows that end with them. Return whether any were pending."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return False
-        live, slots, positions = self._scheduler.live, pending.slots, pending.positions
-        read = pending.read()
-        live.non_finite[slots] |= ~np.isfinite(read.logprobs)
-        # Of a row whose tokens are all banned, only the sampler's log-probability is not finite.
-        live.no_token[slots] = np.isnan(read.sampler_logprobs) & ~live.non_finite[slots]
-        wanted = ~live.ended[slots]
-        live.receive(
-            slots[wanted],
-            positions[wanted],
-            tokens=read.tokens[wanted],
-            logprobs=read.logprobs[wanted],
-            sampler_logprobs=read.sampler_logprobs[wanted],
-        )
-        stopped = np.isin(read.tokens, self._eos_ids) & ~live.ignore_eos[slots] | live.ends_at(slots, read.tokens)
-        stopped &= ~live.no_token[slots]
-        for i in np.flatnonzero(live.has_stops[slots] & wanted & ~(stopped | live.no_token[slots])).tolist():
-            stopped[i] = self._hits_stop(int(slots[i]))
-        ended = stopped | live.non_finite[slots] | live.no_token[slots] | (positions + 1 >= live.limits[slots])
-        for i in np.flatnonzero(wanted & ended).tolist():
-            self._finish(int(slots[i]), bool(stopped[i]))
-        # Other ended rows keep their pages: a step in flight still writes to them, possibly non-finite numbers.
-        for slot in slots[live.ended[slots] & (positions + 1 == live.generated[slots])].tolist():
-            self._scheduler.leave(slot, scrub=bool(live.non_finite[slot]))
-        return True
-
-    def _hits_stop(self, slot: int) -> bool:
-        """Return whether the row's text contains one of its stop strings."""
-        live = self._scheduler.live
-        request = live.row(slot).request
-        stops, after = request.params.stop, request.params.min_new_tokens
-        return self._detokenizer.ends_at_stop(request.prompt_ids, live.received_tokens(slot), stops, after)
-
-    def _finish(self, slot: int, stopped: bool) -> None:
-        """Build the record of a row that ends with its last received token."""
-        live = self._scheduler.live
-        row, completion = live.row(slot), live.completion(slot)
-        live.end(slot)
-        if live.non_finite[slot]:
-            error = "The model's logits are not finite."
-            self._records.fail(row.request, row.sample, completion, error_class="not_finite", error=error)
-            return
-        if live.no_token[slot]:
-            error = f"The sampling parameters ban every token at position {len(completion)} of the completion."
-            self._records.fail(row.request, row.sample, completion, error_class="no_token_allowed", error=error)
-            return
-        cut = not stopped and len(completion) >= row.limit
-        self._queue.learn(row, len(completion))
-        prompt_tokens = len(row.group.prompt_ids)
-        self._finished.append(FinishedRow(prompt_tokens=prompt_tokens, output_tokens=len(completion), cut=cut))
-        self._records.finish(row.request, row.sample, completion, "stop" if stopped else "length")
+        return self._outputs.settle(self._scheduler)
 
     # -- when memory runs out ------------------------------------------------------------------------
 
@@ -317,6 +317,8 @@ class Loop:
         if scheduler.recurrent:  # a state may already include the token that its row would decode from again
             for slot in scheduler.live.active[::-1].tolist():
                 scheduler.preempt(slot)
+        self._kv.cache.clear()
+        self._kv.release_idle()
         scheduler.drop_free_slabs()
         self._runner.shed()
         self._kv.release_cached()
@@ -339,3 +341,4 @@ class Loop:
         row = self._queue.pop()
         error = f"A sample of more than {len(row.context)} tokens does not fit into {self._kv.bound}, even alone."
         self._records.fail(row.request, row.sample, row.completion, error_class="too_large", error=error)
+        del self._queue.unfinished[row]

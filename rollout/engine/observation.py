@@ -56,6 +56,7 @@ def observe(
         groups=None if layout.states else joined(live.groups, [row.group.number for row in in_prefill]),
         ends_at_limit=joined(live.ends_at_limit, [row.ends_at_limit for row in in_prefill]),
         waiting=queue.upcoming(),
+        shared=None if layout.states else scheduler.shared_pages(),
         steps=tuple(steps),
         finished=tuple(finished),
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from typing import Protocol
 
 from rollout.progress.progress import Done, Progress
 from rollout.records import Record
 from rollout.requests import Request, StepReport
+from rollout.stats import Stats
 from rollout.tracking.call_tracker import LogLine
 from rollout.tracking.step_metrics import StepMetrics
 
@@ -23,14 +25,21 @@ class Run(Protocol):
 
 
 def observed_call(
-    run: Run, requests: Iterable[Request], *, total: int | None, progress: bool, log_line: LogLine | None
-) -> Iterator[Record]:
+    run: Run,
+    requests: Iterable[Request],
+    *,
+    total: int | None,
+    progress: bool,
+    log_line: LogLine | None,
+    stats: Callable[[], Stats | None],
+) -> Records:
     """Yield the records of ``run``.
 
     Args:
         total: samples of the call; None if unknown.
         progress: draw the progress.
         log_line: logs a line of metrics; None: none are made.
+        stats: returns the totals of ``run`` once it has ended.
     """
     finished = 0
     observers: list[OnStep] = []
@@ -47,7 +56,13 @@ def observed_call(
                 observe(report)
 
         for record in stack.enter_context(closing(run(requests, on_step=on_step))):
-            finished += 1
-            if metrics is not None:
-                metrics.record(record)
-            yield record
+            # No statement stands between taking a record and yielding it: an interrupt there would lose it.
+            try:
+                yield record
+            finally:
+                finished += 1
+                if metrics is not None:
+                    metrics.record(record)
+    totals = stats()
+    if log_line is not None and totals is not None and totals.parity is not None:
+        log_line({"parity": asdict(totals.parity)})

@@ -56,7 +56,7 @@ def _one(given: Any) -> SamplingParams:
     if isinstance(given, SamplingParams):
         return given
     if _is_generation_config(given):
-        return _from_generation_config(given)
+        return params_of_generation_config(given, "params is a GenerationConfig that")
     if not isinstance(given, Mapping):
         raise InputError(f"params has {shorten(repr(given), 60)}, but must have SamplingParams.")
     for name in given:
@@ -76,7 +76,8 @@ _HONOURED = {
     *("transformers_version", "_from_model_config", "pad_token_id", "bos_token_id", "max_length", "max_new_tokens"),
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config"),
     *("disable_compile", "continuous_batching_config", "low_memory", "return_dict_in_generate", "output_scores"),
-    *("output_logits", "do_sample", "num_return_sequences", "eos_token_id", "stop_strings"),
+    *("output_logits", "output_attentions", "output_hidden_states", "do_sample", "num_return_sequences"),
+    *("eos_token_id", "stop_strings"),
     *("suppress_tokens", "sequence_bias", "bad_words_ids"),
 }
 _FILTERS = ("temperature", "top_k", "top_p", "min_p")
@@ -84,8 +85,16 @@ _TOP_K = 50
 """What ``generate`` takes if it samples and ``top_k`` is not set."""
 
 
-def _from_generation_config(config: Any) -> SamplingParams:
-    """Return the parameters that a transformers ``GenerationConfig`` means to ``generate``."""
+def params_of_generation_config(config: Any, subject: str) -> SamplingParams:
+    """Return the parameters that a transformers ``GenerationConfig`` means to ``generate``.
+
+    Args:
+        config: the configuration.
+        subject: how the sentence of an error begins; a verb follows it.
+
+    Raises:
+        InputError: it sets what this engine does not offer, or no ``max_new_tokens``.
+    """
     off = config._get_default_generation_params()
     given = recommended_sampling(config)
     # Fields that only describe the output, or the speed, change no completion here.
@@ -94,9 +103,9 @@ def _from_generation_config(config: Any) -> SamplingParams:
     unknown.pop("stop_strings", None)
     if unknown:
         shown = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
-        raise InputError(f"params is a GenerationConfig that sets {shown}, which this engine does not offer: unset it.")
+        raise InputError(f"{subject} sets {shown}, which this engine does not offer: unset it.")
     if not config.max_new_tokens:
-        raise InputError("params is a GenerationConfig without max_new_tokens: set it.")
+        raise InputError(f"{subject} sets no max_new_tokens: set it.")
     filters = {name: given.pop(name) for name in _FILTERS if name in given}
     if config.do_sample:
         filters = {"top_k": _TOP_K} | filters

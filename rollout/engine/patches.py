@@ -1,35 +1,107 @@
-"""The patches that make a module faster while the engine borrows it."""
+"""The patches that make a module faster while the engine borrows it, kept from one call to the next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Literal
 
+import torch
 from torch import nn
 
+from rollout.models.device import is_out_of_memory
+from rollout.models.module.changes import Change
+from rollout.models.patches.decoder_stack import DecoderStack, decoder_stack
 from rollout.models.patches.linears import PackedLinears
 from rollout.models.patches.norms_and_rope import FusedModules
+from rollout.models.patches.patching import in_force
 from rollout.models.patches.shared_inputs import layers_with_shared_inputs
 
 #: Share of the free memory for packed copies of linear weights; the rest is left to the KV cache.
 _COPIES_SHARE = 0.5
+#: Copies that take a larger share of the free memory are dropped when a call ends.
+_KEPT_SHARE = 0.25
 
 
-def make_patches(
-    model: nn.Module, free_bytes: float, *, has_states: bool
-) -> Callable[[], AbstractContextManager[None]]:
-    """Pack linear weights within the free memory, and return a context manager that applies all patches.
+class Patches:
+    """Packed linear layers and fused modules of a module, as long as its structure stays.
 
     Args:
+        model: the module.
         has_states: whether the model has recurrent states. They accumulate rounding differences, so such models keep
             their own kernels.
     """
-    linears = PackedLinears(model, int(free_bytes * _COPIES_SHARE), layers_with_shared_inputs(model))
-    fused = nullcontext if has_states else FusedModules(model).applied
+
+    def __init__(self, model: nn.Module, *, has_states: bool) -> None:
+        self._model = model
+        self._groups = layers_with_shared_inputs(model)
+        self._has_states = has_states
+        self._fused = None if has_states else FusedModules(model)
+        self._linears: PackedLinears | None = None
+        self._autocast: object = None
+        self._stack: DecoderStack | Literal[False] | None = None
+        """False if there can be none with these copies, None if that is not known."""
+
+    def fit(self, free_bytes: float) -> None:
+        """Have copies of the linear weights in the dtype that they are computed in, within the free memory."""
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        if self._linears is not None and (
+            autocast != self._autocast or self._linears.bytes_held > self._room(free_bytes)
+        ):
+            self.drop_copies()
+        if self._linears is None:
+            self._linears = PackedLinears(self._model, self._room(free_bytes), self._groups)
+            self._autocast = autocast
+
+    def _room(self, free_bytes: float) -> int:
+        held = 0 if self._linears is None else self._linears.bytes_held
+        return int((free_bytes + held) * _COPIES_SHARE)
+
+    def refresh(self, change: Change) -> None:
+        """Take over a change of the module that leaves its structure."""
+        if self._linears is not None and not self._copied_anew(self._linears, change):
+            self.drop_copies()
+        if self._fused is not None and change.settings:
+            self._fused = FusedModules(self._model)
+            self._stack = None
+        elif self._fused is not None:
+            self._fused.refresh()
+
+    def _copied_anew(self, linears: PackedLinears, change: Change) -> bool:
+        """Copy changed weights anew; return whether that has worked."""
+        try:
+            return linears.refresh(change.values, moved=change.moved)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+
+    def keep_within(self, free_bytes: float) -> None:
+        """Free working memory, and drop the copies if they take much of the memory that is left to others."""
+        if self._stack:
+            self._stack.release()
+        if self._linears is not None and self._linears.bytes_held > _KEPT_SHARE * free_bytes:
+            self.drop_copies()
+
+    def drop_copies(self) -> None:
+        """Free the copies; `fit` makes them again."""
+        self._linears = self._stack = None
+
+    def _decoder_stack(self) -> DecoderStack | None:
+        """Return the stack of the decoder layers, None if the model or a missing patch allows none."""
+        if self._stack is None and not in_force():  # patched modules are not recognised
+            known = None
+            if self._fused is not None and self._linears is not None:
+                known = decoder_stack(self._model, self._fused, self._linears)
+            self._stack = known or False
+        return self._stack or None
 
     @contextmanager
-    def applied() -> Iterator[None]:
-        with linears.applied(), fused():
+    def applied(self) -> Iterator[None]:
+        """Make the module run with the patches inside the block."""
+        patches = self._linears, self._fused, self._decoder_stack()
+        with ExitStack() as stack:
+            for patch in patches:
+                if patch is not None:
+                    stack.enter_context(patch.applied())
             yield
-
-    return applied

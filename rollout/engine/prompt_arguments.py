@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
-from numbers import Integral
+from functools import lru_cache
+from numbers import Integral, Real
 from typing import Any
 
 from rollout.errors import InputError, PromptError, shorten
 from rollout.tokenization.prompt import Chat, Prompt
+from rollout.tokenization.sharegpt import as_messages, is_sharegpt
+from rollout.tokenization.stored_chat import stored_messages
 from rollout.tokenization.template_columns import chat_of
+
+logger = logging.getLogger(__name__)
 
 PROMPT = "prompt"
 
@@ -27,10 +33,11 @@ class GivenPrompt:
         """Return the prompt; chat messages with the tools and template arguments that stand beside them.
 
         Raises:
-            PromptError: these columns hold something else.
+            PromptError: these columns hold something else, or a chat that is stored in another form cannot be read.
         """
-        is_chat = isinstance(self.prompt, Sequence) and self.prompt and isinstance(self.prompt[0], Mapping)
-        prompt: Prompt = chat_of(self.prompt, self.row) if is_chat else self.prompt
+        own = _with_chats_read(self.prompt)
+        is_chat = isinstance(own, Sequence) and own and isinstance(own[0], Mapping)
+        prompt: Prompt = chat_of(own, self.row) if is_chat else own
         return prompt
 
 
@@ -56,8 +63,8 @@ def given_prompts(prompts: Any, attention_mask: Any = None, pad_id: int | None =
         return _rows_of_mapping(prompts)
     if isinstance(prompts, str | Chat):
         return [GivenPrompt(prompts)]
-    is_single = isinstance(prompts, bytes | int | float) or _is_number(prompts)
-    if prompts is None or is_single or not isinstance(prompts, Iterable):
+    is_other = isinstance(prompts, bytes | int | float | Set) or _is_number(prompts)
+    if prompts is None or is_other or not isinstance(prompts, Iterable):
         raise InputError(
             f"prompts is {shorten(repr(prompts), 60)}, but must be texts, chats, lists of token ids or rows of a "
             "dataset."
@@ -118,11 +125,18 @@ def _rows_of_ids(ids: Any, mask: Any, pad_id: int | None) -> list[GivenPrompt]:
 
 def _masked_lists(prompts: Sequence[Any], mask: Any) -> list[GivenPrompt]:
     """Return id lists without the positions where the mask is 0."""
+    if not _is_array(mask) and (isinstance(mask, str) or not isinstance(mask, Iterable)):
+        raise InputError(f"attention_mask is {shorten(repr(mask), 60)}, but must have the shape of the token ids.")
     rows, masks = ([_as_list(row) for row in _as_list(value)] for value in (prompts, mask))
     rows, masks = ([value] if value and not isinstance(value[0], Sequence) else value for value in (rows, masks))
-    lengths = [len(row) if isinstance(row, Sequence) and not isinstance(row, str) else -1 for row in rows]
-    if lengths != [len(row) for row in masks]:
+    lengths, kept = ([len(row) if _is_list(row) else -1 for row in value] for value in (rows, masks))
+    if lengths != kept or -1 in lengths:
         raise InputError("attention_mask must have the shape of the token ids in prompts.")
+    others = [value for row in masks for value in row if not isinstance(value, Real) or value not in (0, 1)]
+    if others:
+        raise InputError(
+            f"attention_mask has {shorten(repr(others[0]), 60)}, but must have 1 for tokens and 0 for padding."
+        )
     return [
         GivenPrompt([token for token, kept in zip(row, kept_of, strict=True) if kept])
         for row, kept_of in zip(rows, masks, strict=True)
@@ -169,8 +183,39 @@ def _plain(prompt: Any) -> Any:
     return prompt
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def _as_list(value: Any) -> Any:
     return value.tolist() if _is_array(value) else value
+
+
+def _with_chats_read(prompt: Any) -> Any:
+    """Return the messages of a chat that is text, or in ShareGPT's form; other prompts unchanged."""
+    read = prompt
+    if isinstance(prompt, str):
+        try:
+            read = stored_messages(prompt)
+        except ValueError as error:
+            raise PromptError(
+                "bad_prompt", f"The prompt begins as chat messages stored as text, but cannot be read: {error}."
+            ) from error
+        if read is None:
+            return prompt
+        _say_once("Prompts store chat messages as text; they are read as messages.")
+    if isinstance(read, list) and is_sharegpt(read):
+        try:
+            read = as_messages(read)
+        except ValueError as error:
+            raise PromptError("bad_prompt", f"The prompt is a chat in ShareGPT's form, but {error}.") from error
+        _say_once("Prompts are chats in ShareGPT's form; from and value are read as role and content.")
+    return read
+
+
+@lru_cache(maxsize=8)
+def _say_once(message: str) -> None:
+    logger.info(message)
 
 
 def check_prompt(prompt: Any) -> None:
@@ -202,7 +247,11 @@ def given_row_ids(row_ids: Any, prompts: Iterable[GivenPrompt]) -> Iterator[str]
         InputError: an id is neither text nor a whole number, or stands twice, or a list has too few or too many.
     """
     row_ids = [row_ids] if isinstance(row_ids, str | int) else _as_list(row_ids)
-    if isinstance(prompts, Sequence) and hasattr(row_ids, "__len__") and len(row_ids) != len(prompts):
+    if isinstance(row_ids, bytes | Set | Mapping) or not isinstance(row_ids, Iterable):
+        raise InputError(
+            f"row_ids is {shorten(repr(row_ids), 60)}, but must have one string or whole number per prompt."
+        )
+    if isinstance(prompts, Sequence) and isinstance(row_ids, Sized) and len(row_ids) != len(prompts):
         raise InputError(f"row_ids has {len(row_ids)} entries, but there are {len(prompts)} prompts.")
     return _checked_ids(row_ids)
 

@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rollout.batcher.preemption import Victim, cheapest, youngest
-from rollout.batcher.types import IntArray
-from rollout.engine.batch_row import BatchRow, Group, Prefill, PrefillChunk
+from rollout.batcher.shared_pages import find_shared
+from rollout.batcher.types import IntArray, SharedPages
+from rollout.engine.batch_row import BatchRow, JoinedRows, Prefill, PrefillChunk
+from rollout.engine.forks import forks
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.live_batch import LiveBatch
+from rollout.engine.prefix_reuse import PrefixReuse
 from rollout.engine.waiting_queue import WaitingQueue
+from rollout.models.kv_cache.prefix_cache import NO_PREFIX
 from rollout.stats import Tally
 
-_NO_PAGES: IntArray = np.zeros(0, np.int64)
 #: Share of the pool that admission leaves free while rows are alive, for the tokens they are about to add.
 _WATERMARK = 0.02
-
-
-class JoinedRows(NamedTuple):
-    """Rows that joined the live batch because their prefill finished; they have no token yet."""
-
-    slots: IntArray
-    """[rows] the slot of each row."""
-    chunks: IntArray
-    """[rows] index of the chunk that finished each row's prefill; the samples of a prompt share one."""
-
-
-class _Fork(NamedTuple):
-    """One row of a finished prefill, with pages and recurrent state of its own."""
-
-    row: BatchRow
-    pages: IntArray
-    state: IntArray
+#: Rows at the front of the queue that may wait for a prefix while rows behind them are admitted.
+_MOST_PASSED = 256
 
 
 class Scheduler:
@@ -65,51 +53,84 @@ class Scheduler:
         self._states_per_row = 1 if self.recurrent else 0
         self.live = LiveBatch(page_size=self._page_size, device=self._pool.device, states_per_row=self._states_per_row)
         self.prefills: list[Prefill] = []
+        self._prefixes = PrefixReuse(kv, queue, tally)
+        self._shared: tuple[IntArray, int, int, SharedPages] | None = None
+        """What `shared_pages` found, after what it depends on."""
 
     @property
     def alive(self) -> int:
         """Rows that have not ended: those that decode and those in prefill."""
         return len(self.live) + sum(len(prefill.rows) for prefill in self.prefills)
 
+    def shared_pages(self) -> SharedPages:
+        """Return the prompt pages that several rows hold: those that decode, oldest first, then those in prefill."""
+        in_prefill = [prefill for prefill in self.prefills for _ in prefill.rows]
+        state = (self.live.active, self._pool.reference_changes, len(in_prefill))
+        if self._shared is None or self._shared[0] is not state[0] or self._shared[1:3] != state[1:]:
+            self._shared = (*state, self._find_shared(in_prefill))
+        return self._shared[3]
+
+    def _find_shared(self, in_prefill: Sequence[Prefill]) -> SharedPages:
+        slots = self.live.active
+        prompts = [len(prefill.group.prompt_ids) for prefill in in_prefill]
+        full = np.concatenate([self.live.prompt_lengths[slots], np.array(prompts, np.int64)]) // self._page_size
+        # No page is shared beyond what any row has taken from others.
+        taken = [len(p.group.prompt_ids) // self._page_size if len(p.rows) > 1 else p.taken_pages for p in in_prefill]
+        width = max([int(self.live.shared_pages[slots].max(initial=0)), *taken])
+        tables = np.zeros((len(full), width), np.int64)
+        decoding = self.live.page_tables[slots, :width]
+        tables[: len(slots), : decoding.shape[1]] = decoding
+        for table, prefill in zip(tables[len(slots) :], in_prefill, strict=True):
+            pages = prefill.pages[:width]
+            table[: len(pages)] = pages
+        return find_shared(tables, np.minimum(full, width), self._page_size)
+
     # -- admitting -----------------------------------------------------------------------------------
 
     def admit(self, rows: int, prefill_tokens: int) -> int | None:
         """Admit waiting rows, in order, until ``rows`` are alive or memory or prefill tokens run out.
 
+        A row that begins with what a prefill is computing waits until it can share that, and lets others pass.
+
         Returns the pages that the next row needs if it does not fit on an empty device, else None.
         """
         self._preempt_rows_past_boundary()
+        missing_pages = self._admit(rows, prefill_tokens)
+        self._prefixes.copy_partial_pages()
+        return missing_pages
+
+    def _admit(self, rows: int, prefill_tokens: int) -> int | None:
+        """Implement `admit`, except for the copies of pages that are shared in part."""
         budget = prefill_tokens - sum(prefill.remaining for prefill in self.prefills)
-        while self.alive < rows and (row := self._queue.first()) is not None:
+        place = 0
+        while self.alive < rows and place < _MOST_PASSED and (row := self._queue.row(place)) is not None:
             group = row.group
             if group.prefill is not None and not len(row.completion):
                 if not self._reserve(self._pages_for(1), self._states_per_row, keep_free=self._admission_reserve):
                     return None
-                group.prefill.rows.append(self._queue.pop())
+                group.prefill.rows.append(self._queue.pop(place))
                 group.prefill.states = np.append(group.prefill.states, self._states.allocate(self._states_per_row))
                 continue
             if budget <= 0:
                 return None
+            if self._prefixes.is_blocked(row):
+                place += 1
+                continue
             context = row.context
-            shared = group.pages[: (len(context) - 1) // self._page_size]
-            if not self._pool.layout.alike(len(context), len(group.prompt_ids)):
-                shared = _NO_PAGES
             # One token more than the context, so that every admitted row can add at least one.
-            needed = self._pages_for(len(context) + 1) - len(shared)
-            if not self._reserve(needed, self._states_per_row, keep_free=self._admission_reserve):
-                return None if self.alive else needed
-            self._pool.share(shared)
-            own = self._pool.allocate(self._pages_for(len(context)) - len(shared))
+            needed = self._pages_for(len(context) + 1)
+            prefix = self._prefixes.take(context)
+            if not self._reserve(needed - len(prefix.full), self._states_per_row, keep_free=self._admission_reserve):
+                self._prefixes.drop(prefix)
+                if self.alive:
+                    return None
+                # The cached page that would be copied may be the one that is missing.
+                prefix = NO_PREFIX
+                if not self._reserve(needed, self._states_per_row):
+                    return needed
+            own = self._pool.allocate(self._pages_for(len(context)) - len(prefix.full))
             state = self._states.allocate(self._states_per_row)
-            computed = len(shared) * self._page_size
-            prefill = Prefill(
-                group=group,
-                context=context,
-                pages=np.concatenate([shared, own]),
-                states=state,
-                computed=computed,
-                rows=[self._queue.pop()],
-            )
+            prefill = self._prefixes.begin(self._queue.pop(place), prefix, own, state)
             self.prefills.append(prefill)
             if not len(row.completion):
                 group.prefill = prefill
@@ -145,7 +166,7 @@ class Scheduler:
         if not self.alive:
             return 0
         forks = sum(len(prefill.rows) for prefill in self.prefills)
-        return forks + int(_WATERMARK * (self._pool.used_pages + self._kv.obtainable_pages))
+        return forks + int(_WATERMARK * (self._kv.used_pages + self._kv.obtainable_pages))
 
     # -- prefilling ----------------------------------------------------------------------------------
 
@@ -168,7 +189,10 @@ class Scheduler:
     def finish_chunks(self, chunks: Sequence[PrefillChunk]) -> JoinedRows:
         """Count the chunks as computed, and move the rows of finished prefills into the live batch."""
         for chunk in chunks:
-            chunk.prefill.computed += chunk.tokens
+            prefill = chunk.prefill
+            prefill.computed += chunk.tokens
+            if prefill.offered is not None:
+                prefill.offered.computed(prefill.computed)
         finished = [i for i, chunk in enumerate(chunks) if not chunk.prefill.remaining]
         sources = self.go_live([chunks[i].prefill for i in finished])
         slots = self.live.active[len(self.live) - len(sources) :]
@@ -177,51 +201,30 @@ class Scheduler:
     def go_live(self, prefills: Sequence[Prefill]) -> IntArray:
         """Move the rows of finished prefills into the live batch, as its youngest.
 
+        If that fails for lack of memory, the prefills whose rows have not moved compute their last token again.
+
         Returns [rows] the index in ``prefills`` of each row that joined.
         """
         sources: list[int] = []
         for index, prefill in enumerate(prefills):
+            try:
+                forked = forks(prefill, self._kv, self._queue)
+            except BaseException:
+                for left in prefills[index:]:
+                    left.computed = 0 if self.recurrent else len(left.context) - 1
+                raise
             self._remove(prefill)
-            group = prefill.group
-            shareable = self._pool.layout.alike(len(prefill.context), len(group.prompt_ids))
-            if not group.holders and not self.recurrent and shareable:
-                group.pages = prefill.pages[: len(group.prompt_ids) // self._page_size].copy()
-                self._pool.share(group.pages)
-            for fork in self._fork(prefill):
-                self.live.add(fork.row, fork.pages, fork.state)
+            self._prefixes.offer(prefill)
+            for fork in forked:
+                self.live.add(fork.row, fork.pages, fork.state, fork.shared_pages)
                 sources.append(index)
-                group.holders += 1
+                prefill.group.holders += 1
         return np.array(sources, np.int64)
 
     def _remove(self, prefill: Prefill) -> None:
         self.prefills.remove(prefill)
         if prefill.group.prefill is prefill:
             prefill.group.prefill = None
-
-    def _fork(self, prefill: Prefill) -> list[_Fork]:
-        """Give each row of a finished prefill its pages and state; rows without room return to the queue.
-
-        Full pages are shared; a partial last page and the recurrent state are copied.
-        """
-        full = len(prefill.context) // self._page_size
-        shared, partial = prefill.pages[:full], prefill.pages[full:]
-        fitting = 1
-        while fitting < len(prefill.rows) and self._kv.reserve(fitting * len(partial)):
-            fitting += 1
-        self._queue.put_back(prefill.rows[fitting:])
-        states = prefill.states.reshape(len(prefill.rows), self._states_per_row)
-        self._states.release(states[fitting:].ravel())
-        copies = fitting - 1
-        copied = self._pool.allocate(copies * len(partial))
-        self._pool.copy(np.tile(partial, copies), copied)
-        self._states.copy(np.tile(states[0], copies), states[1:fitting].ravel())
-        forks = [_Fork(row=prefill.rows[0], pages=prefill.pages, state=states[0])]
-        for row, pages, state in zip(
-            prefill.rows[1:fitting], copied.reshape(copies, len(partial)), states[1:fitting], strict=True
-        ):
-            self._pool.share(shared)
-            forks.append(_Fork(row=row, pages=np.concatenate([shared, pages]), state=state))
-        return forks
 
     # -- decoding ------------------------------------------------------------------------------------
 
@@ -241,16 +244,17 @@ class Scheduler:
 
     # -- leaving -------------------------------------------------------------------------------------
 
-    def leave(self, slot: int, scrub: bool = False) -> None:
-        """Remove a row from the live batch and release its pages, zeroed first if ``scrub`` is set."""
+    def leave(self, slot: int, scrub: bool = False, keep: bool = False) -> None:
+        """Remove a row from the live batch and release its pages: zeroed if ``scrub`` is set, or kept for later."""
         group = self.live.row(slot).group
+        if keep:
+            self._prefixes.keep(group, self.live.received_tokens(slot), self.live.pages(slot))
+        if scrub:
+            self._prefixes.discard(group)
         self._pool.release(self.live.pages(slot), scrub)
         self._states.release(self.live.states[slot])
         self.live.remove(slot)
         group.holders -= 1
-        if not group.holders:
-            self._pool.release(group.pages, scrub)
-            group.pages = _NO_PAGES
 
     def preempt_beyond(self, rows: int) -> None:
         """Preempt the youngest rows until ``rows`` are alive."""
@@ -270,15 +274,10 @@ class Scheduler:
             return True
         if self.prefills:
             prefill = self.prefills[-1]
-            self._queue.put_back([prefill.rows.pop()])
-            states_kept = len(prefill.rows) * self._states_per_row
-            self._states.release(prefill.states[states_kept:])
-            prefill.states = prefill.states[:states_kept]
+            self._queue.put_back(prefill.rows[-1:])
+            self._keep_in_prefill(prefill, np.arange(len(prefill.rows)) < len(prefill.rows) - 1)
             self._tally.preempted_rows += 1
             if not prefill.rows:
-                self._remove(prefill)
-                # These pages were never checked, and a non-finite number must not reach their next holder.
-                self._pool.release(prefill.pages, scrub=prefill.computed > 0)
                 self._tally.recomputed_tokens += prefill.computed
             return True
         if len(self.live):
@@ -289,12 +288,18 @@ class Scheduler:
     def _recompute_costs(self) -> IntArray:
         """Return [live rows] the tokens to recompute if the row is preempted."""
         slots = self.live.active
-        shared = np.array([self._shared_tokens(self.live.row(slot).group) for slot in slots.tolist()], np.int64)
-        return self.live.lengths(slots) - 1 - shared
+        return self.live.lengths(slots) - 1 - self._shared_tokens(slots)
 
-    def _shared_tokens(self, group: Group) -> int:
-        """Return the prompt tokens whose pages stay in memory when one row of the group leaves."""
-        return 0 if group.holders == 1 else self._page_size * len(group.pages)
+    def _shared_tokens(self, slots: IntArray) -> IntArray:
+        """Return [slots] the prompt tokens whose pages stay in memory when the row leaves: other rows use them."""
+        if not self._pool.page_bytes:
+            return np.zeros(len(slots), np.int64)
+        full = self.live.prompt_lengths[slots] // self._page_size
+        tables = self.live.page_tables[slots, : int(full.max(initial=0))]
+        # The prefix cache holds them as well.
+        used = (self._pool.references(tables) > 2) & (np.arange(tables.shape[1]) < full[:, None])
+        shared: IntArray = self._page_size * np.count_nonzero(used, axis=1)
+        return shared
 
     def preempt(self, slot: int) -> None:
         """Return a live row to the queue; all of its tokens must have been received."""
@@ -303,20 +308,47 @@ class Scheduler:
         row.completion = self.live.completion(slot)
         self._tally.preempted_rows += 1
         lost = len(row.group.prompt_ids) + max(0, len(row.completion) - 1)
-        self._tally.recomputed_tokens += lost - self._shared_tokens(row.group)
+        self._tally.recomputed_tokens += lost - int(self._shared_tokens(np.array([slot]))[0])
         self.leave(slot)
         self._queue.put_back([row])
+
+    def withdraw(self, unwanted: Callable[[BatchRow], bool]) -> list[BatchRow]:
+        """Take unwanted rows out of the live batch and the prefills, with their tokens.
+
+        All of their tokens must have been received.
+        """
+        rows = []
+        for slot in [slot for slot in self.live.active.tolist() if unwanted(self.live.row(slot))]:
+            assert self.live.received[slot] == self.live.generated[slot]
+            row = self.live.row(slot)
+            row.completion = self.live.completion(slot)
+            self.leave(slot, keep=True)
+            rows.append(row)
+        for prefill in list(self.prefills):
+            kept = np.array([not unwanted(row) for row in prefill.rows], np.bool_)
+            rows += [row for row, keep in zip(prefill.rows, kept, strict=True) if not keep]
+            self._keep_in_prefill(prefill, kept)
+        return rows
+
+    def _keep_in_prefill(self, prefill: Prefill, kept: NDArray[np.bool_]) -> None:
+        """Drop the other rows of a prefill, and the prefill itself if no row is left."""
+        states = prefill.states.reshape(len(prefill.rows), self._states_per_row)
+        # The prefill computes the first state, whichever row is first.
+        self._states.release(states[int(kept.sum()) :].ravel())
+        prefill.states = states[: int(kept.sum())].ravel()
+        prefill.rows = [row for row, keep in zip(prefill.rows, kept, strict=True) if keep]
+        if not prefill.rows:
+            self._remove(prefill)
+            if prefill.offered is not None:
+                prefill.offered.drop()
+            # These pages were never checked, and a non-finite number must not reach their next holder.
+            self._pool.release(prefill.pages, scrub=prefill.computed > 0)
 
     # -- giving memory back --------------------------------------------------------------------------
 
     def shrink(self, excess_bytes: int) -> None:
         """Free at least ``excess_bytes``, preempting rows only when their pages cannot be moved into other slabs."""
-        before = self._kv.bytes_held
-        while self._kv.bytes_held > before - excess_bytes:
-            if not self._kv.shrink(self.held_pages(), self.held_states()) and not self._preempt_one(cheapest):
-                break
-        if self._kv.bytes_held < before:
-            self._kv.release_cached()
+        self._kv.free(excess_bytes, self.held_pages, self.held_states, lambda: self._preempt_one(cheapest))
 
     def drop_free_slabs(self) -> bool:
         """Compact pages and free the empty slabs, without preempting. Return whether any slab was freed."""
@@ -324,20 +356,23 @@ class Scheduler:
 
     def held_pages(self) -> list[IntArray]:
         """Return all arrays of page ids, one entry per reference; rewritten in place when pages move."""
-        groups = {id(row.group): row.group for row in self.live.all_rows()}
-        prefills = [prefill.pages for prefill in self.prefills]
-        return [*self.live.all_pages(), *prefills, *(group.pages for group in groups.values())]
+        return [*self.live.all_pages(), *(prefill.pages for prefill in self.prefills), self._kv.cache.pages]
 
     def held_states(self) -> list[IntArray]:
         """Return all arrays of recurrent-state pages; rewritten in place when states move."""
         return [*self.live.all_states(), *(prefill.states for prefill in self.prefills)]
 
     def close(self) -> None:
-        """Drop all rows and prefills and free all slabs."""
+        """Drop all rows and prefills, and free all slabs that are not kept for later calls."""
+        self._prefixes.close()
         for slot in self.live.occupied.tolist():
             self.leave(slot)
         for prefill in self.prefills:
+            if prefill.offered is not None:
+                prefill.offered.drop()
             self._pool.release(prefill.pages)
             self._states.release(prefill.states)
         self.prefills.clear()
+        if not self._kv.keeps_rows:
+            self._kv.cache.clear()
         self.drop_free_slabs()

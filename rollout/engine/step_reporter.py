@@ -41,7 +41,8 @@ class StepReporter:
         self, tally: Tally, kv: KVMemory, queue: WaitingQueue, on_step: Callable[[StepReport], None] | None
     ) -> None:
         self._tally = tally
-        self._kv = kv
+        self.kv = kv
+        """The KV memory in use."""
         self._queue = queue
         self.on_step = on_step
         self._reported_tokens = 0
@@ -50,7 +51,7 @@ class StepReporter:
 
     def report(self, step: StepResult) -> None:
         """Count a timed step and report it."""
-        tally, pool, waiting_rows = self._tally, self._kv.pool, len(self._queue)
+        tally, pool, waiting_rows = self._tally, self.kv.pool, len(self._queue)
         tally.steps += 1
         tally.paused_row_steps += step.paused_rows
         tally.count_live_rows(step.live_rows, waiting_rows)
@@ -63,9 +64,9 @@ class StepReporter:
             waiting_rows=waiting_rows,
             row_target=step.decision.rows,
             reason=step.decision.reason,
-            kv_tokens=pool.used_pages * pool.layout.page_size,
-            kv_bytes=self._kv.bytes_held,
-            headroom_bytes=self._kv.headroom_bytes,
+            kv_tokens=self.kv.used_pages * pool.layout.page_size,
+            kv_bytes=self.kv.bytes_held,
+            headroom_bytes=self.kv.headroom_bytes,
             prefill_tokens=step.sample.prefill_tokens,
             new_tokens=tally.sampled_tokens - self._reported_tokens,
             preempted_rows=tally.preempted_rows - self._reported_preemptions,

@@ -34,6 +34,10 @@ class SingleProcess:
         """Return the tokens that rank 0 sampled."""
         return own
 
+    def first_rank_samples(self, own: frozenset[tuple[str, int]]) -> frozenset[tuple[str, int]]:
+        """Return the samples (row id, index) that rank 0 names."""
+        return own
+
     def all(self, own: bool) -> bool:
         """Return whether ``own`` is true on all ranks."""
         return own
@@ -74,6 +78,12 @@ class TensorParallelSync(SingleProcess):
             logprobs=broadcast_from_first(own.logprobs.contiguous(), group),
             sampler_logprobs=broadcast_from_first(own.sampler_logprobs.contiguous(), group),
         )
+
+    def first_rank_samples(self, own: frozenset[tuple[str, int]]) -> frozenset[tuple[str, int]]:
+        """See `SingleProcess.first_rank_samples`."""
+        named = [sorted(own)]
+        distributed.broadcast_object_list(named, group=_alive(self._host_group), group_src=0)
+        return frozenset(named[0])
 
     def all(self, own: bool) -> bool:
         """See `SingleProcess.all`."""

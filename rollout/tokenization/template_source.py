@@ -76,14 +76,11 @@ def variables(template: str) -> frozenset[str]:
 
 def dates_of(template: str, now: datetime) -> dict[str, str]:
     """Return what a template's calls of its clock give at ``now``, by their format."""
-    formats = {
-        call.args[0].value
-        for call in parse(template).find_all(nodes.Call)
-        if isinstance(call.node, nodes.Name)
-        and call.node.name == _CLOCK
-        and call.args
-        and isinstance(call.args[0], nodes.Const)
-    }
+    formats = set()
+    for call in parse(template).find_all(nodes.Call):
+        if isinstance(call.node, nodes.Name) and call.node.name == _CLOCK:
+            given = [*call.args, *(word.value for word in call.kwargs)][:1]
+            formats |= {value.value for value in given if isinstance(value, nodes.Const)}
     return {str(form): now.strftime(str(form)) for form in sorted(formats)}
 
 

@@ -61,8 +61,8 @@ def test_full_pages_of_a_prompt_count_once():
     rows, shared = live_rows(observation([1, 1, 1, 2], 16))
     assert rows.own_tokens.tolist() == [110 - 96 + 7.5] * 4
     assert shared.tokens.tolist() == [96, 96]
-    assert shared.sizes.tolist() == [3, 1]
-    assert shared.max_per_prompt(np.array([4.0, 9.0, 2.0, 1.0])).tolist() == [9, 1]
+    assert shared.holders.tolist() == [3, 1]
+    assert shared.max_over_holders(np.array([4.0, 9.0, 2.0, 1.0])).tolist() == [9, 1]
 
 
 def test_waiting_rows_that_join_their_prompt_hold_only_their_own():

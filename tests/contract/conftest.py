@@ -32,4 +32,4 @@ def integrity(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[False, True], ids=["at once", "late"])
 def at_once_and_late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that uses this runs twice: with tokens that are read at once, and with such that are read a step late."""
-    monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, overlap=request.param))
+    monkeypatch.setattr("rollout.engine.generation.Loop", partial(Loop, overlap=request.param))

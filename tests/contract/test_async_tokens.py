@@ -11,7 +11,7 @@ from rollout.batcher.policies.static import StaticPolicy
 from rollout.batcher.types import Bounds
 from rollout.engine.loop import Loop
 from tests.support.parity import random_prompts, tight_engine
-from tests.support.tiny_models import tiny
+from tests.support.tiny_models import shallow
 
 _PARAMS = (
     SamplingParams(n=2, max_new_tokens=24),
@@ -23,15 +23,15 @@ _PARAMS = (
 
 @pytest.mark.parametrize(("family", "atol"), [("llama", 1e-5), ("bloom", 1e-5), ("falcon_h1", 3e-5)])
 def test_records_are_the_same(family: str, atol: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny(family)
+    model = shallow(family)
     prompts = random_prompts(21, 8)
     prompts[3] = prompts[2]
     params = [_PARAMS[i % len(_PARAMS)] for i in range(len(prompts))]
-    monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, overlap=False))
+    monkeypatch.setattr("rollout.engine.generation.Loop", partial(Loop, overlap=False))
     expected = Engine(model, None).generate(prompts, params, seed=3)
     assert {record.finish_reason for record in expected} == {"stop", "length"}
 
-    monkeypatch.setattr("rollout.engine.engine.Loop", partial(Loop, overlap=True))
+    monkeypatch.setattr("rollout.engine.generation.Loop", partial(Loop, overlap=True))
     policy = StaticPolicy(Bounds(max_rows=5, prefill_tokens=13))
     engines = [Engine(model, None), Engine(model, None, max_rows=1), Engine(model, None, policy=policy)]
     if family != "falcon_h1":  # preemption computes its states in another order

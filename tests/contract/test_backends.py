@@ -18,7 +18,7 @@ from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.runners.packed import PackedRunner, PackedStrategy
 from tests.support.devices import DEVICE, GPU
-from tests.support.tiny_models import PACKED, VOCABULARY, tiny
+from tests.support.tiny_models import PACKED, VOCABULARY, shallow
 from tests.support.triton_interpreter import kernels_run_here
 
 #: Relative to the logits' size. In half precision the two round weights and values at other places.
@@ -62,7 +62,7 @@ def logits_of(model: PreTrainedModel, steps_for: Callable[[PagePool], AttentionB
 
 def assert_agrees_with_gathering(family: str, steps_for: Callable[[PagePool], AttentionBackend]) -> None:
     for dtype, tolerance in _TOLERANCE.items():
-        model = tiny(family, dtype)
+        model = shallow(family, dtype)
         gathered, found = logits_of(model, lambda _: GatherAttention), logits_of(model, steps_for)
         distance = (found - gathered).norm(dim=-1) / gathered.norm(dim=-1)
         # Rounding can send a token of a mixture of experts elsewhere, so in half precision most rows count.

@@ -21,7 +21,7 @@ def test_own_numbers_with_rows_joining_late_and_preempted(strategy: str, family:
     model = tiny(family, eos_token_id=None)  # every row runs to its limit, so that pages run out
     prompts = random_prompts(11, 7)
     engine = tight_engine(model, _PAGES, max_rows=4)
-    assert engine._strategy.name == strategy
+    assert engine._module.strategy.name == strategy
     batch = engine.generate(prompts, SamplingParams(max_new_tokens=_NEW_TOKENS, temperature=0))
     assert batch.stats.preempted_rows > 0
     assert batch.stats.live_rows_max < len(prompts)

@@ -16,7 +16,7 @@ from rollout.headroom.fake import FakeHeadroom
 from rollout.models.runners.select import select_strategy
 from rollout.requests import Request, StepReport
 from tests.support.parity import random_prompts, worst_logprob
-from tests.support.tiny_models import RECURRENT, tiny
+from tests.support.tiny_models import RECURRENT, shallow, tiny
 
 _NEW_TOKENS = 20
 #: What rounding does to log-probabilities. The random states of some amplify it: ``generate`` itself differs by as
@@ -30,28 +30,28 @@ def _rounding(family: str) -> float:
     return _ROUNDING.get(family, 1e-5)
 
 
-def _own(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[float]]:
+def _own(model: PreTrainedModel, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
     """The greedy completion that ``generate`` gives, and its log-probabilities."""
     ids = torch.tensor([prompt], device=model.device)
     out: Any = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
-        max_new_tokens=_NEW_TOKENS,
+        max_new_tokens=tokens,
         pad_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    tokens = [int(i) for i in out.sequences[0, len(prompt) :]]
+    found = [int(i) for i in out.sequences[0, len(prompt) :]]
     logprobs = torch.stack(out.logits)[:, 0].float().log_softmax(-1).cpu()
-    return tokens, [float(logprobs[i, token]) for i, token in enumerate(tokens)]
+    return found, [float(logprobs[i, token]) for i, token in enumerate(found)]
 
 
 @pytest.mark.parametrize("family", RECURRENT)
 def test_own_numbers_with_rows_joining_late(family: str) -> None:
     model = tiny(family)
     engine = Engine(model, None, max_rows=3)
-    assert engine._strategy.name == "recurrent"
+    assert engine._module.strategy.name == "recurrent"
     prompts = random_prompts(11, 5, longest=32)[::-1]  # one of a single token, beside others that decode
     params = [SamplingParams(n=1 + (i == 1), max_new_tokens=_NEW_TOKENS - 3 * i, temperature=0) for i in range(5)]
     batch = engine.generate(prompts, params)
@@ -60,9 +60,9 @@ def test_own_numbers_with_rows_joining_late(family: str) -> None:
     assert [(record.row_id, record.sample) for record in batch] == [
         ("0", 0), ("1", 0), ("1", 1), ("2", 0), ("3", 0), ("4", 0)
     ]  # fmt: skip
-    own = [_own(model, prompt) for prompt in prompts]
+    own = [_own(model, prompt, one.max_new_tokens) for prompt, one in zip(prompts, params, strict=True)]
     for record in batch:
-        tokens, logprobs = (x[: _NEW_TOKENS - 3 * int(record.row_id)] for x in own[int(record.row_id)])
+        tokens, logprobs = own[int(record.row_id)]
         assert record.completion_ids == tokens
         assert record.logprobs == pytest.approx(logprobs, abs=_rounding(family))
     assert worst_logprob(model, list(batch)) < max(3e-5, _rounding(family))
@@ -81,7 +81,7 @@ def _assert_same(family: str, expected: Sequence[Record], found: Sequence[Record
 
 @pytest.mark.parametrize("family", _KINDS)
 def test_caps_order_company_and_small_prefills(family: str) -> None:
-    model = tiny(family)
+    model = shallow(family)
     prompts = random_prompts(3, 5, longest=30)
     prompts[3] = prompts[2]  # equal neighbours are prefilled together
     params = SamplingParams(n=2, max_new_tokens=10, ignore_eos=True)
@@ -104,7 +104,7 @@ def test_a_prompt_is_computed_once_for_the_samples_admitted_with_it() -> None:
     prompts = random_prompts(5, 4, longest=40)
     params = SamplingParams(n=4, max_new_tokens=5, ignore_eos=True)
     for cap, times in ((16, 1), (1, 4)):
-        batch = Engine(tiny("falcon_h1"), None, max_rows=cap).generate(prompts, params)
+        batch = Engine(shallow("falcon_h1"), None, max_rows=cap).generate(prompts, params)
         assert batch.stats.prefilled_tokens == times * sum(map(len, prompts))
 
 
@@ -119,7 +119,7 @@ def _bytes(model: PreTrainedModel, rows: int, pages: int) -> int:
 @pytest.mark.parametrize("family", _KINDS)
 def test_too_little_memory_for_the_rows_let_in(family: str) -> None:
     """Rows that are preempted are recomputed from their tokens, which rounds otherwise; none is lost or cut short."""
-    model = tiny(family)
+    model = shallow(family)
     cap = _bytes(model, rows=5, pages=26)
     prompts = random_prompts(6, 9, longest=40)
     params = SamplingParams(n=2, max_new_tokens=24, ignore_eos=True)
@@ -138,7 +138,7 @@ def test_too_little_memory_for_the_rows_let_in(family: str) -> None:
 
 def test_a_row_whose_state_does_not_fit_is_one_error_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rollout.engine.loop.time.sleep", lambda _: pytest.fail("it waits for what can never be"))
-    model = tiny("mamba")
+    model = shallow("mamba")
     engine = Engine(model, None, max_kv_bytes=_bytes(model, 1, 0) - 1)
     (record,) = engine.generate(random_prompts(1, 1), SamplingParams(max_new_tokens=3))
     assert (record.finish_reason, record.error_class) == ("error", "too_large")
@@ -146,12 +146,12 @@ def test_a_row_whose_state_does_not_fit_is_one_error_record(monkeypatch: pytest.
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
 def test_squeezed_and_released_while_rows_live(family: str) -> None:
-    model = tiny(family)
+    model = shallow(family)
     prompts, params = random_prompts(9, 8, longest=30), SamplingParams(n=2, max_new_tokens=24, ignore_eos=True)
     engine = Engine(model, None, policy="static", reserve_fraction=0.0)
     held = [0]
     fake = FakeHeadroom(_bytes(model, rows=16, pages=96), held=lambda: held[0])
-    engine._headroom = fake
+    engine._generation.headroom = fake
     seen: list[tuple[int, int]] = []
 
     def on_step(report: StepReport) -> None:
@@ -176,20 +176,20 @@ def test_squeezed_and_released_while_rows_live(family: str) -> None:
 @pytest.mark.parametrize("place", ["forward", "sample"])
 def test_an_allocator_failure_costs_recomputation_alone(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A state that went on by a token must not go on by the same token again."""
-    model = tiny("falcon_h1")
+    model = shallow("falcon_h1")
     prompts, params = random_prompts(12, 4, longest=30), SamplingParams(max_new_tokens=12, ignore_eos=True)
     expected = Engine(model, None).generate(prompts, params)
-    calls = [0]
+    calls = [-1_000_000]  # none fails while the engine checks the module
 
     def sometimes(*_: object) -> None:
         calls[0] += 1
         if calls[0] in (5, 9):
             raise torch.OutOfMemoryError("none left")
 
-    engine = Engine(model, None)
     if place == "forward":
-        model.model.layers[2].register_forward_pre_hook(sometimes)
-    else:
+        model.model.layers[1].register_forward_pre_hook(sometimes)
+    engine = Engine(model, None)
+    if place == "sample":
         from rollout.engine import loop
 
         sample = loop.sample
@@ -199,6 +199,7 @@ def test_an_allocator_failure_costs_recomputation_alone(place: str, monkeypatch:
             return sample(*arguments)
 
         monkeypatch.setattr(loop, "sample", failing)
+    calls[0] = 0
     found = engine.generate(prompts, params)
     assert found.stats.out_of_memory_events == 2
     assert found.stats.preempted_rows > 0
@@ -206,7 +207,7 @@ def test_an_allocator_failure_costs_recomputation_alone(place: str, monkeypatch:
 
 
 def test_policies_see_what_a_row_takes() -> None:
-    model = tiny("mamba")
+    model = shallow("mamba")
     state = select_strategy(model).kv_layout().bytes_per_row
     seen: list[Observation] = []
 
@@ -225,7 +226,7 @@ def test_policies_see_what_a_row_takes() -> None:
 
 
 def test_the_paper_s_policy_lets_in_as_many_rows_as_states_fit() -> None:
-    model = tiny("mamba")
+    model = shallow("mamba")
     engine = Engine(model, None, policy="paper", max_kv_bytes=_bytes(model, rows=4, pages=0))
     batch = engine.generate(random_prompts(2, 12), SamplingParams(max_new_tokens=6, ignore_eos=True))
     assert batch.stats.live_rows_max == 4
@@ -257,7 +258,7 @@ def test_a_broken_row_spoils_no_other() -> None:
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
 def test_a_module_in_training_with_checkpointing_is_served_and_left_alone(family: str) -> None:
-    model = tiny(family)
+    model = shallow(family)
     prompts, params = random_prompts(4, 3), SamplingParams(max_new_tokens=8, temperature=0)
     expected = Engine(model, None).generate(prompts, params)
     model.gradient_checkpointing_enable()

@@ -13,7 +13,7 @@ from rollout.errors import InputError
 from rollout.records import Record
 from tests.support.parity import tight_engine, worst_logprob
 from tests.support.rule_cases import EOS, Case, edited_logprobs, generated, random_case
-from tests.support.tiny_models import VOCABULARY, tiny
+from tests.support.tiny_models import VOCABULARY, shallow
 
 #: One of each run strategy, and one with a soft cap on its logits.
 FAMILIES = ("llama", "gemma2", "bloom", "mamba")
@@ -26,7 +26,7 @@ def cases_of(seed: int, count: int, temperature: float) -> list[Case]:
 
 
 def model_of(family: str) -> PreTrainedModel:
-    model = tiny(family)
+    model = shallow(family)
     model.generation_config.eos_token_id = list(EOS)  # type: ignore[union-attr]
     return model
 

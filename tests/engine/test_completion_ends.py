@@ -56,14 +56,14 @@ def test_stop_string_of_special_tokens_and_other_text_is_found(engine: Engine) -
     assert ends(engine, "w5 w8", stop=("w9 w1",)) == "length"
 
 
-def test_other_end_of_the_tokenizer_is_warned_of_for_plain_prompts(caplog: pytest.LogCaptureFixture) -> None:
-    engine = engine_of()
-    engine.generate(["w5 w6"] * 2, SamplingParams(max_new_tokens=1, stop_token_ids=(2,)))
-    assert "tokenizer's" not in caplog.text
-    other = tokenizer_of()
-    other.eos_token = "w11"
-    Engine(tiny("llama"), other).generate(["w5 w6"] * 2, SamplingParams(max_new_tokens=1))
-    assert caplog.text.count("but not at the tokenizer's w11 (id 11)") == 1
+def test_end_of_the_tokenizer_alone_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        engine_of().generate(["w5 w6"] * 2, SamplingParams(max_new_tokens=1))
+        assert "tokenizer's end of sequence" not in caplog.text
+        other = tokenizer_of()
+        other.eos_token = "w11"
+        Engine(tiny("llama"), other).generate(["w5 w6"] * 2, SamplingParams(max_new_tokens=1))
+    assert caplog.text.count("also end at the tokenizer's end of sequence, w11 (id 11)") == 1
 
 
 def test_end_of_turn_is_said_once_per_engine(caplog: pytest.LogCaptureFixture) -> None:

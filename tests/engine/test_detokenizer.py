@@ -240,6 +240,15 @@ def test_stop_string_that_names_a_special_token_is_found_in_text_without_it(name
     assert text.before_stop((), written[:end], stops) == text.decode([*stop, *then])
 
 
+def test_tokens_that_spell_a_special_one_stay_in_the_text_before_a_stop_string() -> None:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(30)}, unk_token="w0"))
+    text = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2"))
+    ids = [25, 2, 21, 20]
+    assert text.before_stop((7,), ids, ("w20",)) == " w25 w21 "
+    assert text.before_stop((7,), [25, 2, 21, 2, 7], ("w2 w7",)) == " w25 w21"
+    assert text.before_stop((7,), [2, 25, 9, 2, 7], ("9 w2",)) == " w25 w"
+
+
 @pytest.mark.parametrize(("after", "text"), [(0, "a"), (2, "a"), (3, "a\n\nb"), (5, "a\n\nb"), (6, "a\n\nb\n\nc")])
 def test_stop_string_within_the_first_tokens_does_not_count(after: int, text: str) -> None:
     """The text is a, \\n, \\n, b, \\n, \\n, c, one token each; a stop string counts by the token that completes it."""

@@ -67,8 +67,9 @@ def test_a_stop_string_ends_the_text_before_it_and_the_ids_with_it(engine: Engin
     assert stopped.finish_reason == "stop"
     assert stopped.text == free.text[: free.text.index(stop)]
     assert stopped.completion_ids == free.completion_ids[: len(stopped.completion_ids)]
-    assert engine._detokenizer.decode(stopped.completion_ids).endswith(stop)
-    assert stop not in engine._detokenizer.decode(stopped.completion_ids[:-1])
+    detokenizer = engine._generation.vocabulary.read().detokenizer
+    assert detokenizer.decode(stopped.completion_ids).endswith(stop)
+    assert stop not in detokenizer.decode(stopped.completion_ids[:-1])
 
 
 def test_a_stream_reads_prompts_as_rows_are_admitted() -> None:

@@ -50,7 +50,7 @@ def row_of(
     row = BatchRow(Request(name, group.prompt_ids.tolist(), params, seed=3), sample, group, limit)
     if done:
         values = np.linspace(-1, -2, done).astype(np.float32)
-        row.completion = Completion(np.arange(done) + 50, values, values / 2)
+        row.completion = Completion(np.arange(done) + 50, values, values / 2, np.arange(done))
     return row
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from rollout.records import Record
 from rollout.requests import Request
 from rollout.sampling_params import SamplingParams
 from tests.support.toy_loop import (
@@ -76,7 +77,7 @@ def test_one_row_decodes_if_the_policy_pauses_all() -> None:
 
 
 def test_a_long_prompt_is_prefilled_in_parts_between_decodes() -> None:
-    requests = [*plain(1, new=20), Request("long", list(range(28)), SamplingParams(max_new_tokens=3))]
+    requests = [*plain(1, new=20), Request("long", list(range(28, 0, -1)), SamplingParams(max_new_tokens=3))]
     world = World(requests, Fixed(prefill_tokens=5))
     assert_same(world.run(), all_expected(requests))
     assert max(report.prefill_tokens for report in world.reports) == 5
@@ -131,6 +132,31 @@ def test_requests_that_cannot_run_become_error_records() -> None:
 
 def test_no_requests_give_no_records() -> None:
     assert World([]).run() == []
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_tokens_carry_the_version_they_were_drawn_with(changed: bool) -> None:
+    requests = many(12, seed=3)
+    world = World(requests, Fixed(rows=6, prefill_tokens=20))
+    records: list[Record] = []
+    versions: list[int] = []
+    for record in world.stream():
+        records.append(record)
+        versions.append(world.loop.weight_version)
+        if len(records) % 3 == 0:
+            tokens_before = world.tally.sampled_tokens
+            world.loop.use_weights(len(records), changed=changed)
+            world.check()
+            assert world.tally.sampled_tokens == tokens_before
+            if changed:
+                assert world.pool.used_pages == 0  # neither rows nor shared prompts keep keys of other weights
+    assert_same(records, all_expected(requests))
+    assert len(set(versions)) > 3
+    for record, version in zip(records, versions, strict=True):
+        assert len(record.weight_versions) == len(record.completion_ids)
+        assert record.weight_versions == sorted(record.weight_versions)
+        assert record.weight_version == record.weight_versions[-1] <= version
+    assert any(len(set(record.weight_versions)) > 1 for record in records)
 
 
 def test_records_and_reports_carry_what_they_were_given() -> None:

@@ -77,7 +77,7 @@ def test_generation_config_keeps_its_meaning(caplog: pytest.LogCaptureFixture) -
     [
         ({"max_new_tokens": 5, "num_beams": 4}, "num_beams=4"),
         ({"max_new_tokens": 5, "max_time": 4.0}, "max_time=4.0"),
-        ({"do_sample": True}, "without max_new_tokens"),
+        ({"do_sample": True}, "sets no max_new_tokens"),
     ],
 )
 def test_generation_config_that_cannot_be_honoured_is_refused(values: dict[str, Any], message: str) -> None:

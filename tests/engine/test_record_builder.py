@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
 from rollout.engine.batch_row import NO_COMPLETION, Completion
 from rollout.engine.detokenizer import Detokenizer
@@ -27,12 +28,13 @@ class Letters(Detokenizer):
 
 def completion(*tokens: int) -> Completion:
     logprobs = -np.arange(len(tokens), dtype=np.float32) - 0.5
-    return Completion(np.array(tokens, np.int64), logprobs, logprobs / 2)
+    versions = np.arange(len(tokens)) + 3
+    return Completion(np.array(tokens, np.int64), logprobs, logprobs / 2, versions)
 
 
 def test_a_finished_completion_is_one_record() -> None:
     tally = Tally()
-    recorder = RecordBuilder(Letters(), tally, weight_version=6)
+    recorder = RecordBuilder(Letters(), tally, weight_version=9)
     request = Request("r", (9, 8), SamplingParams(n=5, stop=("cd", "x")), seed=4)
     recorder.finish(request, 3, completion(0, 1, 2, 3), "stop")
     assert recorder.take() == [
@@ -47,9 +49,12 @@ def test_a_finished_completion_is_one_record() -> None:
             finish_reason="stop",
             seed=4,
             weight_version=6,
+            weight_versions=[3, 4, 5, 6],
         )
     ]
-    assert tally == Tally(samples=1, prompt_tokens=2, output_tokens=4)
+    assert tally == Tally(
+        samples=1, prompt_tokens=2, output_tokens=4, kept_mass=pytest.approx(1.7115, abs=1e-3), massed_tokens=4
+    )
 
 
 def test_values_are_plain_numbers() -> None:
@@ -82,7 +87,14 @@ def test_failed_sample_keeps_its_tokens() -> None:
     first, second = recorder.take()
     assert (first.completion_ids, first.text, first.finish_reason) == ([0, 1], "ab", "error")
     assert (second.completion_ids, second.text, second.error_class) == ([], "", "too_large")
-    assert tally == Tally(samples=2, error_samples=2, prompt_tokens=2, output_tokens=2)
+    assert tally == Tally(
+        samples=2,
+        error_samples=2,
+        prompt_tokens=2,
+        output_tokens=2,
+        kept_mass=pytest.approx(1.251, abs=1e-3),
+        massed_tokens=2,
+    )
 
 
 def test_records_are_taken_once_and_in_order() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from rollout.requests import Request
 from rollout.sampling_params import SamplingParams
-from tests.support.scheduler_world import PAGE_SIZE, SLAB_PAGES, World, request
+from tests.support.scheduler_world import ALL, PAGE_SIZE, SLAB_PAGES, World, request
 
 
 def test_youngest_rows_are_preempted_and_keep_their_tokens() -> None:
@@ -50,7 +50,7 @@ def test_prefills_are_preempted_before_decoding_rows() -> None:
     assert world.scheduler.preempt_youngest()
     assert world.waiting() == ["a0", "b0", "b1"]
     assert not world.scheduler.preempt_youngest()
-    assert (world.pool.used_pages, world.tally.preempted_rows) == (0, 3)
+    assert (world.used_pages, world.tally.preempted_rows) == (0, 3)
     assert world.all_live().alive() == ["a0", "b0", "b1"], "a prompt whose prefill was given up is begun anew"
 
 
@@ -65,7 +65,8 @@ def test_a_step_makes_room_by_preempting_the_youngest() -> None:
     while len(world.live) > 1:
         world.decode()
     assert (world.alive(), world.waiting()) == (["a0"], ["b0", "c0"])
-    while world.pool.free_pages:
+    assert world.memory is not None
+    while world.memory.obtainable_pages:
         world.decode()
     assert world.alive() == ["a0"]
     for _ in range(PAGE_SIZE):
@@ -80,7 +81,7 @@ def test_row_with_the_cheapest_recomputation_is_preempted() -> None:
     while not world.tally.preempted_rows:
         world.decode()
     assert world.waiting() == ["a1"]
-    length = len(world.queue.first().context)  # type: ignore[union-attr]
+    length = len(world.queue.row(0).context)  # type: ignore[union-attr]
     assert world.tally.recomputed_tokens == length - 1 - 8
 
 
@@ -103,7 +104,9 @@ def test_ended_rows_are_released_before_others_are_preempted() -> None:
 
 
 def test_row_keeps_its_pages_until_its_last_token_is_read() -> None:
-    world = World([Request("a", list(range(5)), SamplingParams(max_new_tokens=2, ignore_eos=True)), request("b", 7)])
+    world = World(
+        [Request("a", list(range(5)), SamplingParams(max_new_tokens=2, ignore_eos=True)), request("b", 7, start=50)]
+    )
     slot, other = world.all_live().live.active.tolist()
     world.scheduler.make_room(None)
     world.live.advance(world.live.active, torch.tensor([1, 2]))
@@ -116,7 +119,7 @@ def test_row_keeps_its_pages_until_its_last_token_is_read() -> None:
     world.scheduler.leave(slot)
     world.pool.check_integrity(world.scheduler.held_pages())
     world.scheduler.close()
-    assert world.pool.used_pages == 0
+    assert world.used_pages == 0
 
 
 def test_row_with_an_unread_last_token_cannot_be_preempted() -> None:
@@ -131,12 +134,12 @@ def test_slabs_are_given_back_without_preempting_while_pages_can_move() -> None:
     world = World([request(name, 12, start=20 * i) for i, name in enumerate("abcdef")]).all_live()
     for slot in world.live.active.tolist()[::2]:
         world.scheduler.leave(slot)
-    held, used = world.pool.live_slabs, world.pool.used_pages
-    spare = world.pool.free_pages // SLAB_PAGES
+    held, used = world.pool.live_slabs, world.used_pages
+    spare = world.pool.live_slabs - -(-used // SLAB_PAGES)
     assert spare >= 2
     world.scheduler.shrink(spare * world.pool.slab_bytes)
     world.check()
-    assert (world.pool.live_slabs, world.pool.used_pages) == (held - spare, used)
+    assert (world.pool.live_slabs, world.used_pages) == (held - spare, used)
     assert world.alive() == ["b0", "d0", "f0"]
     world.scheduler.shrink(1)  # byte
     world.check()
@@ -168,10 +171,12 @@ def test_free_slabs_are_returned_without_preemption() -> None:
     world = World([request(name, 12, start=20 * i) for i, name in enumerate("abcdef")]).all_live()
     for slot in world.live.active.tolist()[::2]:
         world.scheduler.leave(slot)
+    assert world.memory is not None
+    world.memory.cache.evict(ALL)
     world.scheduler.drop_free_slabs()
     world.check()
     assert world.alive() == ["b0", "d0", "f0"]
-    assert world.pool.live_slabs == -(-world.pool.used_pages // SLAB_PAGES)
+    assert world.pool.live_slabs == -(-world.used_pages // SLAB_PAGES)
 
 
 def test_pages_of_prefills_move_too() -> None:
@@ -181,6 +186,8 @@ def test_pages_of_prefills_move_too() -> None:
     world.admit()
     world.prefill(tokens=7)
     world.scheduler.leave(int(world.live.active[0]))
+    assert world.memory is not None
+    world.memory.cache.evict(ALL)
     world.scheduler.drop_free_slabs()
     world.check()
     assert world.pool.live_slabs == 1
@@ -220,4 +227,4 @@ def test_closing_drops_everything() -> None:
     assert len(world.scheduler.prefills) == 1
     world.scheduler.close()
     world.check()
-    assert (world.pool.used_pages, world.pool.bytes_held, world.scheduler.alive) == (0, 0, 0)
+    assert (world.used_pages, world.pool.bytes_held, world.scheduler.alive) == (0, 0, 0)

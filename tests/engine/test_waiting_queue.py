@@ -82,10 +82,10 @@ def test_the_queue_is_empty_when_rows_and_stream_are() -> None:
     queue.fill(1)
     assert not queue
     assert not queue.wants(1)
-    assert queue.first() is None
+    assert queue.row(0) is None
     queue.put_back([row])
     assert queue
-    assert queue.first() is row
+    assert queue.row(0) is row
 
 
 def test_a_stream_that_ended_is_not_asked_again() -> None:
@@ -115,7 +115,7 @@ def test_preempted_rows_go_first_oldest_before_younger() -> None:
     queue.put_back([c])
     queue.put_back([a, b])
     queue.put_back([])
-    assert queue.first() is a
+    assert queue.row(0) is a
     assert drain(queue) == [(name, 0) for name in "abcd"]
 
 
@@ -138,7 +138,7 @@ def test_any_sequence_behaves_as_a_list() -> None:
                 ahead = [name_of(row) for row in out[-count:]] + ahead
                 del out[-count:]
             queue.fill(rng.randint(1, 6))
-            first = queue.first()
+            first = queue.row(0)
             assert (first is None) == (not ahead)
             if first is None:
                 break
@@ -204,7 +204,7 @@ def test_rows_that_have_begun_stay_in_front() -> None:
     queue = queue_of([*in_windows([expecting(name, 10.0 + i, n=3) for i, name in enumerate("abcd")], 9)])
     queue.fill(1)
     first = [queue.pop() for _ in range(4)]
-    first[0].completion = Completion(*(np.zeros(2) for _ in range(3)))  # type: ignore[arg-type]
+    first[0].completion = Completion(*(np.zeros(2) for _ in range(4)))  # type: ignore[arg-type]
     queue.put_back([first[0]])
     first[3].group.holders = 1
     queue.arrange(10_000, None)

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rollout.job.job
 from rollout.__main__ import main
 from rollout.verify import verify
 from tests.support.jobs import fake_model, load_fake, read_records, refuse_to_load
+from tests.support.saved_models import save_words_llama
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 
@@ -26,23 +24,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of random weights with 48 positions, and a tokenizer without a chat template."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=48,
-        bos_token_id=None,
-        eos_token_id=63,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    vocabulary = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 63)}, "</s>": 63}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>").save_pretrained(folder)
+    save_words_llama(folder, 48, end="</s>")
     return folder
 
 

@@ -26,6 +26,7 @@ def test_defaults_match_the_contract() -> None:
         "tensor_parallel": False,
         "revision": None,
         "adapter": None,
+        "reference": None,
         "trust_remote_code": False,
         "attention": "auto",
     }
@@ -51,7 +52,7 @@ def test_defaults_match_the_contract() -> None:
     assert config.sampling.params() == SamplingParams()
     assert (config.batcher.name, config.batcher.latency_budget_ms) == ("predictive", None)
     assert (config.batcher.max_rows, config.batcher.min_rows) == (1024, 1)
-    assert asdict(config.memory) == {"max_kv_bytes": None, "reserve_fraction": 0.05}
+    assert asdict(config.memory) == {"max_kv_bytes": None, "reserve_fraction": 0.05, "keep_prefixes_bytes": 0}
     assert asdict(config.output) == {
         "dir": "out",
         "format": "parquet",
@@ -59,7 +60,9 @@ def test_defaults_match_the_contract() -> None:
         "logprobs": "both",
         "skip_special_tokens": True,
         "split_reasoning": False,
+        "check": "fast",
     }
+    assert asdict(config.job) == {"deadline": None, "lease_seconds": 120}
     assert (config.reward, config.seed) == (None, 0)
 
 
@@ -117,6 +120,7 @@ def test_bulk_inference_needs_data_and_output() -> None:
         ("batcher.memory_rows=0", "batcher.memory_rows", "at least 1"),
         ("batcher.latency_budget_ms=0", "batcher.latency_budget_ms", "above 0"),
         ("memory.max_kv_bytes=0", "memory.max_kv_bytes", "above 0"),
+        ("memory.keep_prefixes_bytes=-1", "memory.keep_prefixes_bytes", "at least 0"),
         ("memory.reserve_fraction=1", "memory.reserve_fraction", "below 1"),
         ("output.format=csv", "output.format", "parquet, jsonl"),
         ("output.rows_per_shard=0", "output.rows_per_shard", "at least 1"),
@@ -124,6 +128,8 @@ def test_bulk_inference_needs_data_and_output() -> None:
         ("model.dtype=int8", "model.dtype", "float32"),
         ("model.device=gpu", "model.device", "cuda:N"),
         ("model.device_map=balanced", "model.device_map", "auto, or null"),
+        ("job.lease_seconds=0", "job.lease_seconds", "from 1 to 86400"),
+        ("job.lease_seconds=inf", "job.lease_seconds", "from 1 to 86400"),
         ("seed=9223372036854775808", "seed", "64-bit"),
         ("output.dir=''", "output.dir", "a folder"),
     ],

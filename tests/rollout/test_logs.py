@@ -19,7 +19,8 @@ def test_line_is_a_time_and_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line(logging.WARNING)[8:] == " Warning: It is so."
 
 
-def test_line_of_one_of_several_ranks_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize(("ranks", "rank"), [("WORLD_SIZE", "RANK"), ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")])
+def test_line_of_one_of_several_ranks_names_it(monkeypatch: pytest.MonkeyPatch, ranks: str, rank: str) -> None:
+    monkeypatch.setenv(ranks, "2")
+    monkeypatch.setenv(rank, "1")
     assert line(logging.INFO).startswith("[rank 1] ")

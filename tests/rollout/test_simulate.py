@@ -88,9 +88,43 @@ def test_read_lengths_knows_azure_and_plain_headers(tmp_path: Path):
     assert np.isnan(plain.length_hints).tolist() == [False, True]
 
 
+def test_read_lengths_knows_beginnings(tmp_path: Path):
+    text = "prompt,output,Prefix,prefix_tokens\n90,5,a,64\n80,6,,\n70,7, a ,64\n99,7,b,99\n"
+    prefixes = read_lengths(Path(written(tmp_path, text)), None, None, 1).prefixes
+    assert prefixes is not None
+    assert (prefixes.nodes.tolist(), prefixes.tokens.tolist()) == ([0, -1, 0, 1], [64, 99])
+    none = read_lengths(Path(written(tmp_path, "prompt,output,prefix,prefix_tokens\n90,5,,\n")), None, None, 1)
+    assert none.prefixes is None
+
+
+def test_prompts_that_begin_alike_take_less_time(tmp_path: Path):
+    times = []
+    for name in ("a", ""):
+        lines = [f"1000,20,{name},{960 if name else ''}"] * 20
+        text = "\n".join(["prompt,output,prefix,prefix_tokens", *lines])
+        out = tmp_path / "out.json"
+        given = ["--lengths", written(tmp_path, text), "--policies", "predictive", "--kv-tokens", "4000"]
+        assert main([*given, "--json", str(out)]) == Exit.COMPLETE
+        times.append(json.loads(out.read_text())[0]["total_s"])
+    assert times[0] < 0.5 * times[1]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("prompt,output,prefix\n1,2,a\n", "column 'prefix' alone, but needs both 'prefix' and 'prefix_tokens'"),
+        ("prompt,output,prefix_tokens\n1,2,1\n", "column 'prefix_tokens' alone"),
+        ("prompt,output,prefix,prefix_tokens\n10,2,a,x\n", "line 2: prefix_tokens is 'x'"),
+        (
+            "prompt,output,prefix,prefix_tokens\n10,2,a,11\n",
+            "prefix_tokens is 11, but must be from 1 to the prompt's 10",
+        ),
+        ("prompt,output,prefix,prefix_tokens\n10,2,a,0\n", "prefix_tokens is 0, but must be from 1"),
+        (
+            "prompt,output,prefix,prefix_tokens\n10,2,a,5\n9,2,a,6\n",
+            "line 3: prefix_tokens of prefix 'a' is 6, but 5 in",
+        ),
+        ("prompt,output,prefix,prefix_tokens\n10,2,,5\n", "line 2: prefix_tokens is '5', but prefix is empty"),
         ("a,b\n1,2\n", "no column 'contexttokens' or 'prompt_tokens', only a, b"),
         ("prompt,tokens\n1,2\n", "no column 'generatedtokens' or 'output_tokens'"),
         ("prompt,output\n", "has no rows"),

@@ -14,10 +14,15 @@ import pytest
 from rollout.errors import Exit
 from rollout.job.job import run_job
 from rollout.record_columns import SCHEMA
+from rollout.records import RECORD_COLUMNS, Record
+from rollout.run_dir.file_system import LOCAL
 from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.row_ids_file import write_row_ids
+from rollout.run_dir.run import read_run
+from rollout.run_dir.sealed_json import seal, unseal
 from rollout.run_dir.shards import Manifest, count_table, file_sha256, read_manifest, read_shard
 from rollout.verify import main, verify
-from tests.support.jobs import config_of, load_fake
+from tests.support.jobs import config_of, load_fake, write_part
 
 
 @pytest.fixture(params=["parquet", "jsonl"])
@@ -43,7 +48,7 @@ def rewrite(paths: RunPaths, index: int, change: Callable[[pa.Table], pa.Table])
         path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
     values = asdict(read_manifest(paths.manifest(index)))
     values |= {"bytes": path.stat().st_size, "sha256": file_sha256(path), **asdict(count_table(table))}
-    paths.manifest(index).write_text(json.dumps(values))
+    paths.manifest(index).write_bytes(seal(values))
 
 
 def run_verify(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -61,7 +66,7 @@ def test_missing_sample_is_listed(paths: RunPaths, capsys: pytest.CaptureFixture
     rewrite(paths, 1, lambda table: pa.concat_tables([table.slice(0, 2), table.slice(3)]))
     status, out = run_verify(paths, capsys)
     assert status == 1
-    assert verify(paths.root).missing == [(gone, 0)]
+    assert verify(paths.root).missing.first == [(gone, 0)]
     assert f"samples missing: 1\n  {gone} sample 0\n" in out
     assert "INCOMPLETE: 19 of 20 samples" in out
 
@@ -72,7 +77,7 @@ def test_duplicated_sample_is_listed(paths: RunPaths, capsys: pytest.CaptureFixt
     rewrite(paths, 2, lambda other: pa.concat_tables([other, table.slice(3, 1)]))
     status, out = run_verify(paths, capsys)
     assert status == 1
-    assert verify(paths.root).duplicated == [twice]
+    assert verify(paths.root).duplicated.first == [twice]
     assert f"samples duplicated: 1\n  {twice[0]} sample {twice[1]}\n" in out
 
 
@@ -84,7 +89,7 @@ def test_sample_of_an_unknown_prompt_is_listed(paths: RunPaths, capsys: pytest.C
     rewrite(paths, 3, other_row)
     status, out = run_verify(paths, capsys)
     assert status == 1
-    assert verify(paths.root).foreign == ["stranger sample 0"]
+    assert verify(paths.root).foreign.first == ["stranger sample 0"]
     assert len(verify(paths.root).missing) == 1
     assert "files and samples of no prompt of this run: 1\n  stranger sample 0\n" in out
 
@@ -128,7 +133,7 @@ def test_removed_shard_is_listed(paths: RunPaths) -> None:
 
 def test_shard_with_another_fingerprint_is_listed(paths: RunPaths) -> None:
     values = asdict(read_manifest(paths.manifest(0))) | {"fingerprint": "other"}
-    paths.manifest(0).write_text(json.dumps(values))
+    paths.manifest(0).write_bytes(seal(values))
     assert verify(paths.root).torn == [f"{shard_path(paths, 0).name}: its manifest has another fingerprint"]
 
 
@@ -140,7 +145,7 @@ def test_shard_with_another_schema_is_listed(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(path).drop_columns(["reward"]), path)
     values = asdict(read_manifest(paths.manifest(0)))
     values |= {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    paths.manifest(0).write_text(json.dumps(values))
+    paths.manifest(0).write_bytes(seal(values))
     assert "reward is absent" in verify(paths.root).torn[0]
 
 
@@ -150,7 +155,7 @@ def test_manifest_that_differs_from_its_shard_in_any_field_is_listed(paths: RunP
     changed = (
         {**values[name], "other": 1} if isinstance(values[name], dict) else values[name] * 2 + type(values[name])(7)
     )
-    paths.manifest(0).write_text(json.dumps(values | {name: changed}))
+    paths.manifest(0).write_bytes(seal(values | {name: changed}))
     assert len(verify(paths.root).torn) == 1
 
 
@@ -173,14 +178,15 @@ def test_uncommitted_shard_is_listed(paths: RunPaths, capsys: pytest.CaptureFixt
 
 def test_samples_in_part_files_are_said_to_be_kept(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     paths.manifest(1).unlink()
-    paths.work.mkdir()
-    paths.part(1).write_bytes(b'{"whole": 1}\n{"whole": 2}\n{"torn')
+    records = [Record(**record) for record in read_shard(shard_path(paths, 0)).select(RECORD_COLUMNS).to_pylist()[:3]]
+    part = write_part(read_run(paths), 1, records)
+    part.write_bytes(part.read_bytes()[:-5])  # the last one was not written to its end
     assert "run the same command again; the 2 samples finished in part files are kept." in run_verify(paths, capsys)[1]
 
 
 def test_foreign_files_among_the_shards_are_listed(paths: RunPaths) -> None:
     (paths.shards / "00099.parquet").write_bytes(b"x")
-    assert verify(paths.root).foreign == ["00099.parquet"]
+    assert verify(paths.root).foreign.first == ["00099.parquet"]
     assert not verify(paths.root).complete
 
 
@@ -216,7 +222,9 @@ def test_folder_without_a_readable_run_is_refused(
     elif broken == "rows":
         paths.rows.write_bytes(b"x")
     else:
-        pq.write_table(pq.read_table(paths.rows).slice(1), paths.rows)
+        sha256 = write_row_ids(LOCAL, paths.rows, paths.root / "temporary", ["one"])
+        stored = unseal(paths.run.read_bytes())
+        paths.run.write_bytes(seal(stored | {"rows_sha256": sha256}))
     assert main([str(paths.root)]) == 2
     captured = capsys.readouterr()
     assert len(captured.err.splitlines()) == 1

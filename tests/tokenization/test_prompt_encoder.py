@@ -145,6 +145,14 @@ def test_pinned_dates_are_written_instead_of_today() -> None:
     assert then == now.replace(encoder.dates["%d %b %Y"], "01 Jan 1970") != now
 
 
+@pytest.mark.parametrize("call", ["'%Y'", "format='%Y'"])
+def test_dates_are_pinned_however_the_clock_is_called(call: str) -> None:
+    encoder = PromptEncoder(byte_tokenizer("{{ strftime_now(" + call + ") }}{{ messages[0]['content'] }}"))
+    assert list(encoder.dates) == ["%Y"]
+    ids = encoder.dated({"%Y": "1970"}).encode(chat("hi")).token_ids
+    assert byte_tokenizer().decode(ids) == "1970hi"
+
+
 def test_template_is_a_text_a_file_or_a_name(tmp_path: Any) -> None:
     file = tmp_path / "template.jinja"
     file.write_text("file {{ messages[0]['content'] }}")
