@@ -26,7 +26,7 @@ from rollout.cli.command_line import CommandLine
 from rollout.cli.config_errors import COMPOSITION_ERRORS, explain
 from rollout.cli.overrides import Known, Words, check_overrides
 from rollout.cli.stray_words import refuse_stray_words
-from rollout.cli.sweep import Job, Outcome, Task, job_folders, job_overrides, outcomes
+from rollout.cli.sweep import Job, LaunchFailed, Outcome, Task, job_folders, job_overrides, outcomes
 from rollout.config.compose import CONFIG_NAME, VERSION_BASE, register, validate, with_examples
 from rollout.config.key_comments import CONFIG_MODULE, all_keys, groups
 from rollout.config.schema import Config
@@ -69,6 +69,7 @@ class Application:
 
         Raises:
             InputError: the command line or a configuration file is wrong; nothing has run.
+            LaunchFailed: the launcher of a sweep lost a job; others may have run.
         """
         command = self._command
         if command.action == "hydra_help":
@@ -141,7 +142,16 @@ class Application:
         named = any(Words.of(override).key == "output.dir" for override in overrides)
         plan = Job(folders=tuple(job_folders(jobs, folders, named=named)))
         arguments = [*overrides, "hydra.mode=MULTIRUN"]
-        return outcomes(self._hydra.multirun(self._name, partial(task, job=plan), arguments))
+        try:
+            returned = self._hydra.multirun(self._name, partial(task, job=plan), arguments)
+        except Exception as error:
+            # The task raises nothing, so this is a launcher's: a job was not taken, or was killed before it could tell.
+            words = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise LaunchFailed(
+                f"A job of the sweep was not started or was killed ({words.rstrip('.:')}): the same command resumes "
+                f"those that are not complete; their logs are under {composed.hydra.sweep.dir}."
+            ) from error
+        return outcomes(returned)
 
     def _print(self, overrides: list[str]) -> None:
         command = self._command

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -57,6 +57,25 @@ class CommandLine:
     resolve: bool = False
     config_dir: str | None = None
     config_name: str | None = None
+
+    def of_one_run(self, usage: str, called: str) -> tuple[str, CommandLine]:
+        """Return the folder that the command line names beside overrides, and the command line without it.
+
+        Args:
+            usage: how the command is written.
+            called: what it does, as the subject of a sentence.
+
+        Raises:
+            InputError: there is not one folder, or there is an option of another command.
+        """
+        folders = [word for word in self.words if "=" not in word and not word.startswith(("+", "~"))]
+        if len(folders) != 1:
+            given = "no run" if not folders else f"several runs ({', '.join(folders)})"
+            raise InputError(f"The command names {given}: write {usage}.")
+        if self.action != "run":
+            raise InputError(f"{called} has no such option: write {usage}.")
+        (folder,) = folders
+        return folder, replace(self, words=[word for word in self.words if word != folder])
 
 
 class _Parser(argparse.ArgumentParser):

@@ -37,7 +37,8 @@ _END = """\
 Exit status: 0 complete; 1 crashed; 2 wrong configuration or input;
 4 complete, with rows in error; 75 stopped early.
 The same command on the same output.dir resumes a run.
-See also: python -m rollout.verify DIR, python -m rollout.report DIR.
+See also: python -m rollout.verify DIR, python -m rollout.report DIR,
+python -m rollout.rescore DIR.
 """
 
 

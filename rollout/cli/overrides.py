@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
@@ -219,7 +220,7 @@ def _check_hydra(argument: str, words: Words, known: Known) -> None:
         raise InputError(
             f"{argument} is not offered, because only the basic sweeper returns its jobs' exit statuses: leave it out."
         )
-    if words.key == "hydra/launcher" and words.text.startswith("submitit") and words.text not in options:
+    if words.key == "hydra/launcher" and words.text.startswith(("slurm", "submitit")) and find_spec("submitit") is None:
         raise InputError(f"{argument} needs a package: install rollout[slurm].")
     _check_options(words.key, words.text, options)
 

@@ -13,6 +13,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from rollout.cli.again import Again
 from rollout.cli.overrides import Words
 from rollout.cli.quoting import shell_word
 from rollout.errors import Exit, InputError
@@ -26,6 +27,8 @@ class Job:
 
     folders: tuple[str, ...] = ()
     """``output.dir`` by job number; empty where no sweep changes it."""
+    again: Again | None = None
+    """The run that a retry goes on with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,10 @@ class Outcome:
     """What its user was told, if it failed."""
     overrides: tuple[str, ...] = ()
     """The overrides of this job of a sweep."""
+
+
+class LaunchFailed(Exception):
+    """The launcher of a sweep did not return its jobs' outcomes; the message is one sentence."""
 
 
 #: Runs a composed configuration; ``job`` is a keyword, so that the function can be sent to another process with it.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
+from rollout.config.deadline import FORMS, seconds_until
 from rollout.config.schema import Config, ModelConfig
 from rollout.engine_arguments import argument_checks
 from rollout.errors import Check
@@ -10,6 +13,7 @@ from rollout.sampling_params import PARAMETER_NAMES
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio", "mlflow")
 FORMATS = ("parquet", "jsonl")
+CHECKS = ("fast", "full")
 LOGPROBS = ("both", "model", "none")
 
 
@@ -25,6 +29,7 @@ _ENGINE_GROUPS = {
     "min_rows": "batcher",
     "max_kv_bytes": "memory",
     "reserve_fraction": "memory",
+    "keep_prefixes_bytes": "memory",
     "attention": "model",
 }
 
@@ -36,6 +41,7 @@ def _engine_checks(config: Config) -> list[Check]:
         min_rows=config.batcher.min_rows,
         max_kv_bytes=config.memory.max_kv_bytes,
         reserve_fraction=config.memory.reserve_fraction,
+        keep_prefixes_bytes=config.memory.keep_prefixes_bytes,
         attention=config.model.attention,
         none="null",
     )
@@ -44,6 +50,7 @@ def _engine_checks(config: Config) -> list[Check]:
 
 def _model_checks(model: ModelConfig) -> list[Check]:
     device, device_map, adapter, sliced = model.device, model.device_map, model.adapter, model.tensor_parallel
+    reference = model.reference
     with_slices = "where model.tensor_parallel is true"
     index = device.removeprefix("cuda").removeprefix(":")
     is_device = device in ("auto", "cpu", "cuda") or (device.startswith("cuda:") and index.isdigit())
@@ -56,11 +63,14 @@ def _model_checks(model: ModelConfig) -> list[Check]:
         Check("model.device", device, not sliced or device == "auto", f"auto {with_slices}"),
         Check("model.device_map", device_map, not (sliced and device_map), f"null {with_slices}"),
         Check("model.adapter", adapter, not (sliced and adapter), f"null {with_slices}"),
+        Check("model.reference", reference, reference != "", "a folder, a hub id or a GGUF file, or null for none"),
+        Check("model.reference", reference, not (sliced and reference), f"null {with_slices}"),
+        Check("model.reference", reference, not (device_map and reference), "null where model.device_map is set"),
     ]
 
 
 def _other_checks(config: Config) -> list[Check]:
-    data, output, sampling = config.data, config.output, config.sampling
+    data, output, sampling, job = config.data, config.output, config.sampling, config.job
     keep = data.keep_columns
     are_names = isinstance(keep, str) or (isinstance(keep, list) and all(isinstance(name, str) for name in keep))
     return [
@@ -91,9 +101,17 @@ def _other_checks(config: Config) -> list[Check]:
         Check("output.format", output.format, output.format in FORMATS, f"one of {', '.join(FORMATS)}"),
         Check("output.logprobs", output.logprobs, output.logprobs in LOGPROBS, f"one of {', '.join(LOGPROBS)}"),
         Check("output.rows_per_shard", output.rows_per_shard, output.rows_per_shard >= 1, "at least 1"),
+        Check("output.check", output.check, output.check in CHECKS, f"one of {', '.join(CHECKS)}"),
+        Check("job.deadline", job.deadline, _is_to_come(job.deadline), FORMS),
+        Check("job.lease_seconds", job.lease_seconds, 1 <= job.lease_seconds <= 86400, "from 1 to 86400, a day"),
         Check("tracker", config.tracker, config.tracker in TRACKERS, f"one of {', '.join(TRACKERS)}"),
         Check("seed", config.seed, -(2**63) <= config.seed < 2**63, "a 64-bit integer"),
     ]
+
+
+def _is_to_come(deadline: str | None) -> bool:
+    seconds = 0.0 if deadline is None else seconds_until(deadline, datetime.now().astimezone())
+    return seconds is not None and seconds >= 0
 
 
 def _is_column_mapping(given: object) -> bool:

@@ -19,6 +19,7 @@ from rollout.config.schema import (
     BATCHER_SCHEMAS,
     Config,
     DataConfig,
+    JobConfig,
     MemoryConfig,
     ModelConfig,
     OutputConfig,
@@ -52,6 +53,7 @@ def register() -> None:
         ("memory", "schema", MemoryConfig),
         ("output", "schema", OutputConfig),
         ("reward", "schema", RewardConfig),
+        ("job", "schema", JobConfig),
     ):
         store.store(group=group, name=name, node=node)
 

@@ -27,6 +27,7 @@ class ModelConfig:
     tensor_parallel: bool = MISSING
     revision: str | None = MISSING
     adapter: str | None = MISSING
+    reference: str | None = MISSING
     trust_remote_code: bool = MISSING
     attention: str = MISSING
 
@@ -135,6 +136,7 @@ class MemoryConfig:
 
     max_kv_bytes: int | None = MISSING
     reserve_fraction: float = MISSING
+    keep_prefixes_bytes: int = MISSING
 
 
 @dataclass
@@ -147,6 +149,16 @@ class OutputConfig:
     logprobs: str = MISSING
     skip_special_tokens: bool = MISSING
     split_reasoning: bool = MISSING
+    check: str = MISSING
+
+
+@dataclass
+class JobConfig:
+    """When a job must have ended, and how its workers know which of them are alive."""
+
+    deadline: str | None = MISSING
+    """In one of the forms of :mod:`rollout.config.deadline`; None: SLURM's time limit, where there is one."""
+    lease_seconds: float = MISSING
 
 
 @dataclass
@@ -168,5 +180,6 @@ class Config:
     memory: MemoryConfig = MISSING
     output: OutputConfig = MISSING
     reward: Any = None
+    job: JobConfig = MISSING
     tracker: str = MISSING
     seed: int = MISSING

@@ -9,10 +9,10 @@ from functools import lru_cache
 from typing import Any
 
 from rollout.config.schema import DataConfig
-from rollout.data.sharegpt import as_messages, is_sharegpt
-from rollout.data.stored_chat import stored_messages
 from rollout.errors import PromptError, shorten
 from rollout.tokenization.prompt import Chat
+from rollout.tokenization.sharegpt import as_messages, is_sharegpt
+from rollout.tokenization.stored_chat import stored_messages
 from rollout.tokenization.template_columns import TEMPLATE_COLUMNS, chat_of
 
 logger = logging.getLogger(__name__)

@@ -6,13 +6,15 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from rollout.config.schema import DataConfig
+from rollout.data.cache import SMALL_BYTES, UnwritableCache, cached, digest_of
 from rollout.data.column_values import MIXED
-from rollout.data.row_store import RowStore
+from rollout.data.row_store import RowStore, read_index, write_index
 from rollout.errors import InputError
 from rollout.record_columns import PREFIX
 
@@ -20,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 ALL = "all"
 _ROWS_PER_BLOCK = 1000
+_VERSION = 1
+"""Raised when the digests of an earlier version are to be computed anew."""
+_MAGIC = b"keptsum1"
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,18 @@ class KeptColumns:
         return pa.table(columns, schema=self.schema)
 
     def digest(self) -> str:
-        """Hash the names, the types and the values of all input rows."""
+        """Hash the names, the types and the values of all input rows; of a large dataset, the result is kept."""
+        if self._store.name is not None and self._store.bytes >= SMALL_BYTES:
+            name = digest_of([_VERSION, self._store.name, self.names])
+            # That nothing can be kept is said where the ids are.
+            with suppress(UnwritableCache, OSError):
+                return cached(f"{name}.kept", "the columns that are kept", _open_digest, self._write_digest)
+        return self._computed_digest()
+
+    def _write_digest(self, sink: pa.NativeFile) -> None:
+        write_index(sink, {"digest": self._computed_digest()}, _MAGIC)
+
+    def _computed_digest(self) -> str:
         digest = hashlib.sha256(str(self.schema.remove_metadata()).encode(errors="surrogatepass"))
         for start in range(0, len(self._store) if self.names else 0, _ROWS_PER_BLOCK):
             stop = min(start + _ROWS_PER_BLOCK, len(self._store))
@@ -53,6 +69,11 @@ class KeptColumns:
             for batch in block.replace_schema_metadata().to_batches():
                 digest.update(batch.serialize())
         return digest.hexdigest()
+
+
+def _open_digest(buffer: pa.Buffer) -> str:
+    """Return what `KeptColumns` wrote."""
+    return str(read_index(buffer, _MAGIC)["digest"])
 
 
 def named_columns(config: DataConfig) -> tuple[str, ...] | None:

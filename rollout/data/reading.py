@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import logging
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NoReturn, cast
 
 import datasets
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from rollout.arithmetic import DEFAULT_PROBLEMS, problems
 from rollout.config.schema import DataConfig
 from rollout.data.arrow_formats import ARROW_FORMATS, as_batches, read_arrow_format
+from rollout.data.cache import SMALL_BYTES, cached, digest_of
 from rollout.data.columns import ColumnChoice
 from rollout.data.data_files import DataFile
 from rollout.data.row_store import RowStore, RowWriter
@@ -30,9 +25,9 @@ from rollout.models.errors import first_line
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 """Raised when files of an earlier version are to be read anew."""
-_IN_MEMORY_BYTES = 32 << 20
+_IN_MEMORY_BYTES = SMALL_BYTES
 """Files of less than this are read into memory by each process, larger ones into the cache by one of them."""
 
 
@@ -69,14 +64,21 @@ def _load(source: Source, config: DataConfig, choice: ColumnChoice) -> RowStore:
             return _of_dataset(loaded, choice, config)
         builder = datasets.load_dataset_builder(source.path, name=config.name)
         _warn_of_types(source.path, builder.info)
-        identity = [source.path, builder.hash, builder.config_id, config.split]
-        return _cached(identity, config, choice, lambda writer: _stream(builder, config, choice, writer))
+        name = _name([source.path, builder.hash, builder.config_id, config.split], config, choice)
+        store = _cached(name, config, lambda writer: _stream(builder, config, choice, writer))
+        return replace(store, name=name)
     if sum(file.expanded_bytes() for file in source.files) < _IN_MEMORY_BYTES:
         sink = pa.BufferOutputStream()
         _write(sink, lambda writer: _read_files(source, config, choice, writer))
         return RowStore.from_buffer(sink.getvalue())
-    identity = [file.identity() for file in source.files]
-    return _cached(identity, config, choice, lambda writer: _read_files(source, config, choice, writer))
+    name = _name([file.identity() for file in source.files], config, choice)
+    store = _cached(name, config, lambda writer: _read_files(source, config, choice, writer))
+    return replace(store, name=name)
+
+
+def _name(identity: list[Any], config: DataConfig, choice: ColumnChoice) -> str:
+    """Return a name for the rows that a source of this identity holds."""
+    return digest_of([_VERSION, identity, config.limit, config.prompt_column, choice.key()])
 
 
 def _saved(source: Source, config: DataConfig) -> datasets.Dataset:
@@ -93,9 +95,13 @@ def _saved(source: Source, config: DataConfig) -> datasets.Dataset:
 
 
 def _of_dataset(dataset: datasets.Dataset, choice: ColumnChoice, config: DataConfig) -> RowStore:
+    # The fingerprint of a saved dataset stands in a file of its own, so its data files are named as well.
+    files = [DataFile(file["filename"], "arrow").identity() for file in dataset.cache_files]
+    identity = [dataset._fingerprint, files]
     if dataset._indices is not None:
         dataset = dataset.flatten_indices()
-    return _of_table(dataset.data.table, choice, config, dataset.features.to_dict())
+    store = _of_table(dataset.data.table, choice, config, dataset.features.to_dict())
+    return replace(store, name=_name(identity, config, choice)) if files else store
 
 
 def _of_table(
@@ -177,73 +183,9 @@ def _write(sink: Any, produce: Callable[[RowWriter], None]) -> None:
     writer.close()
 
 
-def _cached(
-    identity: Iterable[Any], config: DataConfig, choice: ColumnChoice, produce: Callable[[RowWriter], None]
-) -> RowStore:
-    """Open the store of what ``identity`` names in the cache; write it first if no process has yet."""
-    key = [_VERSION, list(identity), config.limit, config.prompt_column, choice.key()]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    path = Path(datasets.config.HF_DATASETS_CACHE) / "rollout" / f"{digest}.rows"
-    if (store := _open(path)) is not None:
-        return store
-    with ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # A file system without locks costs only that several processes read the files.
-            with suppress(OSError, NotImplementedError):
-                stack.enter_context(_locked(path, config.path))
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=digest)
-        except OSError as error:
-            raise InputError(
-                f"The cache folder {path.parent} cannot be written ({first_line(error)}): set HF_DATASETS_CACHE to "
-                "a folder with enough space."
-            ) from error
-        if (store := _open(path)) is not None:
-            os.unlink(name)
-            os.close(handle)
-            return store
-        try:
-            with open(handle, "wb") as sink:
-                _write(pa.PythonFile(sink, mode="w"), produce)
-            os.chmod(name, 0o644)
-            _publish(name, path)
-            return RowStore.from_buffer(pa.memory_map(str(path)).read_buffer())
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(name)
-
-
-@contextmanager
-def _locked(path: Path, source: str) -> Iterator[None]:
-    """Hold the lock of a store, after the process that is writing it, if any."""
-    lock = FileLock(f"{path}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("Another process is reading %s; waiting for what it stores.", source)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _publish(name: str, path: Path) -> None:
-    """Give a written store its place, unless another process has: a link never replaces what others have mapped."""
-    try:
-        os.link(name, path)
-    except OSError:
-        # The file system has no links, or something that is no store stands there.
-        if _open(path) is None:
-            os.replace(name, path)
-
-
-def _open(path: Path) -> RowStore | None:
-    """Open a store in the cache; None if there is none, or none that is whole."""
-    try:
-        return RowStore.from_buffer(pa.memory_map(str(path)).read_buffer())
-    except (OSError, ValueError):
-        return None
+def _cached(name: str, config: DataConfig, produce: Callable[[RowWriter], None]) -> RowStore:
+    """Open the store of this name in the cache; write it first if no process has yet."""
+    return cached(f"{name}.rows", config.path, RowStore.from_buffer, lambda sink: _write(sink, produce))
 
 
 def _refuse(what: str, error: BaseException) -> NoReturn:

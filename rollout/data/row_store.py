@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import struct
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +20,8 @@ from rollout.data.column_values import JSON, MIXED, has_wide_integers, merge_typ
 LINE = "\0line"
 """Column with the line at which an input row begins; no file has a column of this name."""
 _ALIGNMENT = 64
-_MAGIC = b"rows0001"
+_MAGIC = b"rows0002"
+_INDEX_END = struct.Struct("<II8s")
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,20 @@ class RowStore:
     """First row and name of each file that has rows."""
     features: dict[str, Any] = field(default_factory=dict)
     """What ``datasets`` wrote into the files about columns, such as which hold images; by column."""
+    name: str | None = None
+    """Differs between stores with other rows, so that what is computed from them can be kept; None: not known."""
 
     def __len__(self) -> int:
         return sum(table.num_rows for table in self.tables)
+
+    @property
+    def bytes(self) -> int:
+        """About how many bytes the rows take."""
+        return sum(table.nbytes for table in self.tables)
+
+    def rows_within(self, size: int) -> int:
+        """Return how many rows take ``size`` bytes on average; from 1 to 1000."""
+        return max(1, min(1000, size * len(self) // max(1, self.bytes)))
 
     @cached_property
     def _begins(self) -> list[int]:
@@ -98,11 +112,7 @@ class RowStore:
         Raises:
             ValueError: the buffer holds something else.
         """
-        view = memoryview(buffer)
-        if len(view) < 16 or bytes(view[-8:]) != _MAGIC:
-            raise ValueError("it does not end as a row store does")
-        length = int.from_bytes(view[-16:-8], "little")
-        index = json.loads(bytes(view[-16 - length : -16]))
+        index = read_index(buffer, _MAGIC)
         tables = [pa.ipc.open_stream(buffer.slice(start, size)).read_all() for start, size in index["tables"]]
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(index["types"])))
         return cls(
@@ -175,16 +185,14 @@ class RowWriter:
             if pa.types.is_floating(self._types[name]):
                 self._types[name] = MIXED
         types = pa.schema([(name, self._types[name]) for name in self._columns if name in self._types])
-        index = json.dumps(
-            {
-                "tables": self._tables,
-                "files": files,
-                "columns": list(self._columns),
-                "features": {name: feature for name, feature in self._features.items() if feature is not None},
-                "types": base64.b64encode(types.serialize().to_pybytes()).decode(),
-            }
-        ).encode()
-        self._sink.write(index + len(index).to_bytes(8, "little") + _MAGIC)
+        index = {
+            "tables": self._tables,
+            "files": files,
+            "columns": list(self._columns),
+            "features": {name: feature for name, feature in self._features.items() if feature is not None},
+            "types": base64.b64encode(types.serialize().to_pybytes()).decode(),
+        }
+        write_index(self._sink, index, _MAGIC)
 
     def _end_table(self) -> None:
         if self._writer is None:
@@ -193,3 +201,30 @@ class RowWriter:
         self._writer = None
         self._tables.append((self._start, self._sink.tell() - self._start))
         self._sink.write(b"\0" * (-self._sink.tell() % _ALIGNMENT))
+
+
+def write_index(sink: Any, index: dict[str, Any], magic: bytes) -> None:
+    """End a file with a JSON object, its length and checksum, and eight bytes that name the kind of file."""
+    text = json.dumps(index).encode()
+    sink.write(text + _INDEX_END.pack(len(text), zlib.crc32(text), magic))
+
+
+def read_index(buffer: pa.Buffer, magic: bytes) -> dict[str, Any]:
+    """Return the object that `write_index` wrote.
+
+    Raises:
+        ValueError: the buffer does not end with one.
+    """
+    end = len(buffer) - _INDEX_END.size
+    if end < 0:
+        raise ValueError("it is too short")
+    length, crc32, found = _INDEX_END.unpack(buffer.slice(end))
+    if found != magic or length > end:
+        raise ValueError("it does not end as such a file does")
+    text = buffer.slice(end - length, length).to_pybytes()
+    if zlib.crc32(text) != crc32:
+        raise ValueError("the checksum of its index differs")
+    index = json.loads(text)
+    if not isinstance(index, dict):
+        raise ValueError("its index is no object")
+    return index

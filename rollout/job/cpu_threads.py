@@ -19,14 +19,34 @@ def choose_threads(local_ranks: int, environment: Mapping[str, str], cores: int 
 
     Args:
         local_ranks: processes of the launch on this machine.
-        environment: ``OMP_NUM_THREADS`` in it is the user's choice, unless it is the 1 that torchrun sets.
+        environment: ``OMP_NUM_THREADS`` in it is the user's choice, unless it is the 1 that torchrun sets. In a SLURM
+            job, its variables say which CPUs of the machine are the launch's.
         cores: cores that the local ranks share; counted by default.
     """
     configured = environment.get("OMP_NUM_THREADS")
     set_by_torchrun = configured == "1" and local_ranks > 1 and "TORCHELASTIC_RUN_ID" in environment
     if configured and not set_by_torchrun:
         return None
-    return max(1, (usable_cores() if cores is None else cores) // local_ranks)
+    if cores is None:
+        cores = usable_cores()
+    return max(1, min(cores, _slurm_cpus(environment, cores)) // local_ranks)
+
+
+def _slurm_cpus(environment: Mapping[str, str], otherwise: int) -> int:
+    """Return how many CPUs of this machine SLURM gave to this task; many clusters do not bind tasks to theirs."""
+    cpus = environment.get("SLURM_CPUS_ON_NODE")
+    if cpus is None:
+        return otherwise
+    per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "1") if "SLURM_STEP_ID" in environment else "1"
+    counts = [count for group in per_node.split(",") for count in _repeated(group)]
+    node = int(environment.get("SLURM_NODEID", "0"))
+    return int(cpus) // counts[min(node, len(counts) - 1)]
+
+
+def _repeated(group: str) -> list[int]:
+    """Return a number of tasks for each node of a group: ``2(x3)`` is three nodes of two tasks."""
+    count, _, times = group.rstrip(")").partition("(x")
+    return [int(count)] * int(times or 1)
 
 
 def usable_cores(membership: Path = MEMBERSHIP, mount: Path = MOUNT, cpus: Path = _CPUS) -> int:

@@ -4,154 +4,101 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable, Collection
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 
-from rollout.config.schema import Config, ModelConfig
+import pyarrow as pa
+
+from rollout.closing import closed_by
+from rollout.config.schema import Config
 from rollout.data.prompts import Prompts, read_prompts
 from rollout.data.row_params import RowParams
-from rollout.errors import Exit, InputError
-from rollout.job.cpu_threads import choose_threads
-from rollout.job.hints import hint_at_length, hint_at_prompts
-from rollout.job.prompt_encoding import Encoder, make_encoder
+from rollout.errors import Exit
+from rollout.job.effort import Effort
+from rollout.job.heartbeat_thread import beating
+from rollout.job.loading import Generator, Load, Loaded, load_engine, model_files, reference_files, with_run_dtype
+from rollout.job.prompt_encoding import prompt_tokens
+from rollout.job.prompt_reader import PromptReader
 from rollout.job.ranks import Ranks, Topology
-from rollout.job.rewards import load_reward
+from rollout.job.retrying import Opened, Retry
+from rollout.job.reward_source import source_of
+from rollout.job.rewards import Reward, load_reward
 from rollout.job.sampling_defaults import with_model_defaults
 from rollout.job.shard_worker import ShardWorker
+from rollout.job.stop_signals import Stopped, stop_signals
+from rollout.job.stopping import Stopping
+from rollout.job.time_limit import time_limit
+from rollout.job.work_loop import mend, unless_complete, work
+from rollout.length_history import LengthHistory
+from rollout.logs import say
 from rollout.progress.progress import Progress
 from rollout.record_columns import ABSENT_LOGPROBS
-from rollout.records import REASONING, RECORD_COLUMNS, Record
-from rollout.requests import Request, StepReport
+from rollout.records import REASONING, RECORD_COLUMNS, REF_LOGPROBS
+from rollout.requests import StepReport
+from rollout.run_dir.attempts import end_attempt
+from rollout.run_dir.claims import Place, ShardClaims
+from rollout.run_dir.costs import write_cost
+from rollout.run_dir.file_system import LOCAL, see_afresh
 from rollout.run_dir.fingerprint import fingerprint_of
 from rollout.run_dir.metrics import MetricsWriter, active_workers
 from rollout.run_dir.previous_lengths import read_lengths
 from rollout.run_dir.record_table import shard_schema
-from rollout.run_dir.run import RunDir, existing_run, open_run, prepare_folder, read_run
-from rollout.run_dir.shard_locks import FileLocks
-from rollout.run_dir.summary import summarise
-from rollout.sampling_params import SamplingParams
+from rollout.run_dir.run import RunDir, existing_run, open_run, prepare_folder, read_run, restore_row_ids
+from rollout.run_dir.shard_checks import warn_of_foreign_files
+from rollout.run_dir.summary import Summary, summarise
+from rollout.run_dir.workers import Heartbeat, Worker, Workers
 from rollout.tracking.trackers import check_tracker
 from rollout.tracking.tracking import Tracking
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.5
-
-
-class Generator(Protocol):
-    """The part of the engine that a job uses."""
-
-    def run(
-        self, requests: Iterable[Request], *, on_step: Callable[[StepReport], None] | None = None
-    ) -> Iterator[Record]: ...
-
-    def check_params(self, params: SamplingParams) -> None: ...
-
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """An engine on a loaded model."""
+class Job:
+    """What a job works on."""
 
-    engine: Generator
-    encoder: Encoder
-    """Encodes the prompts; known to serve the first of them."""
-    dtype: str
-    """The model's dtype."""
-    attention: str
-    """The value of `Engine.attention`."""
-    memory: str
-    """The value of `Engine.memory`."""
-
-
-def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
-    """Load the job's model and build an engine on it.
-
-    Raises:
-        InputError: the model cannot be loaded or served, or lacks the chat template that the prompts need.
-    """
-    start = time.monotonic()
-    logger.info("Loading the model.")
-    # Imported here because bad input is refused without them, and they take seconds.
-    import torch
-    import transformers
-
-    from rollout.engine.engine import Engine
-    from rollout.models.attention.select import check_available
-    from rollout.models.errors import UnsupportedModel
-    from rollout.models.loading.load import ModelSource, load_model, load_tokenizer, resolve_device
-
-    transformers.utils.logging.disable_progress_bar()
-    named = asdict(config.model)
-    attention = named.pop("attention")
-    source = ModelSource(**named)
-    with _naming_model_keys():
-        device = resolve_device(source.device)
-        check_available(attention, device)
-        if device.type == "cpu" and (count := choose_threads(topology.local_world_size, os.environ)) is not None:
-            torch.set_num_threads(count)
-        tokenizer = load_tokenizer(source)
-        if topology.rank == 0:
-            hint_at_prompts(tokenizer, prompts, config.data)
-        encoder = make_encoder(config.data, tokenizer, prompts, source.path)
-        model = load_model(source, device)
-    with _naming_model_keys(UnsupportedModel):
-        engine = Engine(
-            model,
-            tokenizer,
-            policy=config.batcher.policy(),
-            latency_budget_ms=config.batcher.latency_budget_ms,
-            max_rows=config.batcher.max_rows,
-            min_rows=config.batcher.min_rows,
-            max_kv_bytes=config.memory.max_kv_bytes,
-            reserve_fraction=config.memory.reserve_fraction,
-            attention=attention,
-            skip_special_tokens=config.output.skip_special_tokens,
-            split_reasoning=config.output.split_reasoning,
-        )
-    try:
-        engine.check_params(config.sampling.params())
-    except InputError as error:
-        # The message begins with the name of the parameter.
-        raise InputError(f"sampling.{error}") from error
-    if topology.rank == 0:
-        hint_at_length(config.sampling.max_new_tokens, engine.context_limit)
-    logger.info(
-        "Loaded the model in %.0f s: %s on %s, attention %s.",
-        time.monotonic() - start,
-        str(model.dtype).removeprefix("torch."),
-        device,
-        engine.attention,
-    )
-    return Loaded(
-        engine=engine,
-        encoder=encoder,
-        dtype=str(model.dtype).removeprefix("torch."),
-        attention=engine.attention,
-        memory=engine.memory,
-    )
+    config: Config
+    run: RunDir
+    prompts: Prompts
+    schema: pa.Schema
+    """The columns of the shards."""
+    reward: Reward | None
+    previous_lengths: LengthHistory | None
+    """Lengths of a previous run's completions."""
 
 
-Load = Callable[[Config, Prompts, Topology], Loaded]
-
-
-def run_job(config: Config, load: Load | None = None, given: Collection[str] = ()) -> Exit:
+def run_job(config: Config, load: Load | None = None, given: Collection[str] = (), retry: Retry | None = None) -> Exit:
     """Run a job to its end, together with any other workers on the same run, and print its summary.
 
     Args:
         load: builds the engine, once it is known that there is work for it; `load_engine` if None.
         given: sampling parameters that the command line sets, whether or not to their defaults.
+        retry: the errors of the run in the folder that are to be generated or scored again.
 
     Raises:
         InputError: the configuration or the input is wrong; the message is one sentence.
+        Stopped: a signal or a deadline has ended the job before it was complete; the same command resumes it.
     """
+    with stop_signals() as signals:
+        stopping = Stopping(signals, time_limit(config.job.deadline, os.environ))
+        return _run(config, load or load_engine, given, retry, stopping)
+
+
+def _run(config: Config, load: Load, given: Collection[str], retry: Retry | None, stopping: Stopping) -> Exit:
+    begun = time.monotonic()
     topology = Topology.from_environment(os.environ, config.model.tensor_parallel)
     check_tracker(config.tracker)
     reward = load_reward(config.reward)
-    record_columns = (*RECORD_COLUMNS, *([REASONING] if config.output.split_reasoning else ()))
+    refers = config.model.reference is not None
+    record_columns = (
+        *RECORD_COLUMNS,
+        *([REASONING] if config.output.split_reasoning else ()),
+        *([REF_LOGPROBS] if refers else ()),
+    )
     prompts = read_prompts(config.data, with_columns=reward is not None, record_columns=record_columns)
     logger.info("Read %s prompts.", f"{len(prompts):,}")
     previous_lengths = None if config.data.lengths_from is None else read_lengths(config.data.lengths_from)
@@ -160,7 +107,7 @@ def run_job(config: Config, load: Load | None = None, given: Collection[str] = (
     paths = prepare_folder(config.output.dir)
     kept = prompts.kept
     logger.info("Loading PyTorch, and looking for the model %s.", config.model.path)
-    model, adapter = _model_files(config)
+    model, adapter = model_files(config)
     config = replace(config, sampling=with_model_defaults(config.sampling, model, given))
     fingerprint = fingerprint_of(
         config,
@@ -169,154 +116,199 @@ def run_job(config: Config, load: Load | None = None, given: Collection[str] = (
         adapter,
         kept=list(kept.names.values()),
         kept_content=kept.digest(),
+        reference=reference_files(config),
+        reward_source=None if config.reward is None else source_of(config.reward),
     )
     schema = shard_schema(
-        kept.schema, config.output.format, ABSENT_LOGPROBS[config.output.logprobs], config.output.split_reasoning
+        kept.schema,
+        config.output.format,
+        ABSENT_LOGPROBS[config.output.logprobs],
+        config.output.split_reasoning,
+        refers,
     )
+    full_check = config.output.check == "full"
     run = existing_run(paths, fingerprint)
-    with closing(Ranks(topology)) as ranks:
-        if not ranks.broadcast(run is not None and run.complete()):
-            loaded = (load or load_engine)(_with_run_dtype(config, run), prompts, topology)
+    if run is not None and retry is not None and topology.rank == 0:
+        retry.prepare(Opened(run, prompts, schema, reward))
+    with closing(Ranks(topology)) as ranks, ranks.stopping_together():
+        sound = topology.rank == 0 and run is not None and run.complete() and not mend(run, full=full_check)
+        if not ranks.broadcast(sound):
+            if ranks.broadcast(stopping.now()):
+                raise Stopped
+            loaded = load(with_run_dtype(config, run), prompts, topology)
+            stopping.join(ranks)
+            attempt = 0
             if topology.rank == 0:
-                open_run(
+                opened = open_run(
                     paths,
                     config,
-                    fingerprint,
+                    fingerprint.encoded(prompt_tokens(loaded.encoder, prompts)),
                     prompts.row_ids,
                     schema=schema,
                     dtype=loaded.dtype,
                     attention=loaded.attention,
                     workers=topology.workers,
                     template_dates=loaded.encoder.dates,
+                    token=secrets.token_hex(4),
+                    processes=topology.world_size,
+                    loading_seconds=time.monotonic() - begun,
                 )
-            ranks.barrier()
-            run = read_run(paths)
-            if topology.tensor_parallel and topology.rank:
-                _follow(loaded.engine, ranks)
-            else:
-                params = config.sampling.params()
-                locks = FileLocks(run.paths, run.shards, topology.workers)
-                worker = ShardWorker(
-                    run=run,
-                    locks=locks,
-                    prompts=prompts,
-                    schema=schema,
-                    # A resumed run renders the dates with which it began.
-                    encode=loaded.encoder.dated(run.fingerprint.template_dates).encode,
-                    params=params,
-                    row_params=RowParams(params, config.data.sampling_columns or {}, check=loaded.engine.check_params),
-                    seed=config.seed,
-                    reward=reward,
-                    previous_lengths=previous_lengths,
+                attempt = opened.attempt
+            attempt = ranks.broadcast(attempt)
+            # Rank 0 may have written the run just now, on another machine.
+            see_afresh(LOCAL, paths.root)
+            run = read_run(paths, attempt=attempt)
+            # From here on, a signal waits until what is under way is saved.
+            with stopping.signals.noted():
+                if topology.tensor_parallel and topology.rank:
+                    _follow(loaded.engine, ranks, stopping)
+                    saved = ""
+                else:
+                    job = Job(config, run, prompts, schema, reward, previous_lengths)
+                    saved = ""
+                    with unless_complete(run, full=full_check):
+                        effort = Effort()
+                        saved = _generate(job, loaded, topology, ranks, stopping, effort)
+                        if topology.rank == 0:
+                            _end_attempt(run, effort)
+                reason = ranks.broadcast(stopping.reason) if topology.tensor_parallel else stopping.reason
+            if reason is not None and not run.complete():
+                raise Stopped(
+                    ""
+                    if topology.rank
+                    else f"Stopped by {reason}: {saved}; the same command resumes the run in {paths.root}."
                 )
-                _generate(config, run, loaded, worker, topology, ranks)
         elif topology.rank == 0:
+            assert run is not None
+            restore_row_ids(run, prompts.row_ids, secrets.token_hex(4))
             logger.info("The run in %s is complete already; nothing to generate.", paths.root)
     run = run or read_run(paths)
-    if run.complete():
-        run.clear_work()
-    return _print_summary(run) if topology.rank == 0 else Exit.COMPLETE
+    if not run.complete():
+        # The workers that have the rest finish the run.
+        return Exit.COMPLETE
+    summary = summarise(run) if topology.rank == 0 else None
+    if summary is not None and summary.cost is not None and not sound:
+        write_cost(run, summary.cost, secrets.token_hex(4))
+    run.clear_work()
+    if summary is None:
+        return Exit.COMPLETE
+    warn_of_foreign_files(run)
+    return _print(summary)
 
 
-def _follow(engine: Generator, ranks: Ranks) -> None:
+def _follow(engine: Generator, ranks: Ranks, stopping: Stopping) -> None:
     """Run rank 0's requests and discard the records, as the other ranks of a tensor-parallel worker do."""
     for requests in ranks.received():
-        for _ in engine.run(requests):
+        if requests is None:
+            # Rank 0 is told of a signal, and ends this.
+            stopping.now()
+            continue
+        for _ in engine.run(requests, stop=stopping.conditions, weights_fixed=True):
             pass
 
 
-def _generate(
-    config: Config, run: RunDir, loaded: Loaded, worker: ShardWorker, topology: Topology, ranks: Ranks
-) -> None:
-    """Work on shards until none can be claimed; rank 0 continues until all workers have committed theirs."""
+def _generate(job: Job, loaded: Loaded, topology: Topology, ranks: Ranks, stopping: Stopping, effort: Effort) -> str:
+    """Work on the run as one of its workers, and return how much of it is done, as the middle of a sentence."""
+    config, run = job.config, job.run
+    me = Worker.of_process(run.attempt, topology.rank, os.environ)
+    lease_seconds = config.job.lease_seconds
     with ExitStack() as stack:
-        stack.enter_context(closing(worker))
-        metrics_path = run.paths.metrics(topology.worker)
+        heartbeat = Heartbeat(run.files, run.paths, me)
+        stack.enter_context(beating(heartbeat, lease_seconds))
+        workers = Workers(run.files, run.paths, me, lease_seconds)
+        claims = ShardClaims(run.files, run.paths, workers, run.shards, Place(topology.worker, topology.workers))
+        executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="commit"))
+        worker = _shard_worker(job, loaded, claims, heartbeat, executor, effort, on_stored=stopping.stored)
+        stack.enter_context(closed_by(worker.close))
         on_line = None
         if config.tracker != "none" and topology.rank == 0:
             run_name = f"{run.paths.root.name}-{topology.worker}" if topology.workers > 1 else run.paths.root.name
             on_line = stack.enter_context(Tracking(config.tracker, run.paths.trackers, run_name, asdict(config))).log
+        metrics_path = run.paths.metrics(topology.worker)
         metrics = stack.enter_context(
             MetricsWriter(metrics_path, topology.worker, run.attempt, device=loaded.memory, on_line=on_line)
         )
-        observers = [metrics.step]
-        progress: Progress | None = None
+        observers = [metrics.step, stopping.step]
+        on_wait: Callable[[], None] = _nothing
         if topology.rank == 0:
-            progress = stack.enter_context(
-                Progress(
-                    run.rows * run.samples,
-                    lambda: worker.done(active_workers(run.paths)),
-                )
-            )
+            samples = run.rows * run.samples
+            progress = stack.enter_context(Progress(samples, lambda: worker.done(active_workers(run.paths))))
             observers.append(progress.step)
+            on_wait = progress.waiting
+            done = run.samples_of(run.committed())
+            logger.info(
+                "Generating %s samples (%s prompts, %d each)%s.",
+                f"{samples:,}",
+                f"{run.rows:,}",
+                run.samples,
+                f"; {done:,} are there already" if done else "",
+            )
 
         def on_step(report: StepReport) -> None:
             for observe in observers:
                 observe(report)
 
-        if topology.rank == 0:
-            done = run.committed_samples()
-            logger.info(
-                "Generating %s samples (%s prompts, %d each)%s.",
-                f"{run.rows * run.samples:,}",
-                f"{run.rows:,}",
-                run.samples,
-                f"; {done:,} are there already" if done else "",
-            )
-        waiting = False
-        while not run.complete():
-            if worker.claim():
-                for record in loaded.engine.run(ranks.share(worker.requests()), on_step=on_step):
-                    for stored in worker.accept(record):
-                        metrics.record(stored)
-                for stored in worker.flush():
-                    metrics.record(stored)
-            elif topology.rank == 0:
-                # If another worker dies, its shards can be claimed here.
-                if not waiting:
-                    logger.info("Other workers have taken all that is left; waiting until they have finished it.")
-                waiting = True
-                if progress is not None:
-                    progress.waiting()
-                time.sleep(POLL_SECONDS)
-            else:
-                return
-        ranks.end_sharing()
+        work(
+            run,
+            loaded.engine,
+            worker,
+            claims,
+            ranks,
+            stopping,
+            on_step=on_step,
+            on_record=metrics.record,
+            on_wait=on_wait,
+            waits=topology.rank == 0,
+            full_check=config.output.check == "full",
+            effort=effort,
+        )
+        known = worker.done(workers=1)
+        finished = f"{known.own + known.committed:,} of {run.rows * run.samples:,} samples are done"
+        return f"{finished}, and {worker.under_way:,} under way are saved"
 
 
-def _print_summary(run: RunDir) -> Exit:
-    summary = summarise(run)
-    print("\n".join(summary.lines()), flush=True)
+def _nothing() -> None:
+    """Do nothing, as workers without a progress line do while they wait."""
+
+
+def _shard_worker(
+    job: Job,
+    loaded: Loaded,
+    claims: ShardClaims,
+    heartbeat: Heartbeat,
+    executor: Executor,
+    effort: Effort,
+    on_stored: Callable[[int, float], None],
+) -> ShardWorker:
+    config, run = job.config, job.run
+    params = config.sampling.params()
+    return ShardWorker(
+        run=run,
+        claims=claims,
+        writer=heartbeat.worker.writer,
+        prompts=job.prompts,
+        schema=job.schema,
+        # A resumed run renders the dates with which it began.
+        encode=PromptReader(loaded.encoder.dated(run.fingerprint.template_dates)).encoded,
+        params=params,
+        executor=executor,
+        row_params=RowParams(params, config.data.sampling_columns or {}, check=loaded.engine.check_params),
+        seed=config.seed,
+        reward=job.reward,
+        reference=loaded.reference,
+        previous_lengths=job.previous_lengths,
+        on_stored=on_stored,
+        publish=heartbeat.publish,
+        effort=effort,
+    )
+
+
+def _end_attempt(run: RunDir, effort: Effort) -> None:
+    """Note in the attempt's file that it has ended, and what its first worker measured."""
+    ended = {"ended": round(time.time(), 3), "cost": effort.measured()}
+    end_attempt(run.files, run.paths, run.attempt, ended, secrets.token_hex(4))
+
+
+def _print(summary: Summary) -> Exit:
+    say("\n".join(summary.lines()))
     return Exit.ERROR_ROWS if summary.totals.error_rows else Exit.COMPLETE
-
-
-def _model_files(config: Config) -> tuple[Path, Path | None]:
-    """Return the local folder or file of the model, and the folder of its adapter."""
-    # Imports torch, so it runs after the other input is checked.
-    from rollout.models.loading.checkpoint import locate
-
-    model = config.model
-    with _naming_model_keys():
-        return locate(model.path, model.revision, model.adapter, code=model.trust_remote_code)
-
-
-@contextmanager
-def _naming_model_keys(kind: type[ValueError] = ValueError) -> Iterator[None]:
-    """Turn errors of rollout.models into input errors that name the configuration key of the parameter at fault."""
-    try:
-        yield
-    except InputError:
-        raise
-    except kind as error:
-        message = str(error)
-        # Messages about a parameter begin with its name: "path 'x' does not exist", "attention=triton was requested".
-        parameter = message.replace("=", " ").partition(" ")[0]
-        named = parameter in {field.name for field in fields(ModelConfig)}
-        raise InputError(f"model.{message}" if named else message) from error
-
-
-def _with_run_dtype(config: Config, run: RunDir | None) -> Config:
-    """Replace ``model.dtype=auto`` by the dtype that the run began with: ``auto`` depends on the machine."""
-    if run is None or config.model.dtype != "auto":
-        return config
-    return replace(config, model=replace(config.model, dtype=run.dtype))

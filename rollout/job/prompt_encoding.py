@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Chats to try before the model is loaded. A fault of the template or of a setting fails them all.
 _TRIED_ROWS = 256
+#: Rows whose tokens stand for those of all; they lie at equal distances.
+_COMPARED_ROWS = 64
 
 
 class Encoder(Protocol):
@@ -29,6 +33,8 @@ class Encoder(Protocol):
     def dated(self, dates: Mapping[str, str]) -> Encoder: ...
 
     def encode(self, prompt: Prompt) -> EncodedPrompt: ...
+
+    def encode_batch(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt | PromptError]: ...
 
 
 def make_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, model_path: str) -> Encoder:
@@ -78,3 +84,17 @@ def _try_first_chats(encoder: Encoder, prompts: Prompts, config: DataConfig) -> 
         row_id, reason = first_error
         advice = "; unset data.system_prompt" if config.system_prompt is not None and "ystem" in reason else ""
         raise InputError(f"None of the first chats can be encoded, input row {row_id} among them: {reason}{advice}")
+
+
+def prompt_tokens(encoder: Encoder, prompts: Prompts) -> str:
+    """Return the digest of the token ids of some prompts, which tells when tokenizer or template give others.
+
+    Other versions of their packages may do so with the same files. The dates that a template writes do not count.
+    """
+    indices = range(0, len(prompts), max(1, len(prompts) // _COMPARED_ROWS))
+    rows = [row for index in indices for row in prompts.rows(index, index + 1)]
+    encoder = encoder.dated({form: form for form in encoder.dates})
+    encoded = encoder.encode_batch([row.prompt for row in rows if row.prompt is not None])
+    # The sentence of an error may be that of a library, which words it otherwise in another version.
+    shown = [item.error_class if isinstance(item, PromptError) else [*item] for item in encoded]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()

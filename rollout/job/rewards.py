@@ -57,6 +57,9 @@ def load_reward(config: dict[str, Any] | None) -> Reward | None:
         function: Any = instantiate(arguments | {"_target_": resolved, "_partial_": not isinstance(resolved, type)})
     except (HydraException, ImportError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"reward._target_={target} cannot be used: {first_line(error.__cause__ or error)}.") from error
+    if isinstance(function, functools.partial):
+        # Hydra's own kind checks its target at every call anew, which takes longer than most rewards.
+        function = functools.partial(function.func, *function.args, **function.keywords)
     taken = "an input row and the text of a completion" if batch is None else "a list of input rows and one of texts"
     try:
         if isinstance(function, functools.partial):

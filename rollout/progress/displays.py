@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from rollout.logs import reader_may_go
+
 PLAIN_SECONDS = 10.0
 LIVE_SECONDS = 0.25
 _NOTEBOOK_WIDTH = 100
@@ -44,7 +46,39 @@ def display_on(console: Console) -> Display:
     """Return the display for a console."""
     if console.is_jupyter:
         return _Notebook()
-    return _Terminal(console) if console.is_terminal else _Lines(console)
+    return _WhileRead(_Terminal(console) if console.is_terminal else _Lines(console), console)
+
+
+class StderrConsole(Console):
+    """Stderr; where its reader has gone, printing raises an `OSError`."""
+
+    def __init__(self, **others: Any) -> None:
+        super().__init__(stderr=True, **others)
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error on: rich would end the process, and with it the job."""
+        raise
+
+
+class _WhileRead:
+    """A display whose reader may go, which is no failure of what it shows."""
+
+    def __init__(self, display: Display, console: Console) -> None:
+        self._display = display
+        self._console = console
+        self.seconds = display.seconds
+
+    def start(self) -> None:
+        with reader_may_go(self._console.file):
+            self._display.start()
+
+    def draw(self, view: View) -> None:
+        with reader_may_go(self._console.file):
+            self._display.draw(view)
+
+    def stop(self) -> None:
+        with reader_may_go(self._console.file):
+            self._display.stop()
 
 
 class _Lines:

@@ -11,7 +11,7 @@ from typing import Generic, NamedTuple, Self, TypeVar
 from rich.console import Console
 
 from rollout.batcher.estimators.time_left import TimeLeft
-from rollout.progress.displays import View, display_on
+from rollout.progress.displays import StderrConsole, View, display_on
 from rollout.requests import StepReport
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class Progress:
         self._total = total
         self._done = done
         self._clock = clock
-        self._display = display_on(console or Console(stderr=True))
+        self._display = display_on(console or StderrConsole())
         self._time_left = TimeLeft()
         # Counting reads the folders of a run, and an estimate is calculated for milliseconds.
         self._counted = _Sparing(done, clock)

@@ -14,6 +14,7 @@ from rollout.report.page import Subject, page
 from rollout.report.record_files import record_files
 from rollout.report.samples_to_read import SamplePicker
 from rollout.report.series import Limits
+from rollout.run_dir.attempts import read_attempts
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import read_run, read_run_json
 from rollout.run_dir.summary import read_totals
@@ -27,8 +28,9 @@ def report(folder: Path) -> str:
     """
     paths = RunPaths(folder)
     run, description = read_run(paths), read_run_json(paths)
-    limits = {number: _limits(attempt) for number, attempt in enumerate(description["attempts"])}
-    subject = Subject(run=run, description=description, totals=read_totals(run), limits=limits)
+    attempts = {attempt["attempt"]: attempt for attempt in read_attempts(run.files, paths)}
+    limits = {number: _limits(attempt) for number, attempt in attempts.items()}
+    subject = Subject(run=run, description=description, totals=read_totals(run), attempts=attempts, limits=limits)
     history = read_history(paths, limits)
     picker = SamplePicker()
     statistics = read_statistics(record_files(run), picker)
@@ -40,7 +42,7 @@ def report(folder: Path) -> str:
 
 
 def _limits(attempt: object) -> Limits:
-    """Read the limits of an attempt in ``run.json``; none if they cannot be read."""
+    """Read the limits of an attempt; none if they cannot be read."""
     try:
         budget = attempt["batcher"]["latency_budget_ms"]  # type: ignore[index]
         max_kv_bytes = attempt["memory"]["max_kv_bytes"]  # type: ignore[index]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rollout.report.record_files import UnreadableFile, read_batches
+from rollout.report.record_files import RecordFile, UnreadableFile, read_batches
 from rollout.report.samples_to_read import SamplePicker
 
 MOST_BYTES = 2 << 30
@@ -70,7 +69,7 @@ class DataStatistics:
         return sum(lengths.total() for lengths in self.completion_lengths.values())
 
 
-def read_statistics(files: Sequence[Path], picker: SamplePicker) -> DataStatistics:
+def read_statistics(files: Sequence[RecordFile], picker: SamplePicker) -> DataStatistics:
     """Read the records of a run, and offer each of them to a picker.
 
     Args:
@@ -79,40 +78,42 @@ def read_statistics(files: Sequence[Path], picker: SamplePicker) -> DataStatisti
     statistics = DataStatistics()
     chosen = _within_budget(files)
     statistics.skipped_files = len(files) - len(chosen)
-    for path in chosen:
+    for file in chosen:
         try:
-            _add_file(statistics, picker, path)
+            _add_file(statistics, picker, file)
             statistics.files += 1
         except UnreadableFile as error:
-            statistics.unreadable[path.name] = str(error)
+            statistics.unreadable[file.name] = str(error)
     return statistics
 
 
-def _within_budget(files: Sequence[Path]) -> list[Path]:
+def _within_budget(files: Sequence[RecordFile]) -> list[RecordFile]:
     """Return all files, or some at equal distances whose sizes sum to about `MOST_BYTES`."""
-    size = sum(path.stat().st_size for path in files)
+    size = sum(file.bytes for file in files)
     stride = max(1.0, size / MOST_BYTES)
     return [files[int(i * stride)] for i in range(int(np.ceil(len(files) / stride)))]
 
 
-def _add_file(statistics: DataStatistics, picker: SamplePicker, path: Path) -> None:
+def _add_file(statistics: DataStatistics, picker: SamplePicker, file: RecordFile) -> None:
     """Add the records of one shard, which holds all samples of its prompts."""
     row_ids, rewards = [], []
     start = 0
-    for batch in read_batches(path):
-        _add_batch(statistics, picker, path, start, batch)
+    for batch in read_batches(file):
+        _add_batch(statistics, picker, file, start, batch)
         row_ids.append(batch["row_id"])
         rewards.append(batch["reward"])
         start += len(batch)
     if start:
-        _add_groups(statistics.groups, picker, path, pa.table({
+        _add_groups(statistics.groups, picker, file, pa.table({
             "row_id": pa.chunked_array(row_ids),
             "reward": pc.cast(pa.chunked_array(rewards), pa.float64()),
             "row": np.arange(start),
         }))  # fmt: skip
 
 
-def _add_batch(statistics: DataStatistics, picker: SamplePicker, path: Path, start: int, batch: pa.RecordBatch) -> None:
+def _add_batch(
+    statistics: DataStatistics, picker: SamplePicker, file: RecordFile, start: int, batch: pa.RecordBatch
+) -> None:
     lengths = pc.fill_null(pc.list_value_length(batch["completion_ids"]), 0).to_numpy()
     prompts = pc.fill_null(pc.list_value_length(batch["prompt_ids"]), 0).to_numpy()
     rewards = pc.cast(batch["reward"], pa.float64()).to_numpy(zero_copy_only=False)
@@ -128,10 +129,10 @@ def _add_batch(statistics: DataStatistics, picker: SamplePicker, path: Path, sta
         statistics.rewarded[name] += int(known[these].sum())
         statistics.reward_sums[name] += float(np.nansum(rewards[these]))  # type: ignore[assignment]
     statistics.errors.update({name: len(these) for name, these in errors.items() if name})
-    picker.add(path, start, lengths=lengths, rewards=rewards, reasons=reasons, errors=errors)
+    picker.add(file, start, lengths=lengths, rewards=rewards, reasons=reasons, errors=errors)
 
 
-def _add_groups(groups: Groups, picker: SamplePicker, path: Path, table: pa.Table) -> None:
+def _add_groups(groups: Groups, picker: SamplePicker, file: RecordFile, table: pa.Table) -> None:
     grouped = table.group_by("row_id", use_threads=False).aggregate(
         [("reward", kind) for kind in ("count", "min", "max", "mean", "stddev")] + [("row", "min")]
     )
@@ -145,7 +146,7 @@ def _add_groups(groups: Groups, picker: SamplePicker, path: Path, table: pa.Tabl
     groups.mixed += int((several & ~same).sum())
     groups.means.update(_counted_rewards(mean[several]))
     groups.deviation_sum += float(deviation[several].sum())
-    picker.add_prompts(path, row[several], means=mean[several], deviations=deviation[several])
+    picker.add_prompts(file, row[several], means=mean[several], deviations=deviation[several])
 
 
 def _positions(column: pa.Array) -> dict[str, IntArray]:

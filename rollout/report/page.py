@@ -39,6 +39,8 @@ class Subject:
     description: Mapping[str, Any]
     """The contents of ``run.json``."""
     totals: Totals
+    attempts: Mapping[int, dict[str, Any]]
+    """What each attempt ran with, by number."""
     limits: Mapping[int, Limits]
     """By attempt."""
 
@@ -48,9 +50,8 @@ class Subject:
         return str(_mapping(_mapping(self.description.get("config")).get("data")).get("prompt_column", "prompt"))
 
     def attempt(self, number: int) -> dict[str, Any]:
-        """Return an attempt as ``run.json`` describes it; empty if it does not."""
-        stored = self.description["attempts"]
-        return _mapping(stored[number]) if isinstance(stored, list) and number < len(stored) else {}
+        """Return what an attempt ran with; empty if that is not known."""
+        return self.attempts.get(number, {})
 
 
 def page(subject: Subject, history: History, statistics: DataStatistics, picker: SamplePicker) -> str:
@@ -151,6 +152,7 @@ def _facts(subject: Subject) -> str:
         "output": _pairs(_mapping(config.get("output")) | {"rows_per_shard": run.rows_per_shard}),
         "reward": _pairs(config.get("reward")),
         "finished": format_counts(totals.finish_reasons),
+        "cost": _pairs(_not_null(description.get("cost"))),
         "versions": _pairs(description.get("packages")),
     }
     cells = (f"<tr><th>{name}</th><td>{escape(text)}</td></tr>\n" for name, text in facts.items() if text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +15,11 @@ import pyarrow.parquet as pq
 
 from rollout import record_columns
 from rollout.models.errors import first_line
-from rollout.records import RECORD_COLUMNS
+from rollout.records import RECORD_COLUMNS, Record
+from rollout.run_dir.file_system import LOCAL
 from rollout.run_dir.json_values import json_value
-from rollout.run_dir.part_file import read_whole_records
+from rollout.run_dir.part_file import ShardKey, finished_records
+from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import RunDir
 
 T = TypeVar("T")
@@ -39,27 +42,52 @@ class UnreadableFile(ValueError):
     """A file of records cannot be read."""
 
 
-def record_files(run: RunDir) -> list[Path]:
+@dataclass(frozen=True, slots=True)
+class RecordFile:
+    """The finished records of one shard: its committed file, or the folder of its part files."""
+
+    path: Path
+    parts: ShardKey | None = None
+    """What the part files are of; None for a committed file."""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def bytes(self) -> int:
+        files = [self.path] if self.parts is None else self.path.iterdir()
+        return sum(file.stat().st_size for file in files)
+
+    def part_records(self, key: ShardKey) -> Iterator[Record]:
+        """Yield the finished records of the part files."""
+        return finished_records(LOCAL, RunPaths(self.path.parent.parent.parent), key)
+
+
+def record_files(run: RunDir) -> list[RecordFile]:
     """Return the file of each shard that has finished records, in the order of the shards."""
-    committed = {shard: run.paths.shard(shard, run.format) for shard in range(run.shards)}
-    chosen = (
-        path if run.paths.manifest(shard).exists() else run.paths.part(shard) for shard, path in committed.items()
-    )
-    return [path for path in chosen if path.exists()]
+    chosen = []
+    for shard in range(run.shards):
+        if run.paths.manifest(shard).exists():
+            chosen.append(RecordFile(run.paths.shard(shard, run.format)))
+        else:
+            chosen.append(RecordFile(run.paths.parts(shard), ShardKey(run.fingerprint.digest, shard)))
+    return [file for file in chosen if file.path.exists()]
 
 
-def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
+def read_batches(file: RecordFile) -> Iterator[pa.RecordBatch]:
     """Yield the columns of `SCHEMA`; the records of a shard are never held together.
 
     Raises:
         UnreadableFile: the file is torn, or lacks a column.
     """
+    path = file.path
     try:
-        if path.name.endswith(".part.jsonl"):
-            yield from _part_batches(path)
+        if file.parts is not None:
+            yield from _part_batches(file.part_records(file.parts))
         elif path.suffix == ".parquet":
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(BATCH_RECORDS, columns=SCHEMA.names):
+            with pq.ParquetFile(path) as parquet:
+                for batch in parquet.iter_batches(BATCH_RECORDS, columns=SCHEMA.names):
                     yield batch.select(SCHEMA.names).cast(SCHEMA)
         else:
             options = pa.json.ParseOptions(explicit_schema=SCHEMA, unexpected_field_behavior="ignore")
@@ -69,28 +97,28 @@ def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
         raise UnreadableFile(first_line(error)) from error
 
 
-def _part_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    records = read_whole_records(path)
+def _part_batches(records: Iterator[Record]) -> Iterator[pa.RecordBatch]:
     while some := list(islice(records, BATCH_RECORDS)):
         columns = [pa.array([getattr(record, field.name) for record in some], field.type) for field in SCHEMA]
         yield pa.record_batch(columns, schema=SCHEMA)
 
 
-def read_records(path: Path, rows: Collection[int]) -> dict[int, dict[str, Any]]:
+def read_records(file: RecordFile, rows: Collection[int]) -> dict[int, dict[str, Any]]:
     """Return the records at some positions of a file that `read_batches` has read, without log-probabilities.
 
     Raises:
         UnreadableFile: the file cannot be read any more.
     """
+    path = file.path
     try:
-        if path.name.endswith(".part.jsonl"):
+        if file.parts is not None:
             names = [name for name in RECORD_COLUMNS if name not in _LOGPROBS]
-            found = _at(read_whole_records(path), rows)
+            found = _at(file.part_records(file.parts), rows)
             return {row: {name: getattr(record, name) for name in names} for row, record in found}
         if path.suffix == ".parquet":
             return _parquet_records(path, rows)
-        with open(path, "rb") as file:
-            lines = ((row, json.loads(line)) for row, line in _at(file, rows))
+        with open(path, "rb") as opened:
+            lines = ((row, json.loads(line)) for row, line in _at(opened, rows))
             return {row: {name: value for name, value in line.items() if name not in _LOGPROBS} for row, line in lines}
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise UnreadableFile(first_line(error)) from error

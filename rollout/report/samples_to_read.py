@@ -5,13 +5,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rollout.report.record_files import UnreadableFile, read_records
+from rollout.report.record_files import RecordFile, UnreadableFile, read_records
 
 RANDOM = 4
 """Samples chosen at random, besides those chosen by a rule."""
@@ -34,7 +33,7 @@ class Candidate(NamedTuple):
     score: float
     tie: float
     """Random, so that a rule does not prefer the first of equals."""
-    path: Path
+    file: RecordFile
     row: int
     """Position in the file."""
     value: float
@@ -49,14 +48,14 @@ class Shortlist:
     best: list[Candidate] = field(default_factory=list)
     """In order."""
 
-    def offer(self, path: Path, rows: IntArray, scores: FloatArray, ties: FloatArray, values: FloatArray) -> None:
+    def offer(self, file: RecordFile, rows: IntArray, scores: FloatArray, ties: FloatArray, values: FloatArray) -> None:
         """Offer records of a file; arrays are [records]."""
         if len(self.best) == self.size:
             near = np.flatnonzero(scores <= self.best[-1].score)
             rows, scores, ties, values = rows[near], scores[near], ties[near], values[near]
         order = np.lexsort((ties, scores))[: self.size]
         columns = (column[order].tolist() for column in (scores, ties, rows, values))
-        new = (Candidate(score, tie, path, row, value) for score, tie, row, value in zip(*columns, strict=True))
+        new = (Candidate(score, tie, file, row, value) for score, tie, row, value in zip(*columns, strict=True))
         self.best = heapq.nsmallest(self.size, [*self.best, *new])
 
 
@@ -83,7 +82,7 @@ class SamplePicker:
 
     def add(
         self,
-        path: Path,
+        file: RecordFile,
         start: int,
         *,
         lengths: IntArray,
@@ -103,7 +102,7 @@ class SamplePicker:
         ties = self._rng.random(len(lengths))
 
         def offer(shortlist: Shortlist, these: IntArray, scores: FloatArray, values: FloatArray) -> None:
-            shortlist.offer(path, start + these, scores[these], ties[these], values[these])
+            shortlist.offer(file, start + these, scores[these], ties[these], values[these])
 
         sizes = lengths.astype(np.float64)
         failed = reasons.get("error", np.empty(0, np.int64))
@@ -119,7 +118,7 @@ class SamplePicker:
             if name:
                 offer(self._errors.setdefault(name, Shortlist(_ALTERNATIVES)), these, ties, sizes)
 
-    def add_prompts(self, path: Path, rows: IntArray, *, means: FloatArray, deviations: FloatArray) -> None:
+    def add_prompts(self, file: RecordFile, rows: IntArray, *, means: FloatArray, deviations: FloatArray) -> None:
         """Offer the prompts of a file.
 
         Args:
@@ -131,7 +130,7 @@ class SamplePicker:
         scores = {"lowest mean reward": means, "widest spread": -deviations, "highest mean reward": -means}
         for kind, score in scores.items():
             values = deviations if kind == "widest spread" else means
-            self._prompts[kind].offer(path, rows, score, ties, values)
+            self._prompts[kind].offer(file, rows, score, ties, values)
 
     def samples(self) -> list[SampleToRead]:
         """Read the chosen samples; at most twelve, none twice."""
@@ -169,12 +168,12 @@ class SamplePicker:
 
 def _first_unused(rules: Sequence[tuple[str, list[Candidate]]]) -> list[tuple[str, Candidate]]:
     """Return the best candidate of each rule that no rule before has taken."""
-    used: set[tuple[Path, int]] = set()
+    used: set[tuple[RecordFile, int]] = set()
     chosen = []
     for why, candidates in rules:
         for candidate in candidates:
-            if (candidate.path, candidate.row) not in used:
-                used.add((candidate.path, candidate.row))
+            if (candidate.file, candidate.row) not in used:
+                used.add((candidate.file, candidate.row))
                 chosen.append((why, candidate))
                 break
     return chosen
@@ -182,15 +181,15 @@ def _first_unused(rules: Sequence[tuple[str, list[Candidate]]]) -> list[tuple[st
 
 def _read(chosen: Sequence[tuple[str, Candidate]]) -> list[SampleToRead]:
     """Read the records of candidates; a file that has gone since then is left out."""
-    records: dict[tuple[Path, int], dict[str, Any]] = {}
-    for path in {candidate.path for _, candidate in chosen}:
-        rows = {candidate.row for _, candidate in chosen if candidate.path == path}
+    records: dict[tuple[RecordFile, int], dict[str, Any]] = {}
+    for file in {candidate.file for _, candidate in chosen}:
+        rows = {candidate.row for _, candidate in chosen if candidate.file == file}
         try:
-            records.update({(path, row): record for row, record in read_records(path, rows).items()})
+            records.update({(file, row): record for row, record in read_records(file, rows).items()})
         except UnreadableFile:
             continue
     return [
-        SampleToRead(why, records[candidate.path, candidate.row], candidate.value)
+        SampleToRead(why, records[candidate.file, candidate.row], candidate.value)
         for why, candidate in chosen
-        if (candidate.path, candidate.row) in records
+        if (candidate.file, candidate.row) in records
     ]

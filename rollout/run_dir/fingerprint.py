@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rollout.config.schema import Config, DataConfig, SamplingConfig
 from rollout.errors import shorten
+from rollout.models.sampling.version import SAMPLER_VERSION
+from rollout.run_dir.model_digests import tokenizer_digest, weights_digest
 from rollout.sampling_params import PARAMETER_NAMES, SamplingParams
 
-_HASHED_WHOLE_BYTES = 1 << 30
-"""Files up to this size are hashed whole, larger ones by `_hash_blocks`."""
-_BLOCK_BYTES = 1 << 20
-_TENSOR_BLOCK_BYTES = 1 << 14
-_TOKENIZER_PREFIXES = (
-    *("tokenizer", "vocab", "merges", "special_tokens", "added_tokens"),
-    *("chat_template", "spiece", "spm"),
-)
 _FIRST_PARAMETERS = (
     *("n", "temperature", "top_p", "top_k", "min_p", "max_new_tokens"),
     *("stop", "stop_token_ids", "ignore_eos"),
 )
 _TEMPLATE_DATES = "data.template_dates"
-_MODEL_SUFFIXES = (".safetensors", ".gguf", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+_PROMPT_TOKENS = "data.prompt_tokens"
 
 
 class Fingerprint:
@@ -46,6 +39,24 @@ class Fingerprint:
         """Return the fingerprint of a run whose chat template writes these dates."""
         return Fingerprint(self.values | {_TEMPLATE_DATES: dict(dates)}) if dates else self
 
+    def encoded(self, prompt_tokens: str) -> Fingerprint:
+        """Return the fingerprint of a run whose prompts become these tokens.
+
+        Args:
+            prompt_tokens: their digest (`rollout.job.prompt_encoding.prompt_tokens`).
+        """
+        return Fingerprint(self.values | {_PROMPT_TOKENS: prompt_tokens})
+
+    def resuming(self, begun: Fingerprint) -> Fingerprint:
+        """Return the fingerprint of a job that goes on with a run.
+
+        A run keeps the dates with which it began: a resume on the next day continues with the same prompts. The tokens
+        of prompts are compared once the tokenizer is loaded, and taken to be the run's until then.
+        """
+        tokens = begun.values.get(_PROMPT_TOKENS)
+        resumed = self.dated(begun.template_dates)
+        return resumed if tokens is None or _PROMPT_TOKENS in self.values else resumed.encoded(tokens)
+
     @cached_property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
@@ -59,6 +70,8 @@ def fingerprint_of(
     *,
     kept: Sequence[str] = (),
     kept_content: str = "",
+    reference: Sequence[Path] = (),
+    reward_source: Mapping[str, str] | None = None,
 ) -> Fingerprint:
     """Compute the fingerprint of a job.
 
@@ -69,6 +82,8 @@ def fingerprint_of(
         adapter: the folder of its adapter.
         kept: the input columns in the output, by their names there.
         kept_content: digest of their values.
+        reference: the local folder or file of ``model.reference``, and the folder of its adapter; none without one.
+        reward_source: what the reward is made of (`rollout.job.reward_source.source_of`).
     """
     return Fingerprint(
         {
@@ -76,6 +91,8 @@ def fingerprint_of(
             "model.tokenizer": tokenizer_digest(model),
             "model.adapter": None if adapter is None else weights_digest(adapter),
             **({} if adapter is None else {"model.adapter_tokenizer": tokenizer_digest(adapter)}),
+            # Runs without a reference model do not have this key, nor have earlier runs.
+            **({"model.reference": [weights_digest(path) for path in reference]} if reference else {}),
             "model.dtype": config.model.dtype,
             "model.trust_remote_code": config.model.trust_remote_code,
             "data.content": content,
@@ -85,8 +102,8 @@ def fingerprint_of(
             "data.system_prompt": config.data.system_prompt,
             **_encoding_values(config.data),
             **_sampling_values(config.sampling),
-            # How many completions it takes at once changes no reward.
-            "reward": config.reward and {key: value for key, value in config.reward.items() if key != "_batch_"},
+            **reward_values(config.reward, reward_source or {}),
+            "sampling.version": SAMPLER_VERSION,
             "output.format": config.output.format,
             "output.logprobs": config.output.logprobs,
             "output.skip_special_tokens": config.output.skip_special_tokens,
@@ -94,6 +111,18 @@ def fingerprint_of(
             "seed": config.seed,
         }
     )
+
+
+def reward_values(reward: Mapping[str, Any] | None, source: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of a fingerprint that rewards depend on, besides the data."""
+    # How many completions it takes at once changes no reward.
+    given = reward and {key: value for key, value in reward.items() if key != "_batch_"}
+    return {"reward": given, **{f"reward.{name}": value for name, value in source.items()}}
+
+
+def without_reward(fingerprint: Fingerprint) -> dict[str, Any]:
+    """Return the values of a fingerprint that no reward depends on."""
+    return {key: value for key, value in fingerprint.values.items() if key.partition(".")[0] != "reward"}
 
 
 def _encoding_values(data: DataConfig) -> dict[str, Any]:
@@ -133,73 +162,18 @@ def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
 
 
 def describe(old: Fingerprint, new: Fingerprint) -> str:
-    """Format the differing keys with their old and new values."""
-    return "; ".join(
-        f"{key} was {_format_value(old.values.get(key))} and is {_format_value(new.values.get(key))}"
-        for key in differences(old, new)
-    )
+    """Format the differing keys with their old and new values; of values that are dictionaries, their keys."""
+    described = []
+    for key in differences(old, new):
+        was, now = old.values.get(key), new.values.get(key)
+        parts: dict[str, tuple[Any, Any]] = {key: (was, now)}
+        if isinstance(was, dict) and isinstance(now, dict):
+            inner = (name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name))
+            parts = {f"{key}.{name}": (was.get(name), now.get(name)) for name in inner}
+        described += [f"{name} was {_format_value(a)} and is {_format_value(b)}" for name, (a, b) in parts.items()]
+    return "; ".join(described)
 
 
 def _format_value(value: object) -> str:
     """Format a value as JSON; a long one, such as a digest, by its beginning."""
     return shorten(json.dumps(value), longest=40, keep=13)
-
-
-def weights_digest(model: Path) -> str:
-    """Hash the weights, the configuration and the model's own code: every model file but the tokenizer's."""
-    return _digest(file for file in _model_files(model) if not _is_of_tokenizer(file))
-
-
-def tokenizer_digest(model: Path) -> str:
-    """Hash the tokenizer and its chat template; a GGUF file holds them together with the weights."""
-    return _digest(file for file in _model_files(model) if model.is_file() or _is_of_tokenizer(file))
-
-
-def _model_files(model: Path) -> list[Path]:
-    if model.is_file():
-        return [model]
-    # Other sub-folders hold separate checkpoints.
-    found = [*model.glob("*"), *model.glob("additional_chat_templates/*")]
-    return sorted(file for file in found if file.suffix in _MODEL_SUFFIXES and file.is_file())
-
-
-def _is_of_tokenizer(file: Path) -> bool:
-    return file.name.startswith(_TOKENIZER_PREFIXES) or file.suffix in (".model", ".jinja", ".tiktoken")
-
-
-def _digest(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        # Names identify the files of a folder. A single GGUF file is hashed by suffix, so that it may be renamed.
-        digest.update(f"{file.suffix if file.suffix == '.gguf' else file.name}\0{file.stat().st_size}\0".encode())
-        with open(file, "rb") as stream:
-            if file.stat().st_size <= _HASHED_WHOLE_BYTES:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-            else:
-                _hash_blocks(stream, file, digest)
-    return digest.hexdigest()
-
-
-def _hash_blocks(stream: BinaryIO, file: Path, digest: Any) -> None:
-    """Hash the beginning, the end and blocks between: reading a file of many gigabytes would take minutes.
-
-    Of a safetensors file, hash the header and three blocks of each tensor, so that a change of any layer is noticed
-    unless it spares all three blocks.
-    """
-    size = file.stat().st_size
-    starts: list[int] = list(range(0, size, size // 64))
-    block = _BLOCK_BYTES
-    if file.suffix == ".safetensors":
-        (header_bytes,) = struct.unpack("<Q", stream.read(8))
-        header = stream.read(header_bytes)
-        digest.update(header)
-        block = _TENSOR_BLOCK_BYTES
-        starts = []
-        for name, entry in json.loads(header).items():
-            if name != "__metadata__":
-                low, high = entry["data_offsets"]
-                starts += [8 + header_bytes + start for start in (low, (low + high) // 2, max(low, high - block))]
-        starts.sort()
-    for start in (*starts, max(0, size - block)):
-        stream.seek(start)
-        digest.update(stream.read(block))

@@ -16,6 +16,12 @@ from rollout.tracking.step_metrics import StepMetrics
 
 ACTIVE_SECONDS = 60.0
 """A worker that has written no line for so long counts as gone."""
+_NUMBERS = (
+    *("attempt", "time", "seconds", "steps", "step_ms"),
+    *("new_tokens", "prefill_tokens", "live_rows_max"),
+)
+_LARGEST = 1e15
+"""Larger numbers, NaN and infinities are in no line that was written."""
 
 
 class MetricsWriter:
@@ -80,8 +86,24 @@ def _ends_line(descriptor: int, size: int) -> bool:
 
 
 def read_metrics(paths: RunPaths) -> Iterator[dict[str, Any]]:
-    """Yield the lines of all workers, skipping lines torn by a kill."""
-    return (values for values in read_lines(paths) if values is not None)
+    """Yield the lines of all workers that have all numbers of a line, skipping those that are torn or damaged."""
+    return (values for values in read_lines(paths) if values is not None and _is_whole(values))
+
+
+def _is_whole(line: Mapping[str, Any]) -> bool:
+    """Return whether a line has what is added up of it, with values of the right types."""
+    numbers = [line.get(name) for name in _NUMBERS]
+    fewest = line.get("live_rows_min", "")
+    return (
+        all(_is_number(value) for value in numbers)
+        and type(line["attempt"]) is int
+        and isinstance(line.get("device"), str)
+        and (fewest is None or _is_number(fewest))
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def read_lines(paths: RunPaths) -> Iterator[dict[str, Any] | None]:

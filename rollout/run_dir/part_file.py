@@ -1,141 +1,289 @@
-"""Part files: the finished records of an unfinished shard, one JSON line each, which survive kills."""
+"""Part files: what a worker has finished of a shard that is not committed yet, one line a record.
+
+Every part file has one writer, which never shares it, so workers that take each other for dead do no harm. Its first
+line binds it to a run and a shard; every further line has a checksum that depends on that first line, so a line that
+was damaged, or belongs to another file, is noticed.
+"""
 
 from __future__ import annotations
 
-import base64
+import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO
 
-import numpy as np
-
-from rollout.records import REASONING, RECORD_COLUMNS, Record
+from rollout.records import Record
+from rollout.run_dir.file_system import FileSystem
+from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.record_lines import SampleKey, decode_record, encode_record
+from rollout.run_dir.run_folders import make_run_folder
 
 logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 1.0
 """A power cut loses at most the records of this time; killing the process loses no finished record."""
-
-# Lists of numbers are stored as base64 of their little-endian bytes: exact, a fifth of the size of decimal text, and
-# much faster to write, which the engine's loop waits for.
-_ARRAYS = {"prompt_ids": "<i4", "completion_ids": "<i4", "logprobs": "<f4", "sampler_logprobs": "<f4"}
-_FIELDS = (*RECORD_COLUMNS, REASONING)
+_FORMAT = 3
+_CHECKSUM_BYTES = 8
 
 
-class SampleKey(NamedTuple):
-    """One sample of a run: the id of its input row, and its number."""
+@dataclass(frozen=True, slots=True)
+class ShardKey:
+    """What a part file is of."""
 
-    row_id: str
-    sample: int
+    run: str
+    """Digest of the run's fingerprint."""
+    shard: int
 
-
-def encode_record(record: Record) -> bytes:
-    """Encode a record as one line."""
-    values = {name: getattr(record, name) for name in _FIELDS}
-    for name, dtype in _ARRAYS.items():
-        values[name] = base64.b64encode(np.asarray(values[name], dtype=dtype).tobytes()).decode("ascii")
-    return json.dumps(values, separators=(",", ":")).encode("ascii") + b"\n"
-
-
-def decode_record(line: bytes) -> Record:
-    """Decode a line.
-
-    Raises:
-        ValueError: the line does not hold a complete record.
-    """
-    values: Any = json.loads(line)
-    if not isinstance(values, dict) or set(values) != set(_FIELDS):
-        raise ValueError("the line does not have the fields of a record")
-    for name, dtype in _ARRAYS.items():
-        values[name] = np.frombuffer(base64.b64decode(values[name], validate=True), dtype=dtype).tolist()
-    return Record(**values)
+    def header(self, writer: str) -> bytes:
+        """Return the first line of a writer's part file."""
+        values = {"part_format": _FORMAT, "run": self.run, "shard": self.shard, "writer": writer}
+        return json.dumps(values).encode() + b"\n"
 
 
-def read_whole_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a part file up to the first incomplete line; its worker may still be writing to it."""
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                record = decode_record(line)
-            except (ValueError, TypeError):
-                return
-            yield record
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a record's line stands."""
 
+    path: Path
+    offset: int
+    length: int
+    header: bytes
 
-def count_lines(path: Path) -> int:
-    """Return how many whole lines a part file has; 0 if there is none. The records are not decoded."""
-    try:
-        with open(path, "rb") as file:
-            return sum(line.endswith(b"\n") for line in file)
-    except FileNotFoundError:
-        return 0
+    def read(self, files: FileSystem) -> bytes:
+        """Return the record's text.
+
+        Raises:
+            ValueError: the line is no longer what was written.
+        """
+        with files.open_read(self.path) as file:
+            file.seek(self.offset)
+            return checked(file.read(self.length), self.header)
 
 
 class PartFile:
-    """The part file of one shard, opened by the worker that holds the shard's lock."""
+    """A part file of one writer and shard; a writer that comes back to a shard begins another."""
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self.path = path
+    def __init__(
+        self,
+        files: FileSystem,
+        paths: RunPaths,
+        key: ShardKey,
+        writer: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._files = files
         self._clock = clock
-        self._synced = clock()
-        self.done: set[SampleKey] = set()
-        """The samples whose records are in the file."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        self._file = os.fdopen(descriptor, "r+b")
-        self._recover()
+        folder = paths.parts(key.shard)
+        self.path, self._file = _open_new(files, paths, folder, writer)
+        self._header = key.header(self.path.stem)
+        self._end = 0
+        try:
+            self._write(self._header)
+            self.sync()
+            # The names of the file and of its folder; a file without a name is lost in a power cut, however flushed.
+            for named in (folder.parent, paths.work, paths.root):
+                files.sync_folder(named)
+        except BaseException:
+            # What could not be written fails once more.
+            with suppress(OSError):
+                self._file.close()
+            raise
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record) -> Location:
         """Add a record; killing the process no longer loses it."""
-        key = SampleKey(record.row_id, record.sample)
-        assert key not in self.done, f"{key} is finished already"
-        self._file.write(encode_record(record))
-        self._file.flush()
-        self.done.add(key)
+        line = sealed(encode_record(record), self._header)
+        location = Location(self.path, self._end, len(line), self._header)
+        self._write(line)
         if self._clock() - self._synced >= SYNC_SECONDS:
             self.sync()
+        return location
 
     def sync(self) -> None:
         """Flush the file to the disk."""
-        os.fsync(self._file.fileno())
+        self._files.sync(self._file)
         self._synced = self._clock()
 
-    def records(self) -> Iterator[Record]:
-        """Yield all records, in the order they finished."""
-        with open(self.path, "rb") as file:
-            for line in file:
-                yield decode_record(line)
-
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        """Flush and close the file."""
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
-    def _recover(self) -> None:
-        """Read the records of earlier attempts, and truncate the file at the first incomplete line.
+    def _write(self, line: bytes) -> None:
+        self._file.write(line)
+        self._file.flush()
+        self._end += len(line)
 
-        A kill tears at most the last line, a power cut may tear several. Their samples are generated again, with the
-        same result.
-        """
-        end = 0
-        for line in self._file:
+
+def _open_new(files: FileSystem, paths: RunPaths, folder: Path, writer: str) -> tuple[Path, BinaryIO]:
+    for number in count():
+        path = folder / (f"{writer}-{number}.jsonl" if number else f"{writer}.jsonl")
+        make_run_folder(files, paths, folder)
+        file = None
+        try:
+            file = files.open_new(path)
+            files.sync_folder(folder)
+        except FileExistsError:
+            continue
+        except FileNotFoundError:
+            logger.debug("%s was removed by a worker that has committed the shard.", folder)
+            if file is not None:
+                file.close()
+            continue
+        return path, file
+    raise AssertionError
+
+
+def sealed(text: bytes, header: bytes) -> bytes:
+    """Return a text as a line with its checksum."""
+    return _checksum(text, header) + b" " + text + b"\n"
+
+
+def checked(line: bytes, header: bytes) -> bytes:
+    """Return the text of a line.
+
+    Raises:
+        ValueError: the line is torn, damaged, or of another file.
+    """
+    checksum, _, text = line.partition(b" ")
+    if not text.endswith(b"\n") or checksum != _checksum(text[:-1], header):
+        raise ValueError("the line is not as it was written")
+    return text[:-1]
+
+
+def _checksum(text: bytes, header: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=_CHECKSUM_BYTES, key=hashlib.sha256(header).digest()).hexdigest().encode()
+
+
+@dataclass(frozen=True, slots=True)
+class PartLine:
+    """A record in a part file, and where it stands."""
+
+    record: Record
+    location: Location
+
+
+def read_part(files: FileSystem, path: Path, key: ShardKey, start: int = 0) -> Iterator[PartLine]:
+    """Yield the sound records of a part file; its writer may be writing to it.
+
+    A damaged line costs its own record only. What is left out is logged.
+
+    Args:
+        start: offset of the first line to read; 0 or the end of a line.
+    """
+    header = key.header(path.stem)
+    with files.open_read(path) as file:
+        found = file.readline()
+        if found != header:
+            if found.endswith(b"\n"):
+                logger.warning("%s is not of shard %d of this run; it is left alone.", path, key.shard)
+            return
+        offset = max(start, len(header))
+        file.seek(offset)
+        for line in file:
             try:
-                record = decode_record(line)
+                record = decode_record(checked(line, header))
             except (ValueError, TypeError):
-                break
-            key = SampleKey(record.row_id, record.sample)
-            if not line.endswith(b"\n") or key in self.done:
-                break
-            self.done.add(key)
-            end += len(line)
-        size = self._file.seek(0, os.SEEK_END)
-        if end < size:
-            logger.info(
-                "The last %d bytes of %s are no complete record; removing them and generating their samples again.",
-                size - end,
-                self.path,
-            )
-        self._file.truncate(end)
-        self._file.seek(end)
+                # A last line without an end is one that its writer is at, or was killed at.
+                if line.endswith(b"\n"):
+                    logger.warning("A line of %s is damaged; its sample is generated again.", path)
+            else:
+                yield PartLine(record, Location(path, offset, len(line), header))
+            offset += len(line)
+
+
+@dataclass(slots=True)
+class ShardParts:
+    """What the part files of a shard hold, of all writers together."""
+
+    finished: dict[SampleKey, Location]
+    """Where the record of each finished sample stands."""
+    under_way: dict[SampleKey, Record]
+    """Records of samples that were stopped: the longest of each."""
+
+
+def read_parts(files: FileSystem, paths: RunPaths, key: ShardKey) -> ShardParts:
+    """Read all part files of a shard."""
+    parts = ShardParts(finished={}, under_way={})
+    read_on(files, paths, key, parts, {})
+    return parts
+
+
+def read_on(
+    files: FileSystem,
+    paths: RunPaths,
+    key: ShardKey,
+    parts: ShardParts,
+    read_to: dict[Path, int],
+    without: Path | None = None,
+) -> None:
+    """Read what has been added to a shard's part files.
+
+    Args:
+        parts: what is read is added to it.
+        read_to: how far each file has been read; it is changed.
+        without: a file to leave out.
+    """
+    for path in part_paths(files, paths, key.shard):
+        if path == without:
+            continue
+        try:
+            for line in read_part(files, path, key, read_to.get(path, 0)):
+                add_line(parts, line)
+                read_to[path] = line.location.offset + line.location.length
+        except FileNotFoundError:
+            logger.debug("%s was removed by a worker that has committed the shard.", path)
+
+
+def add_line(parts: ShardParts, line: PartLine) -> None:
+    """Add a record to what the parts of a shard hold. Of equal samples the first counts: they have the same tokens."""
+    record = line.record
+    sample = SampleKey(record.row_id, record.sample)
+    if record.finish_reason != "abort":
+        add_parts(parts, ShardParts({sample: line.location}, {}))
+    else:
+        add_parts(parts, ShardParts({}, {sample: record}))
+
+
+def add_parts(parts: ShardParts, others: ShardParts) -> None:
+    """Add what other parts of the shard hold."""
+    for sample, location in others.finished.items():
+        parts.finished.setdefault(sample, location)
+        parts.under_way.pop(sample, None)
+    for sample, record in others.under_way.items():
+        known = parts.under_way.get(sample)
+        if sample not in parts.finished and (known is None or len(known.completion_ids) < len(record.completion_ids)):
+            parts.under_way[sample] = record
+
+
+def part_paths(files: FileSystem, paths: RunPaths, shard: int) -> list[Path]:
+    """Return the part files of a shard, the earliest writer's first."""
+    folder = paths.parts(shard)
+    try:
+        names = files.names(folder)
+    except FileNotFoundError:
+        return []
+    return [folder / name for name in sorted(names) if name.endswith(".jsonl")]
+
+
+def begun_shards(files: FileSystem, paths: RunPaths) -> list[int]:
+    """Return the shards that have part files."""
+    folder = paths.parts(0).parent
+    try:
+        names = files.names(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def finished_records(files: FileSystem, paths: RunPaths, key: ShardKey) -> Iterator[Record]:
+    """Yield the finished records that part files of a shard hold, each sample once."""
+    for location in read_parts(files, paths, key).finished.values():
+        yield decode_record(location.read(files))

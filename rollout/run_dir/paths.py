@@ -19,7 +19,7 @@ class RunPaths:
     @property
     def rows(self) -> Path:
         """The ids of all input rows, in order, so that a run can be verified without its dataset."""
-        return self.root / "rows.parquet"
+        return self.root / "rows.arrow"
 
     @property
     def shards(self) -> Path:
@@ -31,13 +31,56 @@ class RunPaths:
         return self.root / "trackers"
 
     @property
+    def attempts(self) -> Path:
+        """One file for each launch that has worked on the run."""
+        return self.root / "attempts"
+
+    def attempt(self, number: int) -> Path:
+        return self.attempts / f"{number:05d}.json"
+
+    @property
     def work(self) -> Path:
-        """Locks, part files and files being written; removed when the run is complete."""
+        """Heartbeats, claims, part files and files being written; removed when the run is complete."""
         return self.root / "work"
 
     @property
-    def run_lock(self) -> Path:
-        return self.work / "run.lock"
+    def workers(self) -> Path:
+        return self.work / "workers"
+
+    def heartbeat(self, writer: str) -> Path:
+        return self.workers / f"{writer}.json"
+
+    @property
+    def claims(self) -> Path:
+        return self.work / "claims"
+
+    def claim(self, index: int) -> Path:
+        return self.claims / f"{index:05d}"
+
+    def asks(self, giver: str) -> Path:
+        """What idle workers ask of a busy one, a file each."""
+        return self.work / "asks" / giver
+
+    def ask(self, giver: str, taker: str) -> Path:
+        return self.asks(giver) / f"{taker}.json"
+
+    def given(self, taker: str) -> Path:
+        """Samples that a worker has been given."""
+        return self.work / "given" / taker
+
+    def parts(self, index: int) -> Path:
+        """The part files of a shard, one a writer."""
+        return self.work / "parts" / f"{index:05d}"
+
+    @property
+    def reopened(self) -> Path:
+        """Committed shards whose records in error are generated again; gone when the run is complete."""
+        return self.work / "reopened"
+
+    @property
+    def damaged(self) -> Path:
+        """Shards that are not what their manifests say, set aside."""
+        return self.root / "damaged"
 
     def shard(self, index: int, form: str) -> Path:
         return self.shards / f"{index:05d}.{form}"
@@ -45,15 +88,9 @@ class RunPaths:
     def manifest(self, index: int) -> Path:
         return self.shards / f"{index:05d}.json"
 
-    def part(self, index: int) -> Path:
-        return self.work / f"{index:05d}.part.jsonl"
-
-    def lock(self, index: int) -> Path:
-        return self.work / f"{index:05d}.lock"
-
-    def temporary(self, path: Path) -> Path:
-        """Where the holder of the lock of ``path`` writes the file before renaming it."""
-        return self.work / f"{path.name}.tmp"
+    def temporary(self, path: Path, writer: str) -> Path:
+        """Where a writer writes a file before it gets its name."""
+        return self.work / "tmp" / f"{writer}-{path.parent.name}-{path.name}"
 
     def metrics(self, worker: int) -> Path:
         return self.root / "metrics" / f"rank-{worker:05d}.jsonl"

@@ -11,9 +11,12 @@ import pyarrow.compute as pc
 from rollout.batcher.types import IntArray
 from rollout.errors import InputError
 from rollout.length_history import LengthHistory
-from rollout.run_dir.part_file import read_whole_records
+from rollout.run_dir.file_system import LOCAL
+from rollout.run_dir.part_file import ShardKey, begun_shards, finished_records
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.shards import read_manifest, read_shard
+from rollout.run_dir.run import read_run
+from rollout.run_dir.shard_batches import read_batches
+from rollout.run_dir.shards import read_manifest
 
 
 def read_lengths(folder: str) -> LengthHistory:
@@ -31,13 +34,14 @@ def read_lengths(folder: str) -> LengthHistory:
     for manifest in sorted(paths.shards.glob("*.json")):
         shard = paths.shards / read_manifest(manifest).file
         try:
-            table = read_shard(shard, ["prompt_ids", "completion_ids", "finish_reason"])
+            for table in read_batches(shard, ["prompt_ids", "completion_ids", "finish_reason"]):
+                for prompt_ids, tokens in _completions(table):
+                    lengths.add(prompt_ids, tokens)
         except ValueError as error:
             raise InputError(f"data.lengths_from={folder}: {shard} cannot be read: {error}.") from error
-        for prompt_ids, tokens in _completions(table):
-            lengths.add(prompt_ids, tokens)
-    for part in sorted(paths.work.glob("*.part.jsonl")):
-        for record in read_whole_records(part):
+    digest = read_run(paths).fingerprint.digest
+    for index in begun_shards(LOCAL, paths):
+        for record in finished_records(LOCAL, paths, ShardKey(digest, index)):
             lengths.learn(record)
     return lengths
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rollout.record_columns import SCHEMA, column_of
-from rollout.records import REASONING, Record
+from rollout.records import REASONING, REF_LOGPROBS, Record
 from rollout.run_dir.json_values import json_value
 
 
@@ -20,8 +20,14 @@ class KeptRows(NamedTuple):
     table: pa.Table
     indices: Sequence[int]
 
+    def taken(self, start: int, stop: int) -> pa.Table:
+        """Return the columns of the records ``[start, stop)``."""
+        return self.table.take(pa.array(self.indices[start:stop], pa.int64()))
 
-def shard_schema(kept: pa.Schema, form: str, absent: Sequence[str] = (), split_reasoning: bool = False) -> pa.Schema:
+
+def shard_schema(
+    kept: pa.Schema, form: str, absent: Sequence[str] = (), split_reasoning: bool = False, reference: bool = False
+) -> pa.Schema:
     """Return the schema of a run's shards: the columns of a record, with the kept input columns after the first two.
 
     Input columns whose type Parquet or ``datasets`` cannot hold become JSON text.
@@ -29,6 +35,7 @@ def shard_schema(kept: pa.Schema, form: str, absent: Sequence[str] = (), split_r
     Args:
         absent: columns of a record that the run does not write.
         split_reasoning: whether reasoning has a column of its own.
+        reference: whether the log-probabilities of a reference model have one.
     """
     inputs = [
         field.with_type(pa.string()) if form == "parquet" and not _can_be_loaded(field) else field for field in kept
@@ -36,6 +43,9 @@ def shard_schema(kept: pa.Schema, form: str, absent: Sequence[str] = (), split_r
     columns = [field for field in SCHEMA if field.name not in absent]
     if split_reasoning:
         columns.insert(SCHEMA.get_field_index("text"), pa.field(REASONING, pa.string()))
+    if reference:
+        at = next(i for i, field in enumerate(columns) if field.name == "finish_reason")
+        columns.insert(at, pa.field(REF_LOGPROBS, pa.list_(pa.float32())))
     return pa.schema([*columns[:2], *inputs, *columns[2:]], metadata=kept.metadata)
 
 

@@ -1,38 +1,37 @@
-"""The directory of a run and its ``run.json``: the fingerprint, the partition into shards, and the attempts."""
+"""The directory of a run and its ``run.json``: the fingerprint, and the partition into shards."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
-import platform
-import shutil
-import socket
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib import metadata
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rollout.config.schema import Config
 from rollout.errors import InputError
 from rollout.record_columns import SCHEMA
-from rollout.run_dir.atomic_write import write_atomically, write_text_atomically
+from rollout.run_dir.attempts import begin_attempt, this_launch
+from rollout.run_dir.claims import committed
+from rollout.run_dir.file_system import LOCAL, FileSystem, contents, put_first, see_afresh
+from rollout.run_dir.file_system_checks import check_file_system
 from rollout.run_dir.fingerprint import Fingerprint, describe, differences
+from rollout.run_dir.partition import rows_per_shard
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.record_table import describe_columns
-from rollout.run_dir.shard_locks import locked
+from rollout.run_dir.row_ids_file import check_row_ids, write_row_ids
+from rollout.run_dir.sealed_json import seal, unseal
+from rollout.run_dir.versions import changes, installed_versions
 
-FORMAT = 2
+logger = logging.getLogger(__name__)
+
+FORMAT = 3
 """Version of the directory's layout; incremented when earlier directories can no longer be read."""
-SHARDS_PER_WORKER = 8
-"""Least number of shards per worker when there are several, so that a slow worker does not delay the end."""
-_PACKAGES = ("rollout", "torch", "transformers", "accelerate", "datasets", "pyarrow", "numpy", "hydra-core")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,8 @@ class RunDir:
     fingerprint: Fingerprint
     rows: int
     """Input rows."""
+    rows_sha256: str
+    """Digest of the file with their ids."""
     samples: int
     """Samples of each input row."""
     rows_per_shard: int
@@ -51,8 +52,10 @@ class RunDir:
     """Name and Arrow type of each column of the shards, in their order."""
     dtype: str
     """The dtype that ``model.dtype`` resolved to in the first attempt; later attempts must use the same."""
-    attempt: int
-    """Number of earlier attempts."""
+    files: FileSystem = LOCAL
+    """How its files are reached."""
+    attempt: int = 0
+    """Number of the launch that sees it."""
 
     @property
     def shards(self) -> int:
@@ -63,13 +66,15 @@ class RunDir:
         start = shard * self.rows_per_shard
         return range(start, min(start + self.rows_per_shard, self.rows))
 
-    def committed_samples(self) -> int:
-        """Count the samples in committed shards."""
-        return self.samples_of(int(path.stem) for path in self.paths.shards.glob("*.json") if path.stem.isdigit())
+    def committed(self) -> set[int]:
+        """Return the committed shards."""
+        return {shard for shard in committed(self.files, self.paths) if shard < self.shards}
 
-    def begun_samples(self) -> int:
-        """Count the samples in shards that a worker has begun and not committed, killed workers among them."""
-        return self.samples_of(int(path.stem) for path in self.paths.work.glob("*.lock") if path.stem.isdigit())
+    def begun(self) -> set[int]:
+        """Return the shards that workers have claimed, killed ones among them."""
+        folder = self.paths.claims
+        names = self.files.names(folder) if self.files.exists(folder) else []
+        return {int(name) for name in names if name.isdigit()}
 
     def samples_of(self, shards: Iterable[int]) -> int:
         """Count the samples of some shards."""
@@ -77,43 +82,60 @@ class RunDir:
 
     def complete(self) -> bool:
         """Return whether all shards are committed."""
-        return all(self.paths.manifest(shard).exists() for shard in range(self.shards))
+        return len(self.committed()) == self.shards
 
     def clear_work(self) -> None:
-        """Remove the locks and part files of a complete run; several workers may do this at once."""
-        shutil.rmtree(self.paths.work, ignore_errors=True)
+        """Remove the claims and part files of a complete run; several workers may do this at once."""
+        # A worker may have died before it flushed the names that the others saw.
+        self.files.sync_folder(self.paths.shards)
+        self.files.remove_folder(self.paths.work)
 
 
-def prepare_folder(folder: str) -> RunPaths:
+def prepare_folder(folder: str, files: FileSystem = LOCAL) -> RunPaths:
     """Create ``output.dir`` if needed, and check that it is writable and holds a run or no shards.
 
     Raises:
         InputError: the folder cannot be written, or holds shards without a run.
+        OSError: it holds a run, but cannot be written now.
     """
     paths = RunPaths(Path(folder).expanduser())
     try:
-        paths.root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=paths.root):
-            pass
+        files.make_folder(paths.root)
+        # In this folder itself: a machine that has just changed a folder sees what others did there, over NFS as well.
+        check_file_system(files, paths.root, f".{secrets.token_hex(4)}")
+        _flush_name(files, paths.root)
     except OSError as error:
+        if files.exists(paths.run):
+            raise
         raise InputError(f"output.dir={folder} cannot be written ({error.strerror}): choose another folder.") from error
     # Check run.json last: another worker may begin the run between the two checks.
-    if paths.shards.exists() and any(paths.shards.iterdir()) and not paths.run.exists():
-        raise InputError(f"output.dir={folder} has files in shards/ but no run.json: choose another folder.")
+    if files.exists(paths.shards) and files.names(paths.shards) and not files.exists(paths.run):
+        # It may have begun the run just now, on another machine.
+        see_afresh(files, paths.root)
+        if not files.exists(paths.run):
+            raise InputError(f"output.dir={folder} has files in shards/ but no run.json: choose another folder.")
     return paths
 
 
-def existing_run(paths: RunPaths, fingerprint: Fingerprint) -> RunDir | None:
+def _flush_name(files: FileSystem, folder: Path) -> None:
+    """Flush a folder's own name, with which all in it would be lost."""
+    try:
+        files.sync_folder(folder.absolute().parent)
+    except PermissionError:
+        # One may write into a folder that one may not read; then its file system must do without.
+        logger.debug("The name of %s could not be flushed: the folder above it cannot be read.", folder)
+
+
+def existing_run(paths: RunPaths, fingerprint: Fingerprint, files: FileSystem = LOCAL) -> RunDir | None:
     """Return the run that the folder holds, None if it holds none.
 
     Raises:
         InputError: the run has another fingerprint, or cannot be read.
     """
-    if not paths.run.exists():
+    if not files.exists(paths.run):
         return None
-    run = read_run(paths)
-    # A run keeps the dates with which it began: a resume on the next day continues with the same prompts.
-    fingerprint = fingerprint.dated(run.fingerprint.template_dates)
+    run = read_run(paths, files)
+    fingerprint = fingerprint.resuming(run.fingerprint)
     if differences(run.fingerprint, fingerprint):
         raise InputError(
             f"output.dir={paths.root} holds a run with another fingerprint ({describe(run.fingerprint, fingerprint)}): "
@@ -122,39 +144,36 @@ def existing_run(paths: RunPaths, fingerprint: Fingerprint) -> RunDir | None:
     return run
 
 
-def read_run(paths: RunPaths) -> RunDir:
+def read_run(paths: RunPaths, files: FileSystem = LOCAL, attempt: int = 0) -> RunDir:
     """Return the run that a folder holds.
+
+    Args:
+        attempt: number of the launch that reads it.
 
     Raises:
         InputError: the folder holds no run, or its ``run.json`` cannot be read.
     """
-    stored = read_run_json(paths)
+    stored = read_run_json(paths, files)
     try:
-        return RunDir(
+        run = RunDir(
             paths=paths,
             fingerprint=Fingerprint(stored["fingerprint"]),
             rows=stored["rows"],
+            rows_sha256=stored["rows_sha256"],
             samples=stored["samples"],
             rows_per_shard=stored["rows_per_shard"],
             format=stored["output_format"],
             columns=dict(stored["columns"]),
             dtype=stored["dtype"],
-            attempt=len(stored["attempts"]) - 1,
+            files=files,
+            attempt=attempt,
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{paths.run} does not describe a run: {error!r}.") from error
-
-
-def read_row_ids(paths: RunPaths) -> pa.ChunkedArray:
-    """Read the ids of all input rows, in order.
-
-    Raises:
-        InputError: the ids cannot be read.
-    """
-    try:
-        return pq.read_table(paths.rows).column("row_id")
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise InputError(f"{paths.rows}, the ids of the input rows, cannot be read: {error}.") from error
+    sizes = {name: getattr(run, name) for name in ("rows", "samples", "rows_per_shard")}
+    if odd := {name: size for name, size in sizes.items() if type(size) is not int or size < 1}:
+        raise InputError(f"{paths.run} does not describe a run: its sizes are {odd}.")
+    return run
 
 
 def open_run(
@@ -168,6 +187,10 @@ def open_run(
     attention: str,
     workers: int,
     template_dates: Mapping[str, str],
+    token: str,
+    files: FileSystem = LOCAL,
+    processes: int = 1,
+    loading_seconds: float = 0.0,
 ) -> RunDir:
     """Start a run in the folder, or resume the one it holds, and record this attempt.
 
@@ -175,46 +198,117 @@ def open_run(
 
     Args:
         schema: the columns of the shards.
+        token: text that no other launch has, for the names of temporary files.
+        processes: of this launch.
+        loading_seconds: that it has taken so far.
 
     Raises:
         InputError: the folder holds a run with another fingerprint or dtype.
     """
-    with locked(paths.run_lock):
-        if existing_run(paths, fingerprint) is None:
-            paths.shards.mkdir(exist_ok=True)
-            table = pa.table({"row_id": pa.array(row_ids, pa.string())})
-            # Written before run.json, whose presence means that the directory is usable.
-            write_atomically(paths.rows, paths.temporary(paths.rows), lambda target: pq.write_table(table, target))
-            dated = fingerprint.dated(template_dates)
-            stored = _new_run_json(config, dated, rows=len(row_ids), dtype=dtype, workers=workers)
-            stored["columns"] = describe_columns(schema, config.output.format)
-        else:
-            stored = read_run_json(paths)
-        if stored["dtype"] != dtype:
-            raise InputError(
-                f"model.dtype={config.model.dtype} means {dtype} here, but the run in {paths.root} uses "
-                f"{stored['dtype']}: set model.dtype={stored['dtype']}."
-            )
-        stored["attempts"].append(_attempt(config, attention, workers))
-        write_text_atomically(paths.run, paths.temporary(paths.run), json.dumps(stored, indent=2) + "\n")
-    return read_run(paths)
+
+    def describe_run() -> dict[str, Any]:
+        dated = fingerprint.dated(template_dates)
+        described = _new_run_json(config, dated, rows=len(row_ids), dtype=dtype, workers=workers)
+        return {**described, "columns": describe_columns(schema, config.output.format)}
+
+    run = begin_run(paths, fingerprint, row_ids, describe_run, token, files)
+    if run.dtype != dtype:
+        raise InputError(
+            f"model.dtype={config.model.dtype} means {dtype} here, but the run in {paths.root} uses "
+            f"{run.dtype}: set model.dtype={run.dtype}."
+        )
+    launch = {"processes": processes, "loading_seconds": round(loading_seconds, 3)}
+    return with_attempt(run, {**_attempt(config, attention, workers), **launch}, token)
 
 
-def read_run_json(paths: RunPaths) -> dict[str, Any]:
+def begin_run(
+    paths: RunPaths,
+    fingerprint: Fingerprint,
+    row_ids: Sequence[str],
+    describe_run: Callable[[], dict[str, Any]],
+    token: str,
+    files: FileSystem = LOCAL,
+) -> RunDir:
+    """Return the run that the folder holds, having begun it if there is none.
+
+    Args:
+        describe_run: returns the content of ``run.json``, which gets the digest of the ids' file as well.
+        token: text that no other launch has, for the names of temporary files.
+
+    Raises:
+        InputError: the folder holds a run with another fingerprint.
+    """
+    run = existing_run(paths, fingerprint, files)
+    if run is None:
+        files.make_folder(paths.shards)
+        # Written before run.json, whose presence means that the directory is usable.
+        sha256 = write_row_ids(files, paths.rows, paths.temporary(paths.rows, token), row_ids)
+        stored = {**describe_run(), "rows_sha256": sha256}
+        put_first(files, paths.run, paths.temporary(paths.run, token), contents(seal(stored)))
+        # Another launch may have been first; then its run is joined, if it is the same.
+        run = existing_run(paths, fingerprint, files)
+        assert run is not None
+    restore_row_ids(run, row_ids, token)
+    return run
+
+
+def with_attempt(run: RunDir, described: Mapping[str, Any], token: str) -> RunDir:
+    """Record an attempt, and say which versions are others than those with which the run began.
+
+    Args:
+        described: what the attempt runs with.
+        token: text that no other launch has, for the name of a temporary file.
+    """
+    attempt = begin_attempt(run.files, run.paths, described, token)
+    for sentence in changes(read_run_json(run.paths, run.files)["packages"], described["packages"]):
+        logger.warning("%s", sentence)
+    return replace(run, attempt=attempt)
+
+
+def restore_row_ids(run: RunDir, row_ids: Sequence[str], token: str) -> None:
+    """Write the file of ids again if it is gone or damaged; the fingerprint says that these are the run's ids.
+
+    Args:
+        token: text that no other launch has, for the name of a temporary file.
+    """
+    path = run.paths.rows
+    try:
+        check_row_ids(path, run.rows_sha256, run.files)
+    except InputError as error:
+        logger.warning("%s It is written again.", error)
+        if write_row_ids(run.files, path, run.paths.temporary(path, token), row_ids) != run.rows_sha256:
+            logger.warning("%s differs from the file with which the run began, as another version wrote that.", path)
+
+
+def read_run_json(paths: RunPaths, files: FileSystem = LOCAL) -> dict[str, Any]:
     """Read ``run.json``.
 
     Raises:
-        InputError: the file does not exist, cannot be read, or has another format.
+        InputError: the file does not exist, cannot be read, is damaged, or has another format.
     """
     try:
-        stored = json.loads(paths.run.read_text(encoding="utf-8"))
+        stored = unseal(files.read(paths.run))
     except FileNotFoundError as error:
         raise InputError(f"{paths.root} holds no run: it has no run.json.") from error
     except (OSError, ValueError) as error:
+        if _earlier_format(files, paths):
+            raise InputError(
+                f"{paths.run} does not have format {FORMAT}, the only one that this version reads: finish the run with "
+                "the version that began it, or choose another folder."
+            ) from error
         raise InputError(f"{paths.run} cannot be read: {error}.") from error
-    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+    if stored.get("format") != FORMAT:
         raise InputError(f"{paths.run} does not have format {FORMAT}, the only one that this version reads.")
     return stored
+
+
+def _earlier_format(files: FileSystem, paths: RunPaths) -> bool:
+    """Return whether ``run.json`` is of an earlier version, which did not seal it."""
+    try:
+        stored = json.loads(files.read(paths.run))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(stored, dict) and stored.get("format") in range(1, FORMAT)
 
 
 def _new_run_json(config: Config, fingerprint: Fingerprint, *, rows: int, dtype: str, workers: int) -> dict[str, Any]:
@@ -224,36 +318,16 @@ def _new_run_json(config: Config, fingerprint: Fingerprint, *, rows: int, dtype:
         "digest": fingerprint.digest,
         "rows": rows,
         "samples": config.sampling.n,
-        "rows_per_shard": choose_rows_per_shard(rows, config.output.rows_per_shard, workers),
+        "rows_per_shard": rows_per_shard(config, rows, workers),
         "output_format": config.output.format,
         "dtype": dtype,
         "config": asdict(config),
-        "packages": {name: _installed_version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        "attempts": [],
+        "packages": installed_versions(),
     }
-
-
-def choose_rows_per_shard(rows: int, configured: int, workers: int) -> int:
-    """Return the input rows per shard: as configured, or fewer so that several workers share them evenly."""
-    return configured if workers == 1 else min(configured, math.ceil(rows / (SHARDS_PER_WORKER * workers)))
 
 
 def _attempt(config: Config, attention: str, workers: int) -> dict[str, Any]:
     """Describe one attempt: the settings that may differ between attempts of a run."""
     model = {key: getattr(config.model, key) for key in ("device", "device_map", "tensor_parallel")}
     execution = {"batcher": asdict(config.batcher), "memory": asdict(config.memory), **model}
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "workers": workers,
-        "attention": attention,
-        **execution,
-    }
-
-
-def _installed_version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return {**this_launch(workers), "attention": attention, **execution}

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rollout.errors import InputError
 from rollout.models.errors import first_line
-from rollout.record_columns import SCHEMA, as_utf8
+from rollout.record_columns import SCHEMA
 from rollout.records import Record
-from rollout.run_dir.atomic_write import write_atomically, write_text_atomically
-from rollout.run_dir.json_values import json_value
-from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.record_table import KeptRows, table_of
+from rollout.run_dir.file_system import LOCAL, FileSystem
+from rollout.run_dir.sealed_json import unseal
 
-_BLOCK_BYTES = 1 << 26
-"""Input columns are copied in blocks of about this size, since every sample of a row has a copy of them."""
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,31 +57,61 @@ class Manifest(RecordCounts):
     fingerprint: str
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path, files: FileSystem = LOCAL) -> Manifest:
     """Read a shard's manifest.
 
     Raises:
         InputError: the manifest cannot be read.
     """
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        manifest = Manifest(**unseal(files.read(path)))
+        for field in fields(Manifest):
+            if type(getattr(manifest, field.name)).__name__ != str(field.type).partition("[")[0]:
+                raise TypeError(f"{field.name} is {getattr(manifest, field.name)!r}, which is no {field.type}")
+        return manifest
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be read as a manifest: {error}.") from error
 
 
-def count_records(records: Sequence[Record]) -> RecordCounts:
-    """Count records, which may be in any order."""
-    return RecordCounts(
-        rows=len({record.row_id for record in records}),
-        samples=len(records),
-        error_rows=len({record.row_id for record in records if record.error_class}),
-        errors=dict(Counter(record.error_class for record in records if record.error_class)),
-        finish_reasons=dict(Counter(record.finish_reason for record in records)),
-        prompt_tokens=sum(len(record.prompt_ids) for record in records),
-        completion_tokens=sum(len(record.completion_ids) for record in records),
-        rewards=sum(record.reward is not None for record in records),
-        reward_sum=sum(record.reward for record in records if record.reward is not None),
-    )
+class CountedRecords:
+    """Counts records as they come."""
+
+    def __init__(self) -> None:
+        self._rows: set[str] = set()
+        self._error_rows: set[str] = set()
+        self._errors: Counter[str] = Counter()
+        self._finish_reasons: Counter[str] = Counter()
+        self._samples = self._prompt_tokens = self._completion_tokens = 0
+        self._rewards: list[float] = []
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Count some records."""
+        for record in records:
+            self._rows.add(record.row_id)
+            self._samples += 1
+            self._finish_reasons[record.finish_reason] += 1
+            self._prompt_tokens += len(record.prompt_ids)
+            self._completion_tokens += len(record.completion_ids)
+            if record.error_class:
+                self._error_rows.add(record.row_id)
+                self._errors[record.error_class] += 1
+            if record.reward is not None:
+                # As files hold them.
+                self._rewards.append(float(np.float32(record.reward)))
+
+    def counts(self) -> RecordCounts:
+        """Return the counts of the records so far."""
+        return RecordCounts(
+            rows=len(self._rows),
+            samples=self._samples,
+            error_rows=len(self._error_rows),
+            errors=dict(self._errors),
+            finish_reasons=dict(self._finish_reasons),
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            rewards=len(self._rewards),
+            reward_sum=math.fsum(self._rewards),
+        )
 
 
 COUNTED_COLUMNS = [
@@ -93,7 +122,7 @@ COUNTED_COLUMNS = [
 
 
 def count_table(table: pa.Table) -> RecordCounts:
-    """Count the records of a shard that was read, as `count_records` does; rewards are summed in fp32's precision."""
+    """Count the records of a shard that was read, as `CountedRecords` does."""
     rows, classes = table.column("row_id"), table.column("error_class")
     in_error = pc.not_equal(classes, "")
     rewards = table.column("reward")
@@ -106,7 +135,7 @@ def count_table(table: pa.Table) -> RecordCounts:
         prompt_tokens=_total(pc.list_value_length(table.column("prompt_ids"))),
         completion_tokens=_total(pc.list_value_length(table.column("completion_ids"))),
         rewards=len(rewards) - rewards.null_count,
-        reward_sum=float(_total(rewards.cast(pa.float64()))),
+        reward_sum=math.fsum(rewards.drop_null().cast(pa.float64()).to_pylist()),
     )
 
 
@@ -118,45 +147,13 @@ def _total(values: pa.ChunkedArray) -> Any:
     return pc.sum(values, min_count=0).as_py()
 
 
-def commit(
-    paths: RunPaths,
-    index: int,
-    form: str,
-    records: Sequence[Record],
-    fingerprint: str,
-    *,
-    schema: pa.Schema = SCHEMA,
-    kept: KeptRows | None = None,
-) -> Manifest:
-    """Write a shard and then its manifest, which commits it.
-
-    A kill between the two leaves a shard without a manifest, and the next worker writes both again.
-
-    Args:
-        schema: the columns to write.
-        kept: those of them that are the input's.
-    """
-    path = paths.shard(index, form)
-    blocks = _blocks(records, kept)
-    write_atomically(path, paths.temporary(path), lambda target: _WRITERS[form](blocks, schema, target))
-    manifest = Manifest(
-        **asdict(count_records(records)),
-        shard=index,
-        file=path.name,
-        bytes=path.stat().st_size,
-        sha256=file_sha256(path),
-        fingerprint=fingerprint,
-    )
-    manifest_path = paths.manifest(index)
-    text = json.dumps(asdict(manifest), indent=2) + "\n"
-    write_text_atomically(manifest_path, paths.temporary(manifest_path), text)
-    return manifest
-
-
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Path, files: FileSystem = LOCAL) -> str:
     """Return the SHA-256 digest of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with files.open_read(path) as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_columns(path: Path) -> dict[str, str]:
@@ -170,11 +167,11 @@ def read_columns(path: Path) -> dict[str, str]:
             return {field.name: str(field.type) for field in pq.read_schema(path)}
         with open(path, encoding="utf-8") as file:
             return dict.fromkeys(json.loads(file.readline()), "json")
-    except (OSError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise ValueError(first_line(error)) from error
 
 
-def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
+def read_shard(path: Path, columns: list[str] | None = None, files: FileSystem = LOCAL) -> pa.Table:
     """Read a shard as a table; a record's columns have the declared types.
 
     In JSON lines, input columns have the types that their values suggest, or are JSON text where values are mixed.
@@ -184,31 +181,34 @@ def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
     """
     try:
         if path.suffix == ".parquet":
-            found = pq.read_schema(path)
-            _check_schema(found)
-            return pq.read_table(path, columns=columns)
-        with open(path, encoding="utf-8") as file:
+            with files.open_read(path) as file:
+                parquet = pq.ParquetFile(file)
+                check_schema(parquet.schema_arrow)
+                return parquet.read(columns=columns)
+        with files.open_read(path) as file:
             records = [json.loads(line) for line in file]
         names = list(records[0]) if records and isinstance(records[0], dict) else SCHEMA.names
         for number, record in enumerate(records, 1):
-            if not isinstance(record, dict) or list(record) != names or not record.keys() >= _REQUIRED:
+            if not isinstance(record, dict) or list(record) != names or not record.keys() >= REQUIRED:
                 raise ValueError(f"line {number} does not have the declared columns")
         wanted = names if columns is None else columns
         return pa.table({name: _read_column([record[name] for record in records], name) for name in wanted})
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise ValueError(first_line(error)) from error
 
 
+UNREADABLE = (OSError, KeyError, TypeError, OverflowError, RecursionError, pa.ArrowException)
+"""What readers raise of files that are no shard's: JSON that is too deep, values of other types, numbers too large."""
 _OPTIONAL = {"logprobs", "sampler_logprobs"}
-_REQUIRED = set(SCHEMA.names) - _OPTIONAL
+REQUIRED = set(SCHEMA.names) - _OPTIONAL
 
 
-def _check_schema(found: pa.Schema) -> None:
+def check_schema(found: pa.Schema) -> None:
     """Refuse a schema without a record's columns, or with other types of them."""
     differing = [
         f"{field.name} is {found.field(field.name).type if field.name in found.names else 'absent'}"
         for field in SCHEMA
-        if (field.name in _REQUIRED if field.name not in found.names else found.field(field.name).type != field.type)
+        if (field.name in REQUIRED if field.name not in found.names else found.field(field.name).type != field.type)
     ]
     if differing:
         raise ValueError(f"its schema differs from the declared one: {', '.join(differing)}")
@@ -221,42 +221,3 @@ def _read_column(values: list[Any], name: str) -> pa.Array:
         return pa.array(values)
     except pa.ArrowException:
         return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
-
-
-class _Block(NamedTuple):
-    """Records that are written together, and their input columns."""
-
-    records: Sequence[Record]
-    kept: pa.Table
-
-
-def _blocks(records: Sequence[Record], kept: KeptRows | None) -> Iterator[_Block]:
-    if kept is None or not kept.table.num_columns:
-        yield _Block(records, pa.table({}))
-        return
-    bytes_per_row = kept.table.nbytes // kept.table.num_rows + 1
-    size = max(1, _BLOCK_BYTES // bytes_per_row)
-    for start in range(0, len(records), size):
-        yield _Block(records[start : start + size], kept.table.take(pa.array(kept.indices[start : start + size])))
-
-
-def _write_parquet(blocks: Iterable[_Block], schema: pa.Schema, path: Path) -> None:
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for records, kept in blocks:
-            writer.write_table(table_of(records, schema, kept))
-
-
-def _write_jsonl(blocks: Iterable[_Block], schema: pa.Schema, path: Path) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        for records, kept in blocks:
-            for number, record in enumerate(records):
-                values = {
-                    name: json_value(kept.column(name)[number]) if name in kept.column_names else getattr(record, name)
-                    for name in schema.names
-                }
-                line = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
-                file.write(as_utf8(line) + "\n")
-
-
-_Writer = Callable[[Iterable[_Block], pa.Schema, Path], None]
-_WRITERS: dict[str, _Writer] = {"parquet": _write_parquet, "jsonl": _write_jsonl}

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import pyarrow.compute as pc
 
 from rollout.errors import shorten
+from rollout.run_dir.costs import Cost, cost_lines, cost_of
 from rollout.run_dir.metrics import read_metrics
-from rollout.run_dir.part_file import read_whole_records
-from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.part_file import ShardKey, finished_records
 from rollout.run_dir.run import RunDir
-from rollout.run_dir.shards import Manifest, RecordCounts, count_records, read_manifest, read_shard
+from rollout.run_dir.shard_batches import read_batches
+from rollout.run_dir.shards import CountedRecords, Manifest, RecordCounts, read_manifest
 
 _FIRST_ERRORS = 3
 
@@ -52,6 +53,7 @@ class Summary:
     """None without metrics."""
     first_errors: tuple[str, ...] = ()
     """Some input rows with an error, and what it is."""
+    cost: Cost | None = None
 
     def lines(self) -> list[str]:
         """Format the summary for the terminal."""
@@ -67,6 +69,7 @@ class Summary:
             "errors": f"{totals.error_rows} prompts ({format_counts(totals.errors)})" if totals.errors else "none",
             "error rows": "; ".join(self.first_errors),
             "mean reward": "" if totals.mean_reward is None else f"{totals.mean_reward:.4f}",
+            **({} if self.cost is None else cost_lines(self.cost)),
             "files": f"{run.paths.shards}/*.{run.format}",
             "verify": f"python -m rollout.verify {shlex.quote(str(run.paths.root))}",
         }
@@ -75,7 +78,10 @@ class Summary:
 
 def summarise(run: RunDir) -> Summary:
     """Summarise a complete run."""
-    return Summary(run=run, totals=read_totals(run), speed=_read_speed(run), first_errors=_first_errors(run))
+    totals = read_totals(run)
+    return Summary(
+        run=run, totals=totals, speed=_read_speed(run), first_errors=_first_errors(run), cost=cost_of(run, totals)
+    )
 
 
 def _first_errors(run: RunDir) -> tuple[str, ...]:
@@ -85,12 +91,18 @@ def _first_errors(run: RunDir) -> tuple[str, ...]:
         path = run.paths.manifest(shard)
         if len(described) >= _FIRST_ERRORS or not path.exists() or not read_manifest(path).errors:
             continue
-        table = read_shard(run.paths.shard(shard, run.format), ["row_id", "error_class", "error"])
-        failed = table.filter(pc.not_equal(table["error_class"], ""))
-        for row in failed.slice(0, 64).to_pylist():
+        for row in _failed(run, shard):
             text = f"{row['row_id']} ({row['error_class']}: {shorten(' '.join(row['error'].split()), longest=80)})"
             described.setdefault(row["row_id"], text)
-    return tuple(list(described.values())[:_FIRST_ERRORS])
+            if len(described) == _FIRST_ERRORS:
+                break
+    return tuple(described.values())
+
+
+def _failed(run: RunDir, shard: int) -> Iterator[dict[str, str]]:
+    """Yield the records of a shard that have an error."""
+    for table in read_batches(run.paths.shard(shard, run.format), ["row_id", "error_class", "error"], run.files):
+        yield from table.filter(pc.not_equal(table["error_class"], "")).to_pylist()
 
 
 def read_totals(run: RunDir) -> Totals:
@@ -99,7 +111,7 @@ def read_totals(run: RunDir) -> Totals:
     Raises:
         InputError: a manifest cannot be read.
     """
-    found = [_shard_counts(run.paths, shard) for shard in range(run.shards)]
+    found = [_shard_counts(run, shard) for shard in range(run.shards)]
     counts = [shard for shard in found if shard is not None]
     return Totals(
         rows=sum(shard.rows for shard in counts),
@@ -115,17 +127,19 @@ def read_totals(run: RunDir) -> Totals:
     )
 
 
-def _shard_counts(paths: RunPaths, shard: int) -> RecordCounts | None:
+def _shard_counts(run: RunDir, shard: int) -> RecordCounts | None:
     """Return the counts of a committed or begun shard; None for a shard that no worker has begun."""
-    manifest = paths.manifest(shard)
-    if not manifest.exists():
+    manifest = run.paths.manifest(shard)
+    if not run.files.exists(manifest):
+        counted = CountedRecords()
         try:
-            return count_records(list(read_whole_records(paths.part(shard))))
+            counted.add(finished_records(run.files, run.paths, ShardKey(run.fingerprint.digest, shard)))
         except FileNotFoundError:
-            # Not begun, or committed since the check above.
-            if not manifest.exists():
-                return None
-    return read_manifest(manifest)
+            # Committed meanwhile.
+            return read_manifest(manifest, run.files) if run.files.exists(manifest) else None
+        counts = counted.counts()
+        return counts if counts.samples else None
+    return read_manifest(manifest, run.files)
 
 
 def _read_speed(run: RunDir) -> Speed | None:

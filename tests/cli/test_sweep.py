@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,7 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra._internal.hydra import Hydra
+from omegaconf import OmegaConf
 
+import rollout.cli.overrides
+import rollout.cli.requeue
+import rollout.cli.run
 import rollout.job.job
 from rollout.cli.sweep import job_folders
 from rollout.config.schema import Config
@@ -80,6 +86,69 @@ def test_failing_jobs_are_listed_with_their_sentence(ask: Ask, monkeypatch: pyte
     assert lines[-2] == "Job 1 (seed=1) ended with status 2: the data is torn."
     assert lines[-1].startswith("Job 2 (seed=2) ended with status 1: The job crashed (ZeroDivisionError)")
     assert ask("-m +experiment=ppo_sampling seed=0,3").status == Exit.ERROR_ROWS
+
+
+def test_launcher_that_is_not_installed_is_named(
+    sentence: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout.cli.overrides, "find_spec", lambda name: None)
+    assert "hydra/launcher=slurm needs a package: install rollout[slurm]." in sentence(
+        "-m hydra/launcher=slurm seed=1,2"
+    )
+
+
+def test_launcher_that_loses_a_job_is_told_in_a_sentence(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*_: object) -> None:
+        raise RuntimeError("Job 7 has not produced any output\nand more lines.")
+
+    monkeypatch.setattr(Hydra, "multirun", launch)
+    said = ask("-m +experiment=ppo_sampling seed=1,2")
+    assert said.status == Exit.CRASHED
+    assert said.err.splitlines()[-1].startswith(
+        "A job of the sweep was not started or was killed (Job 7 has not produced any output): the same command resumes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "queued"),
+    [
+        ({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, "requeue 7_2"),
+        ({"SLURM_JOB_ID": "9"}, "requeue 9"),
+        ({"SLURM_JOB_ID": "9", "SLURM_PROCID": "1"}, ""),
+        ({"SLURM_JOB_ID": "9", "SLURM_RESTART_COUNT": "100"}, None),
+        ({"SUBMITIT_EXECUTOR": "local"}, None),
+        ({"SUBMITIT_EXECUTOR": ""}, None),
+    ],
+)
+def test_job_that_stopped_early_is_queued_again_where_slurm_runs_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], queued: str | None
+) -> None:
+    program, calls = tmp_path / "bin" / "scontrol", tmp_path / "calls"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    program.chmod(0o755)
+    calls.touch()
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    for name, value in ({"SUBMITIT_EXECUTOR": "slurm"} | environment).items():
+        monkeypatch.setenv(name, value)
+    values = OmegaConf.create({"launcher": {"max_num_timeout": 100}})
+    monkeypatch.setattr(rollout.cli.requeue.HydraConfig, "get", lambda: values)
+    with contextlib.nullcontext() if queued is None else pytest.raises(SystemExit, match="75"):
+        rollout.cli.requeue.requeue_if_submitted()
+    assert calls.read_text().strip() == (queued or "")
+
+
+@pytest.mark.parametrize(("status", "asked"), [(Exit.COMPLETE, 0), (Exit.ERROR_ROWS, 0), (Exit.RESUMABLE, 1)])
+def test_only_a_job_that_stopped_early_may_be_queued_again(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, status: Exit, asked: int
+) -> None:
+    times: list[bool] = []
+    monkeypatch.setattr(rollout.job.job, "run_job", lambda config, **_: status)
+    monkeypatch.setattr(rollout.cli.run, "requeue_if_submitted", lambda: times.append(True))
+    assert ask("+experiment=ppo_sampling").status == status
+    assert len(times) == asked
+    assert ask("+experiment=ppo_sampling job.deadline=1h").status == status
+    assert len(times) == asked
 
 
 def test_interrupted_job_is_resumable(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_id_of_messages_ignores_fields_of_other_rows(tmp_path: Path) -> None:
 
 def test_id_column_gives_the_ids(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "key": 7}, {"prompt": "a", "key": 8}])
-    assert read_prompts(data(path, "data.id_column=key")).row_ids == ["7", "8"]
+    assert read_prompts(data(path, "data.id_column=key")).row_ids[:] == ["7", "8"]
 
 
 def test_limit_and_split_select_input_rows(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_limit_and_split_select_input_rows(tmp_path: Path) -> None:
 
 def test_builtin_arithmetic_has_ids_and_answers() -> None:
     prompts = read_prompts(data("builtin:arithmetic", "data.limit=5", "data.id_column=id"), with_columns=True)
-    assert prompts.row_ids == [f"arithmetic-{i:05d}" for i in range(5)]
+    assert prompts.row_ids[:] == [f"arithmetic-{i:05d}" for i in range(5)]
     assert set(rows_of(prompts)[0].columns) == {"id", "prompt", "answer"}
     assert len(read_prompts(data("builtin:arithmetic"))) == 1024
 

@@ -64,7 +64,7 @@ def test_every_csv_value_is_its_text(tmp_path: Path, suffix: str, comma: str) ->
     values = ["00123", "1e5", "None", "NA", "null", "nan", "", "True", "2020-01-01", "1.0"]
     table = "".join(comma.join(row) + "\n" for row in [["prompt", "x"], *([value or "-", value] for value in values)])
     prompts = read(write(tmp_path / f"a.{suffix}", table), "data.id_column=prompt")
-    assert prompts.row_ids == [value or "-" for value in values]
+    assert prompts.row_ids[:] == [value or "-" for value in values]
     assert [row["x"] for row in columns_of(prompts)] == values
 
 
@@ -72,7 +72,7 @@ def test_csv_with_bom_crlf_quotes_and_blank_lines(tmp_path: Path) -> None:
     table = '\ufeffprompt,my id,\r\n"a\nb ""c"", d",1,\r\n\r\nplain,2,\r\n'
     prompts = read(write(tmp_path / "a.csv", table), "data.id_column='my id'")
     assert texts(prompts) == ['a\nb "c", d', "plain"]
-    assert prompts.row_ids == ["1", "2"]
+    assert prompts.row_ids[:] == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_json_values_are_those_of_the_file(tmp_path: Path) -> None:
     prompts = read(write(tmp_path / "a.jsonl", lines(rows)), ID)
     assert columns_of(prompts) == rows
     assert [type(row["x"]) for row in columns_of(prompts)] == [int, int, float]
-    assert prompts.row_ids == ["00123", "7", "1.5"]
+    assert prompts.row_ids[:] == ["00123", "7", "1.5"]
 
 
 def test_json_may_begin_with_a_bom_and_have_nan(tmp_path: Path) -> None:
@@ -249,7 +249,9 @@ def test_dotted_name_is_a_field_inside_a_column(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", lines(BODY))
     prompts = read(path, "data.prompt_column=body.messages")
     assert texts(prompts) == [BODY[0]["body"]["messages"], None]  # type: ignore[index]
-    assert read(path, "data.prompt_column=body.messages", "data.id_column=body.id", "data.limit=1").row_ids == ["007"]
+    assert read(path, "data.prompt_column=body.messages", "data.id_column=body.id", "data.limit=1").row_ids[:] == [
+        "007"
+    ]
     with pytest.raises(InputError, match=r"body\.nope holds null in every row, .* column body is"):
         read(path, "data.prompt_column=body.nope")
 

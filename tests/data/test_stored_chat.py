@@ -9,8 +9,8 @@ import pytest
 
 from rollout.config.compose import load_config
 from rollout.data.dataset_row import DatasetRow, dataset_row
-from rollout.data.stored_chat import stored_messages
 from rollout.tokenization.prompt import Chat
+from rollout.tokenization.stored_chat import stored_messages
 
 _HI = [{"role": "user", "content": "it's"}]
 

@@ -9,6 +9,7 @@ import pytest
 
 from rollout.job.cpu_threads import choose_threads, usable_cores
 
+STEP = {"SLURM_STEP_ID": "0", "SLURM_CPUS_ON_NODE": "8", "SLURM_NODEID": "0"}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}
 
 
@@ -25,6 +26,12 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}
         (2, TORCHRUN, 6),
         (1, TORCHRUN, None),
         (2, TORCHRUN | {"OMP_NUM_THREADS": "3"}, None),
+        # A job with eight of the machine's CPUs, and steps of it: one task, two on this node, two on this third node.
+        (1, {"SLURM_CPUS_ON_NODE": "8"}, 8),
+        (1, {"SLURM_CPUS_ON_NODE": "64"}, 12),
+        (1, STEP | {"SLURM_STEP_TASKS_PER_NODE": "1"}, 8),
+        (1, STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, 4),
+        (2, STEP | {"SLURM_STEP_TASKS_PER_NODE": "1,4,2", "SLURM_NODEID": "2"}, 2),
     ],
 )
 def test_ranks_share_cores_unless_the_user_chose_threads(

@@ -13,7 +13,6 @@ import pytest
 from rollout.errors import Exit, InputError
 from rollout.job.job import run_job
 from rollout.job.ranks import Topology
-from rollout.run_dir.part_file import PartFile
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import read_run
 from rollout.verify import verify
@@ -28,6 +27,7 @@ from tests.support.jobs import (
     read_records,
     refuse_to_load,
     without_attempt,
+    write_part,
 )
 
 
@@ -38,7 +38,7 @@ def test_job_writes_every_sample_once_in_order(uninterrupted: list[dict[str, Any
 def test_complete_run_has_files_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_job(config_of(tmp_path, *JOB, "reward._target_=rollout.arithmetic.exact_match"), load_fake())
     out = tmp_path / "out"
-    assert sorted(path.name for path in out.iterdir()) == ["metrics", "rows.parquet", "run.json", "shards"]
+    assert sorted(path.name for path in out.iterdir()) == ["attempts", "metrics", "rows.arrow", "run.json", "shards"]
     assert len(list((out / "shards").iterdir())) == 10
     assert verify(out).complete
     lines = capsys.readouterr().out
@@ -61,7 +61,7 @@ def test_requests_are_read_only_as_samples_are_admitted(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the engine fails here"):
         run_job(config_of(tmp_path, *JOB), load_fake(engine))
     assert len(engine.asked) == LIVE + 1
-    assert len(list((tmp_path / "out" / "work").glob("*.part.jsonl"))) == 1
+    assert len(list((tmp_path / "out" / "work" / "parts").iterdir())) == 1
 
 
 @pytest.mark.parametrize("records", [0, 1, 11, 12, 13, 40, 59])
@@ -94,6 +94,32 @@ def test_complete_run_is_not_changed(
     assert "complete already" in caplog.text
 
 
+@pytest.mark.parametrize("damage", ["removed", "flipped"])
+def test_complete_run_gets_its_row_ids_back(tmp_path: Path, damage: str) -> None:
+    config = config_of(tmp_path, *JOB)
+    run_job(config, load_fake())
+    path = tmp_path / "out" / "rows.arrow"
+    before = path.read_bytes()
+    path.unlink()
+    if damage == "flipped":
+        path.write_bytes(bytes([before[0] ^ 1]) + before[1:])
+    with pytest.raises(InputError, match=r"rows\.arrow"):
+        verify(tmp_path / "out")
+    assert run_job(config, refuse_to_load) == Exit.COMPLETE
+    assert path.read_bytes() == before
+    assert verify(tmp_path / "out").complete
+
+
+def test_foreign_files_among_the_shards_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of(tmp_path, *JOB)
+    run_job(config, load_fake())
+    assert "not of this run" not in caplog.text
+    for name in ("old\n.parquet", ".nfs0001"):
+        (tmp_path / "out/shards" / name).touch()
+    assert run_job(config, refuse_to_load) == Exit.COMPLETE
+    assert r"remove 'old\n.parquet'." in caplog.text
+
+
 def test_work_folder_left_by_a_kill_is_removed(tmp_path: Path) -> None:
     config = config_of(tmp_path, *JOB)
     run_job(config, load_fake())
@@ -121,19 +147,11 @@ def test_complete_part_file_is_committed_without_the_engine(tmp_path: Path) -> N
     paths = RunPaths(tmp_path / "out")
     whole = read_records(paths.root)
     paths.manifest(1).unlink()
-    part = PartFile(_with_folder(paths.part(1)))
-    for record in whole[12:24]:
-        part.append(_record(record))
-    part.close()
+    write_part(read_run(paths), 1, map(_record, whole[12:24]))
     engine = FakeEngine()
     assert run_job(config, load_fake(engine)) == Exit.COMPLETE
     assert engine.asked == []
     assert read_records(paths.root) == whole
-
-
-def _with_folder(path: Path) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    return path
 
 
 def _record(values: dict[str, Any]) -> Any:

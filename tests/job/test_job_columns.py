@@ -62,8 +62,8 @@ def test_input_columns_stand_beside_each_sample(tmp_path: Path, form: str, logpr
     )
     with pytest.raises(RuntimeError, match="the engine fails here"):
         run_job(config, load_fake(FakeEngine(fail_after=5)))
-    part = (RunPaths(tmp_path / "out").part(0)).read_text()
-    assert "question" not in part
+    (part,) = RunPaths(tmp_path / "out").parts(0).iterdir()
+    assert "question" not in part.read_text()
     assert run_job(config, load_fake()) == Exit.COMPLETE
     assert verify(tmp_path / "out").complete
     rows = loaded(tmp_path, form)
@@ -139,7 +139,7 @@ def test_values_of_any_type_are_written(tmp_path: Path, form: str) -> None:
 
 
 def test_wide_rows_are_copied_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout.run_dir.shards._BLOCK_BYTES", 2000)
+    monkeypatch.setattr("rollout.run_dir.commit._BLOCK_BYTES", 2000)
     rows = [{"prompt": str(i), "page": str(i) * 1000} for i in range(5)]
     config = config_of(tmp_path, f"data.path={write(tmp_path, rows)}", "sampling.n=4")
     assert run_job(config, load_fake()) == Exit.COMPLETE

@@ -27,7 +27,8 @@ class RecordingEngine(FakeEngine):
     def run(self, requests: Any, **options: Any) -> Any:
         def recorded() -> Any:
             for request in requests:
-                self.expectations[request.row_id] = request.expected_tokens, request.ahead
+                if request is not None:
+                    self.expectations[request.row_id] = request.expected_tokens, request.ahead
                 yield request
 
         return super().run(recorded(), **options)

@@ -114,13 +114,13 @@ def _finished(paths: RunPaths) -> int:
     """Samples that are on disk: in committed shards, or in whole lines of part files."""
     committed = [json.loads(path.read_text()) for path in paths.shards.glob("*.json")]
     done = {manifest["shard"] for manifest in committed}
-    parts = [path for path in paths.work.glob("*.part.jsonl") if int(path.name[:5]) not in done]
+    parts = [path for path in paths.work.glob("parts/*/*.jsonl") if int(path.parent.name) not in done]
     return sum(m["samples"] for m in committed) + sum(_lines(path) for path in parts)
 
 
 def _lines(path: Path) -> int:
     try:
-        return path.read_bytes().count(b"\n")
+        return max(0, path.read_bytes().count(b"\n") - 1)  # without the header
     except FileNotFoundError:
         # Committed since.
         return 0
@@ -128,7 +128,7 @@ def _lines(path: Path) -> int:
 
 def _tear(paths: RunPaths, rng: random.Random) -> None:
     """What a power cut may do to files that were not synced."""
-    for path in paths.work.glob("*.part.jsonl"):
+    for path in paths.work.glob("parts/*/*.jsonl"):
         content = path.read_bytes()
         path.write_bytes(content[: rng.randint(0, len(content))] + b"\0" * rng.randint(0, 50))
 

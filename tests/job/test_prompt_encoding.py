@@ -10,8 +10,9 @@ import pytest
 
 from rollout.data.prompts import read_prompts
 from rollout.errors import Exit, InputError
-from rollout.job.job import Loaded, run_job
-from rollout.job.prompt_encoding import Encoder, make_encoder
+from rollout.job.job import run_job
+from rollout.job.loading import Loaded
+from rollout.job.prompt_encoding import Encoder, make_encoder, prompt_tokens
 from rollout.tokenization.prompt_encoder import PromptEncoder
 from tests.support.chat_templates import CHATML, GEMMA, LLAMA3, byte_tokenizer
 from tests.support.jobs import FakeEngine, config_of, read_records
@@ -72,3 +73,33 @@ def test_resumed_run_keeps_its_dates(tmp_path: Path) -> None:
     assert "Today Date: 01 Jan 2026" in str(tokenizer.decode(record["prompt_ids"]))
     stored = json.loads((tmp_path / "out" / "run.json").read_text())
     assert stored["fingerprint"]["data.template_dates"] == {"%d %b %Y": "01 Jan 2026"}
+
+
+def test_a_resume_that_renders_other_prompts_is_refused(tmp_path: Path) -> None:
+    """As another version of transformers may, with the same files; the dates of the day do not count."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": _HI}) + "\n")
+    config = config_of(tmp_path, f"data.path={tmp_path / 'rows.jsonl'}")
+
+    def load_with(template: str, date: str, fail_after: int | None) -> Any:
+        encoder = PromptEncoder(byte_tokenizer(template), dates={"%d %b %Y": date})
+        engine = FakeEngine(fail_after=fail_after)
+        return lambda *_: Loaded(engine=engine, encoder=encoder, dtype="float32", attention="none", memory="cpu")
+
+    with pytest.raises(RuntimeError):
+        run_job(config, load_with(LLAMA3, "01 Jan 2026", 0))
+    with pytest.raises(InputError, match=r"another fingerprint \(data\.prompt_tokens was "):
+        run_job(config, load_with(LLAMA3 + " ", "01 Jan 2026", None))
+    assert run_job(config, load_with(LLAMA3, "02 Jan 2026", None)) == Exit.COMPLETE
+
+
+def test_the_digest_of_tokens_covers_rows_of_all_parts_and_no_dates(tmp_path: Path) -> None:
+    def digest(texts: list[str], date: str = "01 Jan 2026") -> str:
+        rows = "".join(json.dumps({"prompt": [{"role": "user", "content": text}]}) + "\n" for text in texts)
+        (tmp_path / "rows.jsonl").write_text(rows)
+        prompts = read_prompts(config_of(tmp_path, f"data.path={tmp_path / 'rows.jsonl'}").data)
+        return prompt_tokens(PromptEncoder(byte_tokenizer(LLAMA3), dates={"%d %b %Y": date}), prompts)
+
+    texts = [f"text {number}" for number in range(200)]
+    assert digest(texts) == digest(texts, "02 Jan 2026")
+    assert digest(texts) != digest([*texts[:198], "other", texts[199]])
+    assert digest(["a"]) != digest(["b"])

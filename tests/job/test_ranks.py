@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from rollout.job.ranks import Ranks, Topology
+
+#: What SLURM 22.05 sets in the shell of a batch script of three tasks, and in the second task that srun starts there.
+BATCH = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "3", "SLURM_NPROCS": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+STEP = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+ARRAY = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_ID": "5"}
 
 
 def test_single_process_is_its_own_worker() -> None:
@@ -26,3 +33,36 @@ def test_ranks_of_array_tasks_are_numbered_without_gaps() -> None:
     ]
     assert workers == [0, 1, 2, 3, 4, 5]
     assert Topology.from_environment({**array, "SLURM_ARRAY_TASK_ID": "15", "WORLD_SIZE": "2"}).workers == 6
+
+
+@pytest.mark.parametrize(
+    ("environment", "worker", "workers"),
+    [
+        # srun starts three processes, each by itself.
+        (STEP, 1, 3),
+        # Three tasks were asked for, but the batch script started the process itself.
+        (BATCH, 0, 1),
+        # `srun --pty bash` on an allocation of three tasks.
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, 0, 1),
+        ({**STEP, **ARRAY}, 4, 6),
+        # The array is a sweep: each task has a run of its own.
+        ({**STEP, **ARRAY, "SUBMITIT_EXECUTOR": "slurm"}, 1, 3),
+        # Each task starts two ranks with torchrun by itself.
+        ({**STEP, "WORLD_SIZE": "2", "RANK": "1", "GROUP_WORLD_SIZE": "1"}, 3, 6),
+        # The tasks start six ranks together, two on each machine.
+        ({**STEP, "WORLD_SIZE": "6", "RANK": "3", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "3"}, 3, 6),
+        # The script sets torch's variables itself.
+        ({**STEP, "WORLD_SIZE": "3", "RANK": "1"}, 1, 3),
+        # One torchrun over three machines that SLURM knows nothing of.
+        ({**BATCH, "WORLD_SIZE": "6", "RANK": "4", "GROUP_WORLD_SIZE": "3"}, 4, 6),
+    ],
+)
+def test_tasks_of_a_step_are_workers_of_one_run(environment: dict[str, str], worker: int, workers: int) -> None:
+    topology = Topology.from_environment(environment)
+    assert (topology.worker, topology.workers) == (worker, workers)
+
+
+def test_tensor_parallel_launches_of_a_step_are_one_worker_each() -> None:
+    launched = {**STEP, "WORLD_SIZE": "2", "RANK": "1", "GROUP_WORLD_SIZE": "1"}
+    topology = Topology.from_environment(launched, tensor_parallel=True)
+    assert (topology.worker, topology.workers, topology.rank) == (1, 3, 1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ import pytest
 from rich.console import Console
 
 from rollout.batcher.types import FinishedRow, Observation, StepSample
+from rollout.logs import StderrHandler
+from rollout.progress.displays import StderrConsole
 from rollout.progress.progress import Done, Progress
 from tests.support.jobs import NOTHING_LIVE, report_of
 
@@ -143,6 +147,34 @@ def test_log_lines_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         log.removeHandler(handler)
     assert handler.stream is screen
     assert "torn?\n" in screen.getvalue().replace("\r", "")
+
+
+@pytest.mark.parametrize("pair", [os.pipe, os.openpty])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_job_goes_on_when_nobody_reads_any_longer(
+    pair: Callable[[], tuple[int, int]], terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after ``| head``, or with a terminal that is closed."""
+    reader, writer = pair()
+    stdout = os.fstat(1)
+    log = logging.getLogger("tests.progress")
+    handler = StderrHandler()
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    with open(writer, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        clock = Clock()
+        with Progress(10, lambda: Done(1), StderrConsole(force_terminal=terminal), clock) as progress:
+            log.addHandler(handler)
+            os.close(reader)
+            try:
+                for step in range(3):
+                    clock.now += 20
+                    progress.step(report_of(step, observation=NOTHING_LIVE))
+                    log.warning("torn?")
+            finally:
+                log.removeHandler(handler)
+        assert sys.stderr is stream
+    assert os.fstat(1) == stdout, "what goes to stdout is not lost with stderr"
 
 
 def test_notebook_shows_text_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:

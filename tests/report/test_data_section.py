@@ -19,9 +19,9 @@ from rollout.report.data_statistics import DataStatistics, read_statistics
 from rollout.report.prompt_text import other_columns, prompt_text
 from rollout.report.record_files import record_files
 from rollout.report.samples_to_read import SamplePicker
-from rollout.run_dir.part_file import encode_record
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import read_run
+from tests.support.jobs import write_part
 from tests.support.report import BEGAN, change_run, drawn, write_metrics
 
 EVIL = "</pre></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
@@ -78,7 +78,6 @@ def write_shards(paths: RunPaths, shards: dict[int, list[dict[str, Any]]], form:
     for path in [*paths.shards.iterdir()]:
         if path.suffix != ".json" or int(path.stem) not in shards:
             path.unlink()
-    paths.work.mkdir(exist_ok=True)
     for number, rows in shards.items():
         if form == "parquet":
             pq.write_table(pa.Table.from_pylist(rows), paths.shard(number, form), row_group_size=50)
@@ -86,7 +85,7 @@ def write_shards(paths: RunPaths, shards: dict[int, list[dict[str, Any]]], form:
             paths.shard(number, form).write_text("".join(json.dumps(row) + "\n" for row in rows))
         else:
             paths.manifest(number).unlink()
-            paths.part(number).write_bytes(b"".join(encode_record(Record(**row)) for row in rows))
+            write_part(read_run(paths), number, [Record(**row) for row in rows])
     change_run(paths, output_format="parquet" if form == "part" else form)
 
 
@@ -137,7 +136,7 @@ def test_large_run_is_drawn_from_shards_at_equal_distances(
     paths: RunPaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shards(paths, {shard: [record(shard, 0)] for shard in range(4)})
-    size = sum(path.stat().st_size for path in record_files(read_run(paths)))
+    size = sum(file.bytes for file in record_files(read_run(paths)))
     monkeypatch.setattr(data_statistics, "MOST_BYTES", size / 1.9)
     text = drawn(paths, capsys).text
     assert "from 3 of 4 shards at equal distances, 3 samples" in text

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rollout.report.record_files import UnreadableFile, read_batches, read_records
+from rollout.report.record_files import RecordFile, UnreadableFile, read_batches, read_records
 from tests.report.test_data_section import record
 
 MIXED: list[dict[str, Any]] = [
@@ -27,10 +27,10 @@ def test_other_columns_of_json_lines_may_have_any_type(tmp_path: Path) -> None:
     rows = [record(row, 0, reward=0.5 * row) | values for row, values in enumerate(MIXED)]
     path = tmp_path / "00000.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    found = pa.Table.from_batches(list(read_batches(path)))
+    found = pa.Table.from_batches(list(read_batches(RecordFile(path))))
     assert found["reward"].to_pylist() == [0, 0.5, 1, 1.5, 2]
     assert found["completion_ids"].to_pylist() == [[0, 1, 2]] * 5
-    chosen = read_records(path, [1, 3])
+    chosen = read_records(RecordFile(path), [1, 3])
     assert chosen[1]["meta"] == MIXED[1]["meta"]
     assert chosen[3]["prompt"] == MIXED[3]["prompt"]
     assert not {"logprobs", "sampler_logprobs"} & set(chosen[1])
@@ -40,7 +40,7 @@ def test_records_are_found_in_any_row_group(tmp_path: Path) -> None:
     path = tmp_path / "00000.parquet"
     rows = [{name: value for name, value in record(row, 0).items() if "logprobs" not in name} for row in range(100)]
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
-    chosen = read_records(path, [0, 6, 7, 55, 99])
+    chosen = read_records(RecordFile(path), [0, 6, 7, 55, 99])
     assert {row: values["row_id"] for row, values in chosen.items()} == {row: f"row-{row}" for row in (0, 6, 7, 55, 99)}
 
 
@@ -48,7 +48,7 @@ def test_values_that_python_cannot_hold_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "00000.parquet"
     body = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"messages": ["a"]}']))
     pq.write_table(pa.table({"day": pa.array([-(10**6)], pa.int32()).cast(pa.date32()), "body": body}), path)
-    assert read_records(path, [0]) == {0: {"day": -(10**6), "body": {"messages": ["a"]}}}
+    assert read_records(RecordFile(path), [0]) == {0: {"day": -(10**6), "body": {"messages": ["a"]}}}
 
 
 @pytest.mark.parametrize("name", ["00000.parquet", "00000.jsonl"])
@@ -56,4 +56,4 @@ def test_values_that_python_cannot_hold_are_shown(tmp_path: Path) -> None:
 def test_torn_file_is_unreadable(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UnreadableFile):
-        list(read_batches(tmp_path / name))
+        list(read_batches(RecordFile(tmp_path / name)))

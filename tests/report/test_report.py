@@ -15,12 +15,13 @@ from rollout.errors import Exit
 from rollout.job.job import run_job
 from rollout.records import RECORD_COLUMNS, Record
 from rollout.report.__main__ import main
-from rollout.run_dir.part_file import encode_record
 from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.run import read_run
+from rollout.run_dir.sealed_json import seal, unseal
 from rollout.run_dir.shards import read_shard
 from rollout.verify import verify
-from tests.support.jobs import config_of, load_fake
-from tests.support.report import BEGAN, Page, a_line, change_run, drawn, hover, write_metrics
+from tests.support.jobs import config_of, load_fake, write_part
+from tests.support.report import BEGAN, Page, a_line, change_run, drawn, hover, write_attempts, write_metrics
 
 # -- the command -----------------------------------------------------------------------------------------
 
@@ -97,12 +98,12 @@ def test_page_is_self_contained(paths: RunPaths, capsys: pytest.CaptureFixture[s
 
 def test_everything_read_is_escaped(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     evil = "</script></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\ud800"
-    stored = json.loads(paths.run.read_text())
     config = {group: {evil: evil, "path": evil} for group in ("model", "data", "sampling", "output", "reward")}
     attempt = dict.fromkeys(("started", "host", "device"), evil) | {"batcher": {"name": evil, evil: [evil]}}
-    change_run(paths, config=config, attempts=[attempt], packages={evil: evil}, fingerprint=stored["fingerprint"])
-    manifest = json.loads(paths.manifest(0).read_text()) | {"errors": {evil: 1}, "finish_reasons": {evil: 3}}
-    paths.manifest(0).write_text(json.dumps(manifest))
+    change_run(paths, config=config, packages={evil: evil})
+    write_attempts(paths, [attempt])
+    manifest = unseal(paths.manifest(0).read_bytes()) | {"errors": {evil: 1}, "finish_reasons": {evil: 3}}
+    paths.manifest(0).write_bytes(seal(manifest))
     for worker in range(2):
         write_metrics(paths, worker, 0, BEGAN, [{"reason": evil}] * 8)
     page = drawn(paths, capsys)
@@ -119,7 +120,7 @@ def test_everything_read_is_escaped(paths: RunPaths, capsys: pytest.CaptureFixtu
 
 
 def test_page_holds_all_values_for_the_pointer(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
-    change_run(paths, attempts=[{"batcher": {"latency_budget_ms": 400}, "memory": {"max_kv_bytes": None}}])
+    write_attempts(paths, [{"batcher": {"latency_budget_ms": 400}, "memory": {"max_kv_bytes": None}}])
     steps = [{"live_rows": 5 + i // 2, "reason": "cap" if i % 2 else "memory", "kv_bytes": 3 << 20} for i in range(8)]
     write_metrics(paths, 0, 0, BEGAN, steps)
     page = drawn(paths, capsys)
@@ -155,7 +156,7 @@ def test_attempts_and_pauses_are_labelled(paths: RunPaths, capsys: pytest.Captur
         {"batcher": {"name": "sla", "latency_budget_ms": budget}, "memory": {"max_kv_bytes": 2 << 30}} | execution
         for budget in (450.0, 800.0, None)
     ]
-    change_run(paths, attempts=attempts)
+    write_attempts(paths, attempts)
     for attempt, began in enumerate((BEGAN, BEGAN + 3725, BEGAN + 90_000)):
         write_metrics(paths, 0, attempt, began, [{}] * 10)
     page = drawn(paths, capsys)
@@ -193,10 +194,9 @@ def test_report_of_an_unfinished_run_counts_part_files(paths: RunPaths, capsys: 
     records = read_shard(paths.shard(1, "parquet")).to_pylist()
     for shard in (1, 3):
         paths.manifest(shard).unlink()
-    paths.work.mkdir(exist_ok=True)
     written = [Record(**{name: record[name] for name in RECORD_COLUMNS}) for record in records[:5]]
-    lines = b"".join(encode_record(record) for record in written)
-    paths.part(1).write_bytes(lines[:-9])  # the last one was not written to its end
+    part = write_part(read_run(paths), 1, written)
+    part.write_bytes(part.read_bytes()[:-9])  # the last one was not written to its end
     text = drawn(paths, capsys).text
     assert "not complete ·" in text
     assert "samples 16 of 20; 2 of 4 shards" in text
@@ -212,9 +212,10 @@ def test_lines_without_step_time_counts_show_the_mean(paths: RunPaths, capsys: p
     assert "step time p50 ? p95 ?, p99 ?" in page.text
 
 
-def test_invalid_limits_in_run_json_are_ignored(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
-    attempts: list[Any] = ["x", None, {"batcher": 3}, {"batcher": {"latency_budget_ms": "fast"}, "memory": {}}]
-    change_run(paths, attempts=attempts, config=[], packages=None)
+def test_invalid_limits_of_attempts_are_ignored(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    attempts: list[Any] = [{}, {"batcher": 3}, {"batcher": {"latency_budget_ms": "fast"}, "memory": {}}]
+    write_attempts(paths, attempts)
+    change_run(paths, config=[], packages=None)
     for attempt in range(6):
         write_metrics(paths, 0, attempt, BEGAN + 10 * attempt, [{}] * 4)
     assert "steps over budget" not in drawn(paths, capsys).text

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import rollout.run_dir.fingerprint as module
+import rollout.run_dir.fingerprint as fingerprint_module
+import rollout.run_dir.model_digests as module
 from rollout.data.prompts import read_prompts
 from rollout.run_dir.fingerprint import (
     Fingerprint,
     describe,
     differences,
     fingerprint_of,
-    tokenizer_digest,
-    weights_digest,
 )
+from rollout.run_dir.model_digests import tokenizer_digest, weights_digest
 from tests.support.jobs import config_of, fake_model
 
 
@@ -188,10 +188,46 @@ def test_differences_are_described_with_short_values() -> None:
     assert "a" * 20 not in text
 
 
+def test_a_resume_keeps_the_dates_and_takes_the_tokens_until_they_are_known() -> None:
+    begun = Fingerprint({"seed": 0}).dated({"%d": "01"}).encoded("a")
+    resumed = Fingerprint({"seed": 0}).dated({"%d": "02"})
+    assert not differences(begun, resumed.resuming(begun))
+    assert not differences(begun, resumed.encoded("a").resuming(begun))
+    assert differences(begun, resumed.encoded("b").resuming(begun)) == ["data.prompt_tokens"]
+    assert "data.prompt_tokens" not in resumed.resuming(Fingerprint({"seed": 0})).values
+
+
+def test_a_reward_of_another_source_differs(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "reward._target_=package.score")
+    made = [
+        fingerprint_of(config, "c", tmp_path / "model", reward_source={"source.package": digest, "package.numpy": "2"})
+        for digest in ("a", "b")
+    ]
+    assert differences(*made) == ["reward.source.package"]
+
+
+def test_the_version_of_the_draws_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = made(tmp_path)
+    monkeypatch.setattr(fingerprint_module, "SAMPLER_VERSION", 0)
+    assert differences(before, made(tmp_path)) == ["sampling.version"]
+
+
+def test_of_a_reward_the_arguments_that_differ_are_described() -> None:
+    old = Fingerprint({"reward": {"_target_": "a.b", "scale": 1, "gone": 2}})
+    new = Fingerprint({"reward": {"_target_": "a.b", "scale": 3}})
+    assert describe(old, new) == "reward.gone was 2 and is null; reward.scale was 1 and is 3"
+    assert describe(old, Fingerprint({"reward": None})).startswith('reward was {"_target_"')
+
+
 def test_fingerprint_survives_json() -> None:
     fingerprint = Fingerprint({"x": (1, 2), "y": 0.1})
     again = Fingerprint(json.loads(json.dumps(fingerprint.values)))
     assert (again.values, again.digest) == (fingerprint.values, fingerprint.digest)
+
+
+def digest_of_earlier_keys(fingerprint: Fingerprint) -> str:
+    """Return the digest of the keys that fingerprints have always had."""
+    return Fingerprint({key: value for key, value in fingerprint.values.items() if key != "sampling.version"}).digest
 
 
 def test_fingerprint_of_a_fixed_job_never_changes(tmp_path: Path) -> None:
@@ -212,12 +248,12 @@ def test_fingerprint_of_a_fixed_job_never_changes(tmp_path: Path) -> None:
         "seed=7",
     )
     prompts = read_prompts(config.data, with_columns=True)
-    assert prompts.row_ids == ["d9247e0b94c662d6-0", "8b8a8df4ba54703d-0", "d9247e0b94c662d6-1"]
+    assert prompts.row_ids[:] == ["d9247e0b94c662d6-0", "8b8a8df4ba54703d-0", "d9247e0b94c662d6-1"]
     assert prompts.content == "1a3c3fcc25008e314c040cf82b82406ef7ca4ef8cf47150532473a99081d0702"
     fingerprint = fingerprint_of(config, prompts.content, model)
     assert fingerprint.values["model.weights"] == "ea20527061cb224d352d32df61f713453d71e09e4387f70837669618a50e6669"
     assert fingerprint.values["model.tokenizer"] == "facdb120c16a18592b9a7ee5cac5c60fbc5eb32b15b1d767762544b7e2452158"
-    assert fingerprint.digest == "2b38e94ee0083e2cf957b5f3ac3a8c5797ec8b7604853040fe9e1c094b72ffa4"
+    assert digest_of_earlier_keys(fingerprint) == "2b38e94ee0083e2cf957b5f3ac3a8c5797ec8b7604853040fe9e1c094b72ffa4"
 
 
 def test_fingerprint_of_the_default_job_never_changes(tmp_path: Path) -> None:
@@ -227,4 +263,4 @@ def test_fingerprint_of_the_default_job_never_changes(tmp_path: Path) -> None:
     (tmp_path / "model" / "tokenizer.json").write_text('{"a": 1}')
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     fingerprint = fingerprint_of(config, prompts.content, tmp_path / "model")
-    assert fingerprint.digest == "463088cc459d4108a07650b1f77366e1c23a134084efcc8f34ea89bb868b8b6e"
+    assert digest_of_earlier_keys(fingerprint) == "463088cc459d4108a07650b1f77366e1c23a134084efcc8f34ea89bb868b8b6e"

@@ -1,136 +1,155 @@
-"""Part files: appended records are read again, whatever a kill tore off."""
+"""Part files: appended records are read again, whatever was torn, damaged, or is of another run."""
 
 from __future__ import annotations
 
-import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rollout.records import Record
 from rollout.requests import Request
-from rollout.run_dir.part_file import PartFile, decode_record, encode_record
+from rollout.run_dir.file_system import LOCAL
+from rollout.run_dir.part_file import PartFile, ShardKey, part_paths, read_part, read_parts
+from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.record_lines import SampleKey, decode_record
 from rollout.sampling_params import SamplingParams
 from tests.support.jobs import record_of
+
+KEY = ShardKey("digest", 7)
 
 
 def records(count: int) -> list[Record]:
     return [record_of(Request(f"row {i // 2}", [1, 2, i], SamplingParams(n=2)), i % 2) for i in range(count)]
 
 
-def test_record_survives_encoding_exactly() -> None:
-    rng = np.random.default_rng(7)
-    bits = rng.integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)
-    values = bits[np.isfinite(bits)].tolist()
-    record = Record(
-        row_id='ü\n"\\',
-        sample=3,
-        prompt_ids=[0, 2**31 - 1],
-        completion_ids=[5],
-        text="two\nlines \U0001f600 \x00 \u2028",
-        logprobs=values,
-        sampler_logprobs=[-0.0, float(np.float32(-1e-45))],
-        finish_reason="stop",
-        error_class="reward_failed",
-        error="why",
-        reward=0.1,
-        seed=-(2**63),
-        weight_version=4,
-        attempt=2,
-    )
-    again = decode_record(encode_record(record))
-    assert again == record
-    assert math.copysign(1, again.sampler_logprobs[0]) == -1
-    assert encode_record(record).count(b"\n") == 1
+def begun(folder: Path) -> RunPaths:
+    """Let a folder hold a run."""
+    folder.mkdir(exist_ok=True)
+    paths = RunPaths(folder)
+    paths.run.touch()
+    return paths
 
 
-def test_line_of_a_fixed_record_never_changes() -> None:
-    record = Record(
-        row_id="a",
-        sample=1,
-        prompt_ids=[1, 2],
-        completion_ids=[3],
-        text="é",
-        logprobs=[-0.5],
-        sampler_logprobs=[-0.25],
-        finish_reason="stop",
-        seed=7,
-    )
-    assert encode_record(record) == (
-        b'{"row_id":"a","sample":1,"prompt_ids":"AQAAAAIAAAA=","completion_ids":"AwAAAA==","text":"\\u00e9",'
-        b'"logprobs":"AAAAvw==","sampler_logprobs":"AACAvg==","finish_reason":"stop","error_class":"","error":"",'
-        b'"reward":null,"seed":7,"weight_version":0,"attempt":0,"reasoning":""}\n'
-    )
+def written(folder: Path, made: list[Record], writer: str = "w", key: ShardKey = KEY) -> Path:
+    part = PartFile(LOCAL, begun(folder), key, writer)
+    for record in made:
+        part.append(record)
+    part.close()
+    return part.path
+
+
+def found(path: Path) -> list[Record]:
+    return [line.record for line in read_part(LOCAL, path, KEY)]
 
 
 def test_appended_records_are_read_again(tmp_path: Path) -> None:
     made = records(6)
-    part = PartFile(tmp_path / "a")
-    for record in made[:4]:
-        part.append(record)
-    part.close()
-    part = PartFile(tmp_path / "a")
-    assert part.done == {(record.row_id, record.sample) for record in made[:4]}
-    for record in made[4:]:
-        part.append(record)
-    assert list(part.records()) == made
-    part.close()
+    path = written(tmp_path, made)
+    assert found(path) == made
+    assert [decode_record(line.location.read(LOCAL)) for line in read_part(LOCAL, path, KEY)] == made
+    later = next(line.location.offset for line in read_part(LOCAL, path, KEY) if line.record == made[4])
+    assert [line.record for line in read_part(LOCAL, path, KEY, start=later)] == made[4:]
 
 
 def test_kill_loses_no_appended_record(tmp_path: Path) -> None:
-    part = PartFile(tmp_path / "a")
+    part = PartFile(LOCAL, begun(tmp_path), KEY, "w")
     part.append(records(1)[0])
     # Neither closed nor synced: what another process sees is what a kill leaves.
-    assert len(PartFile(tmp_path / "a").done) == 1
+    assert found(part.path) == records(1)
+    part.close()
 
 
-def test_tail_torn_at_any_byte_is_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout.run_dir.part_file.os.fsync", lambda descriptor: None)
+def test_tail_torn_at_any_byte_costs_its_record_alone(tmp_path: Path) -> None:
     made = records(3)
-    lines = [encode_record(record) for record in made]
-    whole = b"".join(lines)
-    ends = [0, len(lines[0]), len(lines[0] + lines[1]), len(whole)]
-    path = tmp_path / "a"
+    path = written(tmp_path, made)
+    whole = path.read_bytes()
+    ends = [line.location.offset + line.location.length for line in read_part(LOCAL, path, KEY)]
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
-        part = PartFile(path)
-        kept = sum(end <= size for end in ends) - 1
-        assert list(part.records()) == made[:kept], size
-        assert path.stat().st_size == ends[kept]
-        for record in made[kept:]:
-            part.append(record)
-        part.close()
-        assert path.read_bytes() == whole
+        assert found(path) == made[: sum(end <= size for end in ends)], size
 
 
-@pytest.mark.parametrize("junk", [b"\0" * 100, b"{}\n", b"[1]\n", b'{"row_id": "x"}\n', b"\xff\xfe\n", b"\n"])
-def test_junk_is_truncated_with_all_that_follows(tmp_path: Path, junk: bytes) -> None:
+def test_any_flipped_bit_costs_at_most_its_record(tmp_path: Path) -> None:
+    rng = random.Random(3)
     made = records(3)
-    path = tmp_path / "a"
-    path.write_bytes(encode_record(made[0]) + junk + encode_record(made[1]))
-    part = PartFile(path)
-    assert list(part.records()) == made[:1]
-    part.close()
+    path = written(tmp_path, made)
+    whole = path.read_bytes()
+    for position in rng.sample(range(8 * len(whole)), 1500):
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        path.write_bytes(bytes(damaged))
+        left = found(path)
+        assert all(record in made for record in left), position
+        # A damaged line break costs the lines on both its sides, and a damaged header all lines.
+        header = position // 8 < whole.index(b"\n") + 1
+        assert len(left) == 0 if header else len(left) in (1, 2), position
 
 
-def test_repeated_record_counts_once(tmp_path: Path) -> None:
-    made = records(2)
-    path = tmp_path / "a"
-    path.write_bytes(encode_record(made[0]) + encode_record(replace(made[0], attempt=9)) + encode_record(made[1]))
-    part = PartFile(path)
-    assert list(part.records()) == made[:1]
-    with pytest.raises(AssertionError, match="finished already"):
-        part.append(made[0])
-    part.close()
+@pytest.mark.parametrize("junk", [b"\0" * 100 + b"\n", b"{}\n", b"[1]\n", b'{"row_id": "x"}\n', b"\xff\xfe\n", b"\n"])
+def test_junk_between_lines_is_left_out_and_said(tmp_path: Path, junk: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    made = records(3)
+    path = written(tmp_path, made)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], junk, *lines[2:]]))
+    assert found(path) == made
+    assert caplog.text.count("is damaged") == 1
+
+
+@pytest.mark.parametrize("other", [ShardKey("another run", 7), ShardKey("digest", 8)])
+def test_file_of_another_run_or_shard_is_left_alone(
+    tmp_path: Path, other: ShardKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = written(tmp_path, records(2), key=other)
+    assert found(path) == []
+    assert "is not of shard 7 of this run" in caplog.text
+    # Not even its lines under a right header are taken.
+    right = written(tmp_path / "right", records(1))
+    header = right.read_bytes().splitlines(keepends=True)[0]
+    foreign = path.read_bytes().splitlines(keepends=True)[1:]
+    right.write_bytes(header + b"".join(foreign))
+    assert found(right) == []
+
+
+def test_writers_of_one_shard_have_files_of_their_own(tmp_path: Path) -> None:
+    made = records(6)
+    paths = [
+        written(tmp_path, made[:3], "a"),
+        written(tmp_path, made[2:5], "b"),
+        written(tmp_path, made[5:], "a"),
+    ]
+    assert len(set(paths)) == 3
+    assert part_paths(LOCAL, RunPaths(tmp_path), 7) == sorted(paths)
+    parts = read_parts(LOCAL, RunPaths(tmp_path), KEY)
+    assert [decode_record(location.read(LOCAL)) for location in parts.finished.values()] != []
+    assert parts.finished.keys() == {SampleKey(record.row_id, record.sample) for record in made}
+    assert parts.finished[SampleKey("row 1", 0)].path == paths[0]  # of equal records, the first counts
+
+
+def test_stopped_samples_go_on_from_the_longest_record(tmp_path: Path) -> None:
+    made = [replace(record, finish_reason="abort") for record in records(3)]
+    short = replace(made[0], completion_ids=[1], logprobs=[-1.0], sampler_logprobs=[-1.0], weight_versions=[0])
+    long = replace(
+        made[0],
+        completion_ids=[1, 2],
+        logprobs=[-1.0, -2.0],
+        sampler_logprobs=[-1.0, -2.0],
+        weight_versions=[0, 0],
+        end_ids=[5],
+    )
+    written(tmp_path, [long, made[1]], "a")
+    written(tmp_path, [short, replace(made[1], finish_reason="stop"), made[2]], "b")
+    parts = read_parts(LOCAL, RunPaths(tmp_path), KEY)
+    assert parts.under_way == {SampleKey("row 0", 0): long, SampleKey("row 1", 0): made[2]}
+    assert list(parts.finished) == [SampleKey("row 0", 1)]
 
 
 def test_part_file_is_synced_every_second_and_when_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     synced: list[float] = []
-    monkeypatch.setattr("rollout.run_dir.part_file.os.fsync", lambda descriptor: synced.append(now))
-    part = PartFile(tmp_path / "a", clock=lambda: now)
+    part = PartFile(LOCAL, begun(tmp_path), KEY, "w", clock=lambda: now)
+    monkeypatch.setattr(LOCAL, "sync", lambda file: synced.append(now), raising=False)
     for step, record in enumerate(records(30)):
         now = step * 0.1
         part.append(record)

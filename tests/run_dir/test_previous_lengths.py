@@ -10,10 +10,9 @@ import pytest
 
 from rollout.errors import InputError
 from rollout.job.job import run_job
-from rollout.run_dir.part_file import decode_record
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.previous_lengths import read_lengths
-from tests.support.jobs import FakeEngine, config_of, load_fake, read_records
+from tests.support.jobs import FakeEngine, config_of, load_fake, read_part_records, read_records
 
 JOB = ("data.limit=20", "sampling.n=3", "output.rows_per_shard=4")
 
@@ -46,9 +45,9 @@ def test_lengths_of_a_killed_run_include_its_part_files(tmp_path: Path):
     with pytest.raises(RuntimeError):
         run_job(config_of(tmp_path, *JOB), load_fake(Words(fail_after=33)))
     paths = RunPaths(tmp_path / "out")
-    parts = list(paths.work.glob("*.part.jsonl"))
+    parts = list(paths.work.glob("parts/*/*.jsonl"))
     committed = [(record["prompt_ids"], record["completion_ids"]) for record in read_records(paths.root)]
-    under_way = [decode_record(line) for part in parts for line in part.read_bytes().splitlines()]
+    under_way = read_part_records(paths.root)
     assert committed
     assert under_way
     with parts[0].open("ab") as file:

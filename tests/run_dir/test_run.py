@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 from pathlib import Path
 
 import pytest
 
 from rollout.errors import InputError
+from rollout.run_dir.attempts import read_attempts
+from rollout.run_dir.file_system import LOCAL
 from rollout.run_dir.fingerprint import Fingerprint
 from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.row_ids_file import read_row_ids
 from rollout.run_dir.run import (
     RunDir,
-    choose_rows_per_shard,
     existing_run,
     open_run,
     prepare_folder,
-    read_row_ids,
     read_run,
 )
 from tests.support.jobs import config_of
@@ -37,6 +39,7 @@ def opened(folder: Path, *overrides: str, fingerprint: Fingerprint = FINGERPRINT
         attention="gather",
         workers=workers,
         template_dates={},
+        token=secrets.token_hex(4),
     )
 
 
@@ -44,14 +47,15 @@ def test_first_attempt_writes_run_json_and_ids(tmp_path: Path) -> None:
     run = opened(tmp_path, "sampling.n=3", "output.rows_per_shard=4")
     assert (run.rows, run.samples, run.rows_per_shard, run.shards, run.attempt) == (10, 3, 4, 3, 0)
     assert [list(run.shard_rows(shard)) for shard in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert read_row_ids(run.paths).to_pylist() == IDS
+    assert read_row_ids(run.paths.rows).to_pylist() == IDS
     stored = json.loads(run.paths.run.read_text())
     assert stored["fingerprint"] == FINGERPRINT.values
     assert stored["digest"] == FINGERPRINT.digest
     assert stored["config"]["sampling"]["n"] == 3
     assert set(stored["packages"]) >= {"rollout", "torch", "transformers", "python"}
-    assert stored["attempts"][0]["batcher"]["name"] == "predictive"
-    assert stored["attempts"][0]["attention"] == "gather"
+    (attempt,) = read_attempts(LOCAL, run.paths)
+    assert (attempt["attempt"], attempt["attention"]) == (0, "gather")
+    assert attempt["batcher"]["name"] == "predictive"
     assert not list(run.paths.shards.iterdir())
 
 
@@ -60,7 +64,7 @@ def test_later_attempts_keep_the_partition(tmp_path: Path) -> None:
     run = opened(tmp_path, "output.rows_per_shard=2", "batcher=static", workers=5)
     assert (run.rows_per_shard, run.attempt) == (4, 1)
     assert opened(tmp_path).attempt == 2
-    attempts = json.loads(run.paths.run.read_text())["attempts"]
+    attempts = list(read_attempts(LOCAL, run.paths))
     assert [attempt["batcher"]["name"] for attempt in attempts] == ["predictive", "static", "predictive"]
     assert [attempt["workers"] for attempt in attempts] == [1, 5, 1]
 
@@ -80,6 +84,7 @@ def test_workers_starting_at_once_agree_on_one_run(tmp_path: Path) -> None:
                 attention="gather",
                 workers=2,
                 template_dates={},
+                token=secrets.token_hex(4),
             )
         )
 
@@ -90,15 +95,7 @@ def test_workers_starting_at_once_agree_on_one_run(tmp_path: Path) -> None:
         thread.join()
     assert len(runs) == 6
     assert len({run.rows_per_shard for run in runs}) == 1
-    assert read_run(runs[0].paths).attempt == 5
-
-
-@pytest.mark.parametrize(
-    ("rows", "wanted", "workers", "expected"),
-    [(10_000, 1024, 1, 1024), (10, 1024, 1, 1024), (64, 1024, 2, 4), (10_000, 1024, 2, 625), (10_000, 100, 2, 100)],
-)
-def test_several_workers_get_eight_shards_each_or_more(rows: int, wanted: int, workers: int, expected: int) -> None:
-    assert choose_rows_per_shard(rows, wanted, workers) == expected
+    assert sorted(run.attempt for run in runs) == list(range(6))
 
 
 def test_other_fingerprint_is_refused_with_the_differences(tmp_path: Path) -> None:
@@ -125,6 +122,7 @@ def test_other_dtype_is_refused(tmp_path: Path) -> None:
             attention="gather",
             workers=1,
             template_dates={},
+            token="other",
         )
 
 

@@ -57,8 +57,11 @@ def test_tracker_of_the_caller_gets_the_numbers_of_each_call(model: nn.Module) -
     engine = Engine(model, None, tracker=tracker)
     batch = engine.generate(PROMPTS, PARAMS)
     list(engine.stream(PROMPTS[:1], PARAMS))
-    (first, numbers), (second, streamed) = tracker.lines
-    assert (first, second) == (1, 2)
+    (first, numbers), (second, parity), (third, streamed), _ = tracker.lines
+    assert (first, second, third) == (1, 2, 3)
+    assert batch.stats.parity is not None
+    assert parity["rollout/parity/self_max"] == batch.stats.parity.self_max
+    assert parity["rollout/parity/mean"] == batch.stats.parity.mean
     assert numbers["rollout/new_tokens"] == batch.stats.output_tokens
     assert numbers["rollout/steps"] == batch.stats.steps
     assert numbers["rollout/finish_reasons/length"] == len(batch)

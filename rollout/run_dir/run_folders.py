@@ -1,0 +1,22 @@
+"""Folders inside of a run, which are made only where the run is."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from rollout.run_dir.file_system import FileSystem
+from rollout.run_dir.paths import RunPaths
+
+
+def make_run_folder(files: FileSystem, paths: RunPaths, folder: Path) -> None:
+    """Create a folder of a run that has begun.
+
+    Raises:
+        FileNotFoundError: the run is gone, moved or unmounted. A worker that went on would do all of it again, in a
+            folder that nobody looks at.
+    """
+    if not files.exists(paths.run):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(paths.run))
+    files.make_folder(folder)

@@ -1,0 +1,132 @@
+"""A signal to the ranks of one launch, or to one of them alone: all end with status 75, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollout.config.compose import load_config
+from rollout.job.heartbeat_thread import beating
+from rollout.job.job import run_job
+from rollout.job.stop_signals import Stopped
+from rollout.run_dir.claims import Place, ShardClaims
+from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.run import read_run
+from rollout.run_dir.workers import Heartbeat, Worker, Workers
+from rollout.verify import verify
+from tests.job.test_stopped_jobs import stored, until
+from tests.support.jobs import JOB, FakeEngine, config_of, load_fake, read_records, without_attempt
+
+ROOT = Path(__file__).parents[2]
+PARALLEL = "model.tensor_parallel=true"
+
+
+@contextmanager
+def ranks(module: str, *arguments: str, **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start two ranks as a script does that sets their variables itself: no launcher passes signals on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def ended(processes: list[subprocess.Popen[str]], seconds: float) -> list[str]:
+    """Wait for all to end with status 75; return what each has said."""
+    end = time.monotonic() + seconds
+    said = []
+    for process in processes:
+        told, errors = process.communicate(timeout=max(0.1, end - time.monotonic()))
+        assert "Traceback" not in errors, errors
+        assert process.returncode == 75, errors
+        said.append(told + errors)
+    return said
+
+
+@pytest.mark.parametrize("keys", [(), (PARALLEL,)])
+def test_rank_that_is_stopped_while_it_loads(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    config_of(tmp_path)
+    arguments = (f"model.path={tmp_path / 'model'}", f"output.dir={tmp_path / 'out'}", *JOB, *keys)
+    with ranks("tests.support.jobs", *arguments, ROLLOUT_TEST_LOADING="5") as processes:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "loading\n"
+        processes[1].send_signal(signal.SIGTERM)
+        ended(processes, 60)
+
+
+@pytest.mark.long
+def test_follower_that_is_told_while_rank_0_has_nothing_to_do(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run_job(config_of(tmp_path, *JOB, PARALLEL), load_fake(FakeEngine(signal_after=2)))
+    run = read_run(RunPaths(tmp_path / "out"))
+    other = Worker.of_process(0, 0, {})
+    with beating(Heartbeat(run.files, run.paths, other), lease_seconds=8):
+        claims = ShardClaims(run.files, run.paths, Workers(run.files, run.paths, other, 8), run.shards, Place())
+        while claims.claim() is not None:
+            pass
+        arguments = (f"model.path={tmp_path / 'model'}", f"output.dir={tmp_path / 'out'}", *JOB, PARALLEL)
+        with ranks("tests.support.jobs", *arguments) as processes:
+            until(lambda: len(list(run.paths.workers.glob("*.json"))) == 2)
+            # Its pauses grow meanwhile.
+            time.sleep(4)
+            processes[1].send_signal(signal.SIGTERM)
+            said = ended(processes, 8)
+            assert "Stopped by SIGTERM: " in said[0]
+        claims.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("told", [(0, 1), (1,)])
+def test_tensor_parallel_ranks_lose_nothing(
+    tmp_path: Path,
+    model: Path,
+    told: tuple[int, ...],
+) -> None:
+    keys = [f"model.path={model}", "model.dtype=float32", "data.limit=6", "sampling.n=2", "output.rows_per_shard=3"]
+    keys += ["sampling.max_new_tokens=600", "sampling.ignore_eos=true", "batcher.max_rows=6"]
+    out = tmp_path / "out"
+    with ranks("rollout", *keys, PARALLEL, f"output.dir={out}") as processes:
+        until(lambda: stored(out) or any(process.poll() is not None for process in processes))
+        time.sleep(0.5)  # the next six samples get tokens
+        for rank in told:
+            processes[rank].send_signal(signal.SIGTERM)
+        said = ended(processes, 60)
+    assert "Stopped by SIGTERM: " in said[0]
+    assert "6 under way are saved" in said[0], said[0]
+    records: dict[str, list[dict[str, Any]]] = {}
+    run_job(load_config([*keys, f"output.dir={out}"]))
+    run_job(load_config([*keys, f"output.dir={tmp_path / 'whole'}"]))
+    for name in ("out", "whole"):
+        records[name] = without_attempt(read_records(tmp_path / name))
+    assert [record["completion_ids"] for record in records["out"]] == [
+        record["completion_ids"] for record in records["whole"]
+    ]
+    assert verify(out).complete
