@@ -20,7 +20,7 @@ unexport $(filter-out $(REACH:%=PIP_%),$(filter PIP_%,$(.VARIABLES)))
 # A checkout that was moved or copied must not run the code of its old place, so the place is part of the name.
 STAMP := .venv/installed-$(firstword $(shell printf '%s' '$(CURDIR)' | cksum))
 
-.PHONY: run test test-gpu fuzz docs setup lint typecheck unit clean
+.PHONY: run test test-gpu chaos faults simulate-workers fuzz docs setup lint typecheck unit clean
 
 run: setup
 	$(BIN)/python -m rollout +experiment=ppo_sampling $(ARGS)
@@ -38,9 +38,12 @@ typecheck: setup
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy --explicit-package-bases build/typecheck/rollout $(wildcard jobs)
 
-# Nothing is fetched in a test; without this a mistake would wait for a network instead of failing.
+# Nothing is fetched in a test; without this a mistake would wait for a network instead of failing. There is a worker
+# more than cores, because some tests mostly wait for clusters and processes.
+WORKERS = $(shell $(BIN)/python -c 'import os; print(os.cpu_count() + 1)')
+
 unit: setup
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 # What `unit` shows on a CPU, on a GPU: the contract, with Triton's kernels compiled instead of interpreted, and what
 # only a GPU has.
@@ -50,6 +53,19 @@ test-gpu: setup
 	  tests/models/attention/test_select.py tests/models/sampling/test_top_p.py \
 	  tests/models/sampling/test_gumbel.py tests/models/patches/test_pointwise_triton.py \
 	  tests/models/test_triton_compiles.py tests/contract $(ARGS)
+
+# Tests that take minutes, because what they wait for does.
+chaos: setup
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -m chaos
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m jobs.chaos $(ARGS)
+
+# A small run disturbed at every operation on files, in every way: some minutes.
+faults: setup
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m tests.faults $(ARGS)
+
+# Simulated workers in 10,000 orders; a seed that fails reruns with `make simulate-workers ARGS="--first SEED --schedules 1"`.
+simulate-workers: setup
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m tests.simulate_workers $(ARGS)
 
 # Half an hour of random calls at users' sizes against transformers' `generate`; `make fuzz ARGS="--minutes 5"`.
 fuzz: setup

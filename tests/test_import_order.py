@@ -16,16 +16,23 @@ LEVELS = {
         "loading sampling attention",
         "runners patches",
     ],
-    "batcher": ["types suggestions", "estimators preemption admission_order", "policies", "registry", "simulation"],
+    "batcher": [
+        "types suggestions",
+        "estimators preemption admission_order shared_pages",
+        "policies",
+        "registry",
+        "simulation",
+    ],
     "rollout": [
-        "errors logs arithmetic stats generation_defaults record_columns",
+        "errors logs closing arithmetic stats scores generation_defaults record_columns",
+        "batch_layouts",
         "records sampling_params headroom engine_arguments argument_parser tokenization",
-        "requests length_history config",
+        "requests length_history config stop_conditions",
         "progress tracking",
         "data engine run_dir",
-        "job verify report simulate",
+        "job verify report simulate integrations",
         "cli",
-        "__main__",
+        "__main__ rescore score retry",
     ],
 }
 PLACES = {

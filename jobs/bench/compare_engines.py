@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +28,8 @@ from jobs.bench.lib import engine_spec, random_models, workload
 from jobs.bench.lib import tables as table
 from jobs.bench.lib.engine_spec import Spec
 from jobs.bench.lib.hardware import hardware
-from jobs.bench.lib.interleave import ROOT, Bench, Seat
+from jobs.bench.lib.interleave import Bench
+from jobs.bench.lib.seats import ROOT, Seat
 from jobs.bench.lib.tables import Lines
 
 
@@ -59,6 +61,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=PYTHON",
         help=f"where one of {', '.join(peer_envs.PEERS)} is",
     )
+    parser.add_argument(
+        "--fraction",
+        type=float,
+        default=1.0,
+        help="of each request's output tokens, for a machine that is quiet briefly",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep an engine's process for all workloads of a turn, instead of one a run"
+    )
+    parser.add_argument(
+        "--around",
+        type=shlex.split,
+        default=[],
+        metavar="COMMAND",
+        help="runs each measurement, as its last arguments, and makes the machine quiet meanwhile",
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--table", type=Path, help="write the tables to this file, as Markdown")
     given = parser.parse_args(arguments)
@@ -70,6 +88,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in given.workload:
         if name not in workload.NAMED and not Path(name).is_file():
             parser.error(f"no workload {name!r}; there are {named}, or name a file")
+    if not 0 < given.fraction <= 1:
+        parser.error(f"--fraction {given.fraction}: give a number above 0, up to 1")
     pairs = [text.partition("=") for text in given.peer]
     for name, _, python in pairs:
         if name not in peer_envs.PEERS or not Path(python).is_file():
@@ -109,7 +129,8 @@ def inputs(given: argparse.Namespace) -> tuple[str, dict[str, list[workload.Requ
     for text in given.workload:
         shape = workload.NAMED.get(text)
         name = text if shape or Path(text).stem in requests else Path(text).stem
-        requests[name] = workload.make(model, shape) if shape else workload.read(Path(text))
+        entries = workload.make(model, shape) if shape else workload.read(Path(text))
+        requests[name] = workload.shorten(entries, given.fraction)
     return model, requests
 
 
@@ -127,7 +148,7 @@ def figures(bench: Bench, specs: list[Spec]) -> dict[str, Any]:
     return {
         "versions": versions(bench),
         "table": [asdict(row) for row in table.summarise(bench.counted, ours)],
-        "setups": [asdict(setup) for setup in table.setups(bench.runs)],
+        "first_tokens": [asdict(found) for found in table.first_tokens(bench.starts)],
         "runs": bench.details,
     }
 
@@ -135,8 +156,8 @@ def figures(bench: Bench, specs: list[Spec]) -> dict[str, Any]:
 def tables(found: dict[str, Any], form: Callable[[Lines], str]) -> str:
     """Return both tables, as text or as Markdown."""
     results = [table.cells(table.Row(**row)) for row in found["table"]]
-    starts = [table.setup_cells(table.Setup(**setup)) for setup in found["setups"]]
-    return form([table.RESULTS, *results]) + "\n\n" + form([table.SETUPS, *starts])
+    starts = [table.first_token_cells(table.FirstToken(**start)) for start in found["first_tokens"]]
+    return form([table.RESULTS, *results]) + "\n\n" + form([table.FIRST_TOKENS, *starts])
 
 
 def main() -> int:
@@ -160,6 +181,7 @@ def main() -> int:
         "hardware": hardware(),
         "device": given.device,
         "dtype": given.dtype,
+        "fraction": given.fraction,
         "workloads": {name: workload.describe(entries) for name, entries in requests.items()},
         "skipped": skipped,
     }
@@ -169,14 +191,16 @@ def main() -> int:
         for name, entries in requests.items():
             workload.write(entries, files[name])
             print(f"workload {name}: {workload.describe(entries)}", flush=True)
-        bench = Bench(places, files, given.dtype, given.device, scratch)
-        # Written after every turn: a comparison takes hours and may be stopped at any time.
-        for _ in bench.compare(specs, given.repeats):
-            found = figures(bench, specs)
-            if given.json:
-                given.json.write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
-            if given.table:
-                given.table.write_text(tables(found, table.markdown) + "\n", encoding="utf-8")
+        longest = max(len(request.ids) + request.n for entries in requests.values() for request in entries)
+        bench = Bench(places, files, longest, given.dtype, given.device, scratch, given.keep, given.around)
+        with closing(bench):
+            # Written after every turn: a comparison takes hours and may be stopped at any time.
+            for _ in bench.compare(specs, given.repeats):
+                found = figures(bench, specs)
+                if given.json:
+                    given.json.write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
+                if given.table:
+                    given.table.write_text(tables(found, table.markdown) + "\n", encoding="utf-8")
     print("\n" + tables(figures(bench, specs), table.render))
     return int(any(run.error for run in bench.runs))
 

@@ -1,9 +1,10 @@
-"""Split the time of a step into linear layers, attention, sampler and the rest, and compare it with a bound.
+"""Split the time of a step into layers, linears, attention, sampler and the rest, and compare it with a bound.
 
     python -m jobs.bench.cpu_step_profile MODEL --rows 8,48,128 --context 250
     python -m jobs.bench.cpu_step_profile MODEL --workload w1
 
-The engine runs unchanged, with timers around the calls of those three; "other" is the rest of the step: other modules,
+The engine runs unchanged, with timers around the calls of those four; "layers" are decoder layers that run in one call,
+products and attention included; "other" is the rest of the step: other modules,
 pages, policy, Python. The bound is the least work of a step: its matrix products, at the best rate that torch reaches
 here for each shape and number of rows, plus one read of all keys and values, at the bandwidth of a sum over a large
 tensor. CPU only.
@@ -21,22 +22,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import rollout.engine.loop
-from jobs.bench.engines.harness import Task
+from jobs.bench.engines.harness import Setup
 from jobs.bench.engines.loading import load
 from jobs.bench.lib import tables, workload
 from rollout import Engine, SamplingParams
 from rollout.models.attention.base import PagedAttention
 from rollout.models.loading.load import resolve_path
 from rollout.models.patches import linears
+from rollout.models.patches.decoder_stack import DecoderStack
+from rollout.models.patches.linear_products import LinearProduct
 from rollout.requests import Request, StepReport
 
-PARTS = ("linears", "attention", "sampler")
+PARTS = ("layers", "linears", "attention", "sampler")
 STEPS = 24
 """Decode steps that are measured for one number of rows."""
 WARM_UP = 4
@@ -76,15 +80,16 @@ def together(steps: Sequence[Step], seconds: float) -> Step:
 
 
 class Timers:
-    """Timers around linear layers, attention and the sampler; `steps` has what each step of the engine took."""
+    """Timers around the parts; `steps` has what each step of the engine took."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.weights: dict[Shape, list[torch.Tensor]] = defaultdict(list)
         """Weights of packed products; one may combine several layers."""
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget what was timed since the last step."""
         self._parts = dict.fromkeys(PARTS, 0.0)
         self._products = Counter[tuple[Shape, int]]()
         self._token_bytes = self._calls = 0
@@ -93,7 +98,7 @@ class Timers:
         """Record one step; the callback of `Engine.run`."""
         step = Step(report.step_ms / 1e3, self._parts, self._products, self._token_bytes, self._calls, report)
         self.steps.append(step)
-        self._clear()
+        self.clear()
 
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap ``call`` so that its time is added to a part."""
@@ -111,8 +116,11 @@ class Timers:
     def installed(self) -> Iterator[None]:
         """Install the timers inside this block."""
         loop: Any = rollout.engine.loop
-        form: Any = linears._WeightForm
-        originals = nn.Linear.forward, form.product, PagedAttention.attend_tokens, loop.sample
+        copies: Any = LinearProduct
+        stacks: Any = DecoderStack
+        originals = nn.Linear.forward, copies.__call__, PagedAttention.attend_tokens, loop.sample
+        run_layers = stacks.run
+        load = copies.load
         forward, attend = self.timed("linears", originals[0]), self.timed("attention", originals[2])
 
         def count(weight: torch.Tensor, x: torch.Tensor) -> None:
@@ -122,15 +130,27 @@ class Timers:
             count(layer.weight, x)
             return forward(layer, x)
 
-        def product(kept: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> linears.Product:
+        multiply = self.timed("linears", originals[1])
+        of: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
+
+        def loading(product: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
             self.weights[weight.shape[0], weight.shape[1]].append(weight)
-            multiply = self.timed("linears", originals[1](kept, weight, bias))
+            of[product] = weight
+            load(product, weight, bias)
 
-            def counted(x: torch.Tensor) -> Any:
-                count(weight, x)
-                return multiply(x)
+        def product(product: Any, x: torch.Tensor) -> Any:
+            count(of[product], x)
+            return multiply(product, x)
 
-            return counted
+        layers = self.timed("layers", run_layers)
+
+        def running(stack: Any, attention: PagedAttention, hidden: torch.Tensor, *angles: torch.Tensor) -> Any:
+            for multiplied in stack.products:
+                count(of[multiplied], hidden)
+            stored = attention.layout.layers
+            dims = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in stored)
+            self._token_bytes += dims * attention.layout.dtype.itemsize
+            return layers(stack, attention, hidden, *angles)
 
         def attending(
             step: PagedAttention,
@@ -143,15 +163,18 @@ class Timers:
             self._token_bytes += sum(x.shape[1] * x.shape[2] * step.layout.dtype.itemsize for x in (key, value))
             return attend(step, module, query, key, value, *a)
 
-        nn.Linear.forward, form.product = linear, product  # type: ignore[method-assign, assignment]
+        nn.Linear.forward, copies.__call__, copies.load = linear, product, loading  # type: ignore[method-assign, assignment]
         # Layers whose class has another forward are not packed; this one only adds a timer.
         linears._FORWARD = linear  # type: ignore[assignment]
         PagedAttention.attend_tokens = attending  # type: ignore[method-assign, assignment]
         loop.sample = self.timed("sampler", originals[3])
+        stacks.run = running
         try:
             yield
         finally:
-            nn.Linear.forward, form.product, PagedAttention.attend_tokens, loop.sample = originals  # type: ignore[method-assign]
+            nn.Linear.forward, copies.__call__, PagedAttention.attend_tokens, loop.sample = originals  # type: ignore[method-assign]
+            copies.load = load
+            stacks.run = run_layers
             linears._FORWARD = originals[0]
 
 
@@ -170,8 +193,9 @@ def decode_steps(model: Any, rows: int, context: int, timers: Timers) -> list[St
     draws = torch.Generator().manual_seed(0)
     prompts = torch.randint(vocabulary, (rows, max(1, context - new // 2)), generator=draws).tolist()
     params = SamplingParams(max_new_tokens=new, ignore_eos=True)
-    engine = Engine(model, None, policy="static", max_rows=rows)
     with timers.installed():
+        engine = Engine(model, None, policy="static", max_rows=rows)  # packs the layers
+        timers.clear()
         for _ in engine.run([Request(str(i), ids, params) for i, ids in enumerate(prompts)], on_step=timers.on_step):
             pass
     alone = [step for step in timers.steps if step.report and not step.report.prefill_tokens]
@@ -184,9 +208,10 @@ def whole_run(model: Any, requests: Sequence[workload.Request], timers: Timers) 
         Request(str(i), request.ids, SamplingParams(max_new_tokens=request.n, ignore_eos=True))
         for i, request in enumerate(requests)
     ]
-    engine = Engine(model, None)
-    started = time.perf_counter()
     with timers.installed():
+        engine = Engine(model, None)  # packs the layers
+        timers.clear()
+        started = time.perf_counter()
         for _ in engine.run(asked, on_step=timers.on_step):
             pass
     return together(timers.steps, time.perf_counter() - started), len(timers.steps)
@@ -334,7 +359,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    model: Any = load(Task(folder, given.dtype, "cpu", None, requests))
+    model: Any = load(Setup(folder, given.dtype, "cpu"))
     lines, calls, timers = [], [], Timers()
     if requests:
         run, count = whole_run(model, requests, timers)

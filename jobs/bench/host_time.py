@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-import rollout.engine.engine
+import rollout.engine.generation
 import rollout.engine.loop
 from jobs.bench.lib import cli, tables
 from rollout import Engine, SamplingParams
 from rollout.requests import Request, StepReport
 
-_ENGINE: Any = rollout.engine.engine
+_GENERATION: Any = rollout.engine.generation
 _LOOP: Any = rollout.engine.loop
 
 POINTS: tuple[tuple[str, Any, str], ...] = (
@@ -168,14 +168,14 @@ class Timers:
             runner.forward = self.timed("forward", runner.forward)
             return plain(runner, *args, **kwargs)
 
-        plain, originals = _ENGINE.Loop, [(owner, name, getattr(owner, name)) for _, owner, name in POINTS]
+        plain, originals = _GENERATION.Loop, [(owner, name, getattr(owner, name)) for _, owner, name in POINTS]
         for (part, owner, name), (_, _, original) in zip(POINTS, originals, strict=True):
             setattr(owner, name, self.timed(part, original))
-        _ENGINE.Loop = loop
+        _GENERATION.Loop = loop
         try:
             yield
         finally:
-            _ENGINE.Loop = plain
+            _GENERATION.Loop = plain
             for owner, name, original in originals:
                 setattr(owner, name, original)
 

@@ -48,7 +48,9 @@ class Reading:
 def read(done: int) -> Reading:
     """Read the memory of this process."""
     gc.collect()
-    objects = Counter(f"{type(thing).__module__}.{type(thing).__qualname__}" for thing in gc.get_objects())
+    objects: Counter[str] = Counter()
+    for kind, count in Counter(map(type, gc.get_objects())).items():
+        objects[f"{kind.__module__}.{kind.__qualname__}"] += count
     traced = tracemalloc.take_snapshot() if tracemalloc.is_tracing() else None
     return Reading(done, psutil.Process().memory_info().rss, objects, traced)
 

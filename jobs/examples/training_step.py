@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 
 from rollout import Engine, SamplingParams
+from rollout.batch_layouts import Padded
 from rollout.models.loading.load import ModelSource, load_model, load_tokenizer
-from rollout.records import Padded
 
 PROMPTS = ["Name a colour.", "What is two plus three?"]
 
@@ -42,9 +43,12 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     engine = Engine(model, tokenizer)
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
+    # Noise is keyed by the seed and these ids, so that no two ranks may share any.
+    row_ids = [f"rank{os.environ.get('RANK', '0')}-prompt{index}" for index in range(len(prompts))]
 
     for step in range(options.steps):
-        batch = engine.generate(prompts, SamplingParams(n=options.samples, max_new_tokens=16), seed=step)
+        params = SamplingParams(n=options.samples, max_new_tokens=16)
+        batch = engine.generate(prompts, params, seed=step, row_ids=row_ids)
         rewards = torch.tensor([reward(record.text) for record in batch]).view(len(prompts), options.samples)
         advantages = (rewards - rewards.mean(dim=1, keepdim=True)).view(-1, 1)
 
@@ -57,7 +61,6 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        engine.weight_version += 1  # from now on records carry it
 
         difference = ((logprobs - padded.logprobs) * padded.completion_mask).abs().max().item()
         print(f"step {step}: mean reward {rewards.mean():.3f}, log-probabilities differ by at most {difference:.1e}")

@@ -162,7 +162,7 @@ def little_memory() -> None:
     """Compare samples under many preemptions with those of an engine that has room."""
     model = tiny_model("llama", torch.float32)
     engine = Engine(model, None)
-    page_bytes = engine._strategy.kv_layout().bytes_per_page
+    page_bytes = engine._module.strategy.kv_layout().bytes_per_page
     params = SamplingParams(n=3, max_new_tokens=64, ignore_eos=True)
     wanted = engine.generate(PROMPTS[:6], params, seed=1)
     small = Engine(model, None, policy="static", max_kv_bytes=40 * page_bytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.bench.lib import engine_spec, interleave
+from jobs.bench.lib import engine_spec, seats
 from jobs.bench.lib.engine_spec import Spec
 
 
@@ -29,7 +29,7 @@ class TestSpec:
 
     def test_every_engine_has_its_module(self) -> None:
         for engine in engine_spec.ENGINES.values():
-            assert (interleave.ROOT / "jobs" / "bench" / "engines" / f"{engine.module}.py").is_file()
+            assert (seats.ROOT / "jobs" / "bench" / "engines" / f"{engine.module}.py").is_file()
             assert engine.peer or not engine.dtypes
 
 

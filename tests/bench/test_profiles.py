@@ -36,7 +36,8 @@ class TestSteps:
         products = 4 * model.config.num_hidden_layers + 1
         for step in found:
             assert set(step.parts) == set(steps.PARTS)
-            assert all(seconds > 0 for seconds in step.parts.values())
+            # Attention runs inside the layers.
+            assert {part for part, seconds in step.parts.items() if seconds > 0} == {"layers", "linears", "sampler"}
             assert sum(step.parts.values()) < step.seconds
             assert {rows for _, rows in step.products} == {3}
             assert sum(step.products.values()) == products
@@ -63,7 +64,7 @@ class TestSteps:
         bound = steps.Bound(model, timers.weights)
         cells = steps.line("w", whole, count, bound.products(whole.products), 1e-3)
         assert len(cells) == len(steps.HEADER)
-        assert sum(map(float, cells[2:6])) == pytest.approx(100, abs=0.3)
+        assert sum(map(float, cells[2 : 3 + len(steps.PARTS)])) == pytest.approx(100, abs=0.3)
 
     def test_tokens_that_decoding_reads(self) -> None:
         # The second token of each sees the prompt and the first token; the first came with the prompt.

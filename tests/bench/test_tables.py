@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from jobs.bench.lib import tables
-from jobs.bench.lib.tables import Run, Setup, render, setups, summarise
+from jobs.bench.lib.tables import FirstToken, Run, Start, first_tokens, render, summarise
 from tests.support.bench import GIB
 
 
 def test_a_first_start_and_later_ones() -> None:
-    runs = [Run("w1", "vllm", setting, 1, 1.0, took) for setting, took in [("a", 90), ("b", 70), ("b", 20), ("b", 30)]]
-    assert setups([Run("w1", "vllm", "c", error="killed"), *runs]) == [Setup("vllm", 90, 25)]
-    assert setups(runs[:1]) == [Setup("vllm", 90, None)]
-    assert setups([Run("w1", "vllm", "c", cut=True)]) == []
+    starts = [Start("vllm", setting, took) for setting, took in [("a", 90), ("b", 70), ("b", 20), ("b", 30)]]
+    assert first_tokens(starts) == [FirstToken("vllm", 90, 25)]
+    assert first_tokens(starts[:1]) == [FirstToken("vllm", 90, None)]
+    assert first_tokens([]) == []
 
 
 class TestTable:
@@ -30,6 +30,7 @@ class TestTable:
         assert (ours.slowest, ours.rate, ours.fastest) == (50, 100, 200)
         assert (static.slowest, static.rate, static.fastest) == (10, 20, 25)
         assert (ours.ratio, static.ratio) == (1, 5)
+        assert (ours.seconds, static.seconds) == (1, 5)
         assert (ours.peak_rss_bytes, static.peak_rss_bytes) == (3 * GIB, 2 * GIB)
 
     def test_each_workload_has_ratios_of_its_own(self) -> None:
@@ -56,14 +57,40 @@ class TestTable:
         runs = [*self.RUNS, Run("w1", "ours", "ours@float32", error="x"), Run("w1", "vllm", "vllm:8", error="x")]
         results = [tables.cells(row) for row in summarise(runs, "ours")]
         lines = [line.split() for line in render([tables.RESULTS, *results]).splitlines()]
-        assert lines[1] == ["w1", "ours@float32", "100.0", "50.0", "200.0", "1.00", "700", "3072", "MiB", "3/4", "0"]
-        assert lines[2] == ["w1", "static:32@float32", "20.0", "10.0", "25.0", "5.00", "0", "2048", "MiB", "3", "1"]
-        assert lines[3] == ["w1", "vllm:8", "-", "-", "-", "-", "-", "-", "0/1", "0"]
+        assert lines[1] == [
+            "w1",
+            "ours@float32",
+            "1.0",
+            "100.0",
+            "50.0",
+            "200.0",
+            "1.00",
+            "700",
+            "3072",
+            "MiB",
+            "3/4",
+            "0",
+        ]
+        assert lines[2] == [
+            "w1",
+            "static:32@float32",
+            "5.0",
+            "20.0",
+            "10.0",
+            "25.0",
+            "5.00",
+            "0",
+            "2048",
+            "MiB",
+            "3",
+            "1",
+        ]
+        assert lines[3] == ["w1", "vllm:8", "-", "-", "-", "-", "-", "-", "-", "0/1", "0"]
 
     def test_it_reads_as_markdown(self) -> None:
-        text = tables.markdown([tables.SETUPS, tables.setup_cells(Setup("vllm", 90, None))])
+        text = tables.markdown([tables.FIRST_TOKENS, tables.first_token_cells(FirstToken("vllm", 90, None))])
         assert text.splitlines() == [
-            "| engine | first set-up | later set-ups |",
+            "| engine | first token, empty caches | first token, later starts |",
             "| --- | --- | --- |",
             "| vllm | 90.0 s | - |",
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import rollout
 from rollout.batcher import types
 from rollout.headroom.headroom import Headroom
-from rollout.stats import Stats
+from rollout.scores import Score, Scores, ScoringStats
+from rollout.stats import Parity, Stats
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 OWNERS: dict[str, Any] = {
@@ -21,6 +23,8 @@ OWNERS: dict[str, Any] = {
     **{name: getattr(types, name) for name in ("Policy", "Observation", "Decision", "StepSample", "FinishedRow")},
     "Headroom": Headroom,
     "Stats": Stats,
+    **{owner.__name__: owner for owner in (Score, Scores, ScoringStats)},
+    "Parity": Parity,
 }
 SIGNATURES = re.findall(r"^```python\n(\w+(?:\.\w+)?)\(([^`]*)\)\n```$", PAGE, re.MULTILINE)
 
@@ -28,12 +32,13 @@ SIGNATURES = re.findall(r"^```python\n(\w+(?:\.\w+)?)\(([^`]*)\)\n```$", PAGE, r
 def parameters(of: Any) -> list[tuple[str, bool, str]]:
     """Return name, whether it is by keyword alone, and the default of each parameter."""
     found = inspect.signature(of).parameters.values()
-    return [
-        # A default that a factory makes is an empty mapping.
-        (p.name, p.kind is p.KEYWORD_ONLY, "" if p.default is p.empty else repr(p.default).replace("<factory>", "{}"))
-        for p in found
-        if p.name != "self"
-    ]
+    own = fields(of) if is_dataclass(of) else ()
+    made = {field.name: field.default_factory for field in own if field.default_factory is not MISSING}
+
+    def default(p: inspect.Parameter) -> str:
+        return "" if p.default is p.empty else repr(made[p.name]() if p.name in made else p.default)
+
+    return [(p.name, p.kind is p.KEYWORD_ONLY, default(p)) for p in found if p.name != "self"]
 
 
 def written(arguments: str) -> list[tuple[str, bool, str]]:

@@ -20,7 +20,12 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SHARED_CORES = ("OMP_WAIT_POLICY=passive",)
 
 #: Fenced blocks whose commands are not run, and why.
-SKIPPED_BLOCKS = {"sh-network": "needs a network", "sh-gpu": "needs GPUs", "sh-slurm": "needs a SLURM cluster"}
+SKIPPED_BLOCKS = {
+    "sh-network": "needs a network",
+    "sh-gpu": "needs GPUs",
+    "sh-slurm": "needs a SLURM cluster; tests/slurm runs them on one",
+    "sh-minutes": "trains for minutes; tests/docs/test_examples.py runs a short form",
+}
 #: Commands of `sh` blocks that are not run: they install what the environment of this test has already.
 INSTALLS = ("make setup",)
 
@@ -58,6 +63,7 @@ def test_commands_that_cannot_run_here_are_skipped(language: str) -> None:
     pytest.skip(f"{SKIPPED_BLOCKS[language]}: {'; '.join(' '.join(block.split()) for block in blocks(language))}")
 
 
+@pytest.mark.long
 @needs_default_model
 @pytest.mark.skipif(not Path(sys.prefix, "bin", "activate").exists(), reason="the tests do not run in an environment")
 def test_commands_run_in_order_in_a_clean_shell(tmp_path: Path) -> None:
@@ -81,6 +87,7 @@ def test_commands_run_in_order_in_a_clean_shell(tmp_path: Path) -> None:
     assert (tmp_path / "runs/answers/shards/00000.parquet").exists()
 
 
+@pytest.mark.long
 @needs_default_model
 def test_python_block_runs_on_the_default_model() -> None:
     import torch

@@ -65,15 +65,15 @@ def neighbour() -> Iterator[Neighbour]:
 
 def test_headroom_follows_a_neighbour(neighbour: Neighbour) -> None:
     engine = Engine(tiny("llama"), None)
-    before = engine._headroom.free_bytes()
+    before = engine._generation.headroom.free_bytes()
     assert before == pytest.approx(torch.cuda.mem_get_info(DEVICE)[0], rel=0.05)
     neighbour.ask(before // 2)
     neighbour.wait_for("done")
-    assert engine._headroom.free_bytes() <= before - before // 2
+    assert engine._generation.headroom.free_bytes() <= before - before // 2
     neighbour.ask(0)
     neighbour.wait_for("done")
     time.sleep(0.1)  # headroom reuses the driver's last answer for less than this
-    assert engine._headroom.free_bytes() == pytest.approx(before, rel=0.02)
+    assert engine._generation.headroom.free_bytes() == pytest.approx(before, rel=0.02)
 
 
 def test_a_pool_that_fills_the_device_makes_way(neighbour: Neighbour) -> None:

@@ -24,7 +24,7 @@ def test_records_of_layers_spread_over_two_gpus(tmp_path: Path) -> None:
     expected = Engine(model, None).generate(prompts, params)
     model_on_two = load_model(ModelSource(str(tmp_path), dtype="float32", device_map="auto"), DEVICE)
     engine = Engine(model_on_two, None)
-    layout = engine._strategy.kv_layout()
+    layout = engine._module.strategy.kv_layout()
     assert len({site.device for site in layout.layers}) == 2
     for each in (engine, Engine(model_on_two, None, policy="static", max_kv_bytes=12 * layout.bytes_per_page)):
         for ours, theirs in zip(each.generate(prompts, params), expected, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,9 +39,10 @@ class FakeGraph:
 
 @dataclass
 class FakeGraphs:
-    """Fake graphs; the first capture raises ``failure``, if there is one."""
+    """Fake graphs; the first capture raises ``failure``, if there is one, while it handles ``first_failure``."""
 
     failure: Exception | None = None
+    first_failure: Exception | None = None
     graphs: list[FakeGraph] = field(default_factory=list)
     tried: int = 0
     released: int = 0
@@ -56,7 +58,7 @@ class FakeGraphs:
     def capture(self, step: Callable[[], object]) -> FakeGraph:
         failure, self.failure = self.failure, None
         if failure is not None:
-            raise failure
+            _raise_in_turn(self.first_failure, failure)
         self.graphs.append(FakeGraph(step))
         return self.graphs[-1]
 
@@ -65,8 +67,18 @@ class FakeGraphs:
         self.released += 1
 
 
-def llama(layers: int = 2) -> PreTrainedModel:
-    return tiny("llama", num_hidden_layers=layers)
+def _raise_in_turn(first: Exception | None, second: Exception) -> None:
+    """Raise ``second`` as torch does where ending a failed capture fails as well."""
+    if first is None:
+        raise second
+    try:
+        raise first
+    except RuntimeError:
+        raise second  # noqa: B904
+
+
+def llama(layers: int = 2, **changes: Any) -> PreTrainedModel:
+    return tiny("llama", num_hidden_layers=layers, **changes)
 
 
 class World:
@@ -79,7 +91,7 @@ class World:
         slab_pages: int = 4,
         graphs: Graphs | None = None,
     ) -> None:
-        self.model = tiny("llama", num_hidden_layers=2) if model is None else model
+        self.model = llama(1) if model is None else model
         self.strategy = PackedStrategy(self.model)
         self.layout = self.strategy.kv_layout()
         self.fake = FakeGraphs()

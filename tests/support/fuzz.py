@@ -12,7 +12,6 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -28,7 +27,7 @@ from rollout.models.arrays import ceil_div
 from rollout.models.runners.select import select_strategy
 from rollout.requests import Request
 from tests.support.filter_edges import sampler_logprobs_agree
-from tests.support.tiny_models import VOCABULARY, tiny
+from tests.support.tiny_models import VOCABULARY, shallow
 
 CONTEXT = 4096
 EOS = 2
@@ -52,8 +51,10 @@ class Prompt:
 
     length: int
     common: int
-    """Tokens at its beginning that are those of the prompt before it, as far as that has them."""
+    """Tokens at its beginning that are those of an earlier prompt, as far as that has them."""
     params: SamplingParams
+    back: int = 1
+    """Which earlier prompt that is, counted back from this one."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Case:
         rng = random.Random(self.seed)
         ids: list[list[int]] = []
         for prompt in self.prompts:
-            before = ids[-1][: prompt.common] if ids else []
+            before = ids[-prompt.back][: prompt.common] if ids else []
             fresh = [rng.randrange(3, VOCABULARY) for _ in range(prompt.length)]
             ids.append([*before, *fresh][: prompt.length])
         return ids
@@ -117,12 +118,13 @@ def cases(draw: st.DrawFn, prompt_tokens: int, output_tokens: int) -> Case:
         length = draw(_LENGTHS)
         if length > prompt_tokens or output_tokens <= 0:
             break
-        # Equal to the prompt before, a beginning in common with it, or nothing.
+        # Equal to an earlier prompt, a beginning in common with it, all of it and more, or nothing.
         common = draw(st.sampled_from([0, 0, CONTEXT, *_EDGES]))
+        back = draw(st.integers(1, max(1, len(prompts))))
         if common == CONTEXT and prompts:
-            length = prompts[-1].length
+            length = prompts[-back].length + draw(st.sampled_from([0, 0, 1, 15, 16, 17, 100]))
         params = draw(_params(output_tokens))
-        prompts.append(Prompt(length, common, params))
+        prompts.append(Prompt(length, common, params, back))
         prompt_tokens -= length
         output_tokens -= params.n * params.max_new_tokens
     recurrent = families is RECURRENT  # a row that is computed again sums up its states in another order
@@ -157,20 +159,19 @@ class _RandomPolicy:
         )
 
 
-#: Two layers, one of each kind, where the family's own configuration has four.
-_TWO_LAYERS: dict[str, dict[str, Any]] = {
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "deepseek_v3": {"first_k_dense_replace": 1},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
-}
+class _CheckedLoop(Loop):
+    """Checks pages and prefix tree before every step."""
+
+    def _observe(self) -> Observation:
+        self._kv.pool.check_integrity(self._scheduler.held_pages())
+        self._kv.cache.check_integrity()
+        return super()._observe()
 
 
 @functools.cache
 def model_of(family: str) -> PreTrainedModel:
     """The tiny model of a family, with two layers and a context of `CONTEXT` tokens."""
-    changes = {"num_hidden_layers": 2} | _TWO_LAYERS.get(family, {})
-    return tiny(family, max_position_embeddings=CONTEXT, eos_token_id=EOS, **changes)
+    return shallow(family, max_position_embeddings=CONTEXT, eos_token_id=EOS)
 
 
 @functools.cache
@@ -235,7 +236,7 @@ def _run(case: Case, model: PreTrainedModel, prompts: list[list[int]]) -> list[R
         max_kv_bytes=pages and pages * page,
     )
     params = [prompt.params for prompt in case.prompts]
-    with patch("rollout.engine.engine.Loop", functools.partial(Loop, overlap=case.late)):
+    with patch("rollout.engine.generation.Loop", functools.partial(_CheckedLoop, overlap=case.late)):
         if not case.streamed:
             return list(engine.generate(prompts, params, seed=case.seed))
 

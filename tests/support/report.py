@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from typing import Any
 
@@ -12,8 +14,11 @@ from rollout.report.__main__ import main
 from rollout.report.charts import Series, chart
 from rollout.report.history import History, read_history
 from rollout.report.time_axis import TimeAxis
+from rollout.run_dir.attempts import begin_attempt
+from rollout.run_dir.file_system import LOCAL
 from rollout.run_dir.metrics import MetricsWriter
 from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.sealed_json import seal, unseal
 from tests.support.jobs import report_of
 
 BEGAN = 1_700_000_000.0
@@ -39,7 +44,14 @@ def write_metrics(
 
 def change_run(paths: RunPaths, **values: Any) -> None:
     """Set values in ``run.json``."""
-    paths.run.write_text(json.dumps(json.loads(paths.run.read_text()) | values))
+    paths.run.write_bytes(seal(unseal(paths.run.read_bytes()) | values))
+
+
+def write_attempts(paths: RunPaths, attempts: Sequence[Any]) -> None:
+    """Replace the attempts of a run."""
+    shutil.rmtree(paths.attempts, ignore_errors=True)
+    for attempt in attempts:
+        begin_attempt(LOCAL, paths, attempt, "test")
 
 
 class Page(HTMLParser):

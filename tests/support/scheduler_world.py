@@ -87,18 +87,14 @@ class World:
         for prefill, length in parts:
             for position in range(prefill.computed, prefill.computed + length):
                 self.write(int(prefill.pages[position // PAGE_SIZE]), position, int(prefill.context[position]))
-            prefill.computed += length
             for page in prefill.states[:1]:
                 assert length == len(prefill.context), "a context is computed whole"
                 self.fold(page, folded(prefill.context.tolist()))
-        ready = [prefill for prefill, _ in parts if not prefill.remaining]
+        slots, chunks = self.scheduler.finish_chunks(parts)
         self.check()
-        if not ready:
-            return np.zeros(0, np.int64)
-        sources = self.scheduler.go_live(ready)
-        slots = self.live.active[-len(sources) :]
-        self.check()
-        rows = [row for prefill in ready for row in prefill.rows[: int((sources == ready.index(prefill)).sum())]]
+        if not len(slots):
+            return slots
+        rows = [row for i, (prefill, _) in enumerate(parts) for row in prefill.rows[: int((chunks == i).sum())]]
         assert [self.live.row(slot) for slot in slots.tolist()] == rows
         self.draw(slots)
         return slots
@@ -148,12 +144,20 @@ class World:
             pairs += [(int(key), int(value)) for key, value in zip(keys, values, strict=True)]
         return pairs
 
+    @property
+    def used_pages(self) -> int:
+        """Pages that rows use."""
+        assert self.memory is not None
+        return self.memory.used_pages
+
     # -- what must be so ---------------------------------------------------------------------------------
 
     def check(self) -> None:
         scheduler, pool = self.scheduler, self.pool
         pool.check_integrity(scheduler.held_pages())
         pool.states.check_integrity(scheduler.held_states())
+        assert self.memory is not None
+        self.memory.cache.check_integrity()
         fresh = set(self.live.without_token().tolist())
         for slot in self.live.active.tolist():
             row, completion = self.live.row(slot), self.live.completion(slot)
@@ -162,9 +166,6 @@ class World:
             stored = context if slot in fresh else context[:-1]
             self.holds(self.live.pages(slot), stored)
             assert [self.state(page) for page in self.live.states[slot]] == [folded(stored)] * self.per_row
-            full = 0 if self.per_row else len(row.group.prompt_ids) // PAGE_SIZE
-            assert len(row.group.pages) == full
-            self.holds(row.group.pages, row.group.prompt_ids.tolist()[: full * PAGE_SIZE])
         for prefill in scheduler.prefills:
             assert prefill.rows
             assert len(prefill.states) == self.per_row * len(prefill.rows)
@@ -185,6 +186,20 @@ class World:
 
     def alive(self) -> list[str]:
         return [f"{row.request.row_id}{row.sample}" for row in self.live.all_rows()]
+
+    def all_ends(self) -> list[str]:
+        """Run until every row has joined the live batch and left it again; the rows in the order of leaving."""
+        left: list[str] = []
+        for _ in range(10_000):
+            if not len(self.queue) and not self.scheduler.alive:
+                return left
+            self.admit()
+            self.prefill()
+            for slot in self.live.active.tolist():
+                row = self.live.row(slot)
+                left.append(f"{row.request.row_id}{row.sample}")
+                self.scheduler.leave(slot)
+        raise AssertionError(f"{len(self.queue)} rows wait for ever")
 
     def all_live(self) -> World:
         self.admit()

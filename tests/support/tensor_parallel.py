@@ -86,10 +86,10 @@ def main(model: str) -> None:
     rank = int(os.environ["RANK"])
     model_slice = load_model(ModelSource(model, dtype="float32", tensor_parallel=True), resolve_device())
     squeezed = Engine(model_slice, None, latency_budget_ms=5.0, reserve_fraction=0.0, headroom=RandomHeadroom(rank))
-    layout = squeezed._strategy.kv_layout()
+    layout = squeezed._module.strategy.kv_layout()
     tight = Engine(model_slice, None, policy="static", max_kv_bytes=_PAGES * layout.bytes_per_page)
     batches = [squeezed.generate(PROMPTS, GREEDY, seed=7)]
-    with patch("rollout.engine.engine.Loop", partial(Loop, overlap=True)):
+    with patch("rollout.engine.generation.Loop", partial(Loop, overlap=True)):
         batches.append(tight.generate(PROMPTS, SAMPLED, seed=7))
     report = {
         "heads": [site.kv_heads for site in layout.layers],

@@ -201,6 +201,26 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pre
     return model
 
 
+#: Two layers, one of each kind, in families whose own fields have more, or as many as have all kinds.
+_TWO_LAYERS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "mpt": {"n_layers": 2},
+    "deepseek_v3": {"first_k_dense_replace": 1},
+    "bamba": {"attn_layer_indices": [1]},
+    # The fourth has full attention; one attention module serves two of the six.
+    "llama4_text": {"num_hidden_layers": 4},
+    "zamba2": {"num_hidden_layers": 6},
+}
+
+
+def shallow(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """Return `tiny` with as few layers as have all kinds, for long tests that look at rows and not at layers."""
+    fields = {"num_hidden_layers": 2} | _TWO_LAYERS.get(family, {})
+    if "layer_types" in SERVED[family]:
+        fields["layer_types"] = SERVED[family]["layer_types"][:2]
+    return tiny(family, dtype, **fields | changes)
+
+
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     """Return a configuration of ``family``: the common fields, the family's and ``changes``."""
     fields = _BASE | SERVED.get(family, {}) | changes

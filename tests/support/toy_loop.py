@@ -20,8 +20,10 @@ from rollout.batcher.types import Decision, Observation, Policy
 from rollout.engine import loop as loop_module
 from rollout.engine.batch_row import noise_key
 from rollout.engine.detokenizer import Detokenizer, Ids
+from rollout.engine.early_stop import EarlyStop
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.loop import Loop
+from rollout.engine.tp_sync import SingleProcess
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.headroom.fake import FakeHeadroom
 from rollout.models.arrays import IntArray, ceil_div
@@ -34,6 +36,7 @@ from rollout.records import FinishReason, Record
 from rollout.requests import Request, StepReport
 from rollout.sampling_params import SamplingParams
 from rollout.stats import Tally
+from rollout.stop_conditions import StopConditions
 
 PAGE_SIZE, VOCABULARY, EOS, BROKEN = 4, 30, 2, 29
 LAYOUT = KVLayout((AttentionLayer(nn.Identity(), 1, 1, 1, MaskKind()),), torch.float32, PAGE_SIZE)
@@ -246,7 +249,7 @@ class Wild:
 class World:
     """A loop over a toy model on a device of numbers; `run` runs it to its end."""
 
-    requests: Iterable[Request]
+    requests: Iterable[Request | None]
     policy: Policy = field(default_factory=Fixed)
     pages: int = 1000
     """What the device has in all."""
@@ -255,6 +258,8 @@ class World:
     context_limit: int | None = None
     read_first: int = 8
     weight_version: int = 0
+    stop: StopConditions | None = None
+    reads_all: bool = True
     late: ClassVar[bool] = False
     """See `late_or_not`."""
 
@@ -262,7 +267,9 @@ class World:
         self.reports: list[StepReport] = []
         self.memory: KVMemory | None = None
         self.headroom = FakeHeadroom(self.pages * PAGE, held=self.held)
-        self.queue = WaitingQueue(self.requests, self.context_limit, VOCABULARY)
+        early_stop = None if self.stop is None else EarlyStop(self.stop, self.reads_all, SingleProcess())
+        requests = self.requests if early_stop is None else early_stop.watched(self.requests)
+        self.queue = WaitingQueue(requests, self.context_limit, VOCABULARY)
         self.queue.fill(self.read_first)
         cap = None if self.max_kv_pages is None else self.max_kv_pages * PAGE
         self.memory = KVMemory(LAYOUT, self.headroom, CPU, cap, 0.0, self.queue.max_tokens)
@@ -278,6 +285,7 @@ class World:
             weight_version=self.weight_version,
             on_step=self.report,
             overlap=self.late,
+            early_stop=early_stop,
         )
 
     def held(self) -> int:
@@ -302,7 +310,8 @@ class World:
                 break
             yield from records
         self.check()
-        assert self.pool.used_pages == 0
+        assert self.memory is not None
+        assert self.memory.used_pages == 0
         self.loop.close()
         assert self.pool.bytes_held == 0
 

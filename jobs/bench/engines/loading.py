@@ -8,19 +8,19 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from jobs.bench.engines.harness import Task
+from jobs.bench.engines.harness import Setup
 
 
-def load(task: Task) -> PreTrainedModel:
+def load(setup: Setup) -> PreTrainedModel:
     """Load the model with its default attention; draw random weights if the folder has none."""
-    dtype: torch.dtype = getattr(torch, task.dtype)
+    dtype: torch.dtype = getattr(torch, setup.dtype)
     model: PreTrainedModel
-    if task.random_weights:
+    if setup.random_weights:
         torch.manual_seed(0)
-        with torch.device(task.device):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(task.model), dtype=dtype)
+        with torch.device(setup.device):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(setup.model), dtype=dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(task.model, dtype=dtype, use_safetensors=True)
-        cast(nn.Module, model).to(task.device)
+        model = AutoModelForCausalLM.from_pretrained(setup.model, dtype=dtype, use_safetensors=True)
+        cast(nn.Module, model).to(setup.device)
     model.eval()
     return model

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from jobs.bench.engines.harness import Generate, Task, main
+from collections.abc import Sequence
+
+from jobs.bench.engines.harness import Bind, Generate, Setup
 from jobs.bench.engines.loading import load
+from jobs.bench.lib.workload import Request
 from rollout import Engine, SamplingParams
 
 
-def prepare(task: Task) -> Generate:
+def prepare(setup: Setup) -> Bind:
     """Load the engine; the cap is ``max_rows``, and without one the policy alone decides."""
-    model = load(task)
+    model = load(setup)
     # Token ids in and out, as for the other engines, so no tokenizer.
-    engine = Engine(model, None) if task.cap is None else Engine(model, None, max_rows=task.cap)
-    prompts = [list(request.ids) for request in task.requests]
-    params = [SamplingParams(temperature=1.0, max_new_tokens=request.n, ignore_eos=True) for request in task.requests]
+    engine = Engine(model, None) if setup.cap is None else Engine(model, None, max_rows=setup.cap)
 
-    def generate() -> int:
-        return sum(len(record.completion_ids) for record in engine.generate(prompts, params, seed=0))
+    def bind(requests: Sequence[Request]) -> Generate:
+        prompts = [list(request.ids) for request in requests]
+        params = [SamplingParams(temperature=1.0, max_new_tokens=request.n, ignore_eos=True) for request in requests]
+        return lambda: sum(len(record.completion_ids) for record in engine.generate(prompts, params, seed=0))
 
-    return generate
-
-
-if __name__ == "__main__":
-    main(prepare)
+    return bind

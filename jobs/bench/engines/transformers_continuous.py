@@ -9,7 +9,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from jobs.bench.engines.harness import Generate, Task, main
+from jobs.bench.engines.harness import Bind, Setup
 from jobs.bench.engines.loading import load
 from jobs.bench.lib.workload import Request
 
@@ -17,18 +17,17 @@ PAGE_TOKENS = 256
 """As it comes."""
 
 
-def prepare(task: Task) -> Generate:
+def prepare(setup: Setup) -> Bind:
     """Load the model; the engine sizes its batch from free memory and takes no cap."""
-    if task.cap is not None:
+    if setup.cap is not None:
         raise SystemExit("continuous batching takes no cap")
-    model: Any = load(task)  # generation is mixed into it by its class
-    run = Continuous(model, torch.device(task.device), do_sample=True, top_k=0)
+    model: Any = load(setup)  # generation is mixed into it by its class
+    run = Continuous(model, torch.device(setup.device), do_sample=True, top_k=0)
 
-    def generate() -> int:
-        done = run(task.requests)
-        return sum(min(request.n, len(ids)) for request, ids in zip(task.requests, done, strict=True))
+    def useful(requests: Sequence[Request]) -> int:
+        return sum(min(request.n, len(ids)) for request, ids in zip(requests, run(requests), strict=True))
 
-    return generate
+    return lambda requests: lambda: useful(requests)
 
 
 class Continuous:
@@ -89,7 +88,3 @@ class Continuous:
                 elif result.is_finished():
                     done[wanted.pop(result.request_id)] = list(result.generated_tokens)
         return done
-
-
-if __name__ == "__main__":
-    main(prepare)

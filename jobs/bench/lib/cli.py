@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from jobs.bench.engines.harness import Task
+from jobs.bench.engines.harness import Setup
 from jobs.bench.engines.loading import load
 from jobs.bench.lib import random_models
 
@@ -29,4 +29,4 @@ def folder(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
 
 def model(folder: str, given: argparse.Namespace) -> Any:
     """Load the model onto its device."""
-    return load(Task(folder, given.dtype, given.device, None, []))
+    return load(Setup(folder, given.dtype, given.device))

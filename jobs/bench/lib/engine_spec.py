@@ -33,6 +33,8 @@ ENGINES = {
     OURS: Engine("rollout_engine"),
     "openvino": Engine("openvino", peer=True, caps=(128, 64, 256), dtypes=("float32", "bfloat16")),
     "vllm": Engine("vllm", peer=True, caps=(128, 64, 256), dtypes=("float32", "bfloat16")),
+    "zentorch": Engine("vllm_zentorch", peer=True, caps=(128, 64, 256), dtypes=("bfloat16",)),
+    "llamacpp": Engine("llamacpp", peer=True, caps=(128, 64, 256), dtypes=("bfloat16",)),
     "static": Engine("transformers_static", caps=(32, 8, 128)),
     "continuous": Engine("transformers_continuous"),
 }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,22 +57,25 @@ class Noise:
 class Watch:
     """Measure the noise from construction to `noise`, after watching for ``pause`` seconds.
 
-    The CPU time of child processes that ended in between counts as the run's own.
+    Args:
+        pid: of the process whose CPU time, and that of its descendants, is no noise.
+        pause: seconds.
     """
 
-    def __init__(self, pause: float = 1.0) -> None:
+    def __init__(self, pid: int | None, pause: float = 1.0) -> None:
+        self._pid = pid
         self._load = os.getloadavg()[0]
         total, busy, _ = _cpu_seconds()
         time.sleep(pause)
         self._start = _cpu_seconds()
-        self._children = _children_seconds()
+        self._own = _family_seconds(pid)
         self._before = _share(self._start[1] - busy, self._start[0] - total)
 
     def noise(self) -> Noise:
         """Return the noise of the run that ends now."""
         total, busy, stolen = (now - then for now, then in zip(_cpu_seconds(), self._start, strict=True))
-        during = _share(busy - (_children_seconds() - self._children), total)
-        return Noise(self._load, _share(stolen, total), max(self._before, during))
+        own = _family_seconds(self._pid) - self._own
+        return Noise(self._load, _share(stolen, total), max(self._before, _share(busy - own, total)))
 
 
 def _share(part: float, total: float) -> float:
@@ -89,6 +92,13 @@ def _cpu_seconds() -> tuple[float, float, float]:
     return total, total - idle - stolen, stolen
 
 
-def _children_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def _family_seconds(pid: int | None) -> float:
+    """Return the CPU time of a process and its descendants; 0 once it has ended."""
+    used = 0.0
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                times = each.cpu_times()
+                used += times.user + times.system + times.children_user + times.children_system
+    return used

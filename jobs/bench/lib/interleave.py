@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
-import signal
-import subprocess
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from jobs.bench.lib import engine_spec
 from jobs.bench.lib.engine_spec import Spec
-from jobs.bench.lib.hardware import Watch
-from jobs.bench.lib.tables import Run
-
-ROOT = Path(__file__).resolve().parents[3]
-"""The checkout. Engines run there, so that a peer's Python finds them although this project is not installed in it."""
+from jobs.bench.lib.seats import EngineProcess, Reply, Seat
+from jobs.bench.lib.tables import Run, Start
 
 
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """The Python and the model of an engine."""
+@dataclass(slots=True)
+class Loaded:
+    """An engine that is ready to run."""
 
-    python: str
-    model: str
-    """The model's folder, or an export of it."""
+    process: EngineProcess
+    report: dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -40,19 +29,28 @@ class Bench:
     Args:
         seats: by kind of engine.
         workloads: files by name.
+        longest: tokens of the longest request in them.
         dtype: of engines that neither are given one nor choose it.
         scratch: a folder for what is not kept.
+        keep: whether an engine's process stays for all workloads of a turn; else every run has one of its own.
+        around: words before the command of each measurement.
     """
 
     seats: dict[str, Seat]
     workloads: dict[str, Path]
+    longest: int
     dtype: str
     device: str
     scratch: Path
+    keep: bool = False
+    around: Sequence[str] = ()
     runs: list[Run] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
     details: list[dict[str, Any]] = field(default_factory=list)
     settled: dict[tuple[str, Spec], Spec] = field(default_factory=dict)
     """The setting that is repeated, by workload and engine."""
+    loaded: dict[tuple[Spec, Spec], Loaded] = field(default_factory=dict)
+    """Engines whose processes are kept, by engine and setting."""
 
     def compare(self, specs: list[Spec], repeats: int) -> Iterator[None]:
         """Run all engines on all workloads in turns, so that a change of the machine's speed affects all alike.
@@ -65,6 +63,12 @@ class Bench:
                 for asked in specs:
                     self.turn(name, asked)
                     yield
+            self.close()
+
+    def close(self) -> None:
+        """End all processes."""
+        while self.loaded:
+            self.loaded.popitem()[1].process.stop()
 
     def turn(self, name: str, asked: Spec) -> None:
         """Run an engine once; the first time, once per setting to try."""
@@ -86,48 +90,56 @@ class Bench:
 
     def run(self, name: str, asked: Spec, setting: Spec, limit: float | None = None) -> Run:
         """Run one engine; stop it after ``limit`` seconds of generation."""
-        out, seat = self.scratch / "result.json", self.seats[asked.name]
-        module = f"jobs.bench.engines.{asked.engine.module}"
-        command = [seat.python, "-m", module, seat.model, str(self.workloads[name]), str(out)]
-        command += ["--dtype", setting.dtype or self.dtype, "--device", self.device]
-        command += ["--cap", str(setting.cap)] if setting.cap else []
-        command += ["--limit", f"{limit:.1f}"] if limit else []
+        run, key = Run(name, str(asked), str(setting)), (asked, setting)
+        ready = self.loaded.pop(key, None) or self.start(name, asked, setting)
+        if isinstance(ready, Reply):
+            return self.record(replace(run, error=ready.error[-1]), ready, {})
+        # Kept where `close` finds it, whatever happens meanwhile.
+        self.loaded[key] = ready
+        reply, about = ready.process.run(self.workloads[name], limit), {**ready.report, "command": str(ready.process)}
+        if reply.found:
+            found = dict(reply.found)
+            figures = {figure: found.pop(figure) for figure in ("tokens", "prompt_tokens", "seconds")}
+            peak = max(found.pop("peak_bytes"), ready.report["peak_bytes"])
+            run, about = replace(run, **figures, peak_rss_bytes=peak), about | found
+        elif reply.cut:
+            run = replace(run, cut=True)
+        else:
+            run = replace(run, error=reply.error[-1])
+        if not (self.keep and run.finished):
+            self.loaded.pop(key).process.stop()
+        return self.record(run, reply, about)
+
+    def start(self, name: str, asked: Spec, setting: Spec) -> Loaded | Reply:
+        """Load an engine; return it, or the reply of one that failed."""
+        options = ["--dtype", setting.dtype or self.dtype, "--device", self.device, "--longest", str(self.longest)]
+        options += ["--cap", str(setting.cap)] if setting.cap else []
         # Use separate, empty caches: the cost of a first start shows, and the user's caches stay untouched.
         cache = self.scratch / "caches" / str(asked)
         cache.mkdir(parents=True, exist_ok=True)
         own = {"XDG_CACHE_HOME": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "HF_HUB_OFFLINE": "1"}
         own["TRITON_CACHE_DIR"] = str(cache / "triton")
-        out.unlink(missing_ok=True)
-        watch, started = Watch(), time.time()
-        code, stderr = execute(command, {**os.environ, **own})
-        noise = watch.noise()
-        run, kept = Run(name, str(asked), str(setting), noisy=noise.noisy), dict[str, Any]()
-        if code == -signal.SIGALRM:
-            run = replace(run, cut=True)
-        elif code or not out.exists():
-            lines = stderr.strip().splitlines() or [f"exit status {code}"]
-            run, kept = replace(run, error=lines[-1]), {"stderr": lines[-40:]}
-        else:
-            kept = json.loads(out.read_text(encoding="utf-8"))
-            figures = {key: kept.pop(key) for key in ("tokens", "prompt_tokens", "seconds", "peak_rss_bytes")}
-            run = replace(run, setup_seconds=kept.pop("ready_at") - started, **figures)
-        print(f"  {name}  {run}", flush=True)
-        self.runs.append(run)
-        self.details.append({**asdict(run), **asdict(noise), "command": shlex.join(command), **kept})
-        return run
-
-
-def execute(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Run a process and its children; return exit status and standard error."""
-    # Use a file, not a pipe: reading a pipe would wait for children that keep it open.
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+        process = EngineProcess(
+            self.seats[asked.name], asked.engine.module, options, {**os.environ, **own}, self.around
         )
-        try:
-            code = process.wait()
-        finally:
-            with suppress(ProcessLookupError):  # as it should be
-                os.killpg(process.pid, signal.SIGKILL)
-        errors.seek(0)
-        return code, errors.read()
+        loaded = Loaded(process, {})
+        self.loaded[asked, setting] = loaded
+        reply = process.load(self.workloads[name])
+        del self.loaded[asked, setting]
+        if reply.found is None:
+            process.stop()
+            return reply
+        loaded.report |= reply.found
+        start = Start(str(asked), str(setting), reply.found["first_token_seconds"], reply.noise.noisy)
+        self.starts.append(start)
+        print(f"  {start}", flush=True)
+        return loaded
+
+    def record(self, run: Run, reply: Reply, about: dict[str, Any]) -> Run:
+        """Print and keep the result of a run."""
+        run = replace(run, noisy=reply.noise.noisy)
+        print(f"  {run.workload}  {run}", flush=True)
+        self.runs.append(run)
+        errors = {"stderr": list(reply.error)} if reply.error else {}
+        self.details.append({**asdict(run), **asdict(reply.noise), **about, **errors})
+        return run

@@ -19,8 +19,6 @@ class Run:
     """The engine with its cap and dtype."""
     tokens: int = 0
     seconds: float = 0.0
-    setup_seconds: float = 0.0
-    """Seconds from the start of the process until it can generate."""
     peak_rss_bytes: int = 0
     prompt_tokens: int = 0
     """Prompt tokens of all requests, however often they were computed or shared."""
@@ -51,8 +49,22 @@ class Run:
         elif self.cut:
             outcome = "stopped: slower than another setting"
         else:
-            outcome = f"{self.rate:.1f} tok/s ({self.seconds:.1f} s, set up in {self.setup_seconds:.1f} s)"
+            outcome = f"{self.rate:.1f} tok/s ({self.seconds:.1f} s, {self.peak_rss_bytes / 2**20:.0f} MiB)"
         return f"{self.setting}: {outcome}{', noisy' if self.noisy else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start of an engine's process."""
+
+    engine: str
+    setting: str
+    seconds: float
+    """From the start of the process to the first token of a prompt: imports and loading included."""
+    noisy: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.setting}: first token after {self.seconds:.1f} s{', noisy' if self.noisy else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +85,13 @@ class Row:
     peak_rss_bytes: int | None
     prompt_rate: float | None
     """The median, like ``rate``."""
+    seconds: float | None
+    """The median, like ``rate``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
-    """Time until an engine can generate, over all workloads."""
+class FirstToken:
+    """Seconds to the first token of a fresh process."""
 
     engine: str
     first: float
@@ -109,31 +123,32 @@ def summarise(runs: Sequence[Run], ours: str | None) -> list[Row]:
                 fastest=max(rates[key], default=None),
                 ratio=base / rate if rate and base else None,
                 peak_rss_bytes=max((run.peak_rss_bytes for run in own if run.finished), default=None),
-                prompt_rate=median(run.prompt_rate for run in own if run.finished) if rate is not None else None,
+                prompt_rate=_median([run.prompt_rate for run in own if run.finished]),
+                seconds=_median([run.seconds for run in own if run.finished]),
             )
         )
     return rows
 
 
-def setups(runs: Sequence[Run]) -> list[Setup]:
-    """Return the start-up time of each engine, over all runs in order."""
+def first_tokens(starts: Sequence[Start]) -> list[FirstToken]:
+    """Return the time to the first token of each engine, over all starts in order."""
     found = []
-    for engine in dict.fromkeys(run.engine for run in runs):
-        own = [run for run in runs if run.engine == engine and run.finished]
+    for engine in dict.fromkeys(start.engine for start in starts):
+        own = [start for start in starts if start.engine == engine]
         seen = set[str]()
         again = []
-        for run in own:
-            if run.setting in seen:
-                again.append(run.setup_seconds)
-            seen.add(run.setting)
-        if own:
-            found.append(Setup(engine, own[0].setup_seconds, median(again) if again else None))
+        for start in own:
+            if start.setting in seen:
+                again.append(start.seconds)
+            seen.add(start.setting)
+        found.append(FirstToken(engine, own[0].seconds, _median(again)))
     return found
 
 
 RESULTS = (
     "workload",
     "engine",
+    "s",
     "tok/s",
     "slowest",
     "fastest",
@@ -143,7 +158,7 @@ RESULTS = (
     "runs",
     "noisy",
 )
-SETUPS = ("engine", "first set-up", "later set-ups")
+FIRST_TOKENS = ("engine", "first token, empty caches", "first token, later starts")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -152,12 +167,12 @@ def cells(row: Row) -> tuple[str, ...]:
     rss = "-" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / 2**20:.0f} MiB"
     rates = (_number(value, ".1f") for value in (row.rate, row.slowest, row.fastest))
     ratio, prompt = _number(row.ratio, ".2f"), _number(row.prompt_rate, ".0f")
-    return (row.workload, row.setting, *rates, ratio, prompt, rss, runs, str(row.noisy))
+    return (row.workload, row.setting, _number(row.seconds, ".1f"), *rates, ratio, prompt, rss, runs, str(row.noisy))
 
 
-def setup_cells(setup: Setup) -> tuple[str, ...]:
-    """Return a row under `SETUPS`."""
-    return (setup.engine, f"{setup.first:.1f} s", "-" if setup.later is None else f"{setup.later:.1f} s")
+def first_token_cells(found: FirstToken) -> tuple[str, ...]:
+    """Return a row under `FIRST_TOKENS`."""
+    return (found.engine, f"{found.first:.1f} s", "-" if found.later is None else f"{found.later:.1f} s")
 
 
 Lines = Sequence[Sequence[str]]
@@ -181,6 +196,10 @@ def markdown(lines: Lines) -> str:
     """Return a table as Markdown."""
     marked = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in marked)
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return median(values) if values else None
 
 
 def _number(value: float | None, form: str) -> str:

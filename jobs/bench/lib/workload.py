@@ -157,6 +157,11 @@ def build(prompts: Sequence[Sequence[int]], shape: Shape, lengths: Sequence[int]
     return [Request(tuple(prompts[group]), length(), group) for group in range(groups) for _ in range(shape.samples)]
 
 
+def shorten(requests: Sequence[Request], fraction: float) -> list[Request]:
+    """Return the same requests with a fraction of their output tokens: as many rows live at once, for less time."""
+    return [replace(request, n=max(1, round(request.n * fraction))) for request in requests]
+
+
 def read(path: Path) -> list[Request]:
     """Read the requests of a workload file.
 
