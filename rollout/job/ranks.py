@@ -117,10 +117,11 @@ class Ranks:
         return values[0]
 
     def announce_stop(self, reason: str) -> None:
-        """Tell the other ranks that this one stops, and why; they need not be listening."""
+        """Tell the other ranks that this one stops, and why; they need not be listening, and the first reason stays."""
         if self._state is not None:
             with suppress(RuntimeError):  # rank 0, which has what is announced, may have ended
-                _store().set(_STOP, reason)
+                # An empty value stands for a key that is not there.
+                _store().compare_set(_STOP, "", reason)
 
     def announced_stop(self) -> str | None:
         """Return why another rank stops, None if none does."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from rollout.job import ranks as ranks_module
 from rollout.job.ranks import Ranks, Topology
+from rollout.job.stop_signals import Stopped
 
 #: What SLURM 22.05 sets in the shell of a batch script of three tasks, and in the second task that srun starts there.
 BATCH = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "3", "SLURM_NPROCS": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -66,3 +70,17 @@ def test_tensor_parallel_launches_of_a_step_are_one_worker_each() -> None:
     launched = {**STEP, "WORLD_SIZE": "2", "RANK": "1", "GROUP_WORLD_SIZE": "1"}
     topology = Topology.from_environment(launched, tensor_parallel=True)
     assert (topology.worker, topology.workers, topology.rank) == (1, 3, 1)
+
+
+def test_what_stops_a_rank_first_is_what_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import HashStore
+
+    store: Any = HashStore()
+    monkeypatch.setattr(ranks_module, "_store", lambda: store)
+    ranks = Ranks(Topology.from_environment({}))
+    ranks._state = object()
+    assert ranks.announced_stop() is None
+    ranks.announce_stop("SIGTERM")
+    with pytest.raises(Stopped), ranks.stopping_together():
+        raise Stopped
+    assert ranks.announced_stop() == "SIGTERM"
