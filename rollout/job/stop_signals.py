@@ -85,9 +85,7 @@ class StopSignals:
             now = time.monotonic()
             if self._ending_since is None:
                 self._ending_since = now
-            elif now - self._ending_since > _SAME_SECONDS and not (
-                self._killed_by_others and number == signal.SIGTERM
-            ):
+            elif now - self._ending_since > _SAME_SECONDS and not (self._killed_by_others and number == signal.SIGTERM):
                 os.write(2, _PARTING)
                 os._exit(Exit.RESUMABLE)
         if first and self._raises:
