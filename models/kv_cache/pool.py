@@ -113,6 +113,9 @@ class Pool(ABC, Generic[_S]):
         """Move the pages of the emptiest slab to other slabs and drop it; rewrite ``tables`` in place.
 
         Returns False, with nothing changed, if the other slabs have too few free pages.
+
+        Raises:
+            torch.OutOfMemoryError, RuntimeError: the pages could not be copied; nothing is changed.
         """
         live = [i for i, slab in enumerate(self.slabs) if slab is not None]
         if not live:
@@ -121,15 +124,21 @@ class Pool(ABC, Generic[_S]):
         used = self.slab_pages - len(self._free[victim])
         if used > self._free_count - len(self._free[victim]):
             return False
-        self._free_count -= len(self._free[victim])
-        self._free[victim] = []
+        free, self._free[victim] = self._free[victim], []
+        self._free_count -= len(free)
         if used:
             first = victim * self.slab_pages
             source = first + np.flatnonzero(self._references[first : first + self.slab_pages])
             target = self.allocate(used)
+            try:
+                self.copy(source, target)
+            except (RuntimeError, MemoryError):
+                self.release(target)
+                self._free[victim] = free
+                self._free_count += len(free)
+                raise
             self._references[target] = self._references[source]
             self._references[source] = 0
-            self.copy(source, target)
             moved = np.arange(len(self._references))
             moved[source] = target
             for table in tables:

@@ -295,7 +295,13 @@ class KVMemory:
             torch.cuda.empty_cache()
 
     def _shrink(self, pool: PagePool | StatePool, held: Iterable[IntArray]) -> bool:
-        shrunk = pool.shrink(held)
+        try:
+            shrunk = pool.shrink(held)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or not self._sync.alone:
+                raise
+            logger.warning("Could not move pages of KV cache for lack of memory; freeing it in other ways.")
+            return False
         if shrunk:
             self.headroom_bytes += pool.slab_bytes
         return shrunk

@@ -11,6 +11,7 @@ from torch import nn
 
 from rollout.engine.kv_memory import KVMemory
 from rollout.headroom.fake import FakeHeadroom
+from rollout.models.arrays import IntArray
 from rollout.models.device import is_out_of_memory
 from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 
@@ -270,3 +271,46 @@ def test_checks_allocate_nothing(check: Callable[[KVMemory], object]) -> None:
     check(memory)
     assert memory.pool.bytes_held == 0
     assert memory.headroom_bytes == 160 * PAGE
+
+
+def two_rows_in_two_slabs(memory: KVMemory) -> list[IntArray]:
+    pool = memory.pool
+    assert memory.reserve(2 * pool.slab_pages)
+    half = pool.slab_pages // 2
+    low, between, high = pool.allocate(half), pool.allocate(pool.slab_pages - half), pool.allocate(1)
+    pool.release(between)
+    return [low, high]
+
+
+def test_pages_that_cannot_be_moved_for_lack_of_memory_are_given_up_instead(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = made(160 * PAGE)
+    rows = two_rows_in_two_slabs(memory)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    def preempt() -> bool:
+        if not rows:
+            return False
+        memory.pool.release(rows.pop())
+        return True
+
+    monkeypatch.setattr(memory.pool, "copy", refuse)
+    memory.free(memory.bytes_held, lambda: rows, list, preempt)
+    assert (memory.bytes_held, rows) == (0, [])
+    assert "Could not move pages" in caplog.text
+    memory.pool.check_integrity([])
+
+
+def test_pages_that_cannot_be_moved_for_another_reason_end_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = made(160 * PAGE)
+    rows = two_rows_in_two_slabs(memory)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(memory.pool, "copy", fail)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        memory.free(memory.bytes_held, lambda: rows, list, lambda: False)

@@ -252,6 +252,31 @@ def test_shrinking_without_enough_free_pages_changes_nothing() -> None:
     pool.check_integrity(tables)
 
 
+def test_shrinking_that_cannot_copy_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_of(2)
+    low, high = pool.allocate(4), pool.allocate(2)
+    pool.release(low[2:])
+    tables = [low[:2], high]
+    for stamp, page in enumerate((*low[:2].tolist(), *high.tolist()), start=1):
+        write(pool, page, stamp)
+    before = [table.tolist() for table in tables]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(slabs, "_copy", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        pool.shrink(tables)
+    assert [table.tolist() for table in tables] == before
+    assert (pool.live_slabs, pool.free_pages) == (2, 4)
+    pool.check_integrity(tables)
+    monkeypatch.undo()
+    assert pool.shrink(tables)
+    pool.check_integrity(tables)
+    pages = np.concatenate(tables).tolist()
+    assert all(holds(pool, page, stamp) for stamp, page in enumerate(pages, start=1))
+
+
 def test_empty_pool_does_not_shrink() -> None:
     pool = pool_of(0)
     assert not pool.shrink([])
