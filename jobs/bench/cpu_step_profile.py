@@ -5,9 +5,10 @@
 
 The engine runs unchanged, with timers around the calls of those four; "layers" are decoder layers that run in one call,
 products and attention included; "other" is the rest of the step: other modules,
-pages, policy, Python. The bound is the least work of a step: its matrix products, at the best rate that torch reaches
-here for each shape and number of rows, plus one read of all keys and values, at the bandwidth of a sum over a large
-tensor. CPU only.
+pages, policy, Python. The bound is what the machine needs at least for the work of a step: for each matrix product and
+each layer's attention the longer of reading its weights, or its keys and values, once and of its arithmetic. Memory is
+read at the bandwidth of a sum over a large tensor by all threads; arithmetic runs at the rate of a large matrix
+product, by the engine's kernel or torch's, whichever is faster here. CPU only.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +34,11 @@ from jobs.bench.engines.loading import load
 from jobs.bench.lib import tables, workload
 from rollout import Engine, SamplingParams
 from rollout.models.attention.base import PagedAttention
+from rollout.models.forward_batch import ForwardBatch
+from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.loading.load import resolve_path
 from rollout.models.patches import linears
+from rollout.models.patches.compiled_products import compiled_products
 from rollout.models.patches.decoder_stack import DecoderStack
 from rollout.models.patches.linear_products import LinearProduct
 from rollout.requests import Request, StepReport
@@ -46,9 +49,17 @@ STEPS = 24
 WARM_UP = 4
 """Decode steps before them: first calls allocate and compile."""
 BANDWIDTH_BYTES = 1 << 29
+LARGE = 2048
+"""Rows, inputs and outputs of the product whose rate is measured."""
 
-Shape = tuple[int, int]
-"""Outputs and inputs of a linear layer."""
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one matrix product or one layer's attention must do at least."""
+
+    read_bytes: int
+    """Of its weights, or of the keys and values of its sequences, each of which has its own."""
+    flops: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +68,46 @@ class Step:
 
     seconds: float
     parts: dict[str, float]
-    products: Counter[tuple[Shape, int]]
-    """Calls of linear layers of a shape with a number of rows."""
-    token_bytes: int
-    """KV bytes of one token."""
+    products: Counter[Work]
+    """Calls of linear layers."""
+    attention: Counter[Work]
+    """Layers that attended."""
     calls: int
     """Number of timed calls."""
     report: StepReport | None = None
 
-    @property
-    def flops(self) -> int:
-        return sum(2 * out * into * rows * calls for ((out, into), rows), calls in self.products.items())
-
 
 def together(steps: Sequence[Step], seconds: float) -> Step:
     """Add up steps that took ``seconds`` in all."""
-    parts, products = Counter[str](), Counter[tuple[Shape, int]]()
+    parts, products, attention = Counter[str](), Counter[Work](), Counter[Work]()
     for step in steps:
         parts.update(step.parts)
         products.update(step.products)
-    return Step(seconds, dict(parts), products, steps[-1].token_bytes, sum(step.calls for step in steps))
+        attention.update(step.attention)
+    return Step(seconds, dict(parts), products, attention, sum(step.calls for step in steps))
+
+
+def product_work(weight: torch.Tensor, rows: int) -> Work:
+    """Return the work of a product with a weight [outputs, inputs]."""
+    return Work(weight.numel() * weight.element_size(), 2 * weight.numel() * rows)
+
+
+def attention_work(batch: ForwardBatch, layout: KVLayout, heads: Mapping[int, int]) -> Counter[Work]:
+    """Return the work of attention in which each new token sees its whole sequence up to itself.
+
+    Args:
+        batch: sequences that attend.
+        layout: of keys and values.
+        heads: query heads of the layers, by index, that attend.
+    """
+    tokens = int(batch.seq_lens.sum())
+    seen = int((batch.query_lens * batch.prefix_lens + batch.query_lens * (batch.query_lens + 1) // 2).sum())
+    work = Counter[Work]()
+    for index, queries in heads.items():
+        layer = layout.layers[index]
+        dims = layer.key_dim + layer.value_dim
+        work[Work(tokens * layer.kv_heads * dims * layout.dtype.itemsize, 2 * seen * queries * dims)] += 1
+    return work
 
 
 class Timers:
@@ -84,21 +115,38 @@ class Timers:
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self.weights: dict[Shape, list[torch.Tensor]] = defaultdict(list)
-        """Weights of packed products; one may combine several layers."""
+        self._weights: WeakKeyDictionary[LinearProduct, torch.Tensor] = WeakKeyDictionary()
         self.clear()
 
     def clear(self) -> None:
         """Forget what was timed since the last step."""
         self._parts = dict.fromkeys(PARTS, 0.0)
-        self._products = Counter[tuple[Shape, int]]()
-        self._token_bytes = self._calls = 0
+        self._multiplied: list[tuple[torch.Tensor, int]] = []
+        """Weights and rows of products."""
+        self._attended: dict[PagedAttention, dict[int, int]] = {}
+        """Query heads of the layers that attended."""
+        self._stacks: list[tuple[Any, PagedAttention]] = []
+        """Stacks that computed all their products and layers."""
+        self._calls = 0
 
     def on_step(self, report: StepReport) -> None:
         """Record one step; the callback of `Engine.run`."""
-        step = Step(report.step_ms / 1e3, self._parts, self._products, self._token_bytes, self._calls, report)
-        self.steps.append(step)
+        products, attention = self._work()
+        self.steps.append(Step(report.step_ms / 1e3, self._parts, products, attention, self._calls, report))
         self.clear()
+
+    def _work(self) -> tuple[Counter[Work], Counter[Work]]:
+        """Return the products and the attention since the last step; counted here, for that takes time."""
+        products = Counter(product_work(weight, rows) for weight, rows in self._multiplied)
+        attention = Counter[Work]()
+        for stack, step in self._stacks:
+            rows = len(step.batch.tokens)
+            products.update(product_work(self._weights[product], rows) for product in stack.products)
+            heads = dict.fromkeys(range(len(step.layout.layers)), stack._stack.heads)
+            attention.update(attention_work(step.batch, step.layout, heads))
+        for step, heads in self._attended.items():
+            attention.update(attention_work(step.batch, step.layout, heads))
+        return products, attention
 
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap ``call`` so that its time is added to a part."""
@@ -124,44 +172,32 @@ class Timers:
         forward, attend = self.timed("linears", originals[0]), self.timed("attention", originals[2])
 
         def count(weight: torch.Tensor, x: torch.Tensor) -> None:
-            self._products[(weight.shape[0], weight.shape[1]), x.numel() // x.shape[-1]] += 1
+            self._multiplied.append((weight, x.numel() // x.shape[-1]))
 
         def linear(layer: nn.Linear, x: torch.Tensor) -> Any:
             count(layer.weight, x)
             return forward(layer, x)
 
         multiply = self.timed("linears", originals[1])
-        of: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
 
         def loading(product: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-            self.weights[weight.shape[0], weight.shape[1]].append(weight)
-            of[product] = weight
+            self._weights[product] = weight.detach().to("meta")  # its shape and dtype are wanted alone
             load(product, weight, bias)
 
         def product(product: Any, x: torch.Tensor) -> Any:
-            count(of[product], x)
+            count(self._weights[product], x)
             return multiply(product, x)
 
         layers = self.timed("layers", run_layers)
 
         def running(stack: Any, attention: PagedAttention, hidden: torch.Tensor, *angles: torch.Tensor) -> Any:
-            for multiplied in stack.products:
-                count(of[multiplied], hidden)
-            stored = attention.layout.layers
-            dims = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in stored)
-            self._token_bytes += dims * attention.layout.dtype.itemsize
+            self._stacks.append((stack, attention))
             return layers(stack, attention, hidden, *angles)
 
-        def attending(
-            step: PagedAttention,
-            module: nn.Module,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            *a: Any,
-        ) -> Any:
-            self._token_bytes += sum(x.shape[1] * x.shape[2] * step.layout.dtype.itemsize for x in (key, value))
-            return attend(step, module, query, key, value, *a)
+        def attending(step: PagedAttention, module: nn.Module, query: torch.Tensor, *a: Any) -> Any:
+            heads = self._attended.setdefault(step, {})
+            heads[len(heads)] = query.shape[1]
+            return attend(step, module, query, *a)
 
         nn.Linear.forward, copies.__call__, copies.load = linear, product, loading  # type: ignore[method-assign, assignment]
         # Layers whose class has another forward are not packed; this one only adds a timer.
@@ -217,128 +253,58 @@ def whole_run(model: Any, requests: Sequence[workload.Request], timers: Timers) 
     return together(timers.steps, time.perf_counter() - started), len(timers.steps)
 
 
-def tokens_read(requests: Sequence[workload.Request]) -> int:
-    """Count the keys that decoding reads: each token reads its whole sequence; the first comes with the prompt."""
-    return sum((request.n - 1) * len(request.ids) + request.n * (request.n - 1) // 2 for request in requests)
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The best that this machine does, per second."""
+
+    bandwidth: float
+    """Bytes read."""
+    rate: float
+    """Floating-point operations of a matrix product."""
+
+    @classmethod
+    def measured(cls, dtype: torch.dtype) -> Machine:
+        """Measure this machine, on products in ``dtype`` and in float32, which may be faster."""
+        bandwidth = BANDWIDTH_BYTES / _best_of(5, torch.sum, torch.ones(BANDWIDTH_BYTES // 4))
+        return cls(bandwidth, max(_rate(one) for one in {dtype, torch.float32}))
+
+    def bound(self, work: Counter[Work]) -> float:
+        """Return the seconds that some work takes at least."""
+        return sum(calls * max(one.read_bytes / self.bandwidth, one.flops / self.rate) for one, calls in work.items())
 
 
-class Bound:
-    """The best that the CPU can do, measured on the run's own weights, which exceed its caches as well.
-
-    Args:
-        model: whose layers multiply.
-        copied: weights of products that stand for several layers, or for copies.
-    """
-
-    def __init__(self, model: nn.Module, copied: Mapping[Shape, Sequence[torch.Tensor]]) -> None:
-        own: dict[Shape, list[torch.Tensor]] = defaultdict(list)
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear):
-                own[layer.out_features, layer.in_features].append(layer.weight.detach())
-        self._weights: dict[Shape, Sequence[torch.Tensor]] = {**own, **copied}
-        self._dtype = _fastest_dtype(max((own[0] for own in self._weights.values()), key=torch.numel))
-        self.bandwidth = _bandwidth()
-
-    def products(self, wanted: Counter[tuple[Shape, int]]) -> float:
-        """Return the seconds of all these products."""
-        by_shape: dict[Shape, Counter[int]] = defaultdict(Counter)
-        for (shape, rows), calls in wanted.items():
-            by_shape[shape][rows] += calls
-        total = 0.0
-        for shape, calls_by_rows in by_shape.items():
-            # A run has steps of any size: between powers of two the time is nearly linear.
-            points = sorted(calls_by_rows) if len(calls_by_rows) <= 4 else _powers(max(calls_by_rows))
-            seconds = self._measure(shape, points)
-            total += sum(calls * _between(points, seconds, rows) for rows, calls in calls_by_rows.items())
-        return total
-
-    def _measure(self, shape: Shape, points: Sequence[int]) -> list[float]:
-        """Return the seconds of one product of a shape per number of rows: the best of `_FORMS`."""
-        best = [float("inf")] * len(points)
-        for form in _FORMS:
-            try:
-                layers = [form(weight.to(self._dtype)) for weight in self._weights[shape]]
-            except (RuntimeError, AttributeError):  # this build of torch does not have it
-                continue
-            for i, rows in enumerate(points):
-                x = torch.randn(rows, shape[1], dtype=self._dtype)
-                best[i] = min(best[i], _best_of(3, layers, x) / len(layers))
-        return best
+def _rate(dtype: torch.dtype) -> float:
+    """Return the rate of a large product by the faster of the kernels that there are."""
+    x, weight = (torch.randn(LARGE, LARGE).to(dtype) for _ in range(2))
+    products = [lambda x: F.linear(x, weight)]
+    kernel = compiled_products()
+    if kernel is not None:
+        packed = kernel.pack(weight, None)
+        products.append(lambda x: kernel.multiply(packed, x))
+    return 2 * LARGE**3 / min(_best_of(5, product, x) for product in products)
 
 
-def _plain(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: F.linear(x, weight)
-
-
-def _packed(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Use a weight packed by oneDNN, through private operators of torch."""
-    mkldnn: Any = torch.ops.mkldnn
-    laid_out = mkldnn._reorder_linear_weight(weight.contiguous(), 128)
-    return lambda x: mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
-
-
-_FORMS = (_plain, _packed)
-
-
-def _fastest_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which products of a few dozen rows are fastest: float32 may beat bfloat16."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        return _best_of(2, [_plain(weight.to(dtype))], torch.randn(32, weight.shape[1], dtype=dtype))
-
-    return min((torch.float32, weight.dtype), key=seconds)
-
-
-def _bandwidth() -> float:
-    """Measure the read bandwidth in bytes per second."""
-    return BANDWIDTH_BYTES / _best_of(5, [torch.sum], torch.ones(BANDWIDTH_BYTES // 4))
-
-
-def _best_of(times: int, calls: Sequence[Callable[[torch.Tensor], Any]], x: torch.Tensor) -> float:
-    """Return the seconds of all ``calls``, one after the other: the best of some rounds."""
+def _best_of(times: int, call: Callable[[torch.Tensor], Any], x: torch.Tensor) -> float:
+    """Return the seconds of the fastest of some calls."""
     best = float("inf")
     with torch.no_grad():
         for _ in range(times):
             started = time.perf_counter()
-            for call in calls:
-                call(x)
+            call(x)
             best = min(best, time.perf_counter() - started)
     return best
 
 
-def _powers(most: int) -> list[int]:
-    """Return the powers of two up to the first that is at least ``most``."""
-    return [1 << i for i in range((most - 1).bit_length() + 1)]
+HEADER = ("rows", "step ms", *(f"{part} %" for part in (*PARTS, "other")), "products ms", "KV ms", "step / bound")
 
 
-def _between(points: Sequence[int], values: Sequence[float], at: int) -> float:
-    """Interpolate linearly at ``at``, which lies between the first and last point."""
-    right = bisect_left(points, at)
-    if points[right] == at:
-        return values[right]
-    share = (at - points[right - 1]) / (points[right] - points[right - 1])
-    return values[right - 1] + share * (values[right] - values[right - 1])
-
-
-HEADER = (
-    "rows",
-    "step ms",
-    *(f"{part} %" for part in (*PARTS, "other")),
-    "GEMM ms",
-    "KV ms",
-    "step / bound",
-    "GFLOP/s",
-)
-
-
-def line(name: str, step: Step, count: int, products: float, reads: float) -> tuple[str, ...]:
+def line(name: str, step: Step, count: int, machine: Machine) -> tuple[str, ...]:
     """Return a row under `HEADER`: the mean over ``count`` steps."""
     other = step.seconds - sum(step.parts.values())
     shares = [100 * seconds / step.seconds for seconds in (*(step.parts[part] for part in PARTS), other)]
-    figures = (step.seconds, products, reads)
-    whole, gemm, kv = (f"{1e3 * seconds / count:.1f}" for seconds in figures)
-    ratio = f"{step.seconds / (products + reads):.2f}"
-    return (name, whole, *(f"{share:.1f}" for share in shares), gemm, kv, ratio, f"{step.flops / products / 1e9:.0f}")
+    products, attention = machine.bound(step.products), machine.bound(step.attention)
+    whole, *bounds = (f"{1e3 * seconds / count:.2f}" for seconds in (step.seconds, products, attention))
+    return (name, whole, *(f"{share:.1f}" for share in shares), *bounds, f"{step.seconds / (products + attention):.2f}")
 
 
 def main() -> int:
@@ -360,26 +326,23 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     model: Any = load(Setup(folder, given.dtype, "cpu"))
-    lines, calls, timers = [], [], Timers()
+    machine = Machine.measured(next(model.parameters()).dtype)
+    lines, calls = [], []
     if requests:
-        run, count = whole_run(model, requests, timers)
-        bound = Bound(model, timers.weights)
-        reads = tokens_read(requests) * (run.token_bytes or 0) / bound.bandwidth
-        lines.append(line(Path(given.workload).stem, run, count, bound.products(run.products), reads))
-        calls.append(run.calls / count)
+        whole, count = whole_run(model, requests, Timers())
+        lines.append(line(Path(given.workload).stem, whole, count, machine))
+        calls.append(whole.calls / count)
     for rows in [] if requests else [int(text) for text in given.rows.split(",")]:
-        timers = Timers()
-        steps = decode_steps(model, rows, given.context, timers)
-        bound = Bound(model, timers.weights)
+        steps = decode_steps(model, rows, given.context, Timers())
         # The faster half: another process's turn on a core would weigh on the mean of all.
         steps = sorted(steps, key=lambda step: step.seconds)[: len(steps) // 2 + 1]
         whole = together(steps, sum(step.seconds for step in steps))
-        reads = len(steps) * rows * given.context * whole.token_bytes / bound.bandwidth
-        lines.append(line(str(rows), whole, len(steps), bound.products(whole.products), reads))
+        lines.append(line(str(rows), whole, len(steps), machine))
         calls.append(whole.calls / len(steps))
     print(tables.render([HEADER, *lines]))
     print(
-        f"\nGEMM and KV are the bound; memory is read at {bound.bandwidth / 1e9:.1f} GB/s; "
+        f"\nproducts and KV are the bound; memory is read at {machine.bandwidth / 1e9:.1f} GB/s, "
+        f"products run at {machine.rate / 1e9:.0f} GFLOP/s; "
         f"timers take {1e3 * overhead() * max(calls):.2f} ms a step; {torch.get_num_threads()} threads"
     )
     return 0

@@ -21,10 +21,16 @@ from jobs.bench.lib.workload import Request, Shape
 from rollout import SamplingParams
 from rollout.batcher.types import StepSample
 from rollout.models.attention.base import PagedAttention
+from rollout.models.patches import decoder_stack
 from rollout.requests import Request as EngineRequest
 from tests.support.bench import PROMPTS
 from tests.support.jobs import report_of
 from tests.support.tiny_models import tiny
+
+
+def total(work: Counter[steps.Work]) -> tuple[int, int]:
+    """Return the bytes and operations of some work."""
+    return sum(n * one.read_bytes for one, n in work.items()), sum(n * one.flops for one, n in work.items())
 
 
 class TestSteps:
@@ -39,13 +45,18 @@ class TestSteps:
             # Attention runs inside the layers.
             assert {part for part, seconds in step.parts.items() if seconds > 0} == {"layers", "linears", "sampler"}
             assert sum(step.parts.values()) < step.seconds
-            assert {rows for _, rows in step.products} == {3}
             assert sum(step.products.values()) == products
         config = model.config
-        kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-        assert found[-1].token_bytes == kept
         parameters = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-        assert found[-1].flops == 2 * 3 * parameters
+        tokens = 3 * (40 - (steps.WARM_UP + steps.STEPS + 1) // 2)
+        for number, step in enumerate(found, steps.WARM_UP + 1):
+            assert total(step.products) == (4 * parameters, 2 * 3 * parameters)
+            # Three rows, whose queries see the prompt, the tokens before and themselves.
+            seen = (tokens + 3 * number) * config.num_hidden_layers * 2 * config.head_dim
+            assert total(step.attention) == (
+                4 * seen * config.num_key_value_heads,
+                2 * seen * config.num_attention_heads,
+            )
 
     def test_nothing_stays_behind(self) -> None:
         before, originals = steps.rollout.engine.loop.sample, (nn.Linear.forward, PagedAttention.attend_tokens)
@@ -56,31 +67,46 @@ class TestSteps:
 
     def test_a_whole_run_and_its_bound(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(steps, "BANDWIDTH_BYTES", 1 << 16)
+        monkeypatch.setattr(steps, "LARGE", 64)
         model: Any = tiny("llama")
         requests = [Request((1, 2, 3), 6, 0), Request((4, 5), 9, 1)]
         timers = steps.Timers()
         whole, count = steps.whole_run(model, requests, timers)
         assert count >= 9
-        bound = steps.Bound(model, timers.weights)
-        cells = steps.line("w", whole, count, bound.products(whole.products), 1e-3)
+        # Prompts of 3 and 2 tokens and all answers but their last tokens: each query sees what is before it and itself.
+        seen = sum(range(1, 3 + 6)) + sum(range(1, 2 + 9))
+        config = model.config
+        dims = 2 * config.head_dim * config.num_attention_heads
+        assert total(whole.attention)[1] == 2 * seen * config.num_hidden_layers * dims
+        cells = steps.line("w", whole, count, steps.Machine.measured(torch.float32))
         assert len(cells) == len(steps.HEADER)
         assert sum(map(float, cells[2 : 3 + len(steps.PARTS)])) == pytest.approx(100, abs=0.3)
 
-    def test_tokens_that_decoding_reads(self) -> None:
-        # The second token of each sees the prompt and the first token; the first came with the prompt.
-        assert steps.tokens_read([Request((1, 2, 3), 1, 0)]) == 0
-        assert steps.tokens_read([Request((1, 2, 3), 3, 0), Request((1,), 2, 1)]) == (4 + 5) + 2
+    def test_modules_called_one_by_one_count_as_the_stack_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stacked = steps.decode_steps(tiny("llama"), 2, 40, steps.Timers())
+        monkeypatch.setattr(decoder_stack, "known_decoder", lambda *_: None)
+        single = steps.decode_steps(tiny("llama"), 2, 40, steps.Timers())
+        assert single[0].parts["attention"] > 0
+        assert [(step.products, step.attention) for step in single] == [
+            (step.products, step.attention) for step in stacked
+        ]
 
-    def test_times_between_powers_of_two(self) -> None:
-        assert steps._powers(1) == [1]
-        assert steps._powers(48) == [1, 2, 4, 8, 16, 32, 64]
-        assert [steps._between([1, 2, 4], [1.0, 2.0, 6.0], at) for at in (1, 2, 3, 4)] == [1, 2, 4, 6]
+    def test_the_bound_is_the_longer_of_reading_and_computing(self) -> None:
+        machine = steps.Machine(bandwidth=10.0, rate=100.0)
+        assert machine.bound(Counter({steps.Work(20, 100): 3, steps.Work(1, 700): 1})) == 3 * 2.0 + 7.0
+
+    def test_rate_and_bandwidth_are_those_of_a_computer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(steps, "BANDWIDTH_BYTES", 1 << 20)
+        monkeypatch.setattr(steps, "LARGE", 256)
+        machine = steps.Machine.measured(torch.bfloat16)
+        assert 1e8 < machine.bandwidth < 1e13
+        assert 1e8 < machine.rate < 1e14
 
     def test_steps_together(self) -> None:
-        one = steps.Step(1.0, {"linears": 0.5}, Counter({((4, 2), 3): 2}), 7, 5)
+        one = steps.Step(1.0, {"linears": 0.5}, Counter({steps.Work(4, 2): 2}), Counter({steps.Work(1, 3): 1}), 5)
         both = steps.together([one, one], 3.0)
-        assert (both.seconds, both.parts, both.calls, both.token_bytes) == (3.0, {"linears": 1.0}, 10, 7)
-        assert both.flops == 4 * 2 * 4 * 2 * 3
+        assert (both.seconds, both.parts, both.calls) == (3.0, {"linears": 1.0}, 10)
+        assert (total(both.products), total(both.attention)) == ((16, 8), (2, 6))
 
 
 class TestDecode:
