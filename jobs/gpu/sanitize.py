@@ -83,7 +83,8 @@ def others() -> None:
         assert int(tokens.max()) < vocabulary
         assert int(tokens[0]) == int(logits[0].float().argmax())
         if vocabulary < 6000:
-            threshold(logits.float(), torch.tensor([0.5, 0.99, 1.0], device=DEVICE))
+            wanted = torch.tensor([0.5, 0.99, 1.0], device=DEVICE)
+            threshold(logits, temperature, wanted, torch.full_like(wanted, -torch.inf))
     kernels = TritonPointwise()
     hidden = torch.randn(5, 1536, device=DEVICE).bfloat16()
     kernels.rms_norm(hidden, kernels.norm_factors(hidden[0], torch.bfloat16), 1e-6, False)

@@ -32,6 +32,7 @@ class GumbelKernel(Protocol):
         keys: torch.Tensor,
         samples: torch.Tensor,
         positions: torch.Tensor,
+        thresholds: torch.Tensor | None = None,
     ) -> Draws:
         """Draw a token for each row.
 
@@ -41,5 +42,13 @@ class GumbelKernel(Protocol):
             keys: int64 [B, 2], see `rollout.models.sampling.philox.gumbel`.
             samples: int64 [B].
             positions: int64 [B].
+            thresholds: float32 [B], the smallest score of each row that may be drawn; None allows all. Scores are
+                logits over the temperature, over 1 where it is 0.
         """
         ...
+
+
+def scores_above(logits: torch.Tensor, temperatures: torch.Tensor, floors: torch.Tensor) -> torch.Tensor:
+    """Return the float32 scores [B, V] of logits at temperatures [B]; -inf where they are below the floors [B]."""
+    scores = logits.float() / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
+    return scores.masked_fill_(scores < floors[:, None], -torch.inf)

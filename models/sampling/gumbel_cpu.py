@@ -12,7 +12,7 @@ import torch
 from rollout.models.arrays import ceil_div
 from rollout.models.csrc.build import KernelUnavailable, try_build
 from rollout.models.csrc.threads import parallel
-from rollout.models.sampling.base import BLOCK, Draws
+from rollout.models.sampling.base import BLOCK, Draws, scores_above
 
 _SOURCE = Path(__file__).parents[1] / "csrc" / "gumbel_max.c"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -51,9 +51,12 @@ class GumbelMax:
         keys: torch.Tensor,
         samples: torch.Tensor,
         positions: torch.Tensor,
+        thresholds: torch.Tensor | None = None,
     ) -> Draws:
         """Draw a token for each row, see `GumbelKernel.draw`."""
         rows, vocabulary = logits.shape
+        if thresholds is not None:
+            logits, temperatures = scores_above(logits, temperatures, thresholds), (temperatures > 0).float()
         if logits.dtype not in _DTYPES:
             logits = logits.float()
         # Contiguous copies need a name: they must live until the kernel returns.

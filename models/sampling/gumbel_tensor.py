@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from rollout.models.sampling.base import BLOCK, Draws
+from rollout.models.sampling.base import BLOCK, Draws, scores_above
 from rollout.models.sampling.philox import gumbel
 
 _CPU_ROWS = 16
@@ -22,8 +22,11 @@ class TensorGumbelMax:
         keys: torch.Tensor,
         samples: torch.Tensor,
         positions: torch.Tensor,
+        thresholds: torch.Tensor | None = None,
     ) -> Draws:
         """Draw a token for each row, see `GumbelKernel.draw`."""
+        if thresholds is not None:
+            logits, temperatures = scores_above(logits, temperatures, thresholds), (temperatures > 0).float()
         given = (logits, temperatures, keys, samples, positions)
         if logits.device.type != "cpu" or len(logits) <= _CPU_ROWS:
             return _draw(*given)

@@ -21,9 +21,21 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def sum_blocks(
-    logits, temperatures, sums, maxima, logits_row, vocabulary, blocks, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    temperatures,
+    thresholds,
+    sums,
+    maxima,
+    logits_row,
+    vocabulary,
+    blocks,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Compute log-sum-exp and maximum of each block of logits [rows, vocabulary] over temperature (1 where it is 0)."""
+    """Compute log-sum-exp and maximum of each block of a row's scores, of those not below its threshold.
+
+    Scores are logits [rows, vocabulary] over the temperature (1 where it is 0). Thresholds may be None.
+    """
     row = tl.program_id(0)
     temperature = tl.load(temperatures + row)
     scale = tl.where(temperature > 0, temperature, 1.0)
@@ -31,6 +43,8 @@ def sum_blocks(
     at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     given = tl.load(logits + row.to(tl.int64) * logits_row + at, mask=at < vocabulary, other=float("-inf"))
     scores = tl.math.div_rn(given.to(tl.float32), scale)
+    if thresholds is not None:
+        scores = tl.where(scores < tl.load(thresholds + row), float("-inf"), scores)
     largest = tl.max(scores, 1)
     # A block of minus infinities only would give NaN as their difference.
     origin = tl.where(largest == float("-inf"), 0.0, largest)
@@ -43,6 +57,7 @@ def sum_blocks(
 def draw(
     logits,
     temperatures,
+    thresholds,
     keys,
     samples,
     positions,
@@ -82,7 +97,10 @@ def draw(
     inside = tl.arange(0, BLOCK)
     first = logits + row.to(tl.int64) * logits_row
     given = tl.load(first + winner * BLOCK + inside, mask=winner * BLOCK + inside < vocabulary, other=float("-inf"))
-    scores = tl.math.div_rn(given.to(tl.float32), scale).to(tl.float64)
+    scores = tl.math.div_rn(given.to(tl.float32), scale)
+    if thresholds is not None:
+        scores = tl.where(scores < tl.load(thresholds + row), float("-inf"), scores)
+    scores = scores.to(tl.float64)
     noise = _gumbel(blocks + inside, seed, position, sample)
     offset = tl.argmax(tl.where(sampled, scores + noise, scores), 0)
     token = tl.minimum(winner * BLOCK + offset, vocabulary - 1)
@@ -114,6 +132,7 @@ class TritonGumbelMax:
         keys: torch.Tensor,
         samples: torch.Tensor,
         positions: torch.Tensor,
+        thresholds: torch.Tensor | None = None,
     ) -> Draws:
         """Draw a token for each row, see `GumbelKernel.draw`."""
         rows, vocabulary = logits.shape
@@ -131,11 +150,12 @@ class TritonGumbelMax:
         sizes = {"logits_row": logits.stride(0), "vocabulary": vocabulary, "blocks": blocks}
         with launching_on(device):
             sum_blocks[(rows, ceil_div(blocks, BLOCKS))](
-                logits, temperatures, sums, maxima, **sizes, BLOCKS=BLOCKS, BLOCK=BLOCK
+                logits, temperatures, thresholds, sums, maxima, **sizes, BLOCKS=BLOCKS, BLOCK=BLOCK
             )
             draw[(rows,)](
                 logits,
                 temperatures,
+                thresholds,
                 keys,
                 samples,
                 positions,

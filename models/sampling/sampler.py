@@ -147,27 +147,23 @@ def _self_test(kernel: GumbelKernel, device: torch.device) -> str | None:
     if not torch.equal(tokens, expected.tokens):
         return "it draws different tokens"
     error = float((logprobs - expected.logprobs).abs().max())
-    chosen = _scores(logits, rows).gather(1, tokens[:, None])[:, 0]
+    chosen = _scores(logits.gather(1, tokens[:, None])[:, 0], rows)
     error = max(error, float((chosen - log_sums - logprobs).abs().max()))
     return None if error <= _TOLERANCE else f"its log-probabilities differ by {error:.2g} (tolerance {_TOLERANCE})"
 
 
 def sample_with(kernel: GumbelKernel, logits: torch.Tensor, rows: RowSampling, positions: torch.Tensor) -> Sampled:
     """Sample by a kernel, see `sample`. A row gets the same bits whatever rules and filters other rows have."""
-    noise = (rows.keys, rows.samples, positions)
-    draws = kernel.draw(logits, rows.temperature, *noise)
+    draws = kernel.draw(logits, rows.temperature, rows.keys, rows.samples, positions)
     sampled = Sampled(tokens=draws.tokens, logprobs=draws.logprobs, sampler_logprobs=draws.logprobs)
     if rows.filtered:
-        scores = _scores(logits, rows)
-        sampled = _draw_from(kernel, filter_scores(scores, rows), scores, rows, positions, draws.log_sums)
+        sampled = _draw_filtered(kernel, logits, logits, rows, positions, draws.log_sums)
     for part in rows.edited:
         at = part.edits.at
         raw = logits.index_select(0, at).float()
         edited = raw.clone()
         part.edits.apply(edited, positions[at])
-        scores = _scores(edited, part.rows)
-        kept = filter_scores(scores, part.rows)
-        redrawn = _draw_from(kernel, kept, _scores(raw, part.rows), part.rows, positions[at], draws.log_sums[at])
+        redrawn = _draw_filtered(kernel, edited, raw, part.rows, positions[at], draws.log_sums[at])
         sampled = Sampled(
             tokens=sampled.tokens.index_copy(0, at, redrawn.tokens),
             logprobs=sampled.logprobs.index_copy(0, at, redrawn.logprobs),
@@ -176,47 +172,55 @@ def sample_with(kernel: GumbelKernel, logits: torch.Tensor, rows: RowSampling, p
     return sampled
 
 
-def _draw_from(
+def _draw_filtered(
     kernel: GumbelKernel,
-    kept: torch.Tensor,
-    scores: torch.Tensor,
+    logits: torch.Tensor,
+    raw: torch.Tensor,
     rows: RowSampling,
     positions: torch.Tensor,
     log_sums: torch.Tensor,
 ) -> Sampled:
-    """Draw from ``kept`` [B, V]; the model's log-probabilities are those of ``scores`` [B, V] with ``log_sums`` [B]."""
-    # Both are already divided by the temperature, which must still be 0 where greedy.
-    draws = kernel.draw(kept, (rows.temperature > 0).float(), rows.keys, rows.samples, positions)
-    chosen = scores.gather(1, draws.tokens[:, None])[:, 0].double()
+    """Draw from what the filters keep of logits [B, V].
+
+    The model's log-probabilities are those of the logits without rules, ``raw`` [B, V], with ``log_sums`` [B].
+    """
+    thresholds = filter_thresholds(logits, rows)
+    draws = kernel.draw(logits, rows.temperature, rows.keys, rows.samples, positions, thresholds)
+    chosen = _scores(raw.gather(1, draws.tokens[:, None])[:, 0], rows).double()
     return Sampled(tokens=draws.tokens, logprobs=(chosen - log_sums).float(), sampler_logprobs=draws.logprobs)
 
 
 def _scores(logits: torch.Tensor, rows: RowSampling) -> torch.Tensor:
-    """Return logits [B, V] as float32 over the temperature; unscaled where greedy."""
-    return logits.float() / torch.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    """Return one logit of each row [B] as float32 over the temperature; unscaled where greedy."""
+    return logits.float() / torch.where(rows.temperature > 0, rows.temperature, 1.0)
 
 
-def filter_scores(scores: torch.Tensor, rows: RowSampling) -> torch.Tensor:
-    """Set ``scores`` [B, V] to -inf where top-k, then top-p, then min-p drop a token.
+def filter_thresholds(logits: torch.Tensor, rows: RowSampling) -> torch.Tensor | None:
+    """Return the smallest score [B] that top-k, then top-p, then min-p keep of logits [B, V]; None without filters.
 
-    Each filter is a threshold on the score, so tokens with equal scores are kept or dropped together.
+    Scores are logits over the temperature. Each filter is a threshold on them, so tokens with equal scores are kept or
+    dropped together.
     """
+    if not rows.filtered:
+        return None
+    thresholds = torch.full_like(rows.temperature, -torch.inf)
     if rows.most_top_k:
-        scores = scores.masked_fill(scores < _top_k_threshold(scores, rows.top_k, rows.most_top_k), -torch.inf)
+        thresholds = _top_k_threshold(logits, rows)
     if rows.any_top_p:
-        scores = scores.masked_fill(scores < top_p_threshold(scores, rows.top_p), -torch.inf)
+        found = top_p_threshold(logits, rows.temperature, rows.top_p, thresholds)
+        thresholds = torch.maximum(thresholds, found)
     if rows.any_min_p:
-        scores = scores.masked_fill(scores < _min_p_threshold(scores, rows.min_p), -torch.inf)
-    return scores
+        thresholds = torch.maximum(thresholds, _min_p_threshold(logits, rows))
+    return thresholds
 
 
-def _top_k_threshold(scores: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> torch.Tensor:
-    """Return the k-th largest score [B, 1]; -inf where top-k is off."""
-    largest = scores.topk(min(max_top_k, scores.shape[1]), dim=-1).values
-    kth = largest.gather(1, (top_k.clamp(1, largest.shape[1]) - 1)[:, None])
-    return torch.where(top_k[:, None] > 0, kth, -torch.inf)
+def _top_k_threshold(logits: torch.Tensor, rows: RowSampling) -> torch.Tensor:
+    """Return the k-th largest score [B]; -inf where top-k is off."""
+    largest = logits.topk(min(rows.most_top_k, logits.shape[1]), dim=-1).values
+    kth = largest.gather(1, (rows.top_k.clamp(1, largest.shape[1]) - 1)[:, None])[:, 0]
+    return torch.where(rows.top_k > 0, _scores(kth, rows), -torch.inf)
 
 
-def _min_p_threshold(scores: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    """Return the score [B, 1] of min_p times the largest probability (Nguyen et al., arXiv 2407.01082)."""
-    return scores.amax(-1, keepdim=True) + min_p[:, None].log()
+def _min_p_threshold(logits: torch.Tensor, rows: RowSampling) -> torch.Tensor:
+    """Return the score [B] of min_p times the largest probability (Nguyen et al., arXiv 2407.01082)."""
+    return _scores(logits.amax(-1), rows) + rows.min_p.log()

@@ -142,13 +142,15 @@ def shapes_of_models() -> list[tuple[Any, ...]]:
     parts = dict.fromkeys(("partial", "maxima", "sums"), "*fp32") | {"sinks": "*bf16", "out": "*bf16", "rows": "*i32"}
     sizes = {"SINKS": True, "KV_HEADS": 2, "GROUP": 6, "VALUE_DIM": 128, "BLOCK_GROUP": 8, "BLOCK_VALUE": 128}
     cases.append(("reduce", parts, sizes, (), 4))
-    rows = {"scores": "*fp32", "top_p": "*fp32", "out": "*fp32", "row_scores": "i32", "vocabulary": "i32"}
-    cases.append(("search", rows, {"BLOCK": top_p_triton.BLOCK}, (), top_p_triton._WARPS))
+    cases += [top_p_masses(dtype, bits) for dtype, bits in (("bf16", 16), ("fp16", 16), ("fp32", 32))]
     for dtype in ("bf16", "fp16", "fp32"):
         rows = {"logits": f"*{dtype}", "temperatures": "*fp32", "sums": "*fp32", "maxima": "*fp32"}
         sizes = dict.fromkeys(("logits_row", "vocabulary", "blocks"), "i32")
         block = {"BLOCK": gumbel_triton.BLOCK}
-        cases.append(("sum_blocks", rows | sizes, block | {"BLOCKS": gumbel_triton.BLOCKS}, ("blocks",), 4))
+        sum_blocks = block | {"BLOCKS": gumbel_triton.BLOCKS}
+        cases.append(("sum_blocks", rows | sizes, sum_blocks | {"thresholds": None}, ("blocks",), 4))
+        rows["thresholds"] = "*fp32"
+        cases.append(("sum_blocks", rows | sizes, sum_blocks, ("blocks",), 4))
         rows |= dict.fromkeys(("keys", "samples", "positions", "tokens"), "*i64")
         rows |= {"logprobs": "*fp32", "totals": "*fp64"}
         cases.append(("draw", rows | sizes, block | {"ALL_BLOCKS": 1024}, ("blocks",), 4))
@@ -161,6 +163,14 @@ def shapes_of_models() -> list[tuple[Any, ...]]:
         sizes = {"HEADS": 12, "KEY_HEADS": 2, "HALF": 64, "BLOCK_HEADS": 16, "BLOCK_HALF": 64}
         cases.append(("rotate", heads, sizes, (), 4))
     return cases
+
+
+def top_p_masses(dtype: str, bits: int) -> tuple[Any, ...]:
+    types = dict.fromkeys(("temperatures", "floors", "top_p", "masses"), "*fp32")
+    types |= dict.fromkeys(("logits", "largest"), f"*{dtype}")
+    types |= dict.fromkeys(("logits_row", "vocabulary", "done", "parts", "passes"), "i32")
+    constants = {"BITS": bits, "PART_BLOCKS": top_p_triton.PART_BLOCKS, "BLOCK": top_p_triton.BLOCK, "ALL_PARTS": 16}
+    return "sum_masses", types, constants, ("done", "parts", "passes"), top_p_triton._WARPS
 
 
 def arguments_of_1() -> list[tuple[Any, ...]]:
@@ -178,9 +188,8 @@ def arguments_of_1() -> list[tuple[Any, ...]]:
         "BLOCK_KEY": 1,
         "BLOCK_VALUE": 1,
     }
-    scores = {"scores": "*fp32", "top_p": "*fp32", "out": "*fp32", "row_scores": "i32", "vocabulary": "i32"}
     rows = dict.fromkeys(("x", "factors", "out"), "*fp32") | {"x_row": "i32", "width": "i32", "eps": "fp32"}
-    logits = dict.fromkeys(("logits", "temperatures", "sums", "maxima"), "*fp32")
+    logits = dict.fromkeys(("logits", "temperatures", "thresholds", "sums", "maxima"), "*fp32")
     logits |= dict.fromkeys(("logits_row", "vocabulary", "blocks"), "i32")
     draws = dict.fromkeys(("keys", "samples", "positions", "tokens"), "*i64") | {"logprobs": "*fp32", "totals": "*fp64"}
     block = {"BLOCK": gumbel_triton.BLOCK}
@@ -188,7 +197,7 @@ def arguments_of_1() -> list[tuple[Any, ...]]:
     return [
         with_ones(narrow, "query_head", "mask_size"),
         with_ones(("write", key, sizes, (), 4), "key_token", "key_head", "value_token", "value_head"),
-        with_ones(("search", scores, {"BLOCK": 1}, (), 4), "row_scores", "vocabulary"),
+        with_ones(top_p_masses("fp32", 32), "logits_row", "vocabulary"),
         with_ones(("norm", rows | {"plus": "fp32"}, {"LATE": False, "BLOCK": 1}, (), 4), "x_row", "width"),
         *(with_ones(("sum_blocks", logits, block | {"BLOCKS": 8}, (), 4), *ones) for ones in vocabularies),
         *(with_ones(("draw", logits | draws, block | {"ALL_BLOCKS": 1}, (), 4), *ones) for ones in vocabularies),

@@ -32,8 +32,8 @@ class OnDevice:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def draw(self, *given: torch.Tensor) -> Draws:
-        tokens, logprobs, log_sums = TritonGumbelMax().draw(*(x.to(self._device) for x in given))
+    def draw(self, *given: torch.Tensor | None) -> Draws:
+        tokens, logprobs, log_sums = TritonGumbelMax().draw(*(x if x is None else x.to(self._device) for x in given))  # type: ignore[arg-type]
         return Draws(tokens.cpu(), logprobs.cpu(), log_sums.cpu())
 
 

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from rollout.models.sampling.sampler import Sampled, filter_scores, sample
+from rollout.models.sampling.base import scores_above
+from rollout.models.sampling.sampler import RowSampling, Sampled, filter_thresholds, sample
 from tests.support.sampling import One, rows_of
 
 
@@ -166,6 +167,12 @@ def test_greedy_takes_the_largest_logit_with_any_filters() -> None:
 # -- filters ---------------------------------------------------------------------------------------------
 
 
+def kept_scores(logits: torch.Tensor, rows: RowSampling) -> torch.Tensor:
+    """Return the scores [B, V], -inf where a filter drops a token."""
+    thresholds = filter_thresholds(logits, rows)
+    return scores_above(logits, rows.temperature, rows.min_p - torch.inf if thresholds is None else thresholds)
+
+
 @pytest.mark.parametrize(("vocabulary", "spread"), [(50, 2.0), (999, 4.0), (2500, 0.5)])
 def test_filters_keep_what_transformers_keeps(vocabulary: int, spread: float) -> None:
     """In the widest case, top-p needs more than its first candidates."""
@@ -175,7 +182,7 @@ def test_filters_keep_what_transformers_keeps(vocabulary: int, spread: float) ->
     logits = random_logits(len(rows), vocabulary, seed, spread)
     batch = rows_of(rows)
     scores = logits / torch.where(batch.temperature > 0, batch.temperature, 1.0)[:, None]
-    kept = filter_scores(scores, batch)
+    kept = kept_scores(logits, batch)
     assert torch.equal(kept[kept > -torch.inf], scores[kept > -torch.inf]), "a kept score changed"
     sizes = set()
     for i, row in enumerate(rows):
@@ -198,7 +205,7 @@ def test_filters_apply_in_order() -> None:
 
     def kept(row: One) -> list[int]:
         batch = rows_of([row])
-        return (filter_scores(scores / row.temperature, batch)[0] > -torch.inf).nonzero()[:, 0].tolist()
+        return (kept_scores(scores, batch)[0] > -torch.inf).nonzero()[:, 0].tolist()
 
     assert kept(One(top_p=0.5)) == [0, 1]
     assert kept(One(top_p=0.71)) == [0, 1, 2]
@@ -214,7 +221,7 @@ def test_filters_apply_in_order() -> None:
 def test_equal_scores_are_kept_or_dropped_together() -> None:
     scores = torch.tensor([[2.0, 2.0, 1.0, 1.0, 0.0]])
     for row, count in ((One(top_k=1), 2), (One(top_k=3), 4), (One(top_p=0.1), 2), (One(min_p=1.0), 2)):
-        assert int((filter_scores(scores, rows_of([row])) > -torch.inf).sum()) == count, row
+        assert int((kept_scores(scores, rows_of([row])) > -torch.inf).sum()) == count, row
 
 
 # -- log-probabilities -----------------------------------------------------------------------------------

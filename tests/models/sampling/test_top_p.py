@@ -1,4 +1,4 @@
-"""The Triton top-p search against its definition; sampling on a GPU never synchronizes."""
+"""The Triton top-p kernel against its definition; sampling on a GPU never synchronizes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout.models.sampling import sampler, top_p, top_p_triton
+from rollout.models.sampling.base import scores_above
 from rollout.models.sampling.gumbel_tensor import TensorGumbelMax
 from rollout.models.sampling.top_p import is_threshold, threshold_by_sorting
 from rollout.models.sampling.top_p_triton import threshold
@@ -23,7 +24,9 @@ from tests.support.triton_interpreter import kernels_run_here
 def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     found = kernels_run_here(monkeypatch)
     if found.type == "cpu":
+        # So that small vocabularies have several blocks and parts.
         monkeypatch.setattr(top_p_triton, "BLOCK", 256)
+        monkeypatch.setattr(top_p_triton, "PART_BLOCKS", 4)
     return found
 
 
@@ -33,45 +36,91 @@ def scores_of(vocabulary: int, spread: float, seed: int, rows: int, device: torc
     return torch.from_numpy(drawn).to(device)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 50, 257, 2000])
-@pytest.mark.parametrize("spread", [0.01, 2.0, 30.0])
-def test_search_finds_the_threshold(vocabulary: int, spread: float, device: torch.device) -> None:
+def found_in(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Return the thresholds [B] of logits [B, V] at temperature 1, without earlier filters."""
+    ones = torch.ones_like(top_p)
+    return threshold(logits, ones, top_p, ones - torch.inf)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocabulary", "spread", "shift"),
+    [
+        (torch.float32, 1, 2.0, 0.0),
+        (torch.float32, 50, 0.01, -100.0),
+        (torch.float32, 257, 30.0, 100.0),
+        (torch.float32, 1300, 2.0, 0.0),
+        (torch.bfloat16, 257, 2.0, -100.0),
+        (torch.bfloat16, 1300, 2.0, 0.0),
+        (torch.float16, 1300, 30.0, 100.0),
+    ],
+)
+def test_kernel_finds_the_threshold(
+    dtype: torch.dtype, vocabulary: int, spread: float, shift: float, device: torch.device
+) -> None:
     wanted = torch.tensor([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0], device=device)
-    scores = scores_of(vocabulary, spread, vocabulary, len(wanted), device)
-    for shift in (0.0, 100.0, -100.0):
-        found = threshold(scores + shift, wanted)
-        assert is_threshold(scores + shift, wanted, found).all()
+    temperatures = torch.tensor([0.5, 1.0, 1.7, 0.0, 1.0, 0.3], device=device)
+    floors = torch.full((6,), -torch.inf, device=device)
+    logits = (scores_of(vocabulary, spread, vocabulary, len(wanted), device) + shift).to(dtype)
+    found = threshold(logits, temperatures, wanted, floors)
+    assert is_threshold(scores_above(logits, temperatures, floors), wanted, found).all()
 
 
-def test_the_search_finds_what_sorting_finds(device: torch.device) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_finds_what_sorting_finds_above_a_floor(dtype: torch.dtype, device: torch.device) -> None:
     """But where rounding decides: here nothing is near enough to a border."""
-    scores = scores_of(1500, 3.0, 1, 8, device)
-    wanted = torch.full((8,), 0.8, device=device)
-    assert torch.equal(threshold(scores, wanted), threshold_by_sorting(scores, wanted))
+    logits = scores_of(1300, 3.0, 1, 4, device).to(dtype)
+    wanted = torch.full((4,), 0.8, device=device)
+    temperatures = torch.tensor([1.0, 0.7, 0.0, 2.3], device=device)
+    scores = scores_above(logits, temperatures, torch.full((4,), -torch.inf, device=device))
+    floors = torch.cat((scores[:3].topk(40, dim=-1).values[:, -1], torch.full((1,), -torch.inf, device=device)))
+    found = threshold(logits, temperatures, wanted, floors)
+    assert torch.equal(found, threshold_by_sorting(scores_above(logits, temperatures, floors), wanted))
+    assert not torch.equal(found, threshold_by_sorting(scores, wanted)), "the floors matter"
+
+
+def test_half_precision_takes_four_passes(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    passes: list[int] = []
+
+    class Counting:
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            def launch(*args: Any, **named: Any) -> None:
+                passes.append(args[0].element_size())
+                kernel[grid](*args, **named)
+
+            return launch
+
+    kernel = top_p_triton.sum_masses
+    monkeypatch.setattr(top_p_triton, "sum_masses", Counting())
+    logits, wanted = scores_of(300, 2.0, 5, 2, device), torch.full((2,), 0.7, device=device)
+    found_in(logits.bfloat16(), wanted)
+    assert passes == [2] * 4, "the logits are read in their own dtype"
+    found_in(logits, wanted)
+    assert passes[4:] == [4] * 8
 
 
 def test_scores_that_are_equal_zero_or_infinite(device: torch.device) -> None:
     low = -torch.inf
     rows = [[0.0, -0.0, 0.0, low], [1.0, 1.0, 1.0, 1.0], [low, 2.0, low, -3.0], [-5.0, -6.0, low, low]]
-    scores = torch.tensor(rows, device=device)
     wanted = torch.tensor([0.5, 0.3, 0.5, 0.999], device=device)
-    assert threshold(scores, wanted)[:, 0].tolist() == [0.0, 1.0, 2.0, -6.0]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert found_in(torch.tensor(rows, device=device, dtype=dtype), wanted).tolist() == [0.0, 1.0, 2.0, -6.0]
 
 
-def test_threshold_bits_do_not_depend_on_batch_or_strides(device: torch.device) -> None:
-    scores = scores_of(700, 2.0, 2, 5, device)
-    wanted = torch.tensor([0.5, 0.9, 1.0, 0.95, 0.2], device=device)
-    batched = threshold(scores.T.contiguous().T, wanted)
-    for row in range(5):
-        assert torch.equal(threshold(scores[row : row + 1], wanted[row : row + 1]), batched[row : row + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threshold_bits_do_not_depend_on_batch_or_strides(dtype: torch.dtype, device: torch.device) -> None:
+    logits = scores_of(1100, 2.0, 2, 3, device).to(dtype)
+    wanted = torch.tensor([0.5, 0.9, 1.0], device=device)
+    batched = found_in(logits.T.contiguous().T, wanted)
+    for row in range(3):
+        assert torch.equal(found_in(logits[row : row + 1], wanted[row : row + 1]), batched[row : row + 1])
 
 
 def test_row_of_nan_terminates_and_leaves_other_rows(device: torch.device) -> None:
-    scores = scores_of(300, 2.0, 3, 2, device)
+    logits = scores_of(300, 2.0, 3, 2, device)
     wanted = torch.full((2,), 0.7, device=device)
-    alone = threshold(scores[1:], wanted[1:])
-    scores[0, 7] = torch.nan
-    assert torch.equal(threshold(scores, wanted)[1:], alone)
+    alone = found_in(logits[1:], wanted[1:])
+    logits[0, 7] = torch.nan
+    assert torch.equal(found_in(logits, wanted)[1:], alone)
 
 
 class NoSynchronization(TorchDispatchMode):
@@ -109,16 +158,19 @@ def test_tensor_operations_of_sampling_never_synchronize(rows: list[One], monkey
     if GPU is not None:
         pytest.skip("tests/gpu checks this with torch's sync debug mode")
 
-    def launch(scores: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def launch(*given: torch.Tensor) -> torch.Tensor:
         with torch.utils._python_dispatch._disable_current_modes():
-            return threshold(scores, wanted)
+            return threshold(*given)
+
+    def sort(logits: torch.Tensor, temperatures: torch.Tensor, wanted: torch.Tensor, floors: torch.Tensor) -> Any:
+        return threshold_by_sorting(scores_above(logits, temperatures, floors), wanted)
 
     monkeypatch.setattr(sampler, "top_p_threshold", launch)
-    logits = scores_of(2000, 0.5, 4, len(rows), torch.device("cpu"))
+    logits = scores_of(1300, 0.5, 4, len(rows), torch.device("cpu"))
     parameters, positions = rows_of(rows), torch.arange(len(rows))
     with NoSynchronization():
         found = sampler.sample_with(TensorGumbelMax(), logits, parameters, positions)
-    monkeypatch.setattr(sampler, "top_p_threshold", threshold_by_sorting)
+    monkeypatch.setattr(sampler, "top_p_threshold", sort)
     by_sorting = sampler.sample_with(TensorGumbelMax(), logits, parameters, positions)
     assert torch.equal(found.tokens, by_sorting.tokens)
     if any(row.top_p < 1 for row in rows):
