@@ -103,17 +103,28 @@ def test_follower_that_is_told_while_rank_0_has_nothing_to_do(tmp_path: Path) ->
         claims.close()
 
 
+@pytest.fixture(scope="module")
+def keys(model: Path) -> list[str]:
+    """What the launches generate: two waves of six samples, whose steps are few and, in the launches, slow."""
+    keys = [f"model.path={model}", "model.dtype=float32", "data.limit=6", "sampling.n=2", "output.rows_per_shard=3"]
+    return [*keys, "sampling.max_new_tokens=100", "sampling.ignore_eos=true", "batcher.max_rows=6"]
+
+
+@pytest.fixture(scope="module")
+def whole(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Records of an undisturbed job in one process."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run_job(load_config([*keys, f"output.dir={out}"]))
+    return without_attempt(read_records(out))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("told", [(0, 1), (1,)])
 def test_tensor_parallel_ranks_lose_nothing(
-    tmp_path: Path,
-    model: Path,
-    told: tuple[int, ...],
+    tmp_path: Path, keys: list[str], whole: list[dict[str, Any]], told: tuple[int, ...]
 ) -> None:
-    keys = [f"model.path={model}", "model.dtype=float32", "data.limit=6", "sampling.n=2", "output.rows_per_shard=3"]
-    keys += ["sampling.max_new_tokens=600", "sampling.ignore_eos=true", "batcher.max_rows=6"]
     out = tmp_path / "out"
-    with ranks("rollout", *keys, PARALLEL, f"output.dir={out}") as processes:
+    with ranks("tests.support.slowed_job", "0.05", *keys, PARALLEL, f"output.dir={out}") as processes:
         until(lambda: stored(out) or any(process.poll() is not None for process in processes))
         time.sleep(0.5)  # the next six samples get tokens
         for rank in told:
@@ -121,12 +132,7 @@ def test_tensor_parallel_ranks_lose_nothing(
         said = ended(processes, 60)
     assert "Stopped by SIGTERM: " in said[0]
     assert "6 under way are saved" in said[0], said[0]
-    records: dict[str, list[dict[str, Any]]] = {}
     run_job(load_config([*keys, f"output.dir={out}"]))
-    run_job(load_config([*keys, f"output.dir={tmp_path / 'whole'}"]))
-    for name in ("out", "whole"):
-        records[name] = without_attempt(read_records(tmp_path / name))
-    assert [record["completion_ids"] for record in records["out"]] == [
-        record["completion_ids"] for record in records["whole"]
-    ]
+    records = without_attempt(read_records(out))
+    assert [record["completion_ids"] for record in records] == [record["completion_ids"] for record in whole]
     assert verify(out).complete
