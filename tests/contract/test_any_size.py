@@ -6,6 +6,7 @@ import os
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.internal.conjecture import engine as hypothesis_engine
 
 from rollout import Engine, SamplingParams
 from tests.support.fuzz import CONTEXT, Case, cases, check, model_of
@@ -26,7 +27,14 @@ def test_greedy_tokens_of_a_prompt_beyond_the_first_page_table(length: int) -> N
         assert record.completion_ids[: len(wanted)] == wanted
 
 
+@pytest.fixture
+def little_shrinking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hypothesis's own limit is five minutes; `make fuzz` goes that far."""
+    monkeypatch.setattr(hypothesis_engine, "MAX_SHRINKING_SECONDS", 30)
+
+
 @pytest.mark.long
+@pytest.mark.usefixtures("little_shrinking")
 @seed(SEED)
 @given(case=cases(prompt_tokens=6000, output_tokens=300))
 @settings(
