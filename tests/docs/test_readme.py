@@ -1,4 +1,4 @@
-"""The README's commands run in order, as written, in a clean shell; its Python block runs on the default model."""
+"""The README's commands run in order, as written, in a clean shell; its Python block runs on a tiny model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
+
+from rollout.models.loading.load import ModelSource, load_model, load_tokenizer
+from tests.support.arithmetic_model import save_arithmetic_model
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,14 +91,9 @@ def test_commands_run_in_order_in_a_clean_shell(tmp_path: Path) -> None:
     assert (tmp_path / "runs/answers/shards/00000.parquet").exists()
 
 
-@pytest.mark.long
-@needs_default_model
-def test_python_block_runs_on_the_default_model() -> None:
-    import torch
-
-    from rollout.models.loading.load import ModelSource, load_model, load_tokenizer
-
-    source = ModelSource(path="packaged:SmolLM2-135M-Instruct")
+def test_python_block_runs(tmp_path: Path) -> None:
+    save_arithmetic_model(tmp_path, steps=0)
+    source = ModelSource(path=str(tmp_path))
     names = {
         "model": load_model(source, torch.device("cpu")),
         "tokenizer": load_tokenizer(source),
