@@ -16,6 +16,8 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONN
 REACH := CERT CLIENT_CERT PROXY TRUSTED_HOST INDEX_URL EXTRA_INDEX_URL NO_INDEX FIND_LINKS CONFIG_FILE KEYRING_PROVIDER \
 	CACHE_DIR NO_CACHE_DIR TIMEOUT DEFAULT_TIMEOUT RETRIES NO_INPUT DISABLE_PIP_VERSION_CHECK PROGRESS_BAR
 unexport $(filter-out $(REACH:%=PIP_%),$(filter PIP_%,$(.VARIABLES)))
+# Compiled modules are kept, or each process of the tests compiles them anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # A checkout that was moved or copied must not run the code of its old place, so the place is part of the name.
 STAMP := .venv/installed-$(firstword $(shell printf '%s' '$(CURDIR)' | cksum))
