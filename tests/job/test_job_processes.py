@@ -59,7 +59,7 @@ def test_array_tasks_on_one_folder_share_the_work(tmp_path: Path, uninterrupted:
     config_of(tmp_path)
     array = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "0"}
     workers = [start(tmp_path, 0.02, **array, SLURM_ARRAY_TASK_ID=str(task)) for task in range(2)]
-    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)
     assert verify(tmp_path / "out").complete
@@ -77,7 +77,7 @@ def test_survivor_finishes_the_shards_of_a_dead_worker(tmp_path: Path, uninterru
     _until(lambda: len(list(paths.shards.glob("*.json"))) >= 3)
     doomed.send_signal(signal.SIGKILL)
     assert doomed.wait() == -signal.SIGKILL
-    output = survivor.communicate(timeout=120)[0]
+    output = survivor.communicate(timeout=300)[0]
     assert survivor.returncode == 0, output
     doomed.communicate()
     assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)
@@ -104,7 +104,7 @@ def test_job_killed_at_any_time_resumes(tmp_path: Path, uninterrupted: list[dict
             _tear(paths, rng)
             kept = _finished(paths)
     process = start(tmp_path, 0.0)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)
     assert verify(tmp_path / "out").complete
@@ -133,11 +133,11 @@ def _tear(paths: RunPaths, rng: random.Random) -> None:
         path.write_bytes(content[: rng.randint(0, len(content))] + b"\0" * rng.randint(0, 50))
 
 
-def _until(true: Any, seconds: float = 60) -> None:
+def _until(true: Any, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "the condition did not become true in time"
-        time.sleep(0.01)
+        time.sleep(0.03)
 
 
 def test_ranks_of_one_launch_share_the_work(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
@@ -147,7 +147,7 @@ def test_ranks_of_one_launch_share_the_work(tmp_path: Path, uninterrupted: list[
     command = [*launch, "-m", "tests.support.jobs", *arguments]
     environment = {**os.environ, "ROLLOUT_TEST_DELAY": "0.05"}
     for expected_workers in ({0, 1}, {0, 1}):
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("20, 60 samples") == 1
         assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)

@@ -26,6 +26,9 @@ CPU_NODES = ("n1", "n2")
 GPU_NODES = ("g1", "g2")
 """Nodes with two devices that look like GPUs to SLURM."""
 
+_HANGS_S = 300.0
+"""What takes longer hangs: a busy machine may stop a process for a minute."""
+
 _CONFIGURATION = """\
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
@@ -118,7 +121,7 @@ class SlurmCluster:
     def call(self, *command: str, cwd: Path | None = None, check: bool = True) -> str:
         """Run a command of SLURM's and return what it prints."""
         done = subprocess.run(
-            command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+            command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=_HANGS_S, check=False
         )
         assert done.returncode == 0 or not check, f"{' '.join(command)}: {done.stderr}"
         return done.stdout + done.stderr
@@ -131,7 +134,7 @@ class SlurmCluster:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=_HANGS_S,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -147,17 +150,17 @@ class SlurmCluster:
         """Return the state of a job, or of each task of an array."""
         return [task["JobState"] for task in self.jobs(job)]
 
-    def wait_for(self, job: str, *states: str, seconds: float = 120) -> None:
+    def wait_for(self, job: str, *states: str, seconds: float = _HANGS_S) -> None:
         """Wait until the job, or every task of the array, is in one of the states."""
         self.until(lambda: set(self.states(job)) <= set(states), f"job {job} is {', '.join(states)}", seconds)
 
-    def finish(self, job: str, state: str = "COMPLETED", seconds: float = 120) -> None:
+    def finish(self, job: str, state: str = "COMPLETED", seconds: float = _HANGS_S) -> None:
         """Wait until the job, or every task of the array, has ended, and assert how."""
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
         self.wait_for(job, *ended, seconds=seconds)
         assert set(self.states(job)) == {state}, f"{self.states(job)}\n{self.logs()}"
 
-    def until(self, true: Callable[[], object], what: str, seconds: float = 120) -> None:
+    def until(self, true: Callable[[], object], what: str, seconds: float = _HANGS_S) -> None:
         """Wait until a condition holds."""
         end = time.monotonic() + seconds
         while not true():
@@ -208,9 +211,9 @@ class SlurmCluster:
 
     def stop(self) -> None:
         """End all processes, those of jobs included."""
-        self._guard.communicate(timeout=30)
+        self._guard.communicate(timeout=_HANGS_S)
         for daemon in self.daemons.values():
-            daemon.wait(timeout=10)
+            daemon.wait(timeout=_HANGS_S)
         assert not list(self._started()), "processes of the cluster are left"
 
 
@@ -277,13 +280,13 @@ def slurm_cluster(folder: Path, cpus: int = 64, grace: int = 8, kill_wait: int =
         # By force, because pytest's folders are closed to other users, who have no part in this cluster.
         options = [f"--{name}={file}" for name, file in files.items()]
         cluster._start("munged", "munged", "--foreground", "--force", *options)
-        cluster.until(files["socket"].exists, "munged listens", 30)
+        cluster.until(files["socket"].exists, "munged listens")
         cluster._start("slurmctld", "slurmctld", "-D", "-c", "-f", str(folder / "slurm.conf"))
         for name in (*CPU_NODES, *GPU_NODES):
             cluster.start_node(name)
         idle = ("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N")
         cluster.until(
-            lambda: {*CPU_NODES, *GPU_NODES} <= set(cluster.call(*idle, check=False).split()), "all nodes are idle", 60
+            lambda: {*CPU_NODES, *GPU_NODES} <= set(cluster.call(*idle, check=False).split()), "all nodes are idle"
         )
         yield cluster
     finally:
