@@ -12,7 +12,8 @@ import numpy as np
 from rollout.batcher.types import FloatArray, StepSample
 
 # Scales that bring the four terms to a similar size: a step, 100 rows, 100,000 attended tokens, 1,000 prefilled tokens.
-_SCALES = np.array([1.0, 1e-2, 1e-5, 1e-3])
+_ROWS, _KV_TOKENS, _PREFILL = 1e-2, 1e-5, 1e-3
+_SCALES = np.array([1.0, _ROWS, _KV_TOKENS, _PREFILL])
 _RIDGE = 1e-6
 _REGIMES = 12
 _RECENT_STEPS = 16
@@ -69,8 +70,9 @@ class StepTime:
 
     def _clear(self) -> None:
         self._solution: Coefficients | None = None
-        self._left = np.zeros((_REGIMES, 4, 4))
-        self._right = np.zeros((_REGIMES, 4))
+        # [regimes, 5, 5] of the four terms and the milliseconds, all over the milliseconds: the left side of the normal
+        # equations, and the right side as the last column.
+        self._sums = np.zeros((_REGIMES, 5, 5))
         self._squared_errors = 0.0
         self._error_weight = 0.0
         self._margin = _FIRST_MARGIN
@@ -82,16 +84,15 @@ class StepTime:
     def coefficients(self) -> Coefficients:
         """Return c0 to c3; zeros before the first step."""
         if self._solution is None:
-            scaled = _solve_non_negative(self._left.sum(0), self._right.sum(0))
+            sums = self._sums.sum(0)
+            scaled = _solve_non_negative(sums[:4, :4], sums[:4, 4])
             self._solution = Coefficients(*(scaled * _SCALES).tolist())
         return self._solution
 
     def with_prior(self, step: StepSample, weight: float) -> Coefficients:
         """Return c0 to c3 with a supposed step that counts as ``weight`` steps: it tells what the steps leave open."""
-        terms = np.array([1.0, step.rows, step.kv_tokens, step.prefill_tokens]) * _SCALES
-        left = self._left.sum(0) + weight * np.outer(terms, terms) / step.ms**2
-        right = self._right.sum(0) + weight * terms / step.ms
-        return Coefficients(*(_solve_non_negative(left, right) * _SCALES).tolist())
+        sums = self._sums.sum(0) + weight * _products(step)
+        return Coefficients(*(_solve_non_negative(sums[:4, :4], sums[:4, 4]) * _SCALES).tolist())
 
     @property
     def deviation(self) -> float:
@@ -160,22 +161,30 @@ class StepTime:
         return step.ms / max(predicted, 1e-9) - 1
 
     def _add(self, step: StepSample) -> None:
-        terms = np.array([1.0, step.rows, step.kv_tokens, step.prefill_tokens]) * _SCALES
-        regime = min(int(step.rows).bit_length(), _REGIMES - 1)
-        self._left[regime] = self._decay * self._left[regime] + np.outer(terms, terms) / step.ms**2
-        self._right[regime] = self._decay * self._right[regime] + terms / step.ms
+        sums = self._sums[min(int(step.rows).bit_length(), _REGIMES - 1)]
+        sums *= self._decay
+        sums += _products(step)
         self.samples += 1
         if self.samples < _SAMPLES_BEFORE_LAZY_SOLVE or self.samples % _STEPS_PER_SOLUTION == 0:
             self._solution = None
 
 
+def _products(step: StepSample) -> FloatArray:
+    """Return [5, 5] the products of the terms and the milliseconds of a step, all over the milliseconds."""
+    rows, kv_tokens, prefill_tokens = step.rows * _ROWS, step.kv_tokens * _KV_TOKENS, step.prefill_tokens * _PREFILL
+    terms = np.array([1.0, rows, kv_tokens, prefill_tokens, step.ms])
+    terms /= step.ms
+    products: FloatArray = terms[:, None] * terms
+    return products
+
+
 def _solve_non_negative(left: FloatArray, right: FloatArray) -> FloatArray:
     """Solve the normal equations, fixing negative terms at zero one by one, the most negative first."""
-    left = left + _RIDGE * max(float(np.trace(left)), 1e-12) * np.eye(4)
+    left = left + _RIDGE * max(float(left.trace()), 1e-12) * np.eye(4)
     free = [0, 1, 2, 3]
     solution = np.zeros(4)
     while free:
-        candidate = np.linalg.solve(left[np.ix_(free, free)], right[free])
+        candidate = np.linalg.solve(left[free][:, free], right[free])
         if candidate.min() >= 0:
             solution[free] = candidate
             break

@@ -20,8 +20,8 @@ def build_forward_batch(
 ) -> ForwardBatch | None:
     """Build the step's forward batch: one token per slot, then the prefill chunks. None if empty."""
     rows = len(slots)
-    if not rows and not chunks:
-        return None
+    if not chunks:
+        return _decoding(live, slots) if rows else None
     chunk_pages = [prefill.pages[: layout.pages_for(prefill.computed + tokens)] for prefill, tokens in chunks]
     decode_width = int(live.page_counts[slots].max(initial=0))
     page_tables = np.zeros((rows + len(chunks), max([decode_width, *map(len, chunk_pages)])), np.int64)
@@ -29,9 +29,8 @@ def build_forward_batch(
     for table, pages in zip(page_tables[rows:], chunk_pages, strict=True):
         table[: len(pages)] = pages
     tokens = live.last_tokens(slots)
-    if chunks:
-        chunk_ids = [chunk.prefill.context[chunk.prefill.computed :][: chunk.tokens] for chunk in chunks]
-        tokens = torch.cat([tokens, uploaded(np.concatenate(chunk_ids), tokens.device)])
+    chunk_ids = [chunk.prefill.context[chunk.prefill.computed :][: chunk.tokens] for chunk in chunks]
+    tokens = torch.cat([tokens, uploaded(np.concatenate(chunk_ids), tokens.device)])
     lengths = live.lengths(slots)
     computed = np.array([chunk.prefill.computed for chunk in chunks], np.int64)
     chunk_tokens = np.array([chunk.tokens for chunk in chunks], np.int64)
@@ -43,4 +42,17 @@ def build_forward_batch(
         query_lens=np.concatenate([np.ones(rows, np.int64), chunk_tokens]),
         known_lens=np.concatenate([lengths, contexts]),
         states=np.concatenate([live.states[slots].ravel(), *(chunk.prefill.states[:1] for chunk in chunks)]),
+    )
+
+
+def _decoding(live: LiveBatch, slots: IntArray) -> ForwardBatch:
+    """Build the batch of a step that only decodes: most steps do."""
+    lengths = live.lengths(slots)
+    return ForwardBatch(
+        tokens=live.last_tokens(slots),
+        page_tables=live.page_tables[slots, : int(live.page_counts[slots].max())],
+        prefix_lens=lengths - 1,
+        query_lens=np.ones(len(slots), np.int64),
+        known_lens=lengths,
+        states=live.states[slots].ravel(),
     )

@@ -153,6 +153,9 @@ class JoinedRows(NamedTuple):
     """[rows] index of the chunk that finished each row's prefill; the samples of a prompt share one."""
 
 
+NO_ROWS = JoinedRows(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
 def noise_key(seed: int, row_id: str) -> tuple[int, int]:
     """Hash (seed, row id) to the two 32-bit words of a Philox key; sample and position form the counter."""
     digest = hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=8).digest()

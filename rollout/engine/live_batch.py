@@ -70,6 +70,8 @@ class LiveBatch:
         self._sampling = SamplingArrays(device)
         self._last = torch.zeros(0, dtype=torch.int64, device=device)
         """[slots] the most recently sampled token, on the device."""
+        self._uploaded = self.active, uploaded(self.active, device)
+        """Slots, which nobody changes in place, and their copy on the device."""
         self._tokens: IntArray = np.zeros((0, _GROWTH), np.int64)
         self._logprobs: NDArray[np.float32] = np.zeros((0, _GROWTH), np.float32)
         self._sampler_logprobs: NDArray[np.float32] = np.zeros((0, _GROWTH), np.float32)
@@ -91,7 +93,13 @@ class LiveBatch:
 
     def last_tokens(self, slots: IntArray) -> torch.Tensor:
         """Return [slots] int64 on the device: the token that each row decodes from."""
-        return self._last[uploaded(slots, self._device)]
+        return self._last.index_select(0, self._on_device(slots))
+
+    def _on_device(self, slots: IntArray) -> torch.Tensor:
+        """Return ``slots`` on the device; those of the step before are there already if they are the same array."""
+        if self._uploaded[0] is not slots:
+            self._uploaded = slots, uploaded(slots, self._device)
+        return self._uploaded[1]
 
     def pages(self, slot: int) -> IntArray:
         """Return the row's pages, in order."""
@@ -243,7 +251,7 @@ class LiveBatch:
 
     def advance(self, slots: IntArray, tokens: torch.Tensor) -> None:
         """Count one sampled token, still on the device, per slot; rows at their limit stop being active."""
-        self._last[uploaded(slots, self._device)] = tokens
+        self._last.index_copy_(0, self._on_device(slots), tokens)
         for part in self.sampling(slots).edited:
             part.edits.append(tokens)
         self.generated[slots] += 1

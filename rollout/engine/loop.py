@@ -6,7 +6,6 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from rollout.engine.pending_tokens import PendingTokens
 from rollout.engine.reasoning import ReasoningSplitter
 from rollout.engine.record_builder import RecordBuilder
 from rollout.engine.scheduler import Scheduler
-from rollout.engine.step_reporter import StepReporter, StepResult
+from rollout.engine.step_reporter import ForwardSize, StepReporter, StepResult
 from rollout.engine.tp_sync import SingleProcess
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.models.arrays import uploaded
@@ -125,7 +124,7 @@ class Loop:
         while self._queue or self._scheduler.alive:
             self._aborts.unwanted(self._scheduler, self._settle)
             self._queue.count_step(idle=not (self._scheduler.alive or len(self._queue)))
-            if self._records or self._queue.wants(self._lookahead):
+            if self._records or (self._queue.reads_on and self._queue.wants(self._lookahead)):
                 return self._records.take()
             deliver_signals()
             self._guarded_step()
@@ -148,7 +147,7 @@ class Loop:
             decision=decision,
             live_rows=live_rows,
             paused_rows=paused,
-            sample=ran,
+            ran=ran,
             missing_pages=missing_pages,
         )
 
@@ -170,9 +169,9 @@ class Loop:
             self._wait_or_give_up(step.missing_pages)
         self._limits.relax()
         step_ms = self._sync.first_rank_value(1e3 * (time.perf_counter() - start))
-        timed = replace(step.sample, ms=step_ms)
+        timed = step.ran.timed(step_ms)
         self._steps.append(timed)
-        self._reporter.report(replace(step, sample=timed))
+        self._reporter.report(step, timed)
 
     @property
     def weight_version(self) -> int:
@@ -259,12 +258,12 @@ class Loop:
 
     # -- computing -----------------------------------------------------------------------------------
 
-    def _prefill_and_decode(self, slots: IntArray, chunks: Sequence[PrefillChunk]) -> StepSample:
+    def _prefill_and_decode(self, slots: IntArray, chunks: Sequence[PrefillChunk]) -> ForwardSize:
         """Run one forward over ``slots`` and ``chunks``, sample, and settle the tokens of the previous step."""
         batch = build_forward_batch(self._scheduler.live, slots, chunks, layout=self._kv.pool.layout)
         if batch is None:
             self._settle()
-            return StepSample(rows=0, kv_tokens=0, prefill_tokens=0, ms=0.0)
+            return ForwardSize(rows=0, kv_tokens=0, prefill_tokens=0)
         logits = self._runner.forward(batch)
         rows = len(slots)
         joined = self._scheduler.finish_chunks(chunks)
@@ -272,16 +271,20 @@ class Loop:
             slots = np.concatenate([slots, joined.slots])
         pending = None
         if len(slots):
-            # Sequences of the batch: one per decoding slot, then one per chunk.
-            sequences = np.concatenate([np.arange(rows), rows + joined.chunks])
-            pending = self._sample(slots, logits[uploaded(sequences, logits.device)] if chunks else logits)
+            if chunks:
+                # Sequences of the batch: one per decoding slot, then one per chunk.
+                sequences = np.concatenate([np.arange(rows), rows + joined.chunks])
+                logits = logits[uploaded(sequences, logits.device)]
+            pending = self._sample(slots, logits)
         self._settle()
         self._outputs.pending = pending
         if not (self._overlap and self._scheduler.alive):
             self._settle()
-        prefilled = int(batch.query_lens[rows:].sum())
+        prefilled = sum(chunk.tokens for chunk in chunks)
         self.tally.prefilled_tokens += prefilled
-        return StepSample(rows=rows, kv_tokens=int(batch.seq_lens[:rows].sum()), prefill_tokens=prefilled, ms=0.0)
+        # A row that decodes attends to its prefix and its new token.
+        attended = int(batch.prefix_lens[:rows].sum()) + rows
+        return ForwardSize(rows=rows, kv_tokens=attended, prefill_tokens=prefilled)
 
     def _sample(self, slots: IntArray, logits: torch.Tensor) -> PendingTokens:
         """Sample one token per slot from its row of ``logits``, without waiting for the device."""

@@ -50,24 +50,28 @@ class OutputProcessor:
             return False
         live, slots, positions = scheduler.live, pending.slots, pending.positions
         read = pending.read()
-        live.non_finite[slots] |= ~np.isfinite(read.logprobs)
+        live.non_finite[slots] = non_finite = live.non_finite[slots] | ~np.isfinite(read.logprobs)
         # Of a row whose tokens are all banned, only the sampler's log-probability is not finite.
-        live.no_token[slots] = np.isnan(read.sampler_logprobs) & ~live.non_finite[slots]
+        live.no_token[slots] = no_token = np.isnan(read.sampler_logprobs) & ~non_finite
         wanted = ~live.ended[slots]
-        self.unchecked = slots[wanted]
+        # Arrays stay as they are where all tokens are wanted, as in most steps.
+        kept = slice(None) if wanted.all() else wanted
+        self.unchecked = slots[kept]
         live.receive(
-            slots[wanted],
-            positions[wanted],
-            tokens=read.tokens[wanted],
-            logprobs=read.logprobs[wanted],
-            sampler_logprobs=read.sampler_logprobs[wanted],
+            self.unchecked,
+            positions[kept],
+            tokens=read.tokens[kept],
+            logprobs=read.logprobs[kept],
+            sampler_logprobs=read.sampler_logprobs[kept],
             weight_version=self._records.weight_version,
         )
-        stopped = np.isin(read.tokens, self._eos_ids) & ~live.ignore_eos[slots] | live.ends_at(slots, read.tokens)
-        stopped &= ~live.no_token[slots]
-        for i in np.flatnonzero(live.has_stops[slots] & wanted & ~(stopped | live.no_token[slots])).tolist():
+        # Not np.isin, which takes longer for the few ids that there are.
+        stopped = (read.tokens[:, None] == self._eos_ids).any(1) & ~live.ignore_eos[slots]
+        stopped |= live.ends_at(slots, read.tokens)
+        stopped &= ~no_token
+        for i in np.flatnonzero(live.has_stops[slots] & wanted & ~(stopped | no_token)).tolist():
             stopped[i] = self._hits_stop(live, int(slots[i]))
-        ended = stopped | live.non_finite[slots] | live.no_token[slots] | (positions + 1 >= live.limits[slots])
+        ended = stopped | non_finite | no_token | (positions + 1 >= live.limits[slots])
         for i in np.flatnonzero(wanted & ended).tolist():
             self._finish(live, int(slots[i]), bool(stopped[i]))
         self.unchecked = self.unchecked[:0]

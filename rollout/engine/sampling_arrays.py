@@ -77,7 +77,7 @@ class SamplingArrays:
 
     def of(self, slots: IntArray) -> RowSampling:
         """Return the sampling parameters of ``slots``, cached until the slots change."""
-        if self._cached is None or not np.array_equal(self._cached_slots, slots):
+        if self._cached is None or not (self._cached_slots is slots or np.array_equal(self._cached_slots, slots)):
             self._cached = self._make_sampling(slots)
             self._cached_slots = slots
         return self._cached

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rollout.batcher.preemption import Victim, cheapest, youngest
 from rollout.batcher.shared_pages import find_shared
 from rollout.batcher.types import IntArray, SharedPages
-from rollout.engine.batch_row import BatchRow, JoinedRows, Prefill, PrefillChunk
+from rollout.engine.batch_row import NO_ROWS, BatchRow, JoinedRows, Prefill, PrefillChunk
 from rollout.engine.forks import forks
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.live_batch import LiveBatch
@@ -188,6 +188,8 @@ class Scheduler:
 
     def finish_chunks(self, chunks: Sequence[PrefillChunk]) -> JoinedRows:
         """Count the chunks as computed, and move the rows of finished prefills into the live batch."""
+        if not chunks:
+            return NO_ROWS
         for chunk in chunks:
             prefill = chunk.prefill
             prefill.computed += chunk.tokens
@@ -234,11 +236,13 @@ class Scheduler:
         Preempts rows while there are too few pages.
         """
         while True:
-            slots = self.live.active[: None if most is None else max(1, most)]
+            # The array itself where all decode: what is cached for it is found without a comparison.
+            slots = self.live.active if most is None else self.live.active[: max(1, most)]
             missing = self.live.without_page(slots) if self._pool.page_bytes else slots[:0]
+            if not len(missing):
+                return slots
             if self._reserve(len(missing)):
-                if len(missing):
-                    self.live.add_pages(missing, self._pool.allocate(len(missing)))
+                self.live.add_pages(missing, self._pool.allocate(len(missing)))
                 return slots
             self._preempt_one(cheapest)
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rollout.batcher.types import Decision, Observation, StepSample
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.requests import StepReport
 from rollout.stats import Tally
+
+
+class ForwardSize(NamedTuple):
+    """What one forward computed, as `StepSample` counts it; all 0 if there was none."""
+
+    rows: int
+    kv_tokens: int
+    prefill_tokens: int
+
+    def timed(self, ms: float) -> StepSample:
+        """Return the sample of a step of so many milliseconds."""
+        return StepSample(self.rows, self.kv_tokens, self.prefill_tokens, ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +34,7 @@ class StepResult:
     live_rows: int
     """Rows alive after admission."""
     paused_rows: int
-    sample: StepSample
-    """What ran; its ``ms`` is 0 until the step has been timed."""
+    ran: ForwardSize
     missing_pages: int | None
     """Pages that the next waiting row needs if it does not fit on an empty device, else None."""
 
@@ -49,8 +61,8 @@ class StepReporter:
         self._reported_preemptions = 0
         self._reported_ooms = 0
 
-    def report(self, step: StepResult) -> None:
-        """Count a timed step and report it."""
+    def report(self, step: StepResult, timed: StepSample) -> None:
+        """Count a step and report it with its time."""
         tally, pool, waiting_rows = self._tally, self.kv.pool, len(self._queue)
         tally.steps += 1
         tally.paused_row_steps += step.paused_rows
@@ -67,11 +79,11 @@ class StepReporter:
             kv_tokens=self.kv.used_pages * pool.layout.page_size,
             kv_bytes=self.kv.bytes_held,
             headroom_bytes=self.kv.headroom_bytes,
-            prefill_tokens=step.sample.prefill_tokens,
+            prefill_tokens=timed.prefill_tokens,
             new_tokens=tally.sampled_tokens - self._reported_tokens,
             preempted_rows=tally.preempted_rows - self._reported_preemptions,
             out_of_memory_events=tally.out_of_memory_events - self._reported_ooms,
-            step_ms=step.sample.ms,
+            step_ms=timed.ms,
             observation=step.observation,
         )
         self._reported_tokens = tally.sampled_tokens

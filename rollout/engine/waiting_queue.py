@@ -114,9 +114,14 @@ class WaitingQueue:
     def __bool__(self) -> bool:
         return bool(self._rows) or not self._ended
 
+    @property
+    def reads_on(self) -> bool:
+        """Whether the stream may have another request at this time."""
+        return not self._ended and not self._steps_to_look
+
     def wants(self, rows: int) -> bool:
         """Return whether the stream must be read on for ``rows`` rows to be waiting."""
-        return not self._ended and not self._steps_to_look and len(self._rows) < rows
+        return self.reads_on and len(self._rows) < rows
 
     def fill(self, rows: int) -> None:
         """Read requests until ``rows`` rows are waiting and the current window is drained, or the stream ends."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import psutil
 
 from rollout.headroom.cached_reading import CachedReading
 from rollout.headroom.cgroups import MEMBERSHIP, MOUNT, cgroups
+
+_PAGE_BYTES = resource.getpagesize()
 
 
 class HostHeadroom:
@@ -54,8 +57,13 @@ class HostHeadroom:
 
 def _resident_bytes() -> int:
     """Return the physical memory of this process."""
-    pages = int(_read(Path("/proc/self/statm")).split()[1])
-    return pages * resource.getpagesize()
+    # Runs at each step of the decode loop; a Python file takes three times as long.
+    file = os.open("/proc/self/statm", os.O_RDONLY)
+    try:
+        pages = int(os.read(file, 256).split()[1])
+    finally:
+        os.close(file)
+    return pages * _PAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +138,7 @@ def _memory_cgroups(membership: Path, mount: Path) -> Iterator[_Cgroup]:
 
 
 def _read(path: Path) -> str:
-    # Runs at each step of the decode loop, and Path.read_text() takes twice as long.
+    # Unbuffered: Path.read_text() takes twice as long.
     with open(path, "rb", buffering=0) as file:
         return file.read().decode()
 
