@@ -38,14 +38,14 @@ DECODES = ((3, 40),) if TINY else ((64, 1024), (256, 1024), (16, 8192), (1, 3276
 SPLIT_CUTS = (
     (TileSizes(16, 64, 4, 3), 256),
     (TileSizes(16, 64, 4, 3), 512),
-    (TileSizes(16, 64, 4, 4), 256),
+    (TileSizes(16, 64, 4, 5), 256),
     (TileSizes(16, 64, 2, 3), 256),
-    (TileSizes(16, 32, 4, 4), 256),
+    (TileSizes(16, 32, 4, 5), 256),
     (TileSizes(16, 128, 4, 3), 256),
     (TileSizes(16, 128, 8, 3), 512),
     (TileSizes(16, 64, 8, 3), 256),
 )
-TILE_CUTS = (TileSizes(128, 64, 8), TileSizes(64, 64, 4), TileSizes(64, 32, 4), TileSizes(128, 32, 8))
+TILE_CUTS = (TileSizes(64, 32, 4, 5), TileSizes(64, 32, 4), TileSizes(64, 64, 4), TileSizes(128, 64, 8))
 #: Hidden size, sizes of query, key and value, intermediate size
 PRODUCTS = (
     {"tiny": (64, (64, 32, 32), 96)}

@@ -39,7 +39,7 @@ _LOCATE_BLOCK = 256
 
 @dataclass(frozen=True, slots=True)
 class TileSizes:
-    """Tile sizes of the attention kernel: fixed by head dim and dtype, since rounding depend on them."""
+    """Tile sizes of the attention kernel: fixed by head dim and dtype, since rounding depends on them."""
 
     queries: int
     """Rows of a tile: queries times heads that share keys."""
@@ -50,17 +50,20 @@ class TileSizes:
 
 
 #: By itemsize and largest head dim: sizes for one query with split keys, and for tiles of queries. Chosen by the
-#: compiler's register and shared memory counts at compute capability 9.0: no spills for one query, and 2 to 5 programs
-#: per multiprocessor.
+#: compiler's counts at compute capability 9.0, which ``python -m jobs.gpu.resources`` prints: no spilled registers, and
+#: two programs or more per multiprocessor where there are such sizes (heads above 256 have one program of 8 warps).
+#:
+#: The pipeline loads ``(stages - 1) // 2`` tiles ahead, since the addresses of keys and values are loaded too: 3 stages
+#: wait for a tile's loads before it is multiplied, 5 keep the next tile's under way.
 _TILE_SIZES: dict[tuple[int, int], tuple[TileSizes, TileSizes]] = {
-    (2, 64): (TileSizes(16, 128, 4), TileSizes(128, 64, 8)),
-    (2, 128): (TileSizes(16, 64, 4), TileSizes(128, 64, 8)),
-    (2, 256): (TileSizes(16, 32, 4), TileSizes(64, 32, 8)),
-    (2, 512): (TileSizes(16, 16, 4), TileSizes(32, 16, 8)),
-    (4, 64): (TileSizes(16, 32, 4), TileSizes(32, 32, 4)),
-    (4, 128): (TileSizes(16, 32, 4), TileSizes(32, 32, 4)),
-    (4, 256): (TileSizes(16, 16, 4), TileSizes(16, 16, 4)),
-    (4, 512): (TileSizes(16, 16, 8), TileSizes(16, 16, 8)),
+    (2, 64): (TileSizes(16, 128, 4, 5), TileSizes(128, 64, 8, 3)),
+    (2, 128): (TileSizes(16, 64, 4, 5), TileSizes(64, 32, 4, 5)),
+    (2, 256): (TileSizes(16, 32, 4, 5), TileSizes(64, 16, 4, 3)),
+    (2, 512): (TileSizes(16, 16, 4, 5), TileSizes(32, 16, 8, 3)),
+    (4, 64): (TileSizes(16, 32, 4, 5), TileSizes(32, 32, 4, 3)),
+    (4, 128): (TileSizes(16, 32, 4, 5), TileSizes(32, 32, 4, 3)),
+    (4, 256): (TileSizes(16, 16, 4, 5), TileSizes(16, 16, 4, 3)),
+    (4, 512): (TileSizes(16, 16, 8, 3), TileSizes(16, 16, 8, 3)),
 }
 
 
@@ -69,7 +72,9 @@ def tile_sizes(itemsize: int, dim: int, group: int, split: bool) -> TileSizes:
     largest_dim = min(known for bytes_, known in _TILE_SIZES if bytes_ == itemsize and known >= dim)
     for_splits, for_tiles = _TILE_SIZES[itemsize, largest_dim]
     sizes = for_splits if split else for_tiles
-    return replace(sizes, queries=max(sizes.queries, next_power_of_2(group)))
+    queries = max(sizes.queries, next_power_of_2(group))
+    # More rows than the sizes were chosen for need the registers of more warps.
+    return replace(sizes, queries=queries, warps=max(sizes.warps, min(8, queries // 16)))
 
 
 def check(dims: Collection[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
