@@ -145,7 +145,7 @@ def find(
     tl.store(out + row, threshold)
 
 
-_LOGIT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+LOGIT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def threshold(
@@ -191,7 +191,7 @@ def threshold(
             out,
             parts,
             passes,
-            logit_dtype=_LOGIT_DTYPES[logits.dtype],
+            logit_dtype=LOGIT_DTYPES[logits.dtype],
             BITS=order.bits,
             MINUS_INFINITY=order.minus_infinity,
             ALL_PARTS=all_parts,
