@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     "models": [
         "errors arrays cache_dir",
-        "device",
+        "device huge_pages",
         "kv_cache forward_batch csrc module",
         "loading sampling attention",
         "runners patches",

@@ -22,9 +22,6 @@ typedef struct {
 #define BLOCK_BYTES (DEPTH * 4 * W)
 #define PANEL (2 * W)                      /* outputs */
 
-/* How far ahead of its use the weight is fetched when few rows are multiplied, in bytes. */
-#define FETCHED_AHEAD 4096
-
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 INLINE int64_t words_of(int64_t dtype, int64_t inputs) { return dtype == FLOAT32 ? inputs : (inputs + 1) / 2; }

@@ -8,6 +8,8 @@
 #if HAS_TILES
 #define TILE_HEIGHT 16
 #define TILE_INPUTS (2 * DEPTH)
+/* Most bytes of the weight that are fetched before their use. */
+#define TILES_FETCHED_AHEAD 4096
 #define SUMS_BYTES (2 * TILE_HEIGHT * PANEL * 4)
 
 static void configure_tiles(int64_t rows)
@@ -122,7 +124,7 @@ static void tiles_part(const Part *part)
     for (int64_t panel = part->first; panel < part->last; panel++) {
         /* Each block of rows fetches its share of the next panel. */
         int64_t lines = parts_of(2 * BLOCK_BYTES / 64, blocks), bytes = 2 * half_bytes(BFLOAT16, p->inputs);
-        const char *ahead = p->weight + panel * bytes + (blocks > 1 ? bytes : least(bytes, FETCHED_AHEAD));
+        const char *ahead = p->weight + panel * bytes + (blocks > 1 ? bytes : least(bytes, TILES_FETCHED_AHEAD));
         for (int64_t row = 0; row < part->rows; row += 2 * TILE_HEIGHT) {
             tiles_rows(part, panel, rows, row, ahead, lines);
             ahead += tiles * lines * 64;

@@ -9,6 +9,9 @@
 #define ROWS_AT_ONCE 6
 #endif
 
+/* How far ahead of its use the weight is fetched, in bytes. */
+#define FETCHED_AHEAD 8192
+
 /* How words are multiplied. Of pairs that are widened, x is floats in memory. */
 enum { FLOATS, PAIRS, WIDENED_PAIRS };
 
@@ -54,10 +57,9 @@ INLINE void multiply_panel(const int kind, const int rows, const Product *p, int
         int64_t depth = least(words - word, DEPTH);
         for (int64_t k = 0; k < depth; k++) {
             vu a = *(const vu_memory *)(weight + k * 4 * W), b = *(const vu_memory *)(weight + k * 4 * W + second);
-            if (rows <= 4) {
-                __builtin_prefetch(weight + k * 4 * W + FETCHED_AHEAD);
-                __builtin_prefetch(weight + k * 4 * W + FETCHED_AHEAD + second);
-            }
+            /* Into the second cache: the first has too few misses under way at a time. */
+            __builtin_prefetch(weight + k * 4 * W + FETCHED_AHEAD, 0, 2);
+            __builtin_prefetch(weight + k * 4 * W + FETCHED_AHEAD + second, 0, 2);
             for (int odd = 0; odd < (kind == WIDENED_PAIRS ? 2 : 1); odd++) {
                 vf low = (vf)(kind == FLOATS ? a : odd ? a & 0xffff0000u : a << 16);
                 vf high = (vf)(kind == FLOATS ? b : odd ? b & 0xffff0000u : b << 16);
@@ -125,8 +127,11 @@ static void vectors_part(const Part *part)
     int widened = p->dtype == BFLOAT16 && PAIRS_KIND == WIDENED_PAIRS, odd = p->dtype == BFLOAT16 && p->inputs % 2;
     /* Rows that are a large power of two apart would evict each other from the cache. */
     int copied = p->inputs && (widened || odd || (part->rows > 4 && part->x_row_bytes % 1024 == 0));
-    for (int64_t row = 0; row < part->rows; row += ROWS_AT_ONCE) {
-        int64_t rows = least(part->rows - row, ROWS_AT_ONCE), stride = part->x_row_bytes;
+    /* Equal strips: a few rows take nearly as long as some more, since they wait for their own sums. */
+    int64_t strips = parts_of(part->rows, ROWS_AT_ONCE);
+    for (int64_t strip = 0; strip < strips; strip++) {
+        int64_t row = part->rows * strip / strips, rows = part->rows * (strip + 1) / strips - row;
+        int64_t stride = part->x_row_bytes;
         const char *x = part->x + row * stride;
         char *out = part->out + row * part->out_row_bytes;
         if (copied) {

@@ -9,6 +9,7 @@ from typing import NamedTuple, Self
 import torch
 
 from rollout.models.arrays import IntArray
+from rollout.models.huge_pages import huge_empty
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.pool import Pool
 from rollout.models.kv_cache.slab_index import SlabShare, gather, scatter, split_by_slab
@@ -109,8 +110,10 @@ class PagePool(Pool[Slab]):
             )
         layout = self.layout
         shape = (self.slab_pages, layout.page_size)
-        elements = self.slab_bytes // layout.dtype.itemsize
-        memory = torch.empty(elements, dtype=layout.dtype, device=self.device).zero_()
+        on_host = self.device.type == "cpu"
+        size = self.slab_bytes
+        memory = huge_empty(size) if on_host else torch.empty(size, dtype=torch.uint8, device=self.device)
+        memory = memory.zero_().view(layout.dtype)
         tensors = memory.split(
             [
                 self.slab_pages * layout.page_size * layer.kv_heads * dim

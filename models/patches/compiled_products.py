@@ -14,6 +14,7 @@ import torch
 from rollout.models.csrc.build import KernelUnavailable, try_build
 from rollout.models.csrc.threads import parallel
 from rollout.models.device import cpu_multiplies
+from rollout.models.huge_pages import Arena
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "products.c"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -79,6 +80,7 @@ class CompiledProducts:
         self.fused = bool(library.rollout_products_are_fused())
         """Whether the CPU has fused multiply-adds of vectors, or better."""
         self._parallel = parallel()
+        self._arena = Arena()
 
     def multiplies(self, dtype: torch.dtype) -> bool:
         """Return whether the kernel multiplies a dtype as fast as the CPU can.
@@ -98,7 +100,7 @@ class CompiledProducts:
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedWeight:
         """Pack a weight [outputs, inputs] and copy a bias [outputs]."""
         outputs, inputs = weight.shape
-        values = torch.empty(self.packed_bytes(weight.dtype, outputs, inputs), dtype=torch.uint8)
+        values = self._arena.empty(self.packed_bytes(weight.dtype, outputs, inputs))
         held = None if bias is None else torch.empty(outputs, dtype=torch.float32)
         packed = PackedWeight(outputs, inputs, weight.dtype, values, held)
         self.pack_again(packed, weight, bias)

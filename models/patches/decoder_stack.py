@@ -22,6 +22,7 @@ from rollout.models.attention.compiled import CompiledAttention
 from rollout.models.attention.compiled_library import DTYPES, Addresses
 from rollout.models.attention.interface import current_attention
 from rollout.models.csrc import threads
+from rollout.models.huge_pages import huge_empty
 from rollout.models.patches.decoder_library import CDecoderLayer, CStack, DecoderLibrary, decoder_library
 from rollout.models.patches.known_decoders import KnownDecoder, known_decoder
 from rollout.models.patches.linears import PackedLinears
@@ -221,7 +222,7 @@ class DecoderStack:
         needed = self._library.bytes_needed(stack) + _ALIGNMENT
         if needed > len(self._memory):
             self.release()
-            self._memory = torch.empty(needed, dtype=torch.uint8)
+            self._memory = huge_empty(needed)
         stack.memory = -(-self._memory.data_ptr() // _ALIGNMENT) * _ALIGNMENT
         self._library.run(stack)
         return out

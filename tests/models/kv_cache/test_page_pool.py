@@ -88,7 +88,8 @@ def test_tensors_of_a_slab_do_not_overlap() -> None:
 
 def test_new_slab_is_zeroed(monkeypatch: pytest.MonkeyPatch) -> None:
     def dirty(*size: int, **options: object) -> torch.Tensor:
-        return torch.full(size, torch.nan, **options)  # type: ignore[call-overload]
+        # Floats of which all bits are set are no numbers.
+        return torch.full(size, 255, **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(torch, "empty", dirty)
     pool = pool_of(1)
