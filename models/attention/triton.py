@@ -20,7 +20,7 @@ from rollout.models.attention.base import PagedAttention
 from rollout.models.attention.interface import ScoreParams
 from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
 from rollout.models.attention.prefill import PrefillAttention, VarlenFunction
-from rollout.models.attention.triton_metadata import MetadataSizes, TritonMetadata, WorkItems
+from rollout.models.attention.triton_metadata import MetadataSizes, TileKind, TileKinds, TritonMetadata, WorkItems
 from rollout.models.device import launching_on
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.page_pool import PagePool
@@ -108,7 +108,7 @@ class TritonAttention(PagedAttention):
         pool: holds keys and values.
         batch: the sequences of the forward.
         metadata: filled from ``batch``; a CUDA graph refills it before each replay.
-        prefills: attends for sequences with several new tokens; None uses the kernels. CUDA graphs have no prefills.
+        prefills: attends for sequences with several new tokens; None uses the kernels.
     """
 
     name: ClassVar[str] = "triton"
@@ -156,7 +156,7 @@ class TritonAttention(PagedAttention):
                 return out
             group = heads // layer.kv_heads
             sizes = self._tile_sizes(index, group, split=False)
-            tiles = self._metadata.tiles(layer.mask_kind, sizes.queries // group)
+            tiles = self._metadata.tiles(TileKind(layer.mask_kind, sizes.queries // group))
             if tiles is not None:
                 self._attend(index, q, out, maxima=None, sums=None, scores=scores, work=tiles, sizes=sizes)
         return out
@@ -279,11 +279,17 @@ class TritonBackend:
         self.slabs = SlabTable(pool)
         """Shared by the metadata of all forwards."""
         self._function = function
+        self._tile_kinds: TileKinds = {}
         self.name = TritonAttention.name if function is None else f"{function.name}+{TritonAttention.name}"
+
+    @property
+    def prefills_in_kernels(self) -> bool:
+        """Whether prefills run in the kernels too, so that a CUDA graph may hold them."""
+        return self._function is None
 
     def make_metadata(self, capacity: MetadataSizes) -> TritonMetadata:
         """Allocate metadata for forwards of at most this size; it can be refilled."""
-        return TritonMetadata(capacity, self.slabs)
+        return TritonMetadata(capacity, self.slabs, self._tile_kinds)
 
     def __call__(self, pool: PagePool, batch: ForwardBatch) -> TritonAttention:
         """See `rollout.models.attention.base.AttentionBackend`."""

@@ -5,12 +5,13 @@ host plans depends on lengths alone, and serves every layer.
 
 A work item is either one query over a split of its keys, or a tile of queries over all of theirs. Splits begin at
 multiples of `SPLIT_TOKENS`, so their number depends only on the query's position in its own sequence, not on the batch
-composition.
+composition. How many queries a tile holds depends on the heads that share keys, which only the model's forward tells.
+So the kinds of tiles that forwards have asked for are listed once per backend (`TileKinds`), and all later metadata
+plan them when they are filled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -59,6 +60,10 @@ class MetadataSizes:
             entries=int(_page_counts(batch, page_size).sum()),
         )
 
+    def tiles(self, queries: int) -> int:
+        """Return the most tiles of so many queries that the prefills may make up; each may end with a partial one."""
+        return self.tokens // queries + min(self.prefills, self.tokens // 2)
+
     def holds(self, other: MetadataSizes) -> bool:
         """Return whether a forward of size ``other`` fits."""
         return (
@@ -67,6 +72,18 @@ class MetadataSizes:
             and other.tokens <= self.tokens
             and other.entries <= self.entries
         )
+
+
+class TileKind(NamedTuple):
+    """What the tiles of a layer's prefills depend on."""
+
+    mask_kind: MaskKind
+    queries: int
+    """Most queries of a tile."""
+
+
+TileKinds = dict[TileKind, None]
+"""The kinds that a model has asked for, in order; shared by the metadata of all its forwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +95,22 @@ class WorkItems:
     count: torch.Tensor
     """[1] int32: number of items in use."""
     rows: torch.Tensor
-    """[capacity, ROW_FIELDS] int32: the items of each decoding row; zeros past the rows in use."""
+    """[capacity, ROW_FIELDS] int32: the items of each decoding row; zeros past the rows in use; empty for tiles."""
 
 
 class _Views(NamedTuple, Generic[_Array]):
     """Parts of the flat buffer that the host fills and copies to the device at once."""
 
     counts: _Array
-    """[1 + mask kinds]: page entries, then work items of each mask kind."""
+    """[1 + mask kinds + tile kinds]: page entries, then work items of each mask kind and of each tile kind."""
     slots: _Array
     """[tokens]."""
     rows: list[_Array]
     """[decodes * ROW_FIELDS] for each mask kind."""
     items: list[_Array]
     """[items * ITEM_FIELDS] for each mask kind."""
+    tiles: list[_Array]
+    """[tiles * ITEM_FIELDS] for each tile kind."""
     pages: _Array
     """[entries]."""
 
@@ -103,27 +122,36 @@ class TritonMetadata:
         capacity: the largest forward. Tokens past those of a forward are padding: no page is read or written for them,
             and attention returns zeros.
         slabs: addresses of the pool's slabs.
+        tile_kinds: the kinds of tiles that earlier forwards have asked for; `tiles` adds to them.
     """
 
-    def __init__(self, capacity: MetadataSizes, slabs: SlabTable) -> None:
+    def __init__(self, capacity: MetadataSizes, slabs: SlabTable, tile_kinds: TileKinds) -> None:
         self.capacity = capacity
         self.slabs = slabs
+        self.sealed = False
+        """Whether `tiles` may no longer allocate: a CUDA graph is being captured, or reads these buffers."""
+        self._known_tile_kinds = tile_kinds
         layout, device = slabs.pool.layout, slabs.pool.device
         self._page_size, self._slab_pages = layout.page_size, slabs.pool.slab_pages
         mask_kinds = list(dict.fromkeys(layer.mask_kind for layer in layout.layers)) if capacity.decodes else []
         items = capacity.decodes + capacity.entries * self._page_size // SPLIT_TOKENS
+        tile_counts = {kind: capacity.tiles(kind.queries) for kind in tile_kinds} if capacity.prefills else {}
         # Pages come last, so that unused entries need not be copied.
         sizes = [
-            1 + len(mask_kinds),
+            1 + len(mask_kinds) + len(tile_counts),
             capacity.tokens,
-            *(capacity.decodes * ROW_FIELDS, items * ITEM_FIELDS) * len(mask_kinds),
+            *[capacity.decodes * ROW_FIELDS] * len(mask_kinds),
+            *[items * ITEM_FIELDS] * len(mask_kinds),
+            *(tiles * ITEM_FIELDS for tiles in tile_counts.values()),
             capacity.entries,
         ]
         starts = np.cumsum([0, *(ceil_div(size, _ALIGNMENT) * _ALIGNMENT for size in sizes)])
-        self._regions = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        self._regions = _Regions(
+            tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=False)), len(mask_kinds)
+        )
         self._host = np.zeros(starts[-1], np.int32)
         self._device = torch.zeros(len(self._host), dtype=torch.int32, device=device)
-        views = _views(self._device, self._regions)
+        views = self._regions.of(self._device)
         self.entries = views.counts[:1]
         """[1] int32: page table entries of all sequences."""
         self.pages = views.pages
@@ -143,8 +171,24 @@ class TritonMetadata:
             for i, mask_kind in enumerate(mask_kinds)
         }
         """Work items of decoding rows, by mask kind; empty if the capacity has no decodes."""
-        self._tiles: dict[tuple[MaskKind, int], WorkItems] = {}
+        first_count = 1 + len(mask_kinds)
+        self._tiles: dict[TileKind, WorkItems] = {
+            kind: WorkItems(
+                items=views.tiles[i].view(-1, ITEM_FIELDS),
+                count=views.counts[first_count + i : first_count + i + 1],
+                rows=self._device[:0].view(0, ROW_FIELDS),
+            )
+            for i, kind in enumerate(tile_counts)
+        }
+        """Tiles that `fill` plans."""
+        self._late_tiles: dict[TileKind, WorkItems] = {}
+        """Tiles of the present forward whose kind was not known when the buffers were made."""
         self._batch: ForwardBatch | None = None
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes on the device."""
+        return self._device.nbytes + self.slab_addresses.nbytes + self.first_tokens.nbytes
 
     def fill(self, batch: ForwardBatch) -> None:
         """Fill the buffers for a forward; sequences without new tokens are padding.
@@ -163,7 +207,7 @@ class TritonMetadata:
         # A kernel that reads an invalid address breaks the CUDA context of the whole process.
         if len(used) and (used.min() < 0 or slabs.max() >= len(live) or not live[slabs].all()):
             raise IndexError("A sequence of the forward needs a page that is in no slab of the pool.")
-        views = _views(self._host, self._regions)
+        views = self._regions.of(self._host)
         views.counts[0] = len(used)
         views.slots[: len(batch.tokens)] = batch.slot_mapping(self._page_size)
         views.slots[len(batch.tokens) :] = -1
@@ -174,31 +218,63 @@ class TritonMetadata:
             views.items[i][: items.size] = items.ravel()
             views.rows[i][: rows.size] = rows.ravel()
             views.rows[i][rows.size :] = 0
-        upload(self._host[: self._regions[-1].start + len(used)], self._device)
+        for i, kind in enumerate(self._tiles):
+            tiles = _tiles(batch, page_counts, kind)
+            views.counts[1 + len(self.splits) + i] = len(tiles)
+            views.tiles[i][: tiles.size] = tiles.ravel()
+        upload(self._host[: self._regions.pages.start + len(used)], self._device)
         self._batch = batch
-        self._tiles.clear()
+        self._late_tiles.clear()
 
-    def tiles(self, mask_kind: MaskKind, queries: int) -> WorkItems | None:
-        """Return the prefills as tiles of at most ``queries`` queries; None if the capacity has no prefills.
+    def tiles(self, kind: TileKind) -> WorkItems | None:
+        """Return the prefills as tiles of a kind; None if the capacity has no prefills.
 
-        Tiles are planned at the first request, so CUDA graphs cannot use them.
+        Raises:
+            RuntimeError: the kind is new, and the metadata are sealed.
         """
         if not self.capacity.prefills:
             return None
+        found = self._tiles.get(kind) or self._late_tiles.get(kind)
+        return self._plan_late(kind) if found is None else found
+
+    def _plan_late(self, kind: TileKind) -> WorkItems:
+        """Plan tiles of a kind that no forward has asked for before, outside of the buffers."""
+        if self.sealed:
+            raise RuntimeError(f"a forward asks for tiles of {kind.queries} queries, which no earlier one has")
         assert self._batch is not None, "metadata must be filled before use"
-        if (mask_kind, queries) not in self._tiles:
-            items = _tiles(self._batch, _page_counts(self._batch, self._page_size), mask_kind, queries)
-            device = self._device.new_empty(1 + len(items), ITEM_FIELDS)
-            upload(np.concatenate([items, np.full((1, ITEM_FIELDS), len(items), np.int32)]), device)
-            self._tiles[mask_kind, queries] = WorkItems(
-                items=device[:-1], count=device[-1, :1], rows=device[:0, :ROW_FIELDS]
-            )
-        return self._tiles[mask_kind, queries]
+        self._known_tile_kinds[kind] = None
+        items = _tiles(self._batch, _page_counts(self._batch, self._page_size), kind)
+        device = self._device.new_empty(1 + len(items), ITEM_FIELDS)
+        upload(np.concatenate([items, np.full((1, ITEM_FIELDS), len(items), np.int32)]), device)
+        work = WorkItems(items=device[:-1], count=device[-1, :1], rows=device[:0, :ROW_FIELDS])
+        self._late_tiles[kind] = work
+        return work
 
 
-def _views(flat: _Array, regions: Sequence[slice]) -> _Views[_Array]:
-    parts: list[_Array] = [flat[region] for region in regions]
-    return _Views(counts=parts[0], slots=parts[1], rows=parts[2:-1:2], items=parts[3:-1:2], pages=parts[-1])
+@dataclass(frozen=True, slots=True)
+class _Regions:
+    """Where the parts of `_Views` lie in the flat buffer."""
+
+    slices: tuple[slice, ...]
+    mask_kinds: int
+
+    @property
+    def pages(self) -> slice:
+        """The last region."""
+        return self.slices[-1]
+
+    def of(self, flat: _Array) -> _Views[_Array]:
+        """Return the parts of a flat buffer."""
+        parts: list[_Array] = [flat[region] for region in self.slices]
+        rows, items = 2 + self.mask_kinds, 2 + 2 * self.mask_kinds
+        return _Views(
+            counts=parts[0],
+            slots=parts[1],
+            rows=parts[2:rows],
+            items=parts[rows:items],
+            tiles=parts[items:-1],
+            pages=parts[-1],
+        )
 
 
 def _page_counts(batch: ForwardBatch, page_size: int) -> IntArray:
@@ -231,21 +307,21 @@ def _splits(batch: ForwardBatch, page_counts: IntArray, mask_kind: MaskKind) -> 
     return items, rows
 
 
-def _tiles(batch: ForwardBatch, page_counts: IntArray, mask_kind: MaskKind, tile_queries: int) -> Int32Array:
+def _tiles(batch: ForwardBatch, page_counts: IntArray, kind: TileKind) -> Int32Array:
     """Return items [n, ITEM_FIELDS] of the prefills, those with the most keys first to balance the last programs."""
     prefills = np.flatnonzero(batch.query_lens > 1)
     lengths = batch.query_lens[prefills]
-    counts = ceil_div(lengths, tile_queries)
+    counts = ceil_div(lengths, kind.queries)
     starts = np.cumsum(counts) - counts
     of = np.repeat(np.arange(len(prefills)), counts)
-    first = (np.arange(len(of)) - starts[of]) * tile_queries
-    queries = np.minimum(tile_queries, lengths[of] - first)
+    first = (np.arange(len(of)) - starts[of]) * kind.queries
+    queries = np.minimum(kind.queries, lengths[of] - first)
     positions = batch.prefix_lens[prefills][of] + first
     items = np.zeros((len(of), ITEM_FIELDS), np.int32)
     items[:, 0] = batch.offsets[prefills][of] + first
     items[:, 1] = queries
     items[:, 2] = positions
-    items[:, 3] = mask_kind.first_keys(positions)
+    items[:, 3] = kind.mask_kind.first_keys(positions)
     items[:, 4] = positions + queries
     items[:, 5] = (np.cumsum(page_counts) - page_counts)[prefills][of]
     return items[np.argsort(items[:, 3] - items[:, 4], kind="stable")]

@@ -1,11 +1,12 @@
-"""Replay decode steps from CUDA graphs: one graph launch instead of hundreds of kernel launches.
+"""Replay steps from CUDA graphs: one graph launch instead of hundreds of kernel launches.
 
-A graph has a fixed batch size, so there is one graph per padded batch size, captured at first use; a step's rows are
-padded to the next size. Padding rows read and write nothing (`TritonMetadata`). All that changes from step to step is
-read from memory at fixed addresses: token and position ids, the attention metadata and the slab table. So the pool may
-grow and shrink between replays.
+A graph has a fixed size, so steps are padded to the rungs of a ladder (`rollout.models.runners.graph_rungs`). Padding
+reads and writes nothing (`TritonMetadata`). All that changes from step to step is read from memory at fixed addresses:
+token and position ids, which logits are wanted, the attention metadata and the slab table. So the pool may grow and
+shrink between replays.
 
-Forwards that prefill run eagerly, and so do models that a graph cannot capture; see `with_cuda_graphs`.
+A rung is captured once steps of its size have come up often enough to pay for it. Until then the next larger graph
+replays them, or they run eagerly. So do long prefills, and models that a graph cannot capture; see `with_cuda_graphs`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,17 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import nn
 
-from rollout.models.arrays import ceil_div, next_power_of_2, upload
+from rollout.models.arrays import next_power_of_2
 from rollout.models.attention import interface
 from rollout.models.attention.base import AttentionBackend
 from rollout.models.attention.multi_device import MultiDeviceBackend
 from rollout.models.attention.triton import TritonAttention, TritonBackend
-from rollout.models.attention.triton_metadata import MetadataSizes, TritonMetadata
+from rollout.models.attention.triton_metadata import MetadataSizes
 from rollout.models.device import is_out_of_memory
 from rollout.models.errors import clause
 from rollout.models.forward_batch import ForwardBatch
@@ -36,6 +35,9 @@ from rollout.models.module.rope import Rotary
 from rollout.models.module.tensor_parallel import tensor_parallel_group
 from rollout.models.runners.base import Runner
 from rollout.models.runners.graph_capture import CudaGraphs, Graph, Graphs
+from rollout.models.runners.graph_rungs import Ladder, Rung, most_mixed_tokens
+from rollout.models.runners.step_inputs import StepInputs
+from rollout.models.runners.weight_addresses import WeightAddresses
 
 logger = logging.getLogger(__name__)
 
@@ -46,21 +48,12 @@ _PAUSED_STEPS = 256
 
 #: Models that run without graphs, and the reason.
 _refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-
-def padded_batch_size(rows: int) -> int:
-    """Round rows up to a graph's batch size: powers of two to 8, multiples of 8 to 64, then four sizes per doubling.
-
-    Every call of the engine captures its graphs again, and while a batch drains, each size may serve only a few steps.
-    So there are few sizes. Padding is cheaper: it attends to nothing and is under a fifth of more than 64 rows.
-    """
-    power = next_power_of_2(rows)
-    step = power if power <= 8 else max(8, power // 8)
-    return ceil_div(rows, step) * step
+#: For each model, the kinds of steps that were tried out: without and with prefills.
+_tried: WeakKeyDictionary[nn.Module, set[bool]] = WeakKeyDictionary()
 
 
 def with_cuda_graphs(eager: Runner, model: nn.Module, backend: AttentionBackend, borrowed: BorrowedModule) -> Runner:
-    """Return a runner that captures decode steps, or ``eager`` for a model that graphs do not support.
+    """Return a runner that captures steps, or ``eager`` for a model that graphs do not support.
 
     Three kinds of models are unsupported, with one warning each:
 
@@ -99,14 +92,14 @@ def _refuse(model: nn.Module, reason: str) -> None:
     """Run a model without graphs from now on, with one warning."""
     _refused[model] = reason
     logger.warning(
-        "Decode steps of %s are not captured in CUDA graphs and run slower: %s.",
+        "Steps of %s are not captured in CUDA graphs and run slower: %s.",
         family_name(model),
         reason.rstrip("."),
     )
 
 
 class CudaGraphRunner(Runner):
-    """Replays a graph for forwards in which all sequences decode; all others, and all under autocast, run eagerly.
+    """Replays graphs; what no graph serves, and all under autocast, runs eagerly.
 
     Autocast caches cast weights in memory that it frees when it ends, and a graph would keep reading that memory.
 
@@ -132,9 +125,13 @@ class CudaGraphRunner(Runner):
         self._graphs = graphs
         self.attention = eager.attention
         self._pool = backend.slabs.pool
-        self._captured: dict[int, _CapturedStep] = {}
-        self._logits: dict[int, torch.Tensor] = {}
-        self._weights: _WeightAddresses | None = None
+        self._ladder = Ladder(most_mixed_tokens(model, len(self._pool.layout.layers)))
+        self._captured: dict[Rung, _CapturedStep] = {}
+        self._logits: torch.Tensor | None = None
+        """[rows, V] the largest memory for logits so far. All graphs share it: only one's are in use at a time."""
+        self._logits_kind: tuple[int, torch.dtype] | None = None
+        """Vocabulary and dtype of the logits, as far as a forward has shown them."""
+        self._weights: WeightAddresses | None = None
         self._times_borrowed = borrowed.times_borrowed
         self._paused = 0
         self._captures = 0
@@ -147,16 +144,11 @@ class CudaGraphRunner(Runner):
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """See `Runner.forward`; the next call overwrites the logits of a replayed step."""
-        if not self._can_replay(batch):
-            return self._eager.forward(batch)
-        self._drop_if_weights_moved()
-        handled = sys.exception()
-        try:
-            captured = self._captured_step(batch)
-        except RuntimeError as error:
-            # The eager forward writes everything again that the failed attempt may have written.
-            self._handle_failure(_root_cause(error, handled))
-            return self._eager.forward(batch)
+        captured = self._captured_step(batch) if self._can_replay(batch) else None
+        if captured is None:
+            logits = self._eager.forward(batch)
+            self._logits_kind = logits.shape[1], logits.dtype
+            return logits
         captured.graph.replay()
         return captured.logits[: len(batch.query_lens)]
 
@@ -166,16 +158,14 @@ class CudaGraphRunner(Runner):
             return False
         self._drop_all()
         self._paused = _PAUSED_STEPS
-        logger.debug(
-            "Memory is short: the CUDA graphs are freed and the next %d decode steps run eagerly.", _PAUSED_STEPS
-        )
+        logger.debug("Memory is short: the CUDA graphs are freed and the next %d steps run eagerly.", _PAUSED_STEPS)
         return True
 
     def close(self) -> None:
         """See `Runner.close`."""
         if self._captures:
             logger.debug(
-                "%d decode step(s) were captured in CUDA graphs, in %.1f s; they shared %.1f MB.",
+                "%d step(s) were captured in CUDA graphs, in %.1f s; they shared %.1f MB.",
                 self._captures,
                 self._capture_seconds,
                 self._graphs.bytes_kept / 1e6,
@@ -183,9 +173,9 @@ class CudaGraphRunner(Runner):
         self._drop_all()
 
     def _can_replay(self, batch: ForwardBatch) -> bool:
-        if self._model in _refused or len(batch.logits_lens):
+        if self._model in _refused or len(batch.logits_lens) or not len(batch.query_lens):
             return False
-        if not len(batch.query_lens) or (batch.query_lens != 1).any():
+        if len(batch.tokens) > len(batch.query_lens) and not self._backend.prefills_in_kernels:
             return False
         if torch.is_autocast_enabled(self._pool.device.type):
             return False
@@ -198,56 +188,105 @@ class CudaGraphRunner(Runner):
             return
         self._times_borrowed = self._borrowed.times_borrowed
         if self._weights is not None and self._weights.moved:
-            logger.debug("The model's weights moved in memory: decode steps are captured again.")
+            logger.debug("The model's weights moved in memory: steps are captured again.")
             self._drop_all()
 
-    def _captured_step(self, batch: ForwardBatch) -> _CapturedStep:
-        """Return the captured step for a batch, with its inputs filled; capture the step if needed."""
-        size = padded_batch_size(len(batch.query_lens))
-        needed = MetadataSizes.of(batch, self._pool.layout.page_size)
-        captured = self._captured.get(size)
-        if captured is not None and captured.inputs.metadata.capacity.holds(needed):
-            captured.inputs.fill(batch)
-            return captured
-        self._drop(size)
-        captured = self._captured[size] = self._capture(size, needed.entries, batch)
+    def _captured_step(self, batch: ForwardBatch) -> _CapturedStep | None:
+        """Return a captured step for a batch, with its inputs filled; None if the batch is to run eagerly."""
+        self._drop_if_weights_moved()
+        handled = sys.exception()
+        try:
+            rung = Rung.of(batch)
+            needed = MetadataSizes.of(batch, self._pool.layout.page_size)
+            captured = self._serving(rung, needed)
+            due = self._ladder.is_due(rung, served=captured is not None)
+            if due and rung not in self._captured and self._ladder.captures(rung):
+                captured = self._captured[rung] = self._capture(rung, needed.entries, batch)
+            elif captured is not None:
+                captured.inputs.fill(batch)
+        except RuntimeError as error:
+            # The eager forward writes everything again that the failed attempt may have written.
+            self._handle_failure(_root_cause(error, handled))
+            return None
         return captured
 
-    def _capture(self, size: int, entries: int, batch: ForwardBatch) -> _CapturedStep:
-        """Capture a step of ``size`` rows, with room for at least twice ``entries`` pages."""
-        start = time.perf_counter()
-        pages = next_power_of_2(max(2 * entries, MIN_PAGES_PER_ROW * size))
-        inputs = _StepInputs(
-            self._backend.make_metadata(MetadataSizes(decodes=size, prefills=0, tokens=size, entries=pages))
-        )
-        inputs.fill(batch)
+    def _serving(self, rung: Rung, needed: MetadataSizes) -> _CapturedStep | None:
+        """Return the smallest captured step that serves a batch of this size; drop its own rung's if outgrown."""
+        own = self._captured.get(rung)
+        if own is not None and not own.inputs.metadata.capacity.holds(needed):
+            self._drop(rung)
+        served = [
+            captured
+            for captured, step in self._captured.items()
+            if self._ladder.serves(captured, rung) and step.inputs.metadata.capacity.holds(needed)
+        ]
+        return self._captured[min(served)] if served else None
 
-        def step() -> torch.Tensor:
+    def _capture(self, rung: Rung, entries: int, batch: ForwardBatch) -> _CapturedStep:
+        """Capture a step, with room for at least twice ``entries`` pages and its inputs filled from ``batch``.
+
+        The first step of each kind is tried out eagerly, to load kernels and to find what a graph cannot capture. Steps
+        of other sizes may use kernels that have not been loaded, which some cannot be during a capture, so a step that
+        cannot be captured is tried out too, and captured again.
+        """
+        start, handled = time.perf_counter(), sys.exception()
+        tried = _tried.setdefault(self._model, set())
+        untried = rung.mixed not in tried or self._logits_kind is None
+        try:
+            captured = self._capture_once(rung, entries, batch, try_out=untried)
+        except RuntimeError as error:
+            if untried or is_out_of_memory(_root_cause(error, handled)):
+                raise
+            if not self._captured:
+                self._graphs.release()
+            captured = self._capture_once(rung, entries, batch, try_out=True)
+        tried.add(rung.mixed)
+        self._weights = self._weights or WeightAddresses(self._model)
+        self._captures += 1
+        self._capture_seconds += time.perf_counter() - start
+        room = captured.inputs.metadata.capacity.entries
+        logger.debug("A step of up to %d tokens was captured, with room for %d pages.", rung.tokens, room)
+        return captured
+
+    def _capture_once(self, rung: Rung, entries: int, batch: ForwardBatch, try_out: bool) -> _CapturedStep:
+        def step(inputs: StepInputs) -> torch.Tensor:
             with interface.use_attention(TritonAttention(self._pool, batch, inputs.metadata)):
                 output = self._model(
-                    input_ids=inputs.tokens, position_ids=inputs.positions, use_cache=False, logits_to_keep=0
+                    input_ids=inputs.tokens,
+                    position_ids=inputs.positions,
+                    use_cache=False,
+                    logits_to_keep=inputs.wanted if rung.mixed else 0,
                 )
             step_logits: torch.Tensor = output.logits[0]
             return step_logits
 
-        logits = self._logits_buffer(self._graphs.warm_up(step))
-        graph = self._graphs.capture(lambda: logits.copy_(step()))
-        self._weights = self._weights or _WeightAddresses(self._model)
-        self._captures += 1
-        self._capture_seconds += time.perf_counter() - start
-        logger.debug("A decode step of %d rows was captured, with room for %d pages.", size, pages)
+        if try_out:
+            tried = self._filled_inputs(rung, entries, batch)
+            shown = self._graphs.warm_up(lambda: step(tried))
+            self._logits_kind = shown.shape[1], shown.dtype
+        # Only now does the backend know which tiles the model's prefills make up.
+        inputs = self._filled_inputs(rung, entries, batch)
+        inputs.metadata.sealed = True
+        logits = self._logits_memory(rung.logits)
+        graph = self._graphs.capture(lambda: logits.copy_(step(inputs)))
         return _CapturedStep(inputs, graph, logits)
 
-    def _logits_buffer(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return memory [rows, V] for logits, shared by all batch sizes up to the same power of two.
+    def _filled_inputs(self, rung: Rung, entries: int, batch: ForwardBatch) -> StepInputs:
+        """Return inputs of a rung, with room for at least twice ``entries`` pages, filled from a batch."""
+        pages = next_power_of_2(max(2 * entries, MIN_PAGES_PER_ROW * rung.logits))
+        prefills = rung.logits if rung.mixed else 0
+        sizes = MetadataSizes(decodes=rung.logits, prefills=prefills, tokens=rung.tokens, entries=pages)
+        inputs = StepInputs(rung, self._backend.make_metadata(sizes))
+        inputs.fill(batch)
+        return inputs
 
-        Only one graph's logits are in use at a time, and buffers of their own would add up to gigabytes for large
-        vocabularies.
-        """
-        rows = next_power_of_2(len(logits))
-        if rows not in self._logits:
-            self._logits[rows] = torch.empty(rows, logits.shape[1], dtype=logits.dtype, device=self._pool.device)
-        return self._logits[rows][: len(logits)]
+    def _logits_memory(self, rows: int) -> torch.Tensor:
+        """Return memory [rows, V] for logits."""
+        assert self._logits_kind is not None
+        if self._logits is None or len(self._logits) < rows:
+            vocabulary, dtype = self._logits_kind
+            self._logits = torch.empty(rows, vocabulary, dtype=dtype, device=self._pool.device)
+        return self._logits[:rows]
 
     def _handle_failure(self, error: BaseException) -> None:
         """Pause graphs if memory is short; otherwise run the model without graphs from now on."""
@@ -255,83 +294,32 @@ class CudaGraphRunner(Runner):
         reason = clause(error)
         if is_out_of_memory(error):
             self._paused = _PAUSED_STEPS
-            logger.warning(
-                "Memory is short: the next %d decode steps run without CUDA graphs (%s).", _PAUSED_STEPS, reason
-            )
+            logger.warning("Memory is short: the next %d steps run without CUDA graphs (%s).", _PAUSED_STEPS, reason)
         else:
             _refuse(self._model, reason)
 
-    def _drop(self, size: int) -> None:
-        """Destroy the graph of one batch size, if there is one."""
-        captured = self._captured.pop(size, None)
-        if captured is not None:
-            captured.graph.reset()
-            if not self._captured:
-                # Once no graph is left, torch lets no new graph join their memory pool.
-                self._graphs.release()
+    def _drop(self, rung: Rung) -> None:
+        """Destroy the graph of one rung."""
+        self._captured.pop(rung).graph.reset()
+        if not self._captured:
+            self._graphs.release()
 
     def _drop_all(self) -> None:
         """Destroy all graphs and free their memory."""
         for captured in self._captured.values():
             captured.graph.reset()
         self._captured.clear()
-        self._logits.clear()
+        self._logits = None
         self._weights = None
         self._graphs.release()
 
 
-class _StepInputs:
-    """Inputs of a captured step, at fixed addresses."""
-
-    def __init__(self, metadata: TritonMetadata) -> None:
-        self.metadata = metadata
-        shape = (1, metadata.capacity.tokens)
-        device = metadata.slabs.pool.device
-        self._host_positions = np.zeros(shape, np.int64)
-        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        """[1, rows] token ids; 0 for padding."""
-        self.positions = torch.zeros(shape, dtype=torch.int64, device=device)
-        """[1, rows] position ids; 0 for padding."""
-
-    def fill(self, batch: ForwardBatch) -> None:
-        """Copy in a batch in which all sequences decode."""
-        self.metadata.fill(batch)
-        rows = len(batch.tokens)
-        self._host_positions[0, :rows] = batch.prefix_lens
-        self._host_positions[0, rows:] = 0
-        upload(self._host_positions, self.positions)
-        # A copy on the device: the host may not know the token ids yet.
-        self.tokens[0, :rows] = batch.tokens
-        self.tokens[0, rows:] = 0
-
-
 @dataclass(frozen=True, slots=True)
 class _CapturedStep:
-    inputs: _StepInputs
+    inputs: StepInputs
     graph: Graph
     logits: torch.Tensor
     """[rows, V], written by a replay."""
-
-
-class _WeightAddresses:
-    """Addresses of a model's parameters and buffers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._holders: list[tuple[dict[str, Any], str]] = [
-            (holder, name)
-            for module in model.modules()
-            for holder in (module._parameters, module._buffers)
-            for name in holder
-        ]
-        self._addresses = self._current()
-
-    @property
-    def moved(self) -> bool:
-        return self._current() != self._addresses
-
-    def _current(self) -> list[int]:
-        tensors = (holder.get(name) for holder, name in self._holders)
-        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _root_cause(error: BaseException, handled: BaseException | None) -> BaseException:

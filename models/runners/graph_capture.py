@@ -1,4 +1,4 @@
-"""Capture decode steps in CUDA graphs, recover from captures that the driver aborts, and share their memory."""
+"""Capture steps in CUDA graphs, recover from captures that the driver aborts, and share their memory."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ class Graphs(Protocol):
         ...
 
     def release(self) -> None:
-        """Free the shared memory pool, after all graphs were reset; later captures create a new pool."""
+        """Free the shared memory pool, after all graphs were reset; later captures create a new pool.
+
+        To be called whenever no graph is left, since torch lets no new graph join a pool that no graph is left in.
+        """
 
 
 class CudaGraphs:

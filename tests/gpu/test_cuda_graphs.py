@@ -13,7 +13,7 @@ from rollout import Engine, SamplingParams
 from rollout.models.attention.triton import TritonAttention, TritonBackend
 from rollout.models.attention.triton_metadata import MetadataSizes
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.runners import cuda_graphs, graph_capture
+from rollout.models.runners import cuda_graphs, graph_capture, graph_rungs
 from rollout.models.runners.cuda_graphs import CudaGraphRunner
 from rollout.models.runners.graph_capture import CudaGraphs
 from rollout.models.runners.packed import PackedRunner, PackedStrategy
@@ -77,6 +77,12 @@ def test_a_captured_step_serves_other_rows_and_slabs(dtype: torch.dtype) -> None
         assert (out[len(parts) :] == 0).all()
 
 
+@pytest.fixture(autouse=True)
+def steps_are_captured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_rungs, "EAGER_STEPS", 0)
+    monkeypatch.setattr(graph_rungs, "PADDED_STEPS", 0)
+
+
 def captured_world(dtype: torch.dtype = torch.float32) -> World:
     model = tiny("llama", dtype)
     cuda_graphs._refused.pop(model, None)
@@ -94,8 +100,20 @@ def test_a_captured_model_gives_the_bits_of_the_eager_one(dtype: torch.dtype) ->
         world.decode(*range(rows)[::-1])
         while world.pools[1].shrink(world.tables[1]):
             pass
-    assert sorted(world.sizes) == [1, 2, 4, 8, 24]
+    assert sorted(world.sizes) == [1, 2, 4, 8, 32]
     assert world.runner.bytes_kept > 0
+    world.runner.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_steps_with_prefills_give_what_eager_ones_do(dtype: torch.dtype) -> None:
+    world = captured_world(dtype)
+    world.same([(text, 3 + 2 * text) for text in range(12)])
+    world.same([(0, 1), (12, 70), (1, 1), (13, 9)])
+    world.decode(*range(14))
+    world.same([(2, 40), (14, 2), (3, 1)])
+    world.same([(15, 100), (0, 1)])
+    assert sum(rung.mixed for rung in world.rungs) >= 3
     world.runner.close()
 
 

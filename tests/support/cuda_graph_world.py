@@ -14,8 +14,9 @@ from rollout.models.arrays import IntArray
 from rollout.models.attention.triton import TritonBackend
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.runners.cuda_graphs import CudaGraphRunner, padded_batch_size
+from rollout.models.runners.cuda_graphs import CudaGraphRunner
 from rollout.models.runners.graph_capture import Graphs
+from rollout.models.runners.graph_rungs import Rung
 from rollout.models.runners.packed import PackedRunner, PackedStrategy
 from tests.support.devices import DEVICE
 from tests.support.tiny_models import VOCABULARY, tiny
@@ -107,21 +108,32 @@ class World:
     def forward(self, parts: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute further tokens of some sequences; return the logits of the eager runner and of the one under test.
 
-        torch's matrix products depend on the batch size, so the eager runner repeats the first row as padding.
+        torch's matrix products depend on the batch size, so if one token of each is computed, the eager runner repeats
+        the first row as padding.
         """
-        padding = padded_batch_size(len(parts)) - len(parts) if all(count == 1 for _, count in parts) else 0
         logits = []
         for which, runner in enumerate((self.plain, self.runner)):
+            batch = self._packed(which, parts)
+            if not which and all(count == 1 for _, count in parts):
+                batch = self._packed(which, [*parts, *parts[:1] * (Rung.of(batch).tokens - len(parts))])
             with self.strategy.borrow():
-                packed = self._packed(which, [*parts, *parts[:1] * (0 if which else padding)])
-                logits.append(runner.forward(packed)[: len(parts)])
+                logits.append(runner.forward(batch)[: len(parts)])
         for text, count in parts:
             self.lengths[text] += count
         return logits[0], logits[1]
 
     def same(self, parts: list[tuple[int, int]]) -> None:
+        """Compare: bit by bit if rows decode in a graph of their own size, else up to rounding."""
         expected, found = self.forward(parts)
-        assert torch.equal(expected, found)
+        assert expected.shape == found.shape
+        if all(count == 1 for _, count in parts) and self.rung(parts) in self.rungs:
+            assert torch.equal(expected, found)
+        else:
+            tolerance = 2e-2 if found.dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+    def rung(self, parts: list[tuple[int, int]]) -> Rung:
+        return Rung.of(self._packed(1, [(text, 1) for text, _ in parts]))
 
     def decode(self, *texts: int) -> None:
         self.same([(text, 1) for text in texts])
@@ -143,5 +155,10 @@ class World:
         )
 
     @property
-    def sizes(self) -> list[int]:
+    def rungs(self) -> list[Rung]:
         return list(self.runner._captured)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of the captured steps without prefills."""
+        return [rung.tokens for rung in self.rungs if not rung.mixed]

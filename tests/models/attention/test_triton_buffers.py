@@ -91,6 +91,29 @@ def test_padded_decodes_and_prefills_equal_unpadded_ones(device: torch.device) -
             assert (out[tokens:] == 0).all()
 
 
+def test_buffers_plan_the_tiles_that_earlier_forwards_have_asked_for(device: torch.device) -> None:
+    """A graph cannot plan them, and reads them where they lay at its capture."""
+    expected, world = (World([40, 30], torch.float32, 16, device) for _ in range(2))
+    room = MetadataSizes(decodes=2, prefills=2, tokens=48, entries=9)
+    sealed = world.steps.make_metadata(room)
+    sealed.sealed = True
+    with pytest.raises(RuntimeError, match="which no earlier one has"):
+        padded(world, sealed, [(0, range(19))])
+    for one in (expected, world):
+        one.run([(0, range(19))])
+    metadata = world.steps.make_metadata(room)
+    metadata.sealed = True
+    kinds = list(world.steps._tile_kinds)
+    places = [metadata.tiles(kind) for kind in kinds]
+    for parts in ([(0, range(19, 40)), (1, range(12))], [(1, range(12, 30))]):
+        tokens = sum(len(positions) for _, positions in parts)
+        for out, plain in zip(padded(world, metadata, parts), expected.run(parts), strict=True):
+            assert torch.equal(out[:tokens], plain)
+            assert (out[tokens:] == 0).all()
+    assert kinds
+    assert all(metadata.tiles(kind) is place for kind, place in zip(kinds, places, strict=True))
+
+
 @pytest.mark.parametrize(
     "room",
     [MetadataSizes(1, 0, 9, 9), MetadataSizes(2, 0, 1, 9), MetadataSizes(2, 0, 9, 3), MetadataSizes(3, 0, 9, 9)],

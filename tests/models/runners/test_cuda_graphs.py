@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from itertools import chain
 
 import pytest
 import torch
@@ -12,14 +11,17 @@ import torch
 from rollout import Engine, SamplingParams
 from rollout.models.attention import triton, triton_metadata
 from rollout.models.attention.triton import TileSizes, TritonBackend
+from rollout.models.attention.triton_metadata import TileKinds
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.runners import cuda_graphs
+from rollout.models.runners import cuda_graphs, graph_rungs
 from rollout.models.runners.base import Runner
-from rollout.models.runners.cuda_graphs import CudaGraphRunner, padded_batch_size, with_cuda_graphs
+from rollout.models.runners.cuda_graphs import CudaGraphRunner, with_cuda_graphs
+from rollout.models.runners.graph_rungs import Rung
 from rollout.models.runners.packed import PackedRunner, PackedStrategy
 from tests.contract.test_long_sequences import long_model
 from tests.support.cuda_graph_world import FakeGraphs, World, llama
 from tests.support.devices import DEVICE
+from tests.support.tiny_models import VOCABULARY
 from tests.support.triton_interpreter import kernels_run_here
 
 _SMALL = TileSizes(16, 16, 4)
@@ -31,18 +33,19 @@ def small_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(triton_metadata, "SPLIT_TOKENS", 32)
     monkeypatch.setattr(triton, "_TILE_SIZES", dict.fromkeys(triton._TILE_SIZES, (_SMALL, _SMALL)))
     monkeypatch.setattr(triton, "_PROGRAMS", 2)
+    # Steps without prefills are captured at their first time, except where a test says otherwise.
+    monkeypatch.setattr(graph_rungs, "_LARGEST_MIXED_TOKENS", 0)
+    monkeypatch.setattr(graph_rungs, "EAGER_STEPS", 0)
+    monkeypatch.setattr(graph_rungs, "PADDED_STEPS", 0)
     cuda_graphs._refused.clear()
     yield
     cuda_graphs._refused.clear()
 
 
-def test_padded_batch_sizes_cover_all_rows_with_little_padding() -> None:
-    sizes = [padded_batch_size(rows) for rows in range(1, 1025)]
-    halves = [range(size // 2 + size // 8, size + 1, size // 8) for size in (128, 256, 512, 1024)]
-    assert sorted(set(sizes)) == [1, 2, 4, *range(8, 65, 8), *chain(*halves)]
-    assert all(size >= rows for rows, size in enumerate(sizes, 1))
-    assert all(size - rows < size / 5 for rows, size in enumerate(sizes, 1) if rows > 64)
-    assert all(padded_batch_size(size) == size for size in sizes)
+@pytest.fixture
+def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps with prefills are captured as well."""
+    monkeypatch.setattr(graph_rungs, "_LARGEST_MIXED_TOKENS", 4096)
 
 
 def test_rows_are_padded_to_the_next_batch_size_and_bits_match_the_eager_runner() -> None:
@@ -68,21 +71,90 @@ def test_padding_writes_nothing() -> None:
         assert set(changed) <= set(slots)
 
 
-def test_forwards_that_prefill_run_eagerly() -> None:
+@pytest.mark.usefixtures("mixed")
+def test_steps_with_prefills_are_replayed_too() -> None:
+    world = World(texts=6)
+    world.same([(0, 4), (1, 9)])
+    world.same([(0, 1), (2, 2), (1, 30)])
+    world.same([(3, 70), (0, 1)])
+    world.same([(3, 1), (0, 1), (4, 17), (1, 1), (5, 40)])
+    assert world.rungs == [Rung(64, 16, mixed=True), Rung(128, 16, mixed=True)]
+    assert [graph.replays for graph in world.fake.graphs] == [3, 1]
+    world.decode(0, 1, 2)
+    assert world.rungs[2:] == [Rung(4, 4, mixed=False)]
+
+
+def test_prefills_of_more_tokens_than_pay_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_rungs, "_LARGEST_MIXED_TOKENS", 64)
+    world = World()
+    world.same([(0, 65)])
+    assert not world.rungs
+    world.same([(0, 1), (1, 63)])
+    assert world.rungs == [Rung(64, 16, mixed=True)]
+
+
+@pytest.mark.usefixtures("mixed")
+def test_prefills_of_a_library_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TritonBackend, "prefills_in_kernels", False)
     world = World()
     world.same([(0, 4), (1, 9)])
-    world.same([(0, 1), (2, 2)])
     assert world.fake.tried == 0
-    world.decode(0, 1, 2)
+    world.decode(0, 1)
     assert world.fake.tried == 1
 
 
-def test_logits_up_to_the_same_power_of_two_share_memory() -> None:
+@pytest.mark.usefixtures("mixed")
+def test_a_size_is_captured_once_it_has_come_up_often_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_rungs, "EAGER_STEPS", 2)
+    monkeypatch.setattr(graph_rungs, "PADDED_STEPS", 3)
+    world = World(texts=5)
+    world.same([(text, 5 + text) for text in range(5)])
+    for _ in range(2):
+        world.decode(0, 1, 2, 3, 4)
+    assert not world.sizes
+    world.decode(0, 1, 2, 3, 4)
+    assert world.sizes == [8]
+    for _ in range(3):  # the graph of eight rows replays these
+        world.decode(0, 1)
+    assert world.sizes == [8]
+    assert world.fake.graphs[0].replays == 4
+    world.forward([(0, 1), (1, 1)])
+    assert world.sizes == [8, 2]
+
+
+@pytest.mark.usefixtures("mixed")
+def test_only_the_first_step_of_each_kind_is_tried_out() -> None:
+    model, kinds = llama(1), TileKinds()
+    for tried in (2, 0):  # by a first runner, and by a second one of the same model
+        world = World(model)
+        # As eager forwards show it.
+        world.runner._logits_kind = VOCABULARY, torch.float32
+        world.runner._backend._tile_kinds = kinds
+        for parts in ([(0, 70)], [(1, 4), (2, 2)], [(0, 1)], [(0, 1), (1, 1)], [(0, 1), (1, 1), (2, 1)]):
+            world.same(parts)
+        assert len(world.fake.graphs) == 5
+        assert world.fake.tried == tried
+
+
+def test_a_size_that_cannot_be_captured_untried_is_tried_out(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    world.same([(0, 4), (1, 9)])
+    world.decode(0)
+    tried = world.fake.tried
+    world.fake.failure = RuntimeError("operation not permitted when stream is capturing")
+    with caplog.at_level(logging.WARNING):
+        world.decode(0, 1)
+    assert (world.sizes, world.fake.tried) == ([1, 2], tried + 1)
+    assert not caplog.records
+
+
+def test_graphs_share_memory_for_logits() -> None:
     runner = World().runner
-    memory = {rows: runner._logits_buffer(torch.zeros(rows, 5)) for rows in (24, 32, 40, 16)}
+    runner._logits_kind = 5, torch.float32
+    memory = {rows: runner._logits_memory(rows) for rows in (32, 16, 64, 8)}
     assert all(logits.shape == (rows, 5) for rows, logits in memory.items())
-    assert memory[24].data_ptr() == memory[32].data_ptr()
-    assert len({logits.data_ptr() for logits in memory.values()}) == 3
+    assert memory[16].data_ptr() == memory[32].data_ptr()
+    assert memory[8].data_ptr() == memory[64].data_ptr() != memory[32].data_ptr()
 
 
 def test_replays_are_right_while_the_pool_grows_and_shrinks() -> None:
@@ -117,7 +189,7 @@ def test_step_is_captured_again_when_pages_outgrow_its_room(monkeypatch: pytest.
     for _ in range(5):
         world.same([(0, 15), (1, 15)])
         world.decode(0, 1)
-        rooms.append(world.runner._captured[2].inputs.metadata.capacity.entries)
+        rooms.append(world.runner._captured[Rung(2, 2, mixed=False)].inputs.metadata.capacity.entries)
     assert rooms == [4, 4, 16, 16, 16]
     assert [graph.gone for graph in world.fake.graphs] == [True, False]
     assert world.fake.released == 1, "torch lets no new graph join a memory pool that no graph is left in"
@@ -131,7 +203,7 @@ def test_model_whose_capture_fails_runs_eagerly_with_one_warning(caplog: pytest.
         for _ in range(3):
             world.decode(0, 1)
     assert [record.getMessage() for record in caplog.records] == [
-        "Decode steps of LlamaForCausalLM (model type 'llama') are not captured in CUDA graphs and run slower: "
+        "Steps of LlamaForCausalLM (model type 'llama') are not captured in CUDA graphs and run slower: "
         "RuntimeError: operation not permitted when stream is capturing."
     ]
     assert (world.fake.tried, world.fake.released, world.runner.bytes_kept) == (1, 1, 0)
@@ -148,7 +220,7 @@ def test_capture_out_of_memory_is_retried_after_a_pause(
     world.fake.failure = torch.OutOfMemoryError("CUDA out of memory.")
     with caplog.at_level(logging.WARNING):
         world.decode(0, 1)
-    assert "Memory is short: the next 3 decode steps run without CUDA graphs" in caplog.text
+    assert "Memory is short: the next 3 steps run without CUDA graphs" in caplog.text
     assert world.runner.bytes_kept == 0
     for _ in range(2):
         world.decode(0, 1)
@@ -189,9 +261,9 @@ def test_shed_frees_graphs_and_they_are_captured_again_after_a_pause(
     world.decode(0, 1)
     with caplog.at_level(logging.DEBUG):
         assert world.runner.shed()
-    assert "Memory is short: the CUDA graphs are freed and the next 3 decode steps run eagerly." in caplog.text
+    assert "Memory is short: the CUDA graphs are freed and the next 3 steps run eagerly." in caplog.text
     assert (world.runner.bytes_kept, world.fake.released) == (0, 1)
-    assert not world.runner._logits
+    assert world.runner._logits is None
     assert not world.runner.shed()
     for _ in range(2):
         world.decode(0, 1)
@@ -208,10 +280,10 @@ def test_close_frees_all_memory_and_logs_the_captures(caplog: pytest.LogCaptureF
     assert world.runner.bytes_kept == 2000
     with caplog.at_level(logging.DEBUG):
         world.runner.close()
-    assert "2 decode step(s) were captured in CUDA graphs" in caplog.text
+    assert "2 step(s) were captured in CUDA graphs" in caplog.text
     assert world.runner.bytes_kept == 0
     assert not world.runner._captured
-    assert not world.runner._logits
+    assert world.runner._logits is None
     world.decode(0, 1)
     assert world.sizes == [2]
 
