@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rollout.models.attention import interface
 from rollout.models.errors import UnsupportedModel
-from rollout.models.module.borrow import BorrowedModule
+from rollout.models.module.borrow import BorrowedModule, _modules
 from rollout.models.module.inspect import unwrap_model
 from tests.support.tiny_models import tiny
 
@@ -90,6 +90,22 @@ def test_training_flags_are_restored_one_by_one(fails: bool) -> None:
             with borrowed.borrow(interface.NAME):
                 assert not any(flags(model))
         assert flags(model) == before
+
+
+def test_training_flags_that_are_no_plain_attributes_are_switched_too() -> None:
+    class Own(nn.Module):
+        """Keeps its flag elsewhere, as TorchScript does."""
+
+        flag = True
+        training = property(lambda self: self.flag, lambda self, value: vars(self).update(flag=value))  # type: ignore[assignment]
+
+    model = tiny("llama").train()
+    model.model.own, model.model.nothing = Own(), None
+    model.model.again = model.model.layers[0]  # a module that two modules hold
+    assert set(_modules(model)) == set(model.modules())
+    with BorrowedModule(model).borrow():
+        assert not any(flags(model))
+    assert all(flags(model))
 
 
 @pytest.mark.parametrize("fails", [False, True])
