@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -12,21 +13,30 @@ import torch
 
 from rollout.models.errors import clause
 
-#: Parts of RuntimeError messages of torch's CPU allocator, the CUDA runtime, Triton's launcher, cuBLAS and cuDNN; the
-#: last two allocate memory of their own on first use.
-_OUT_OF_MEMORY_MESSAGES = (
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "Triton Error [CUDA]: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+#: What RuntimeErrors say when memory is short: torch's CPU allocator; the CUDA runtime and driver, through torch and
+#: Triton; cuBLAS and cuDNN, which allocate memory of their own at their first call on a stream. cuBLAS says that it is
+#: not initialised where its handle did not find the memory it needs.
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory"
+    r"|(?:CUDA|HIP)\b.*\bout of memory"
+    r"|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|hipErrorOutOfMemory"
+    r"|CUBLAS_STATUS_(?:ALLOC_FAILED|NOT_INITIALIZED)"
+    r"|CUDNN_STATUS_\w*ALLOC(?:ATION)?_FAILED",
+    re.IGNORECASE | re.DOTALL,
 )
+#: NCCL passes on what CUDA says, but its communicator is broken then, and other ranks wait in it.
+_OF_COMMUNICATION = re.compile(r"\bNCCL\b")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an allocator, or a library that allocates through the driver, ran out of memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY_MESSAGES)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    message = str(error)
+    return (
+        isinstance(error, RuntimeError)
+        and _OUT_OF_MEMORY.search(message) is not None
+        and _OF_COMMUNICATION.search(message) is None
     )
 
 
