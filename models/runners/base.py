@@ -26,10 +26,18 @@ class Runner(Protocol):
     attention: str
     """Name of the attention backend, as logged and recorded in the run directory."""
 
+    latency_budget_ms: float | None = None
+    """Time limit of a step, which preparations must rarely exceed; None: no limit."""
+
     @property
     def bytes_kept(self) -> int:
         """Device memory that the runner holds outside what torch's allocator counts as allocated."""
         return 0
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the last forward also prepared later ones, as a capture does: its time tells nothing of theirs."""
+        return False
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Run the new tokens of all sequences and write their keys and values.
@@ -45,6 +53,14 @@ class Runner(Protocol):
         Returns False if there was nothing to free.
         """
         return False
+
+    def rest(self, most_bytes: float) -> int:  # noqa: ARG002 - for runners that keep something
+        """Free memory outside the pool, but for what later calls would have to prepare again, if that is little.
+
+        Returns the bytes that are kept, at most ``most_bytes``; `close` frees them.
+        """
+        self.close()
+        return 0
 
     def close(self) -> None:
         """Free all memory outside the pool; a later forward allocates it again."""

@@ -46,6 +46,9 @@ MIN_PAGES_PER_ROW = 64
 _PAUSED_STEPS = 256
 """Steps that run eagerly after memory was short."""
 
+_STEPS_PER_SLOW_CAPTURE = 200
+"""Steps per capture that may exceed the latency budget."""
+
 #: Models that run without graphs, and the reason.
 _refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 #: For each model, the kinds of steps that were tried out: without and with prefills.
@@ -134,16 +137,26 @@ class CudaGraphRunner(Runner):
         self._weights: WeightAddresses | None = None
         self._times_borrowed = borrowed.times_borrowed
         self._paused = 0
+        self._steps = 0
         self._captures = 0
         self._capture_seconds = 0.0
+        self._slowest_capture = 0.0
+        self._prepared = False
 
     @property
     def bytes_kept(self) -> int:
         """See `Runner.bytes_kept`."""
         return self._graphs.bytes_kept
 
+    @property
+    def prepared(self) -> bool:
+        """See `Runner.prepared`."""
+        return self._prepared
+
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """See `Runner.forward`; the next call overwrites the logits of a replayed step."""
+        self._prepared = False
+        self._steps += 1
         captured = self._captured_step(batch) if self._can_replay(batch) else None
         if captured is None:
             logits = self._eager.forward(batch)
@@ -161,6 +174,15 @@ class CudaGraphRunner(Runner):
         logger.debug("Memory is short: the CUDA graphs are freed and the next %d steps run eagerly.", _PAUSED_STEPS)
         return True
 
+    def rest(self, most_bytes: float) -> int:
+        """See `Runner.rest`."""
+        held = self._graphs.bytes_kept + sum(captured.inputs.bytes_held for captured in self._captured.values())
+        held += 0 if self._logits is None else self._logits.nbytes
+        if held <= most_bytes:
+            return held
+        self.close()
+        return 0
+
     def close(self) -> None:
         """See `Runner.close`."""
         if self._captures:
@@ -170,6 +192,7 @@ class CudaGraphRunner(Runner):
                 self._capture_seconds,
                 self._graphs.bytes_kept / 1e6,
             )
+        self._captures, self._capture_seconds = 0, 0.0
         self._drop_all()
 
     def _can_replay(self, batch: ForwardBatch) -> bool:
@@ -200,7 +223,7 @@ class CudaGraphRunner(Runner):
             needed = MetadataSizes.of(batch, self._pool.layout.page_size)
             captured = self._serving(rung, needed)
             due = self._ladder.is_due(rung, served=captured is not None)
-            if due and rung not in self._captured and self._ladder.captures(rung):
+            if due and rung not in self._captured and self._ladder.captures(rung) and self._may_capture:
                 captured = self._captured[rung] = self._capture(rung, needed.entries, batch)
             elif captured is not None:
                 captured.inputs.fill(batch)
@@ -209,6 +232,17 @@ class CudaGraphRunner(Runner):
             self._handle_failure(_root_cause(error, handled))
             return None
         return captured
+
+    @property
+    def _may_capture(self) -> bool:
+        """Whether a capture would leave enough steps within the latency budget, if there is one.
+
+        Captures that take most of the budget may be one step in 200: with them, and half as many others, 99 % of the
+        steps keep it.
+        """
+        if self.latency_budget_ms is None or 0 < 2e3 * self._slowest_capture < self.latency_budget_ms:
+            return True
+        return self._captures <= self._steps // _STEPS_PER_SLOW_CAPTURE
 
     def _serving(self, rung: Rung, needed: MetadataSizes) -> _CapturedStep | None:
         """Return the smallest captured step that serves a batch of this size; drop its own rung's if outgrown."""
@@ -230,6 +264,7 @@ class CudaGraphRunner(Runner):
         cannot be captured is tried out too, and captured again.
         """
         start, handled = time.perf_counter(), sys.exception()
+        self._prepared = True
         tried = _tried.setdefault(self._model, set())
         untried = rung.mixed not in tried or self._logits_kind is None
         try:
@@ -243,7 +278,9 @@ class CudaGraphRunner(Runner):
         tried.add(rung.mixed)
         self._weights = self._weights or WeightAddresses(self._model)
         self._captures += 1
-        self._capture_seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._capture_seconds += seconds
+        self._slowest_capture = max(self._slowest_capture, seconds)
         room = captured.inputs.metadata.capacity.entries
         logger.debug("A step of up to %d tokens was captured, with room for %d pages.", rung.tokens, room)
         return captured

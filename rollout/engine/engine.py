@@ -157,6 +157,7 @@ class Engine:
             headroom,
             max_kv_bytes=max_kv_bytes,
             reserve_fraction=reserve_fraction,
+            latency_budget_ms=latency_budget_ms,
             skip_special_tokens=skip_special_tokens,
             split_reasoning=split_reasoning,
         )
@@ -199,7 +200,10 @@ class Engine:
         self._module.declare_changed()
 
     def release(self) -> None:
-        """Free what the engine keeps for the next call: copies of weights, which it makes again, and prefixes."""
+        """Free what the engine keeps for the next call: prefixes, CUDA graphs, and copies of weights.
+
+        It makes the last two again.
+        """
         if self._kept is not None:
             self._kept.release()
         self._module.drop_copies()

@@ -25,6 +25,7 @@ from rollout.headroom.headroom import Headroom, after_reserve
 from rollout.length_history import LengthHistory
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.module.inspect import context_limit, unwrap_model
+from rollout.models.runners.base import Runner
 from rollout.records import Record
 from rollout.requests import Request, StepReport
 from rollout.stats import Stats
@@ -50,6 +51,7 @@ class Generation:
         headroom: free memory to follow.
         max_kv_bytes: limit on KV bytes; None: all headroom.
         reserve_fraction: share of the device's total memory to leave free.
+        latency_budget_ms: time limit of a step; None: no limit.
         skip_special_tokens: leave special tokens out of the text.
         split_reasoning: tell reasoning from text.
     """
@@ -63,6 +65,7 @@ class Generation:
         *,
         max_kv_bytes: int | None,
         reserve_fraction: float,
+        latency_budget_ms: float | None,
         skip_special_tokens: bool,
         split_reasoning: bool,
     ) -> None:
@@ -71,6 +74,7 @@ class Generation:
         self.headroom = headroom
         self._max_kv_bytes = max_kv_bytes
         self._reserve_fraction = reserve_fraction
+        self._latency_budget_ms = latency_budget_ms
         self._base = unwrap_model(module.model)
         self.context_limit = context_limit(self._base.config)
         """Maximum tokens of prompt and completion together; None if the model states no limit."""
@@ -156,12 +160,12 @@ class Generation:
         )
         queue.fill(_FIRST_ROWS)
         key = self._kv_key(layout)
-        kv = None if kept is None else kept.take(key)
-        if kv is None:
-            kv = self._kv_memory(layout, queue, kept)
+        seen = self._module.seen
+        taken = None if kept is None else kept.take(key, seen.moves)
+        kv = self._kv_memory(layout, queue, kept) if taken is None else taken.kv
         sample, parity = ParitySample(), None
         loop = Loop(
-            runner=self._module.strategy.runner(kv.pool),
+            runner=self._runner(kv) if taken is None or taken.runner is None else taken.runner,
             kv=kv,
             policy=self._policy,
             queue=queue,
@@ -174,7 +178,6 @@ class Generation:
             sync=self._module.sync,
             early_stop=early_stop,
         )
-        seen = self._module.seen
         peak_kv_bytes = 0  # of the pages before those in use
         resumed = False  # the weights are the caller's while it has a record
         records: list[Record] | None = None
@@ -195,12 +198,12 @@ class Generation:
                     if moved:
                         peak_kv_bytes = max(peak_kv_bytes, kv.peak_bytes)
                         kv = self._kv_memory(layout, queue, kept)
-                        loop.move(self._module.strategy.runner(kv.pool), kv)
+                        loop.move(self._runner(kv), kv)
                     key = self._kv_key(layout)
                 with self._module.borrowed():
                     records = loop.advance()
                 if records is None:
-                    loop.close()  # the comparison finds the memory of the call free again
+                    loop.close(resting=kept is not None)  # the comparison finds the memory of the call free again
                     parity = self._parity.measure(sample, steps=loop.tally.steps, tokens=loop.tally.computed_tokens)
                     return
                 for record in records:
@@ -217,15 +220,20 @@ class Generation:
                 kept = None
             raise
         finally:
-            loop.close()
+            loop.close(resting=kept is not None)
             if kept is not None:
-                kept.put(kv, key)
+                kept.put(kv, key, loop.runner, seen.moves)
             self.stats = loop.tally.stats(
                 peak_kv_bytes=max(peak_kv_bytes, kv.peak_bytes),
                 kv_bytes_held=kv.bytes_held,
                 seconds=time.perf_counter() - start,
                 parity=parity,
             )
+
+    def _runner(self, kv: KVMemory) -> Runner:
+        runner = self._module.strategy.runner(kv.pool)
+        runner.latency_budget_ms = self._latency_budget_ms
+        return runner
 
     def _free_bytes(self) -> float:
         return after_reserve(self.headroom, self._reserve_fraction)

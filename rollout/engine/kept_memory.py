@@ -1,4 +1,4 @@
-"""KV memory that sessions keep between their calls."""
+"""Memory that sessions keep between their calls: KV, and the CUDA graphs that read it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import NamedTuple
 from rollout.engine.kv_memory import IdleMemory, KVMemory
 from rollout.errors import InputError
 from rollout.models.kv_cache.layout import KVLayout
+from rollout.models.runners.base import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,23 @@ class KVKey(NamedTuple):
     """Changes of the weights so far."""
 
 
+class Kept(NamedTuple):
+    """What one call leaves to the next."""
+
+    kv: KVMemory
+    runner: Runner | None
+    """A runner on ``kv`` that has kept what it prepared; None: it had nothing."""
+
+
+class _Held(NamedTuple):
+    kept: Kept
+    key: KVKey
+    moves: int
+    """Changes of the module's structure so far (`rollout.engine.live_module.Seen`)."""
+
+
 class KeptMemory:
-    """The KV memory of one session, or of an engine that keeps prefixes.
+    """The KV memory of one session, or of an engine that keeps prefixes, and the runner on it.
 
     A call takes it and puts it back; if the call fails, it is lost. Threads may use it at the same time: of two calls,
     the second finds nothing.
@@ -39,17 +55,26 @@ class KeptMemory:
     def __init__(self, limit: float = math.inf) -> None:
         self.limit = limit
         self._lock = threading.Lock()
-        self._held: tuple[KVMemory, KVKey] | None = None
+        self._held: _Held | None = None
         self.closed = False
 
     @property
     def bytes_held(self) -> int:
-        """Bytes that are kept; 0 while a call has them."""
+        """Bytes of KV that are kept; 0 while a call has them."""
         held = self._held
-        return 0 if held is None else held[0].bytes_held
+        return 0 if held is None else held.kept.kv.bytes_held
 
-    def take(self, key: KVKey) -> KVMemory | None:
-        """Return what the session keeps, or None if it keeps nothing that was computed under ``key``.
+    @property
+    def runner_bytes(self) -> int:
+        """`Runner.bytes_kept` of the runner that is kept; 0 while a call has it."""
+        held = self._held
+        return 0 if held is None or held.kept.runner is None else held.kept.runner.bytes_kept
+
+    def take(self, key: KVKey, moves: int) -> Kept | None:
+        """Return what the session keeps that is of use under ``key``, or None.
+
+        Keys and values of other weights are dropped. A runner stays with their empty pool, unless the module's
+        structure has changed.
 
         Raises:
             InputError: the session is closed.
@@ -57,27 +82,45 @@ class KeptMemory:
         if self.closed:
             raise InputError("The session is closed: open another with engine.session().")
         held = self._swap(None)
-        if held is None or held[1] != key:
+        if held is None:
             return None
-        kv, _ = held
-        kv.begin_call()
-        return kv
+        kv, runner = held.kept
+        if runner is not None and held.moves != moves:
+            runner.close()
+            runner = None
+        if held.key != key:
+            if runner is None or held.key._replace(weights=key.weights) != key:
+                _free(held)
+                return None
+            kv.cache.clear()
+            kv.shrink_to(0)
+        kv.begin_call(0 if runner is None else runner.bytes_kept)
+        return Kept(kv, runner)
 
-    def put(self, kv: KVMemory, key: KVKey) -> None:
+    def put(self, kv: KVMemory, key: KVKey, runner: Runner, moves: int) -> None:
         """Keep the memory of a call that has ended, within the limit, unless the session has been closed."""
-        kv.shrink_to(self.limit)
-        if not self.closed:
-            self._swap((kv, key))
+        if self.closed:
+            runner.close()
+            return
+        prepared = runner.rest(self.limit)
+        kv.shrink_to(self.limit - prepared)
+        _free(self._swap(_Held(Kept(kv, runner if prepared else None), key, moves)))
 
     def release(self) -> None:
         """Free all."""
-        self._swap(None)
+        _free(self._swap(None))
 
-    def _swap(self, held: tuple[KVMemory, KVKey] | None) -> tuple[KVMemory, KVKey] | None:
+    def _swap(self, held: _Held | None) -> _Held | None:
         """Keep ``held``; return what was kept."""
         with self._lock:
             previous, self._held = self._held, held
         return previous
+
+
+def _free(held: _Held | None) -> None:
+    """Free what was kept; KV goes with its last reference."""
+    if held is not None and held.kept.runner is not None:
+        held.kept.runner.close()
 
 
 class OpenSessions(IdleMemory):
@@ -102,11 +145,16 @@ class OpenSessions(IdleMemory):
         """Bytes that sessions keep between their calls."""
         return sum(kept.bytes_held for kept in self._alive())
 
+    @property
+    def runner_bytes(self) -> int:
+        """See `IdleMemory.runner_bytes`."""
+        return sum(kept.runner_bytes for kept in self._alive())
+
     def release(self) -> bool:
         """Free what sessions keep between their calls. Return whether there was any."""
-        held = self.bytes_held
+        held = self.bytes_held + self.runner_bytes
         for kept in self._alive():
             kept.release()
         if held:
-            logger.info("Freed %d bytes of KV that sessions kept, since other work needs the memory.", held)
+            logger.info("Freed %d bytes that sessions kept, since other work needs the memory.", held)
         return held > 0

@@ -33,6 +33,11 @@ class IdleMemory:
     def bytes_held(self) -> int:
         return 0
 
+    @property
+    def runner_bytes(self) -> int:
+        """Device memory that the headroom counts as free, but idle runners hold (`Runner.bytes_kept`)."""
+        return 0
+
     def release(self) -> bool:
         """Free all of it. Return whether there was any."""
         return False
@@ -106,7 +111,7 @@ class KVMemory:
         not free, idle memory is freed first.
         """
         self._runner_bytes = kept_bytes
-        self.headroom_bytes = after_reserve(self._headroom, self._reserve_fraction) - kept_bytes
+        self.headroom_bytes = self._unheld_bytes()
         if self.headroom_bytes < 0:
             self.release_idle()
 
@@ -114,12 +119,16 @@ class KVMemory:
         """Free what open sessions keep beside this memory. Return whether there was any."""
         if not self._idle.release():
             return False
-        self.headroom_bytes = after_reserve(self._headroom, self._reserve_fraction) - self._runner_bytes
+        self.headroom_bytes = self._unheld_bytes()
         return True
 
-    def begin_call(self) -> None:
-        """Read the headroom anew and count the peak from here."""
-        self.read_headroom()
+    def _unheld_bytes(self) -> int:
+        held = self._runner_bytes + self._idle.runner_bytes
+        return after_reserve(self._headroom, self._reserve_fraction) - held
+
+    def begin_call(self, kept_bytes: int = 0) -> None:
+        """Read the headroom anew, as `read_headroom` does, and count the peak from here."""
+        self.read_headroom(kept_bytes)
         self.peak_bytes = self.bytes_held
 
     # -- amounts -----------------------------------------------------------------------------

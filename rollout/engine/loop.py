@@ -170,8 +170,14 @@ class Loop:
         self._limits.relax()
         step_ms = self._sync.first_rank_value(1e3 * (time.perf_counter() - start))
         timed = step.ran.timed(step_ms)
-        self._steps.append(timed)
+        if not self._runner.prepared:  # reported as slow as it was, but no policy can avoid it by fewer rows
+            self._steps.append(timed)
         self._reporter.report(step, timed)
+
+    @property
+    def runner(self) -> Runner:
+        """The runner in use."""
+        return self._runner
 
     @property
     def weight_version(self) -> int:
@@ -209,11 +215,12 @@ class Loop:
         loop = weakref.proxy(self)
         return Scheduler(kv=kv, queue=self._queue, tally=self.tally, settle=lambda: loop._settle())
 
-    def close(self) -> None:
-        """Drop all rows and free all memory."""
+    def close(self, *, resting: bool = False) -> None:
+        """Drop all rows and free all memory, but for what a session keeps, which takes over a resting ``runner``."""
         self._outputs.pending = None
         self._scheduler.close()
-        self._runner.close()
+        if not resting:
+            self._runner.close()
 
     @property
     def _lookahead(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 from rollout.batcher.types import Decision, Observation
 from rollout.requests import Request
 from rollout.sampling_params import SamplingParams
-from tests.support.toy_loop import Fixed, World, plain
+from tests.support.toy_loop import Fixed, ToyRunner, World, plain
 
 pytestmark = pytest.mark.usefixtures("late_or_not", "little_patience")
 
@@ -101,3 +101,25 @@ def test_policy_observes_groups_and_rows_that_end_at_their_limit() -> None:
     assert len(cut) < len(records), "the last were told to nobody"
     by_stop = sum(record.finish_reason == "stop" for record in records)
     assert cut.count(False) in (by_stop, by_stop - 1)
+
+
+def test_policy_observes_no_step_that_also_prepared_others() -> None:
+    """Its time would look like that of too many rows; reports have it."""
+    told: list[Observation] = []
+
+    class Listening(Fixed):
+        def decide(self, observation: Observation) -> Decision:
+            told.append(observation)
+            return super().decide(observation)
+
+    class Preparing(ToyRunner):
+        @property
+        def prepared(self) -> bool:
+            return self.calls > 2
+
+    world = World(plain(1, tokens=5, new=9), Listening(rows=1))
+    world.runner = world.loop._runner = Preparing(world.pool, None)
+    world.run()
+    assert len(world.reports) >= 9
+    assert all(report.step_ms > 0 for report in world.reports)
+    assert sum(len(observation.steps) for observation in told) == 2

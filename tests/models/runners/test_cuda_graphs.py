@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from rollout import Engine, SamplingParams
+from rollout.engine.kv_memory import KVMemory
+from rollout.headroom.fake import FakeHeadroom
 from rollout.models.attention import triton, triton_metadata
 from rollout.models.attention.triton import TileSizes, TritonBackend
 from rollout.models.attention.triton_metadata import TileKinds
@@ -332,31 +334,110 @@ def test_model_on_several_devices_runs_eagerly(caplog: pytest.LogCaptureFixture)
     assert "it lies on several devices" in caplog.text
 
 
+def test_a_step_that_captures_says_so() -> None:
+    world = World()
+    world.same([(0, 4), (1, 9)])
+    assert not world.runner.prepared
+    for prepared in (True, False):
+        world.decode(0, 1)
+        assert world.runner.prepared == prepared
+
+
+def test_captures_are_rare_under_a_latency_budget_that_they_exceed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "_STEPS_PER_SLOW_CAPTURE", 4)
+    world = World()
+    world.runner.latency_budget_ms = 1e-6
+    world.same([(0, 4), (1, 9), (2, 3)])
+    found = []
+    for texts in ((0,), (0, 1), (0, 1), (0, 1), (0, 1, 2)):
+        world.forward([(text, 1) for text in texts])
+        found.append(world.sizes)
+    assert found == [[1], [1], [1, 2], [1, 2], [1, 2]]
+    world.runner.latency_budget_ms = 1e9
+    world.forward([(text, 1) for text in (0, 1, 2)])
+    assert world.sizes == [1, 2, 4]
+
+
+def test_resting_keeps_graphs_within_a_limit() -> None:
+    world = World()
+    world.same([(0, 4)])
+    world.decode(0)
+    kept = world.runner.rest(1e9)
+    assert kept > world.runner.bytes_kept > 0
+    world.decode(0)
+    assert len(world.fake.graphs) == 1
+    assert world.runner.rest(kept - 1) == 0
+    assert (world.runner.bytes_kept, world.fake.released) == (0, 1)
+
+
+def use_triton(monkeypatch: pytest.MonkeyPatch, *, replays: bool = True) -> list[FakeGraphs]:
+    """Let engines run Triton's kernels; return the graphs of their runners, which grow as calls begin."""
+    graphs: list[FakeGraphs] = []
+
+    def runner(self: PackedStrategy, pool: PagePool) -> Runner:
+        backend = TritonBackend(pool)
+        eager = PackedRunner(self.model, pool, backend)
+        if not replays:
+            return eager
+        graphs.append(FakeGraphs())
+        return CudaGraphRunner(eager, self.model, backend, self._borrowed, graphs[-1])
+
+    monkeypatch.setattr(PackedStrategy, "runner", runner)
+    return graphs
+
+
 def test_engine_generates_the_same_tokens_with_and_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows join and finish in a small pool; all graphs are freed when the call ends."""
     model = llama()
-    graphs: list[FakeGraphs] = []
-
-    def eager(self: PackedStrategy, pool: PagePool) -> Runner:
-        return PackedRunner(self.model, pool, TritonBackend(pool))
-
-    def replaying(self: PackedStrategy, pool: PagePool) -> Runner:
-        graphs.append(FakeGraphs())
-        return CudaGraphRunner(
-            eager=eager(self, pool),
-            model=self.model,
-            backend=TritonBackend(pool),
-            borrowed=self._borrowed,
-            graphs=graphs[-1],
-        )
-
     prompts = [[5, 6, 7], [8] * 20, [9, 10], [11] * 9]
     params = SamplingParams(max_new_tokens=6, ignore_eos=True)
     batches = []
-    for runner in (eager, replaying):
-        monkeypatch.setattr(PackedStrategy, "runner", runner)
+    for replays in (False, True):
+        graphs = use_triton(monkeypatch, replays=replays)
         engine = Engine(model, None, max_rows=3)
         batches.append([record.completion_ids for record in engine.generate(prompts, params)])
     assert batches[0] == batches[1]
     assert sum(graph.replays for graph in graphs[-1].graphs) >= 6
     assert graphs[-1].bytes_kept == 0
+
+
+def test_a_session_keeps_graphs_while_the_module_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(1)
+    graphs = use_triton(monkeypatch)
+    engine = Engine(model, None)
+    graphs.clear()
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    with engine.session() as session:
+        for _ in range(3):
+            found = session.generate([[5, 6, 7], [9, 10]], params)
+            with torch.no_grad():
+                model.lm_head.weight.mul_(-1.5)  # other weights at the same place
+        assert [len(made.graphs) for made in graphs] == [1]
+        assert graphs[0].graphs[0].replays == 6
+        session.release()
+        assert graphs[0].bytes_kept == 0
+        session.generate([[5, 6, 7]], params)
+        model.lm_head.weight.data = model.lm_head.weight.data.clone()
+        session.generate([[5, 6, 7]], params)
+        assert [len(made.graphs) for made in graphs] == [1, 1, 1]
+    assert all(made.bytes_kept == 0 for made in graphs)
+    with torch.no_grad():
+        model.lm_head.weight.div_(-1.5)
+    expected = engine.generate([[5, 6, 7], [9, 10]], params)
+    assert [record.completion_ids for record in expected] == [record.completion_ids for record in found]
+
+
+def test_what_sessions_keep_of_graphs_is_no_headroom(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_triton(monkeypatch)
+    engine = Engine(llama(1), None)
+    session = engine.session()
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    session.generate([[5, 6, 7]], params)
+    sessions = engine._generation.sessions
+    assert sessions.runner_bytes == 1000
+    free = FakeHeadroom(10_000)
+    kv = KVMemory(session._kept._held.kept.kv.pool.layout, free, DEVICE, None, 0.0, 1, idle=sessions)  # type: ignore[union-attr]
+    assert kv.headroom_bytes == 9000
+    assert sessions.release()
+    kv.read_headroom()
+    assert kv.headroom_bytes == 10_000
