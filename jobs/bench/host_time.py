@@ -2,6 +2,10 @@
 
     python -m jobs.bench.host_time packaged:SmolLM2-135M-Instruct
     python -m jobs.bench.host_time random:tiny --settings 64,256,1024,64x2000
+    python -m jobs.bench.host_time random:tiny --runner graphs --settings 64x1024,256x1024,1024x1024
+
+With ``--runner graphs``, forwards compute nothing, and take what the host does for a CUDA graph but for its launch:
+they fill the buffers that a captured step reads, on a CPU. Logits are then all 0.
 
 A setting is ``ROWS[xCONTEXT]``. Each runs twice: in "decode" all rows only decode; in "flow" rows finish and new ones
 join all the time. The engine runs unchanged, with timers around the calls of `POINTS`. Figures are medians over steps.
@@ -17,12 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any, Literal
 
 import rollout.engine.generation
 import rollout.engine.loop
 from jobs.bench.lib import cli, tables
+from jobs.bench.lib.empty_graphs import runner_of_empty_graphs
 from rollout import Engine, SamplingParams
 from rollout.requests import Request, StepReport
 
@@ -180,14 +186,17 @@ class Timers:
                 setattr(owner, name, original)
 
 
-def measure(model: Any, setting: Setting, kind: Kind, policy: str) -> list[Step]:
-    """Return the steps of one run.
+def measure(model: Any, setting: Setting, kind: Kind, policy: str, empty_graphs: bool = False) -> list[Step]:
+    """Return the steps of one run, whose forwards are those of the model or, if ``empty_graphs``, compute nothing.
 
     Raises:
         ValueError: the requested rows were not live together for long enough.
     """
     timers = Timers(setting, kind)
     engine = Engine(model, None, policy=policy, max_rows=setting.rows)
+    if empty_graphs:  # only now, since an engine checks at first what forwards compute
+        strategy: Any = engine._module.strategy
+        strategy.runner = partial(runner_of_empty_graphs, strategy)
     requests = setting.requests(kind, model.get_input_embeddings().weight.shape[0])
     try:
         with timers.installed():
@@ -216,6 +225,7 @@ def main() -> int:
     parser.add_argument("--settings", default="64,256,1024,64x2000", help="ROWS[xCONTEXT], with commas between")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of decode and flow")
     parser.add_argument("--policy", default="predictive")
+    parser.add_argument("--runner", default="model", choices=("model", "graphs"), help="what runs forwards")
     given = parser.parse_args()
     try:
         settings = [Setting.of(text) for text in given.settings.split(",")]
@@ -226,7 +236,8 @@ def main() -> int:
     lines = []
     for setting in settings:
         for kind in kinds:
-            lines.append(line(setting, kind, measure(model, setting, kind, given.policy)))
+            steps = measure(model, setting, kind, given.policy, empty_graphs=given.runner == "graphs")
+            lines.append(line(setting, kind, steps))
             print(*lines[-1], flush=True)
     print(tables.render([HEADER, *lines]))
     return 0
