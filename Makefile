@@ -54,6 +54,7 @@ test-gpu: setup
 	  tests/gpu tests/models/attention/test_triton.py tests/models/attention/test_triton_buffers.py \
 	  tests/models/attention/test_select.py tests/models/sampling/test_top_p.py \
 	  tests/models/sampling/test_gumbel.py tests/models/patches/test_pointwise_triton.py \
+	  tests/models/patches/test_batch_invariant.py \
 	  tests/models/test_triton_compiles.py tests/contract $(ARGS)
 
 # Tests that take minutes, because what they wait for does.

@@ -5,6 +5,10 @@ class UnsupportedModel(ValueError):
     """A model that cannot be served; the message is one sentence with the reason."""
 
 
+class UnsupportedDevice(ValueError):
+    """A device that cannot run what was asked for; the message is one sentence with the reason."""
+
+
 class UnsupportedAttention(UnsupportedModel):
     """An attention implementation that was requested by name, but is missing or cannot serve the model.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rollout.engine.engine import Engine
     from rollout.engine.session import Session
+    from rollout.models.patches.batch_invariant import batch_invariant
     from rollout.records import Batch, Record
     from rollout.sampling_params import SamplingParams
     from rollout.stop_conditions import CallProgress, Deadline, FinishedPerPrompt
@@ -25,6 +26,7 @@ __all__ = [
     "Record",
     "SamplingParams",
     "Session",
+    "batch_invariant",
 ]
 
 __version__: str
@@ -39,6 +41,7 @@ _MODULES = {
     "Record": "records",
     "SamplingParams": "sampling_params",
     "Session": "engine.session",
+    "batch_invariant": "models.patches.batch_invariant",
 }
 
 

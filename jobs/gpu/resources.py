@@ -28,11 +28,11 @@ from triton.compiler import ASTSource
 from rollout.models.arrays import next_power_of_2
 from rollout.models.attention import triton_kernels
 from rollout.models.attention.triton import _LOCATE_BLOCK, _TILE_SIZES, tile_sizes
-from rollout.models.patches import pointwise_triton
+from rollout.models.patches import pointwise_triton, products_triton
 from rollout.models.sampling import gumbel_triton, top_p_triton
 from rollout.models.sampling.base import BLOCK
 
-KERNEL_MODULES = (triton_kernels, pointwise_triton, gumbel_triton, top_p_triton)
+KERNEL_MODULES = (triton_kernels, pointwise_triton, products_triton, gumbel_triton, top_p_triton)
 #: Of a multiprocessor of compute capability 9.0 (CUDA C++ Programming Guide, technical specifications).
 _REGISTERS, _SHARED_BYTES, _WARPS, _PROGRAMS = 65536, 228 << 10, 64, 32
 _RESERVED_SHARED_BYTES = 1 << 10
@@ -167,6 +167,8 @@ def cases() -> list[Case]:
     for dtype in ("bf16", "fp32"):
         found += [norm(dtype, width, late=late) for width in (2048, 4096) for late in (False, True)]
         found += [rotate(dtype, heads, kv_heads) for heads, kv_heads in ((12, 2), (32, 8))]
+    found += [multiply("bf16", 1536), multiply("bf16", 8960), multiply("fp32", 1536)]
+    found += [multiply("bf16", 8960, f"{kind} gradient") for kind in ("input", "weight")]
     return found
 
 
@@ -290,6 +292,26 @@ def rotate(dtype: str, heads: int, kv_heads: int) -> Case:
     constants = {"HEADS": heads, "KEY_HEADS": kv_heads, "HALF": 64}
     constants |= {"BLOCK_HEADS": next_power_of_2(heads), "BLOCK_HALF": 64}
     return Case(f"rotate {dtype} {heads}/{kv_heads} x 128", "rotate", types, constants, fusion=False)
+
+
+def multiply(dtype: str, columns: int, kind: str = "forward") -> Case:
+    """Return a batch-invariant product: a layer's forward, or the gradient of its input or of its weight."""
+    torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    tile = products_triton.tile_of(columns, torch_dtype)
+    types = dict.fromkeys(("left", "right", "bias", "out"), f"*{dtype}")
+    types |= dict.fromkeys(("rows", "columns", "inner", "left_row", "left_inner", "right_inner", "right_column"), "i32")
+    constants: dict[str, Any] = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INNER": tile.inner, "STAGES": tile.stages}
+    constants |= {"PRECISION": "ieee" if dtype == "fp32" else None}
+    if kind != "forward":
+        constants["bias"] = types.pop("bias") and None
+    label = f"product {dtype} {kind}, {tile.rows}x{tile.columns}x{tile.inner} w{tile.warps} s{tile.stages}"
+    ones = {
+        "forward": ("left_inner", "right_inner"),
+        "input gradient": ("left_inner", "right_column"),
+        "weight gradient": ("left_row", "right_column"),
+    }[kind]
+    case = Case(label, "multiply", types, constants, ("rows",), tile.warps)
+    return replace(case.with_ones(*ones), label=label)
 
 
 def with_arguments_of_1() -> list[Case]:

@@ -27,6 +27,8 @@ _LATER_TOKENS_WHOLE_CONTEXT = (2, 2)
 #: norm; a mixture of experts in half precision can route a token differently.
 _TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}
 _HALF_TOLERANCE = 0.3
+#: Sequences beside the one that `check_invariance` compares: 17 rows of a decode, 306 tokens of a prefill.
+_COMPANY = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,37 @@ def check_parity(
         )
 
 
-def _sequences(layout: KVLayout, vocabulary: int, prefills_whole_context: bool) -> list[_Sequence]:
-    """Build the sequences of the check, with consecutive pages."""
+def check_invariance(
+    strategy: RunStrategy,
+    layout: KVLayout,
+    applied: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    """Compare the logits of one sequence alone and in company, bit for bit.
+
+    Args:
+        strategy, layout, applied: as in `check_parity`.
+
+    Raises:
+        UnsupportedModel: they differ.
+    """
+    model = strategy.model
+    sequences = _sequences(layout, vocabulary_size(model), strategy.prefills_whole_context, company=_COMPANY)
+    alone, together = (_paged_logits(strategy, some, layout, applied)[:, 0] for some in (sequences[:1], sequences))
+    if not torch.equal(alone, together):
+        distance = float((alone - together).abs().max())
+        raise UnsupportedModel(
+            f"batch_invariant=true was requested, but logits of {family_name(model)} in {layout.dtype} on "
+            f"{output_device(model)} depend on the other rows of a step (by up to {distance:.2g})."
+        )
+
+
+def _sequences(layout: KVLayout, vocabulary: int, prefills_whole_context: bool, company: int = 1) -> list[_Sequence]:
+    """Build the sequences of a check, with consecutive pages: the first, and so many of the other."""
     sequences = []
     first_page = 0
     later_tokens = _LATER_TOKENS_WHOLE_CONTEXT if prefills_whole_context else _LATER_TOKENS
-    for number, (length, later) in enumerate(zip(_LENGTHS, later_tokens, strict=True)):
+    kinds = list(zip(_LENGTHS, later_tokens, strict=True))
+    for number, (length, later) in enumerate(kinds[:1] + kinds[1:] * company):
         pages = np.arange(first_page, first_page + layout.pages_for(length))
         ids = np.arange(3, 3 + length) * (7 + 4 * number) % vocabulary
         sequences.append(_Sequence(ids=ids, pages=pages, ends=(length - later, length - 1, length)))

@@ -29,7 +29,8 @@ _GROUPS = {
 }
 _EXECUTION_GROUPS = ("batcher", "memory", "job")
 _EXECUTION_KEYS = (
-    *("model.device", "model.device_map", "model.tensor_parallel", "model.attention"),
+    *("model.device", "model.device_map", "model.tensor_parallel"),
+    *("model.attention", "model.batch_invariant"),
     *("model.path", "model.revision", "model.adapter", "model.reference", "data.path", "data.lengths_from"),
     *("tracker", "output.check"),
 )

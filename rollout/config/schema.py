@@ -30,6 +30,7 @@ class ModelConfig:
     reference: str | None = MISSING
     trust_remote_code: bool = MISSING
     attention: str = MISSING
+    batch_invariant: bool = MISSING
 
 
 @dataclass

@@ -59,6 +59,8 @@ class Engine:
         keep_prefixes_bytes: KV bytes that may stay in memory after a call, for later prompts that begin with the same
             tokens, while the weights stay as they are; `release` frees them. 0: none.
         attention: name of a backend (`rollout.models.attention.names`); ``auto``: the engine's fastest for this model.
+        batch_invariant: give a row the same bits whatever else is in its steps, and refuse a model or a device that
+            cannot. On a GPU, linear layers then run in a kernel of the engine's that is slower than cuBLAS.
         headroom: free memory to follow instead of the devices' own.
         skip_special_tokens: leave special tokens, such as the one that ends a completion, out of the text.
         split_reasoning: put what stands between the model's think tokens into ``reasoning`` instead of ``text``.
@@ -91,6 +93,7 @@ class Engine:
         reserve_fraction: float = 0.05,
         keep_prefixes_bytes: int = 0,
         attention: str = AUTO,
+        batch_invariant: bool = False,
         headroom: Headroom | None = None,
         skip_special_tokens: bool = True,
         split_reasoning: bool = False,
@@ -118,7 +121,11 @@ class Engine:
             chat_template_kwargs=chat_template_kwargs,
             tools=tools,
             has_tokenizer=tokenizer is not None,
-            flags={"skip_special_tokens": skip_special_tokens, "split_reasoning": split_reasoning},
+            flags={
+                "skip_special_tokens": skip_special_tokens,
+                "split_reasoning": split_reasoning,
+                "batch_invariant": batch_invariant,
+            },
         )
         self.model = model
         self.tokenizer = tokenizer
@@ -136,6 +143,7 @@ class Engine:
             model,
             attention,
             lambda: after_reserve(headroom or headroom_for(output_device(model)), reserve_fraction),
+            batch_invariant=batch_invariant,
         )
         strategy = self._module.strategy
         layout = self._module.layout()

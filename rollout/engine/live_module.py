@@ -26,7 +26,7 @@ from rollout.models.module.inspect import output_device, refuse_other_models
 from rollout.models.module.sharding import ShardedWeights, refuse_missing_weights, without_wrappers
 from rollout.models.module.signals import deliver_signals
 from rollout.models.runners.base import RunStrategy
-from rollout.models.runners.parity_check import check_parity
+from rollout.models.runners.parity_check import check_invariance, check_parity
 from rollout.models.runners.select import select_strategy
 
 logger = logging.getLogger(__name__)
@@ -53,17 +53,26 @@ class LiveModule:
         model: a transformers causal LM, wrapped or not.
         attention: name of a backend, or ``auto``.
         free_bytes: reads the memory that copies of weights may take their share of.
+        batch_invariant: refuse a model whose logits depend on the other rows of a step.
 
     Raises:
         UnsupportedModel: the model, or the model with that attention, is not supported; the message says why.
     """
 
-    def __init__(self, model: nn.Module, attention: str = AUTO, free_bytes: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        attention: str = AUTO,
+        free_bytes: Callable[[], float] = lambda: 0.0,
+        *,
+        batch_invariant: bool = False,
+    ) -> None:
         refuse_other_models(model)
         self.model = without_wrappers(model)
         self._weights = ShardedWeights(self.model)
         self._choice = attention
         self._free_bytes = free_bytes
+        self._batch_invariant = batch_invariant
         self._layouts: dict[object, KVLayout] = {}
         self._patches: Patches | None = None
         # Another thread may be inside a step, with patches of its own.
@@ -105,16 +114,19 @@ class LiveModule:
         """
         deliver_signals()
         layout = strategy.kv_layout()
-        self._patches = Patches(self.model, has_states=bool(layout.states))
+        self._patches = Patches(self.model, has_states=bool(layout.states), batch_invariant=self._batch_invariant)
         self._patches.fit(self._free_bytes())
         try:
             check_parity(strategy, layout, self._patches.applied)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or self._batch_invariant:
                 raise
             self._patches = None
             check_parity(strategy, layout)
             logger.warning("The model runs without the engine's faster layers, and slower: %s.", clause(error))
+        if self._batch_invariant:
+            assert self._patches is not None
+            check_invariance(strategy, layout, self._patches.applied)
         self._layouts[self.autocast] = layout
 
     @property

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from rollout.models.device import is_out_of_memory
+from rollout.models.errors import UnsupportedDevice, UnsupportedModel
 from rollout.models.module.changes import Change
+from rollout.models.module.inspect import output_device
+from rollout.models.patches.batch_invariant import check_kernel, invariant_products
 from rollout.models.patches.decoder_stack import DecoderStack, decoder_stack
 from rollout.models.patches.linears import PackedLinears
 from rollout.models.patches.norms_and_rope import FusedModules
@@ -30,12 +33,24 @@ class Patches:
         model: the module.
         has_states: whether the model has recurrent states. They accumulate rounding differences, so such models keep
             their own kernels.
+        batch_invariant: whether a row must have the same bits in any batch.
+
+    Raises:
+        UnsupportedModel: the kernel that a GPU needs for that does not work there.
     """
 
-    def __init__(self, model: nn.Module, *, has_states: bool) -> None:
+    def __init__(self, model: nn.Module, *, has_states: bool, batch_invariant: bool = False) -> None:
         self._model = model
         self._groups = layers_with_shared_inputs(model)
         self._has_states = has_states
+        self._batch_invariant = batch_invariant
+        device = output_device(model)
+        self._invariant_on_gpu = batch_invariant and device.type == "cuda"
+        if self._invariant_on_gpu:
+            try:
+                check_kernel(device)
+            except UnsupportedDevice as error:
+                raise UnsupportedModel(f"batch_invariant=true was requested, but {error}") from error
         self._fused = None if has_states else FusedModules(model)
         self._linears: PackedLinears | None = None
         self._autocast: object = None
@@ -52,6 +67,11 @@ class Patches:
         if self._linears is None:
             self._linears = PackedLinears(self._model, self._room(free_bytes), self._groups)
             self._autocast = autocast
+            if self._batch_invariant and self._linears.left_out:
+                raise UnsupportedModel(
+                    f"batch_invariant=true was requested, but the copies of {self._linears.left_out} linear layers, "
+                    "without which a row depends on its batch, do not fit into the free memory."
+                )
 
     def _room(self, free_bytes: float) -> int:
         held = 0 if self._linears is None else self._linears.bytes_held
@@ -101,6 +121,8 @@ class Patches:
         """Make the module run with the patches inside the block."""
         patches = self._linears, self._fused, self._decoder_stack()
         with ExitStack() as stack:
+            if self._invariant_on_gpu:
+                stack.enter_context(invariant_products())
             for patch in patches:
                 if patch is not None:
                     stack.enter_context(patch.applied())

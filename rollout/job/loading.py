@@ -82,6 +82,7 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
     transformers.utils.logging.disable_progress_bar()
     named = asdict(config.model)
     attention = named.pop("attention")
+    batch_invariant = named.pop("batch_invariant")
     del named["reference"]
     source = ModelSource(**named)
     with _naming_model_keys():
@@ -105,6 +106,7 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
             device,
             reserve_fraction=config.memory.reserve_fraction,
             attention=attention,
+            batch_invariant=batch_invariant,
         )
         headroom = KeptFree(headroom_for(device), reference.working_bytes)
     with _naming_model_keys(UnsupportedModel):
@@ -119,6 +121,7 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
             reserve_fraction=config.memory.reserve_fraction,
             keep_prefixes_bytes=config.memory.keep_prefixes_bytes,
             attention=attention,
+            batch_invariant=batch_invariant,
             headroom=headroom,
             skip_special_tokens=config.output.skip_special_tokens,
             split_reasoning=config.output.split_reasoning,

@@ -328,6 +328,6 @@ def _new_run_json(config: Config, fingerprint: Fingerprint, *, rows: int, dtype:
 
 def _attempt(config: Config, attention: str, workers: int) -> dict[str, Any]:
     """Describe one attempt: the settings that may differ between attempts of a run."""
-    model = {key: getattr(config.model, key) for key in ("device", "device_map", "tensor_parallel")}
+    model = {key: getattr(config.model, key) for key in ("device", "device_map", "tensor_parallel", "batch_invariant")}
     execution = {"batcher": asdict(config.batcher), "memory": asdict(config.memory), **model}
     return {**this_launch(workers), "attention": attention, **execution}

@@ -37,6 +37,7 @@ _REPRESENTATIVES = (
     "draw bf16 filtered",
     "norm bf16 2048",
     "rotate bf16 12/2",
+    "product bf16 forward, 64x32",
 )
 
 

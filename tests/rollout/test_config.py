@@ -29,6 +29,7 @@ def test_defaults_match_the_contract() -> None:
         "reference": None,
         "trust_remote_code": False,
         "attention": "auto",
+        "batch_invariant": False,
     }
     assert asdict(config.data) == {
         "path": "builtin:arithmetic",
