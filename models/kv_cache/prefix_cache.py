@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ from rollout.models.arrays import IntArray
 from rollout.models.kv_cache.page_pool import PagePool
 
 _NO_PAGES: IntArray = np.zeros(0, np.int64)
-#: No token, in the places of a page that hold none.
-_NO_TOKEN = -1
+#: A byte of places in a page that hold no token: -1 as a token.
+_NO_TOKEN = b"\xff"
 _TOKEN_BYTES = 8
 #: Children of a node among which the closest is looked for. Of more, those with the same first tokens, and so many.
 _MOST_COMPARED = 64
@@ -52,20 +52,59 @@ class Waiter:
 
 @dataclass(eq=False, slots=True)
 class _Node:
-    """A page, known by its own tokens and those of the pages before it."""
+    """A page, known by its own tokens and those of the pages before it.
+
+    Most nodes have one child and nobody waits there, so neither makes a dictionary: Python's collector of garbage
+    stops the world in proportion to the objects that refer to others.
+    """
 
     key: bytes
     """The page's tokens; fewer than a page holds at the end of a sequence, and then the node has no children."""
     parent: _Node | None = None
-    children: dict[bytes, _Node] = field(default_factory=dict)
+    only: _Node | None = None
+    """The child, if there is one."""
+    several: dict[bytes, _Node] | None = None
+    """The children by their tokens, if there are several."""
     index: int = -1
     """Place in the cache's arrays; -1 once it has left the tree."""
     pending: bool = False
     """Whether the page is still being computed; then the pages below it are as well."""
-    waiters: dict[bytes, dict[Waiter, None]] = field(default_factory=dict)
-    """Sequences whose path ends here, by the tokens of their next page."""
+    waiters: dict[bytes, dict[Waiter, None]] | None = None
+    """Sequences whose path ends here, by the tokens of their next page; None: there are none."""
     starts: dict[bytes, dict[_Node, None]] | None = None
     """The children by their first tokens, if there are many."""
+
+    @property
+    def children(self) -> Collection[_Node]:
+        if self.several is not None:
+            return self.several.values()
+        return () if self.only is None else (self.only,)
+
+    def child(self, key: bytes) -> _Node | None:
+        """Return the child with these tokens."""
+        if self.several is not None:
+            return self.several.get(key)
+        return self.only if self.only is not None and self.only.key == key else None
+
+    def add(self, child: _Node) -> None:
+        """Add a child with other tokens than those that there are."""
+        if self.several is not None:
+            self.several[child.key] = child
+        elif self.only is not None:
+            self.several = {self.only.key: self.only, child.key: child}
+            self.only = None
+        else:
+            self.only = child
+
+    def remove(self, child: _Node) -> None:
+        """Remove a child."""
+        if self.several is None:
+            self.only = None
+            return
+        del self.several[child.key]
+        if len(self.several) == 1:
+            (self.only,) = self.several.values()
+            self.several = None
 
 
 class PendingPages:
@@ -188,8 +227,8 @@ class PrefixCache:
         keys = self._keys(tokens)[done:]
         if not keys or (node.children and self._is_end_of_other(node, keys[0])):
             return []
-        waiters = node.waiters.pop(keys[0], {})
-        added = self._add(node, keys, pages[done : done + len(keys)], tokens[done * self.page_size :], pending=pending)
+        waiters = self._take_waiters(node, keys[0])
+        added = self._add(node, keys, pages[done : done + len(keys)], pending=pending)
         if not pending:
             self._remove_ends(added[0])
         self._pool.share(pages[done : done + len(added)])
@@ -197,7 +236,7 @@ class PrefixCache:
         self._advance(waiters, node, done, added)
         return added
 
-    def _advance(self, waiters: dict[Waiter, None], node: _Node, depth: int, added: Sequence[_Node]) -> None:
+    def _advance(self, waiters: Collection[Waiter], node: _Node, depth: int, added: Sequence[_Node]) -> None:
         """Move sequences that waited at ``node``, ``depth`` pages deep, to the last of the pages added below it."""
         width, path = self._page_bytes, b"".join(page.key for page in added)
         full = len(path) // width
@@ -215,6 +254,8 @@ class PrefixCache:
             counts[common] += 1
             at = added[common - 1] if common else node
             waiter.node, waiter.depth = at, depth + common
+            if at.waiters is None:
+                at.waiters = {}
             alike = at.waiters.get(key := data[common * width :])
             if alike is None:
                 at.waiters[key] = {waiter: None}
@@ -236,7 +277,7 @@ class PrefixCache:
         if node.index < 0 or parent is None or len(parent.children) == 1:
             return
         for end in range(self._start_bytes, len(node.key), _TOKEN_BYTES):
-            other = parent.children.get(node.key[:end])
+            other = parent.child(node.key[:end])
             if other is not None:
                 self._remove(other)
 
@@ -249,7 +290,7 @@ class PrefixCache:
         path, node = list[_Node](), root
         data, width = tokens.astype(np.int64, copy=False).tobytes(), self._page_bytes
         for start in range(0, len(data), width):
-            child = node.children.get(data[start : start + width])
+            child = node.child(data[start : start + width])
             if child is None:
                 break
             path.append(child)
@@ -274,7 +315,8 @@ class PrefixCache:
         ]
         if not children:
             return None, 0
-        same = self._tokens[[child.index for child in children], : len(tokens)] == tokens
+        keys = b"".join(child.key.ljust(self._page_bytes, _NO_TOKEN) for child in children)
+        same = np.frombuffer(keys, np.int64).reshape(len(children), -1)[:, : len(tokens)] == tokens
         common = np.cumprod(same, axis=1).sum(axis=1)
         sizes = np.array([len(child.key) // _TOKEN_BYTES for child in children], np.int64)
         common[common < np.minimum(self.worthwhile_tokens, sizes)] = 0
@@ -284,9 +326,9 @@ class PrefixCache:
     def _alike(self, node: _Node, key: bytes) -> Iterable[_Node]:
         """Return the children that may have tokens in common with a page, or some of them if there are many."""
         if node.starts is None:
-            return node.children.values()
+            return node.children
         same = islice(node.starts.get(key[: self._start_bytes], ()), _MOST_COMPARED)
-        ends = (node.children.get(key[:end]) for end in range(_TOKEN_BYTES, self._start_bytes, _TOKEN_BYTES))
+        ends = (node.child(key[:end]) for end in range(_TOKEN_BYTES, self._start_bytes, _TOKEN_BYTES))
         return [*same, *(end for end in ends if end is not None)]
 
     def _touch(self, path: list[_Node]) -> None:
@@ -308,17 +350,18 @@ class PrefixCache:
         """Remove a sequence that `wait` added."""
         del self._waiters[waiter]
         node, key = waiter.node, self._next_key(waiter)
+        assert node.waiters is not None
         alike = node.waiters[key]
         del alike[waiter]
         if not alike:
-            del node.waiters[key]
+            self._take_waiters(node, key)
         if node.index >= 0:
             self._waiting[node.index] -= 1
 
     def stop_all_waiting(self) -> None:
         """Remove all sequences that wait."""
         for waiter in self._waiters:
-            waiter.node.waiters.clear()
+            waiter.node.waiters = None
         self._waiters.clear()
         self._waiting[:] = 0
 
@@ -332,9 +375,21 @@ class PrefixCache:
     def _arrive(self, waiter: Waiter) -> None:
         """Enter a sequence at its node."""
         node = waiter.node
+        if node.waiters is None:
+            node.waiters = {}
         node.waiters.setdefault(self._next_key(waiter), {})[waiter] = None
         if node.index >= 0:
             self._waiting[node.index] += 1
+
+    @staticmethod
+    def _take_waiters(node: _Node, key: bytes) -> Collection[Waiter]:
+        """Take the sequences from a node whose next page has these tokens."""
+        if node.waiters is None:
+            return ()
+        waiters = node.waiters.pop(key, {})
+        if not node.waiters:
+            node.waiters = None
+        return waiters
 
     def _move(self, waiter: Waiter, node: _Node, depth: int) -> None:
         """Enter a sequence at another node; those that wait beside it have been taken from theirs already."""
@@ -359,8 +414,8 @@ class PrefixCache:
         Args:
             needed: free pages as well that waiting sequences begin with.
         """
-        left = min(pages, self.evictable_pages)
-        if left <= 0:
+        left = min(pages, self.evictable_pages) if pages > 0 else 0
+        if not left:
             return
         leaves = np.flatnonzero(self._fanouts[: len(self)] == 0)
         leaves = leaves[self._pool.references(self._pages[leaves]) == 1]
@@ -423,42 +478,36 @@ class PrefixCache:
         self._used: IntArray = np.zeros(0, np.int64)
         self._fanouts: IntArray = np.zeros(0, np.int64)
         self._waiting: IntArray = np.zeros(0, np.int64)
-        self._tokens: IntArray = np.zeros((0, self.page_size), np.int64)
         self._changes += 1
 
     # -- nodes -----------------------------------------------------------------------------------------
 
-    def _add(
-        self, parent: _Node, keys: Sequence[bytes], pages: IntArray, tokens: IntArray, *, pending: bool
-    ) -> list[_Node]:
-        """Add a chain of nodes below ``parent``: one for each of ``keys``, whose tokens are ``tokens``."""
+    def _add(self, parent: _Node, keys: Sequence[bytes], pages: IntArray, *, pending: bool) -> list[_Node]:
+        """Add a chain of nodes below ``parent``: one for each of ``keys``."""
         first, end = len(self._nodes), len(self._nodes) + len(keys)
         if end > len(self._pages):
-            more = max(64, end)
-            self._pages = np.pad(self._pages, (0, more))
-            self._used = np.pad(self._used, (0, more))
-            self._fanouts = np.pad(self._fanouts, (0, more))
-            self._waiting = np.pad(self._waiting, (0, more))
-            self._tokens = np.pad(self._tokens, ((0, more), (0, 0)))
+            room = max(64, 2 * end)
+            self._pages = _longer(self._pages, room)
+            self._used = _longer(self._used, room)
+            self._fanouts = _longer(self._fanouts, room)
+            self._waiting = _longer(self._waiting, room)
         self._pages[first:end] = pages
         self._fanouts[first:end] = 1
         self._fanouts[end - 1] = 0
         self._waiting[first:end] = 0
-        self._tokens[end - 1] = _NO_TOKEN
-        self._tokens[first:end].reshape(-1)[: len(tokens)] = tokens
         if parent.index >= 0:
             self._fanouts[parent.index] += 1
         added, node = list[_Node](), parent
         for index, key in enumerate(keys, first):
             child = _Node(key, node, index=index, pending=pending)
-            node.children[key] = child
+            node.add(child)
             added.append(child)
             node = child
         if parent.starts is not None:
             parent.starts.setdefault(keys[0][: self._start_bytes], {})[added[0]] = None
         elif len(parent.children) > _MOST_COMPARED:
             parent.starts = {}
-            for child in parent.children.values():
+            for child in parent.children:
                 parent.starts.setdefault(child.key[: self._start_bytes], {})[child] = None
         self._nodes += added
         self._changes += 1
@@ -468,7 +517,7 @@ class PrefixCache:
         """Drop a node without children; return its parent."""
         parent, index = node.parent, node.index
         assert parent is not None
-        del parent.children[node.key]
+        parent.remove(node)
         if parent.starts is not None:
             start = node.key[: self._start_bytes]
             del parent.starts[start][node]
@@ -476,14 +525,15 @@ class PrefixCache:
                 del parent.starts[start]
         if parent.index >= 0:
             self._fanouts[parent.index] -= 1
-        for alike in list(node.waiters.values()):
+        waiters, node.waiters = node.waiters or {}, None
+        for alike in waiters.values():
             for waiter in alike:
                 self._move(waiter, parent, waiter.depth - 1)
         self._pool.release(self._pages[[index]])
         last = self._nodes.pop()
         if last is not node:
             self._nodes[index] = last
-            for array in (self._pages, self._used, self._fanouts, self._waiting, self._tokens):
+            for array in (self._pages, self._used, self._fanouts, self._waiting):
                 array[index] = array[last.index]
             last.index = index
         node.index = -1
@@ -498,26 +548,21 @@ class PrefixCache:
         """
         for index, node in enumerate(self._nodes):
             size = len(node.key) // _TOKEN_BYTES
-            tokens = self._tokens[index]
-            if node.index != index or node.parent is None or node.parent.children[node.key] is not node:
+            if node.index != index or node.parent is None or node.parent.child(node.key) is not node:
                 raise AssertionError(f"node {index} has lost its place")
-            if tokens[:size].tobytes() != node.key or (tokens[size:] != _NO_TOKEN).any():
-                raise AssertionError(f"node {index} has other tokens than its key")
             if self._fanouts[index] != len(node.children) or (node.children and size < self.page_size):
                 raise AssertionError(f"node {index} has children that are not counted, or that it must not have")
             if node.parent.pending and not node.pending:
                 raise AssertionError(f"node {index} is said to be computed, and the page before it is not")
-            if self._waiting[index] != sum(map(len, node.waiters.values())):
+            if self._waiting[index] != sum(map(len, (node.waiters or {}).values())):
                 raise AssertionError(f"node {index} counts other sequences than wait there")
         reached, nodes, waiting = 0, list(self._roots.values()), 0
         while nodes:
             node = nodes.pop()
             reached += len(node.children)
-            waiting += sum(map(len, node.waiters.values()))
-            nodes.extend(node.children.values())
-            if node.starts is not None and {n for part in node.starts.values() for n in part} != {
-                *node.children.values()
-            }:
+            waiting += sum(map(len, (node.waiters or {}).values()))
+            nodes.extend(node.children)
+            if node.starts is not None and {n for part in node.starts.values() for n in part} != {*node.children}:
                 raise AssertionError("children are not found by their first tokens")
         if reached != len(self) or len(set(self.pages.tolist())) != len(self):
             raise AssertionError(f"{reached} nodes with {len(set(self.pages.tolist()))} pages, not {len(self)}")
@@ -525,10 +570,19 @@ class PrefixCache:
             root, whole = self._root(len(waiter.tokens)), len(waiter.tokens) // self.page_size * self.page_size
             path = self._walk(waiter.tokens[:whole], root)
             node = path[-1] if path else root
-            if (waiter.node, waiter.depth) != (node, len(path)) or waiter not in node.waiters[self._next_key(waiter)]:
+            if (waiter.node, waiter.depth) != (node, len(path)) or waiter not in (node.waiters or {})[
+                self._next_key(waiter)
+            ]:
                 raise AssertionError(f"a sequence of {len(waiter.tokens)} tokens waits at the wrong page")
         if waiting != len(self._waiters):
             raise AssertionError(f"{waiting} sequences wait at pages, not {len(self._waiters)}")
+
+
+def _longer(array: IntArray, length: int) -> IntArray:
+    """Return a copy with ``length`` entries, the new ones 0."""
+    longer = np.zeros(length, np.int64)
+    longer[: len(array)] = array
+    return longer
 
 
 def _common_bytes(one: bytes, other: bytes) -> int:

@@ -154,9 +154,9 @@ class KVMemory:
         return self._free_bytes + self._growable_bytes(self._idle.bytes_held) // slab_bytes * slab_bytes
 
     @property
-    def obtainable_pages(self) -> int:
-        """Free KV pages, and those of slabs that may be added if no new row needs a state."""
-        return self.pool.free_pages + self.cache.evictable_pages + self._growable_slabs() * self.pool.slab_pages
+    def attainable_pages(self) -> int:
+        """KV pages that rows use, that are free, and of slabs that may be added if no new row needs a state."""
+        return self.pool.used_pages + self.pool.free_pages + self._growable_slabs() * self.pool.slab_pages
 
     @property
     def excess_bytes(self) -> int:
@@ -219,7 +219,8 @@ class KVMemory:
         while True:
             slabs = self._growable_slabs(states)
             missing = pages - page_pool.free_pages - slabs * page_pool.slab_pages
-            if slabs < 0 or missing + keep_free > self.cache.evictable_pages:
+            # Evictable pages take long to count, and there mostly are enough without them.
+            if slabs < 0 or (missing + keep_free > 0 and missing + keep_free > self.cache.evictable_pages):
                 if not self.release_idle():
                     return False
                 continue

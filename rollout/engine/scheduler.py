@@ -102,14 +102,16 @@ class Scheduler:
     def _admit(self, rows: int, prefill_tokens: int) -> int | None:
         """Implement `admit`, except for the copies of pages that are shared in part."""
         budget = prefill_tokens - sum(prefill.remaining for prefill in self.prefills)
-        place = 0
-        while self.alive < rows and place < _MOST_PASSED and (row := self._queue.row(place)) is not None:
+        place, alive = 0, self.alive
+        while alive < rows and place < _MOST_PASSED and (row := self._queue.row(place)) is not None:
             group = row.group
             if group.prefill is not None and not len(row.completion):
-                if not self._reserve(self._pages_for(1), self._states_per_row, keep_free=self._admission_reserve):
+                keep_free = self._admission_reserve(alive)
+                if not self._reserve(self._pages_for(1), self._states_per_row, keep_free):
                     return None
                 group.prefill.rows.append(self._queue.pop(place))
                 group.prefill.states = np.append(group.prefill.states, self._states.allocate(self._states_per_row))
+                alive += 1
                 continue
             if budget <= 0:
                 return None
@@ -120,9 +122,10 @@ class Scheduler:
             # One token more than the context, so that every admitted row can add at least one.
             needed = self._pages_for(len(context) + 1)
             prefix = self._prefixes.take(context)
-            if not self._reserve(needed - len(prefix.full), self._states_per_row, keep_free=self._admission_reserve):
+            keep_free = self._admission_reserve(alive)
+            if not self._reserve(needed - len(prefix.full), self._states_per_row, keep_free):
                 self._prefixes.drop(prefix)
-                if self.alive:
+                if alive:
                     return None
                 # The cached page that would be copied may be the one that is missing.
                 prefix = NO_PREFIX
@@ -135,6 +138,7 @@ class Scheduler:
             if not len(row.completion):
                 group.prefill = prefill
             budget -= prefill.remaining
+            alive += 1
         return None
 
     def _preempt_rows_past_boundary(self) -> None:
@@ -160,13 +164,10 @@ class Scheduler:
             return True
         return self.recurrent and self.drop_free_slabs() and self._kv.reserve(pages, states, keep_free)
 
-    @property
-    def _admission_reserve(self) -> int:
-        """Pages that admission leaves free: one per row in prefill for its fork, and a share for decoding rows."""
-        if not self.alive:
-            return 0
-        forks = sum(len(prefill.rows) for prefill in self.prefills)
-        return forks + int(_WATERMARK * (self._kv.used_pages + self._kv.obtainable_pages))
+    def _admission_reserve(self, alive: int) -> int:
+        """Return the pages to leave free: one per row in prefill for its fork, and a share for decoding rows."""
+        in_prefill = alive - len(self.live)
+        return in_prefill + int(_WATERMARK * self._kv.attainable_pages) if alive else 0
 
     # -- prefilling ----------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ def test_a_step_makes_room_by_preempting_the_youngest() -> None:
         world.decode()
     assert (world.alive(), world.waiting()) == (["a0"], ["b0", "c0"])
     assert world.memory is not None
-    while world.memory.obtainable_pages:
+    while world.memory.attainable_pages > world.memory.used_pages:
         world.decode()
     assert world.alive() == ["a0"]
     for _ in range(PAGE_SIZE):

@@ -146,9 +146,9 @@ def test_slab_without_room_on_the_other_process_is_not_allocated() -> None:
     memory = KVMemory(
         LAYOUT, FakeHeadroom(1000 * LAYOUT.bytes_per_page), torch.device("cpu"), None, 0.0, 100, 1, Other()
     )
-    assert memory.obtainable_pages > 1
+    assert memory.attainable_pages > 1
     assert not memory.reserve(1)
-    assert (memory.bytes_held, memory.pool.slabs, memory.obtainable_pages) == (0, [], 0)
+    assert (memory.bytes_held, memory.pool.slabs, memory.attainable_pages) == (0, [], 0)
 
 
 def test_an_allocator_failure_inside_of_a_step_ends_the_loop() -> None:
