@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,18 @@ def kernels_run_here(patch: pytest.MonkeyPatch) -> torch.device:
         rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16).view(torch.int16).numpy()
         return handle(rounded.view(np.uint16), bfloat16)
 
+    @cache
+    def builtins_of(package: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if interpreter.tl.core.is_builtin(member)]
+
+    def patch_builtins(package: Any, *how: Any) -> None:
+        for name in builtins_of(package):
+            member = getattr(package, name)
+            if interpreter.tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, *how)
+
+    # Called for each call of a kernel's function: to list all members each time takes a fifth of the time.
+    patch.setattr(interpreter, "_patch_builtin", patch_builtins)
     patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
     patch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounding)
     return torch.device("cpu")
