@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rollout.models.csrc.build import KernelUnavailable, try_build
+from rollout.models.csrc.build import KernelUnavailable, address_of, try_build
 
 logger = logging.getLogger(__name__)
 
@@ -77,4 +77,4 @@ def _of_openmp() -> EntryPoints:
 
 
 def _addresses(run: Any, wait: Any) -> EntryPoints:
-    return EntryPoints(ctypes.cast(run, c_void_p).value, ctypes.cast(wait, c_void_p).value)
+    return EntryPoints(address_of(run), address_of(wait))

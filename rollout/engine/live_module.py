@@ -15,6 +15,7 @@ from rollout.engine.patches import Patches
 from rollout.engine.tp_sync import sync_for
 from rollout.engine.weight_version import WeightVersion
 from rollout.models.attention.names import AUTO
+from rollout.models.csrc.build import begin as begin_compiling
 from rollout.models.device import is_out_of_memory
 from rollout.models.errors import UnsupportedModel, clause
 from rollout.models.kv_cache.layout import KVLayout
@@ -79,6 +80,8 @@ class LiveModule:
         with self.gathered(), exclusive(self.model):
             refuse_missing_weights(self.model)
             self.device = output_device(self.model)
+            if self.device.type == "cpu":
+                begin_compiling()
             self.sync = sync_for(self.model)
             self._watch = ModuleWatch(self.model)
             self.strategy = select_strategy(self.model, attention, self._check)

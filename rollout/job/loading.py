@@ -70,6 +70,12 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
     logger.info("Loading the model.")
     # Imported here because bad input is refused without them, and they take seconds.
     import torch
+
+    from rollout.models.csrc.build import begin as begin_compiling
+
+    # Before the imports below, which take as long as the compiler; the device is checked after them.
+    if config.model.device == "cpu" or (config.model.device == "auto" and not torch.cuda.is_available()):
+        begin_compiling()
     import transformers
 
     from rollout.engine.engine import Engine

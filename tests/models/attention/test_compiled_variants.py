@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
-
 import numpy as np
 import pytest
 import torch
@@ -35,13 +32,12 @@ KINDS = (
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernel:
+def variant(request: pytest.FixtureRequest) -> Kernel:
     needs_compiler()
-    library = tmp_path_factory.mktemp("variant") / "out.so"
-    command = [*build.compiler(), *build.FLAGS, *VARIANTS[request.param], "-o", str(library), str(compiled.SOURCE)]
-    if subprocess.run([*command, "-lm"], capture_output=True, check=False).returncode:
-        pytest.skip("the compiler does not know these instructions")
-    return Kernel(ctypes.CDLL(str(library)))
+    try:
+        return build.build_with((*build.FLAGS, *VARIANTS[request.param]), compiled.SOURCE, Kernel)
+    except build.KernelUnavailable as error:
+        pytest.skip(f"the compiler does not know these instructions: {error}")
 
 
 def cut(length: int, size: int) -> list[range]:
