@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from rollout.models.arrays import IntArray
+from rollout.models.csrc.build import address_of
 from rollout.models.csrc.threads import parallel
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
@@ -109,6 +110,10 @@ class Kernel:
         self.plan.restype = c_int64
         self.attend = library.rollout_attend
         self.attend.argtypes, self.attend.restype = [c_void_p], None
+        self.write_token = address_of(library.rollout_write_token)
+        """Address of a function that writes keys and values of one token, for kernels whose threads run already."""
+        self.run_tasks = address_of(library.rollout_run_attention)
+        """Address of a function that takes tasks of a plan until none is left, likewise."""
         library.rollout_has_float16.restype = c_int64
         self.dtypes = frozenset(
             dtype for dtype in DTYPES if dtype != torch.float16 or bool(library.rollout_has_float16())

@@ -58,6 +58,16 @@ typedef struct {
     Parallel *parallel; /* or NULL: one thread */
 } Call;
 
+/* What the workers of one call share. The caller sets `call`, and the rest to zero before any worker begins. */
+typedef struct {
+    const Call *call;
+    int64_t written, next, workers; /* atomic counters: tokens and tasks taken, workers that have begun */
+} AttendTeam;
+
+/* The signatures of `write_token` and `run_tasks`, which other kernels call by their addresses in paged_attention.c. */
+typedef void WriteToken(const Call *call, int64_t token);
+typedef void RunTasks(AttendTeam *team);
+
 #define BLOCK 32                 /* positions per block; keys and values of two blocks fit into the L1 cache */
 #define CHUNK 512                /* positions per chunk */
 #define SHARED_ROWS 24           /* most rows of a tile with several queries, unless one query has more */

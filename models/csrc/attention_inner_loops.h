@@ -1,6 +1,7 @@
 /* Inner loops of paged_attention.c: scores of rows against the keys of a block, and weighted sums of its values. */
 #pragma once
 #include "attention_call.h"
+#include "bfloat16_products.h"
 
 /* Rows (heads of one or several queries) that share one load of a key or value. ROWS x 4 sums, a vector per row and one
  * of a key fit into the registers: 32 with AVX-512 and on Arm, 16 elsewhere. */
@@ -32,19 +33,6 @@ INLINE void prefetch(Ahead *ahead, int64_t rows_of_a_head)
 INLINE void multiply_keys(const int dtype, const int rows, int64_t vectors, int64_t j, const float *q,
                           const char *const k[4], vf sums[ROWS][4])
 {
-#if defined(__AVX512BF16__)
-    if (dtype == BFLOAT16) { /* queries stay bfloat16: one instruction multiplies pairs and adds them */
-        __m512i query[ROWS];
-        UNROLL for (int r = 0; r < rows; r++)
-            query[r] = _mm512_loadu_si512(q + r * vectors * W + j / 2 * W);
-        UNROLL for (int i = 0; i < 4; i++) {
-            __m512i key = _mm512_loadu_si512(k[i] + j * W * 2);
-            UNROLL for (int r = 0; r < rows; r++)
-                sums[r][i] = (vf)_mm512_dpbf16_ps((__m512)sums[r][i], (__m512bh)query[r], (__m512bh)key);
-        }
-        return;
-    }
-#endif
     const int halves = dtype == BFLOAT16 ? 2 : 1;
     UNROLL for (int half = 0; half < halves; half++) {
         vf query[ROWS];
@@ -59,7 +47,7 @@ INLINE void multiply_keys(const int dtype, const int rows, int64_t vectors, int6
 }
 
 /* Computes scores [rows, BLOCK] of `rows` rows against the keys [from, to) of a block; from and to are multiples of 4.
- * q [rows, vectors * W], see `load_query`; keys [BLOCK] addresses, to which `offset` is added. */
+ * q [rows, vectors * W] floats in vector order; keys [BLOCK] addresses, to which `offset` is added. */
 INLINE void score_rows(const int dtype, const int rows, int64_t vectors, float scaling, const float *q,
                        const char *const *keys, int64_t offset, int64_t from, int64_t to, Ahead *ahead, float *scores)
 {
@@ -124,44 +112,62 @@ INLINE void add_all_values(const int dtype, const int rows, int64_t vectors, con
         add_values(dtype, rows, 1, weights, values, offset, j, from, to, factors, ahead, sums + j * W, vectors * W);
 }
 
-/* Calls `f` with constant dtype and row count, so that each combination is compiled to its own loop. */
+/* `score_rows` and `add_all_values` for each dtype and number of rows. One function with all of them takes a compiler
+ * several times as long. Where products compute bfloat16, nothing here does. */
+typedef void Score(int64_t vectors, float scaling, const float *q, const char *const *keys, int64_t offset,
+                   int64_t from, int64_t to, Ahead *ahead, float *scores);
+typedef void WeighValues(int64_t vectors, const float *weights, const char *const *values, int64_t offset, int64_t from,
+                         int64_t to, const float *factors, Ahead *ahead, float *sums);
+
+#define LOOPS_OF(dtype, rows)                                                                                          \
+    static __attribute__((noinline)) void score_##dtype##_##rows(                                                      \
+        int64_t vectors, float scaling, const float *q, const char *const *keys, int64_t offset, int64_t from,         \
+        int64_t to, Ahead *ahead, float *scores)                                                                       \
+    {                                                                                                                  \
+        score_rows(dtype, rows, vectors, scaling, q, keys, offset, from, to, ahead, scores);                           \
+    }                                                                                                                  \
+    static __attribute__((noinline)) void weigh_##dtype##_##rows(                                                      \
+        int64_t vectors, const float *weights, const char *const *values, int64_t offset, int64_t from, int64_t to,    \
+        const float *factors, Ahead *ahead, float *sums)                                                               \
+    {                                                                                                                  \
+        add_all_values(dtype, rows, vectors, weights, values, offset, from, to, factors, ahead, sums);                 \
+    }
 #if ROWS == 6
-#define MORE_ROWS(f, dtype, ...)                                                                                       \
-    case 4: f(dtype, 4, __VA_ARGS__); break;                                                                           \
-    case 5: f(dtype, 5, __VA_ARGS__); break;                                                                           \
-    case 6: f(dtype, 6, __VA_ARGS__); break;
+#define LOOPS(dtype)                                                                                                   \
+    LOOPS_OF(dtype, 1) LOOPS_OF(dtype, 2) LOOPS_OF(dtype, 3) LOOPS_OF(dtype, 4) LOOPS_OF(dtype, 5) LOOPS_OF(dtype, 6)
+#define NAMES(name) {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
 #else
-#define MORE_ROWS(f, dtype, ...)
+#define LOOPS(dtype) LOOPS_OF(dtype, 1) LOOPS_OF(dtype, 2) LOOPS_OF(dtype, 3)
+#define NAMES(name) {name##_1, name##_2, name##_3}
 #endif
-#define FOR_ROWS(f, dtype, rows, ...)                                                                                  \
-    switch (rows) {                                                                                                    \
-    case 1: f(dtype, 1, __VA_ARGS__); break;                                                                           \
-    case 2: f(dtype, 2, __VA_ARGS__); break;                                                                           \
-    case 3: f(dtype, 3, __VA_ARGS__); break;                                                                           \
-    MORE_ROWS(f, dtype, __VA_ARGS__)                                                                                   \
-    }
-#define FOR_DTYPE_AND_ROWS(f, dtype, rows, ...)                                                                        \
-    if ((dtype) == FLOAT32) {                                                                                          \
-        FOR_ROWS(f, FLOAT32, rows, __VA_ARGS__)                                                                        \
-    } else if ((dtype) == BFLOAT16) {                                                                                  \
-        FOR_ROWS(f, BFLOAT16, rows, __VA_ARGS__)                                                                       \
-    } else {                                                                                                           \
-        FOR_ROWS(f, FLOAT16, rows, __VA_ARGS__)                                                                        \
-    }
 
-static __attribute__((noinline)) void score(int dtype, int rows, int64_t vectors, float scaling, const float *q,
-                                            const char *const *keys, int64_t offset, int64_t from, int64_t to,
-                                            Ahead *ahead, float *scores)
-{
-    FOR_DTYPE_AND_ROWS(score_rows, dtype, rows, vectors, scaling, q, keys, offset, from, to, ahead, scores)
-}
+LOOPS(FLOAT32)
+#if !HAS_BFLOAT16_PRODUCTS
+LOOPS(BFLOAT16)
+#endif
+#if HAS_FLOAT16
+LOOPS(FLOAT16)
+#endif
 
-static __attribute__((noinline)) void weigh_values(int dtype, int rows, int64_t vectors, const float *weights,
-                                                   const char *const *values, int64_t offset, int64_t from,
-                                                   int64_t to, const float *factors, Ahead *ahead, float *sums)
-{
-    FOR_DTYPE_AND_ROWS(add_all_values, dtype, rows, vectors, weights, values, offset, from, to, factors, ahead, sums)
-}
+/* By dtype, and number of rows - 1. */
+static Score *const score[][ROWS] = {
+    [FLOAT32] = NAMES(score_FLOAT32),
+#if !HAS_BFLOAT16_PRODUCTS
+    [BFLOAT16] = NAMES(score_BFLOAT16),
+#endif
+#if HAS_FLOAT16
+    [FLOAT16] = NAMES(score_FLOAT16),
+#endif
+};
+static WeighValues *const weigh_values[][ROWS] = {
+    [FLOAT32] = NAMES(weigh_FLOAT32),
+#if !HAS_BFLOAT16_PRODUCTS
+    [BFLOAT16] = NAMES(weigh_BFLOAT16),
+#endif
+#if HAS_FLOAT16
+    [FLOAT16] = NAMES(weigh_FLOAT16),
+#endif
+};
 
 /* Turns scores [from, to) of a block into weights relative to the running maximum; the rest of their vectors becomes 0.
  * Returns the factor that rescales the sums so far. */

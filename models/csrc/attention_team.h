@@ -1,12 +1,6 @@
-/* Attention in a team of threads that runs already: every worker of the team calls `attend_in_team`. */
+/* Attention in a team of threads that runs already: every worker of the team takes tokens to write, then tasks. */
 #pragma once
 #include "attention_dispatch.h"
-
-/* What the workers of one call share. The caller sets `call`, and the rest to zero before any worker begins. */
-typedef struct {
-    const Call *call;
-    int64_t written, next, workers; /* atomic counters: tokens and tasks taken, workers that have begun */
-} AttendTeam;
 
 #define WRITTEN_AT_ONCE 16
 
@@ -57,15 +51,4 @@ static void run_tasks(AttendTeam *team)
         run_task(team->call, &plan->tasks[index], next < tasks ? &plan->tasks[next] : NULL, memory);
         index = early ? next : __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED);
     }
-}
-
-/* Writes the new keys and values of a layer to their pages, waits for the others at `barrier`, then attends.
- *
- * Every worker of a team of at most `call->threads` calls it, with the same team. Returns when no task is left to take;
- * others may still run theirs, so the caller passes a barrier before it reads `call->out`. */
-INLINE void attend_in_team(AttendTeam *team, void (*barrier)(void *), void *barrier_data)
-{
-    write_tokens(team);
-    barrier(barrier_data);
-    run_tasks(team);
 }

@@ -5,7 +5,7 @@
 
 /* Working memory of a task. Rows are ordered by key head, query, head within the group. */
 typedef struct {
-    float *q;              /* [rows, key vectors * W], see `load_query` */
+    float *q;              /* [rows, key vectors * W] in vector order */
     float *sums;           /* [rows, value vectors * W] weighted values of the chunk */
     float *totals;         /* [rows, value vectors * W] weighted values of all chunks so far */
     float *weight;         /* [rows, W] sum of weights of the chunk, not yet summed over lanes */
@@ -54,26 +54,6 @@ static void fold(int64_t vectors, float maximum, float weight, const float *sums
     *total_maximum = now;
 }
 
-/* Returns whether queries and keys are multiplied in their stored dtype, without conversion to float. */
-INLINE int as_it_is(Row row)
-{
-#if defined(__AVX512BF16__)
-    return row.dtype == BFLOAT16 && row.direct;
-#else
-    (void)row;
-    return 0;
-#endif
-}
-
-/* Loads a query in the form that `score` takes: the stored dtype, or floats in vector order. */
-static void load_query(Row row, const char *from, float *to)
-{
-    if (as_it_is(row))
-        memcpy(to, from, (size_t)row.dim * 2);
-    else
-        unpack(row, from, to);
-}
-
 /* Attends to one block of one key head, for all rows of the task with that head, and prefetches the next block. */
 static void attend_block(const Call *call, const Task *task, const Scratch *s, Row key_row, Row value_row,
                          const char *const *keys, const char *const *values, Ahead *next_keys, Ahead *next_values,
@@ -87,7 +67,7 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
     const char *key_copies[BLOCK], *value_copies[BLOCK];
     int key_dtype = key_row.dtype, value_dtype = value_row.dtype;
     int shared = count > ROWS && key_row.dtype != FLOAT32; /* convert once for all row tiles */
-    if ((shared && !as_it_is(key_row)) || !key_row.direct) {
+    if (shared || !key_row.direct) {
         for (int64_t t = from; t < to; t++) {
             unpack(key_row, keys[t] + key_offset, s->keys + t * key_floats);
             key_copies[t] = (const char *)(s->keys + t * key_floats);
@@ -121,8 +101,9 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
             if (seen[r].begin < seen[r].end)
                 any = (Range){smaller_of(any.begin, seen[r].begin), larger_of(any.end, seen[r].end)};
         if (any.begin < any.end)
-            score(key_dtype, (int)rows, key_row.vectors, (float)call->scale, s->q + (base + row) * key_floats, keys,
-                  key_offset, any.begin / 4 * 4, (any.end + 3) / 4 * 4, next_keys, s->scores + row * BLOCK);
+            score[key_dtype][rows - 1](key_row.vectors, (float)call->scale, s->q + (base + row) * key_floats, keys,
+                                       key_offset, any.begin / 4 * 4, (any.end + 3) / 4 * 4, next_keys,
+                                       s->scores + row * BLOCK);
         next_keys = NULL; /* the first tile has prefetched them */
     }
     for (int64_t row = 0; row < count; row++) {
@@ -142,9 +123,9 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
             common = (Range){BLOCK, BLOCK};
         for (int part = 0; part < 3; part++) {
             if (part == 1 && common.begin < common.end) {
-                weigh_values(value_dtype, (int)rows, value_row.vectors, s->scores + row * BLOCK, values, value_offset,
-                             common.begin, common.end, s->factors + row, next_values,
-                             s->sums + (base + row) * value_floats);
+                weigh_values[value_dtype][rows - 1](value_row.vectors, s->scores + row * BLOCK, values, value_offset,
+                                                    common.begin, common.end, s->factors + row, next_values,
+                                                    s->sums + (base + row) * value_floats);
                 for (int64_t r = row; r < row + rows; r++)
                     s->factors[r] = 1;
             }
@@ -155,8 +136,9 @@ static void attend_block(const Call *call, const Task *task, const Scratch *s, R
                 else
                     own.begin = larger_of(own.begin, common.end);
                 if (own.begin < own.end) {
-                    weigh_values(value_dtype, 1, value_row.vectors, s->scores + r * BLOCK, values, value_offset,
-                                 own.begin, own.end, &s->factors[r], NULL, s->sums + (base + r) * value_floats);
+                    weigh_values[value_dtype][0](value_row.vectors, s->scores + r * BLOCK, values, value_offset,
+                                                 own.begin, own.end, &s->factors[r], NULL,
+                                                 s->sums + (base + r) * value_floats);
                     s->factors[r] = 1;
                 }
             }
@@ -181,7 +163,7 @@ static void run_float_task(const Call *call, const Task *task, const Task *next,
         int64_t head = (task->head + row / per_head) * layer->group + row % layer->group;
         int64_t query = token + row % per_head / layer->group;
         float *q = s.q + row * key_floats;
-        load_query(key_row, call->query + query * call->query_token + head * call->query_head, q);
+        unpack(key_row, call->query + query * call->query_token + head * call->query_head, q);
         s.total_maximum[row] = MINUS_INFINITY;
         s.total_weight[row] = 0;
     }

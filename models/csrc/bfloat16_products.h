@@ -155,15 +155,21 @@ INLINE void dot_block(const int rows, const int count, int64_t steps, const char
             store(out + r * stride + i * COLUMNS, sums[r][i]);
 }
 
-INLINE void dot_rows(const int rows, int64_t steps, const char *left, int64_t row_bytes, const char *right,
-                     int64_t apart, int64_t step_bytes, int64_t tiles, float *out, int64_t stride, int add)
-{
-    int64_t t = 0;
-    for (; t + 4 <= tiles; t += 4)
-        dot_block(rows, 4, steps, left, row_bytes, right + t * apart, apart, step_bytes, out + t * COLUMNS, stride, add);
-    for (; t < tiles; t += 2)
-        dot_block(rows, 2, steps, left, row_bytes, right + t * apart, apart, step_bytes, out + t * COLUMNS, stride, add);
-}
+/* Each number of rows has a function of its own: one with all of them takes a compiler several times as long. */
+#define DOT_ROWS_OF(rows)                                                                                              \
+    static __attribute__((noinline)) void dot_rows_##rows(                                                             \
+        int64_t steps, const char *left, int64_t row_bytes, const char *right, int64_t apart, int64_t step_bytes,      \
+        int64_t tiles, float *out, int64_t stride, int add)                                                            \
+    {                                                                                                                  \
+        int64_t t = 0;                                                                                                 \
+        for (; t + 4 <= tiles; t += 4)                                                                                 \
+            dot_block(rows, 4, steps, left, row_bytes, right + t * apart, apart, step_bytes, out + t * COLUMNS, stride, \
+                      add);                                                                                            \
+        for (; t < tiles; t += 2)                                                                                      \
+            dot_block(rows, 2, steps, left, row_bytes, right + t * apart, apart, step_bytes, out + t * COLUMNS, stride, \
+                      add);                                                                                            \
+    }
+DOT_ROWS_OF(1) DOT_ROWS_OF(2) DOT_ROWS_OF(3) DOT_ROWS_OF(4) DOT_ROWS_OF(5) DOT_ROWS_OF(6)
 
 static void dot_products(int64_t rows, int64_t steps, const char *left, int64_t row_bytes, const char *right,
                          int64_t apart, int64_t step_bytes, int64_t tiles, float *out, int64_t stride, int add)
@@ -173,7 +179,7 @@ static void dot_products(int64_t rows, int64_t steps, const char *left, int64_t 
         int64_t row = rows * block / blocks, count = rows * (block + 1) / blocks - row;
         const char *from = left + row * row_bytes;
         float *to = out + row * stride;
-#define DOT_CASE(n) case n: dot_rows(n, steps, from, row_bytes, right, apart, step_bytes, tiles, to, stride, add); break;
+#define DOT_CASE(n) case n: dot_rows_##n(steps, from, row_bytes, right, apart, step_bytes, tiles, to, stride, add); break;
         switch (count) { DOT_CASE(1) DOT_CASE(2) DOT_CASE(3) DOT_CASE(4) DOT_CASE(5) DOT_CASE(6) }
 #undef DOT_CASE
     }

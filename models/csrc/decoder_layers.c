@@ -10,9 +10,9 @@
  * phases (the rules of `threads.h`). A phase of little work before a product (a norm, an activation) is not worth a
  * barrier: each thread then computes all of its rows for itself, when it has taken its first part of the product.
  */
-#include "attention_team.h"
+#include "attention_call.h"
 #include "pointwise_rows.h"
-#include "products.h"
+#include "products_call.h"
 #include "threads.h"
 
 typedef struct {
@@ -42,6 +42,11 @@ typedef struct {
     int64_t threads;
     Parallel *parallel;              /* NULL: one thread */
     Barrier *barrier;
+    ProductTasks *product_tasks;
+    ProductScratchBytes *product_scratch_bytes;
+    ProductTask *product_task;
+    WriteToken *write_token;
+    RunTasks *run_attention;
 } Stack;
 
 /* Phases of a layer that take work from a counter; attention has counters of its own. */
@@ -164,9 +169,9 @@ static void norm_rows(const Stack *s, const Normed *n, int64_t from, int64_t to,
 static void multiply(Member *m, const Product *p, const char *x, char *out, Counter *counter, int64_t task)
 {
     const Stack *s = m->run->stack;
-    int64_t size = size_of((int)s->dtype), tasks = product_tasks(p, s->tokens, s->threads);
+    int64_t size = size_of((int)s->dtype), tasks = s->product_tasks(p, s->tokens, s->threads);
     for (; task < tasks; task = take(counter, 1))
-        product_task(p, s->tokens, x, p->inputs * size, out, p->outputs * size, task, s->threads, m->scratch);
+        s->product_task(p, s->tokens, x, p->inputs * size, out, p->outputs * size, task, s->threads, m->scratch);
 }
 
 /* out = norm(hidden + added) * weight^T */
@@ -177,7 +182,7 @@ static void norm_and_multiply(Member *m, const Normed *n, const Product *p, char
     const Stack *s = run->stack;
     if (s->tokens * s->hidden <= OWN_NORM) {
         int64_t task = take(products, 1);
-        if (task >= product_tasks(p, s->tokens, s->threads))
+        if (task >= s->product_tasks(p, s->tokens, s->threads))
             return;
         norm_rows(s, n, 0, s->tokens, task == 0, m->rows); /* only one thread has task 0 */
         multiply(m, p, m->rows, out, products, task);
@@ -206,7 +211,7 @@ static void gate_and_multiply(Member *m, const Product *p, Counter *gates, Count
     const Stack *s = run->stack;
     if (s->tokens * s->inner <= OWN_GATED) {
         int64_t task = take(products, 1);
-        if (task >= product_tasks(p, s->tokens, s->threads))
+        if (task >= s->product_tasks(p, s->tokens, s->threads))
             return;
         gate_rows(s, run->gate_up, 0, s->tokens, m->rows);
         multiply(m, p, m->rows, run->product, products, task);
@@ -237,7 +242,7 @@ static void rotate_and_write(const Run *run, const DecoderLayer *layer, const Ca
                     norm_of(s->dtype, s->heads_late, norm, head, head);
                 rotated_of(s->dtype, s->dim, cosines, sines, head);
             }
-            write_token(call, token);
+            s->write_token(call, token);
         }
 }
 
@@ -268,7 +273,7 @@ static void work(void *data)
         wait_for_others(s);
         rotate_and_write(run, layer, &run->calls[i], &counters[ROTATION]);
         wait_for_others(s);
-        run_tasks(&run->attends[i]);
+        s->run_attention(&run->attends[i]);
         wait_for_others(s);
         multiply(&member, layer->output, run->attended, run->product, &counters[OUTPUT], take(&counters[OUTPUT], 1));
         wait_for_others(s);
@@ -304,7 +309,7 @@ static int64_t lay_out(const Stack *s, Run *run)
     for (int64_t i = 0; i < s->layers; i++) {
         const Product *products[] = {s->layer[i].heads, s->layer[i].output, s->layer[i].gate_up, s->layer[i].down};
         for (int64_t j = 0; j < 4; j++)
-            scratch = larger_of(scratch, product_scratch_bytes(products[j], s->tokens));
+            scratch = larger_of(scratch, s->product_scratch_bytes(products[j], s->tokens));
     }
     *run = (Run){.stack = s, .own_bytes = aligned(own) + aligned(scratch), .scratch_bytes = aligned(scratch)};
     run->counters = (Counter *)part(s, &at, (s->layers * PHASES + 1) * (int64_t)sizeof(Counter));

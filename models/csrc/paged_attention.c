@@ -135,3 +135,8 @@ void rollout_attend(const Call *call)
     run_team(&team, write_alone, bytes < ALONE_BYTES);
     run_team(&team, attend_written, call->plan->sizes.tasks <= 1);
 }
+
+/* ---- parts of a call, for kernels whose threads run already ---------------------------------------------------- */
+
+void rollout_write_token(const Call *call, int64_t token) { write_token(call, token); }
+void rollout_run_attention(AttendTeam *team) { run_tasks(team); }

@@ -93,6 +93,21 @@ int64_t rollout_multiply(const Product *product, int64_t rows, const char *x, in
     return 0;
 }
 
+/* ---- parts of a product, for kernels whose threads run already ------------------------------------------------ */
+
+int64_t rollout_product_tasks(const Product *p, int64_t rows, int64_t threads)
+{
+    return product_tasks(p, rows, threads);
+}
+
+int64_t rollout_product_scratch_bytes(const Product *p, int64_t rows) { return product_scratch_bytes(p, rows); }
+
+void rollout_product_task(const Product *p, int64_t rows, const char *x, int64_t x_row_bytes, char *out,
+                          int64_t out_row_bytes, int64_t task, int64_t threads, char *scratch)
+{
+    product_task(p, rows, x, x_row_bytes, out, out_row_bytes, task, threads, scratch);
+}
+
 /* Returns whether the CPU has fused multiply-adds of vectors: without, other libraries are as fast. */
 int64_t rollout_products_are_fused(void)
 {

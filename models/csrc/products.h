@@ -9,14 +9,8 @@
  * past the last output or input is zero. With 16 lanes, a bfloat16 block is a B tile of AMX.
  */
 #pragma once
+#include "products_call.h"
 #include "vectors.h"
-
-typedef struct {
-    int64_t outputs, inputs;
-    int64_t dtype;        /* FLOAT32 or BFLOAT16, of x, weight and out */
-    const char *weight;   /* packed by `pack_weight` */
-    const float *bias;    /* [outputs], or NULL */
-} Product;
 
 #define DEPTH 16                           /* words */
 #define BLOCK_BYTES (DEPTH * 4 * W)
@@ -97,13 +91,6 @@ static void pack_panel(int64_t dtype, int64_t outputs, int64_t inputs, const cha
             packed += sizeof block;
         }
     }
-}
-
-static void pack_weight(int64_t dtype, int64_t outputs, int64_t inputs, const char *weight, int64_t row_bytes,
-                        char *packed)
-{
-    for (int64_t panel = 0; panel < parts_of(outputs, PANEL); panel++)
-        pack_panel(dtype, outputs, inputs, weight, row_bytes, packed, panel);
 }
 
 /* ---- tasks --------------------------------------------------------------------------------------------------- */

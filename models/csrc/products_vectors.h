@@ -91,21 +91,32 @@ INLINE void multiply_panel(const int kind, const int rows, const Product *p, int
         store_outputs(dtype, &outputs, out + r * out_row_bytes, sums[r][0], sums[r][1]);
 }
 
-#define CASE(n) \
-    case n: \
-        if (n <= ROWS_AT_ONCE) \
-            multiply_panel(kind, n <= ROWS_AT_ONCE ? n : 1, p, panel, x, x_row_bytes, out, out_row_bytes); \
-        break;
+/* `multiply_panel` for each number of rows. One function with all of them takes a compiler several times as long. */
+typedef void Panel(const Product *p, int64_t panel, const char *x, int64_t x_row_bytes, char *out,
+                   int64_t out_row_bytes);
 
-INLINE void multiply_rows(const int kind, int64_t rows, const Product *p, int64_t panel, const char *x,
-                          int64_t x_row_bytes, char *out, int64_t out_row_bytes)
-{
-    switch (rows) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
-        CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#define PANEL_OF(name, kind, rows)                                                                                     \
+    static __attribute__((noinline)) void name##_##rows(const Product *p, int64_t panel, const char *x,                \
+                                                        int64_t x_row_bytes, char *out, int64_t out_row_bytes)         \
+    {                                                                                                                  \
+        multiply_panel(kind, rows, p, panel, x, x_row_bytes, out, out_row_bytes);                                      \
     }
-}
-#undef CASE
+#if ROWS_AT_ONCE == 14
+#define MORE_PANELS(name, kind)                                                                                        \
+    PANEL_OF(name, kind, 7) PANEL_OF(name, kind, 8) PANEL_OF(name, kind, 9) PANEL_OF(name, kind, 10)                   \
+    PANEL_OF(name, kind, 11) PANEL_OF(name, kind, 12) PANEL_OF(name, kind, 13) PANEL_OF(name, kind, 14)
+#define MORE_NAMES(name) , name##_7, name##_8, name##_9, name##_10, name##_11, name##_12, name##_13, name##_14
+#else
+#define MORE_PANELS(name, kind)
+#define MORE_NAMES(name)
+#endif
+#define PANELS(name, kind)                                                                                             \
+    PANEL_OF(name, kind, 1) PANEL_OF(name, kind, 2) PANEL_OF(name, kind, 3)                                            \
+    PANEL_OF(name, kind, 4) PANEL_OF(name, kind, 5) PANEL_OF(name, kind, 6) MORE_PANELS(name, kind)                    \
+    static Panel *const name[] = {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6 MORE_NAMES(name)};
+
+PANELS(multiply_floats, FLOATS)
+PANELS(multiply_pairs, PAIRS_KIND)
 
 /* Copies a row of x to working memory: widened if need be, and with zeros up to the end of its last word. */
 static void copy_row(const Product *p, const char *row, char *to)
@@ -139,11 +150,8 @@ static void vectors_part(const Part *part)
                 copy_row(p, x + r * stride, part->scratch + r * copied_row_bytes(p));
             x = part->scratch, stride = copied_row_bytes(p);
         }
-        for (int64_t panel = part->first; panel < part->last; panel++) {
-            if (p->dtype == FLOAT32)
-                multiply_rows(FLOATS, rows, p, panel, x, stride, out, part->out_row_bytes);
-            else
-                multiply_rows(PAIRS_KIND, rows, p, panel, x, stride, out, part->out_row_bytes);
-        }
+        Panel *multiply = (p->dtype == FLOAT32 ? multiply_floats : multiply_pairs)[rows - 1];
+        for (int64_t panel = part->first; panel < part->last; panel++)
+            multiply(p, panel, x, stride, out, part->out_row_bytes);
     }
 }

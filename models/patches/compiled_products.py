@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from rollout.models.csrc.build import KernelUnavailable, try_build
+from rollout.models.csrc.build import KernelUnavailable, address_of, try_build
 from rollout.models.csrc.threads import parallel
 from rollout.models.device import cpu_multiplies
 from rollout.models.huge_pages import Arena
@@ -79,6 +79,12 @@ class CompiledProducts:
         self._pack.restype = None
         self.fused = bool(library.rollout_products_are_fused())
         """Whether the CPU has fused multiply-adds of vectors, or better."""
+        self.tasks = address_of(library.rollout_product_tasks)
+        """Address of a function that counts a product's tasks, for kernels whose threads run already."""
+        self.scratch_bytes = address_of(library.rollout_product_scratch_bytes)
+        """Address of a function that returns the working memory of a thread, likewise."""
+        self.run_task = address_of(library.rollout_product_task)
+        """Address of a function that runs one of the tasks, likewise."""
         self._parallel = parallel()
         self._arena = Arena()
 

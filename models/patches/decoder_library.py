@@ -8,7 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rollout.models.attention.compiled import kernel
+from rollout.models.attention.compiled_library import Kernel
 from rollout.models.csrc.build import try_build
+from rollout.models.patches.compiled_products import CompiledProducts, compiled_products
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "decoder_layers.c"
 
@@ -33,7 +36,9 @@ class CStack(Structure):
         + _fields(c_double, "eps heads_eps scale")
         + _fields(c_void_p, "layer last_norm batch plans embedded cosines sines out memory")
         + _fields(c_int64, "threads")
-        + _fields(c_void_p, "parallel barrier")
+        + _fields(
+            c_void_p, "parallel barrier product_tasks product_scratch_bytes product_task write_token run_attention"
+        )
     )
 
 
@@ -42,9 +47,20 @@ class DecoderLibrary:
 
     Args:
         library: compiled from ``decoder_layers.c``.
+        attention: attends.
+        products: multiplies.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, attention: Kernel, products: CompiledProducts) -> None:
+        self.functions = {
+            "product_tasks": products.tasks,
+            "product_scratch_bytes": products.scratch_bytes,
+            "product_task": products.run_task,
+            "write_token": attention.write_token,
+            "run_attention": attention.run_tasks,
+        }
+        """Addresses of functions of other kernels, by field of `CStack`."""
+        self._kernels = attention, products
         self._bytes = library.rollout_stack_bytes
         self._bytes.argtypes, self._bytes.restype = [c_void_p], c_int64
         self._run = library.rollout_run_stack
@@ -62,5 +78,11 @@ class DecoderLibrary:
 
 @cache
 def decoder_library() -> DecoderLibrary | None:
-    """Return the kernel, building it at its first use on this machine; None, with one warning, if that fails."""
-    return try_build(SOURCE, DecoderLibrary)
+    """Return the kernel, building it at its first use on this machine.
+
+    None, with one warning, if that fails, and if the kernels are missing that attend and multiply for it.
+    """
+    attention, products = kernel(), compiled_products()
+    if attention is None or products is None:
+        return None
+    return try_build(SOURCE, lambda library: DecoderLibrary(library, attention, products))

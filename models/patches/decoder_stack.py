@@ -85,6 +85,7 @@ class DecoderStack:
             layer=addressof(self._layers),
             parallel=threads.parallel(),
             barrier=threads.barrier(),
+            **library.functions,
         )
 
     @contextmanager

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -39,13 +37,8 @@ def command() -> list[str]:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("products")
-
-
 @pytest.fixture(params=VARIANTS, scope="session")
-def kernel(request: pytest.FixtureRequest, folder: Path) -> CompiledProducts:
+def kernel(request: pytest.FixtureRequest) -> CompiledProducts:
     """The kernel as it is compiled for other CPUs, and the one of this CPU."""
     if request.param == "native":
         command()
@@ -54,11 +47,10 @@ def kernel(request: pytest.FixtureRequest, folder: Path) -> CompiledProducts:
         return found
     if platform.machine() != "x86_64" and request.param != "no vectors":
         pytest.skip("flags of x86-64")
-    library = folder / f"{request.param.replace(' ', '-')}.so"
-    # Less optimized, since that is compiled in a third of the time.
+    command()
+    # Less optimized, since that is compiled in half of the time.
     flags = [flag if flag != "-O3" else "-O1" for flag in (*FLAGS, *VARIANTS[request.param])]
-    subprocess.run([*command(), *flags, "-o", str(library), str(module.SOURCE), "-lm"], check=True)
-    return CompiledProducts(ctypes.CDLL(str(library)))
+    return build.build_with(flags, module.SOURCE, CompiledProducts)
 
 
 @pytest.fixture(autouse=True)
