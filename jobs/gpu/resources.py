@@ -166,6 +166,7 @@ def cases() -> list[Case]:
         found += [draw(dtype, filtered=filtered) for filtered in (False, True)]
     for dtype in ("bf16", "fp32"):
         found += [norm(dtype, width, late=late) for width in (2048, 4096) for late in (False, True)]
+        found += [add_norm(dtype, 2048), add_norm(dtype, 4096), gated_silu(dtype)]
         found += [rotate(dtype, heads, kv_heads) for heads, kv_heads in ((12, 2), (32, 8))]
     found += [multiply("bf16", 1536), multiply("bf16", 8960), multiply("fp32", 1536)]
     found += [multiply("bf16", 8960, f"{kind} gradient") for kind in ("input", "weight")]
@@ -283,6 +284,19 @@ def norm(dtype: str, width: int, *, late: bool) -> Case:
     types |= {"eps": "fp32", "plus": "fp32"}
     label = f"norm {dtype} {width}{' late' if late else ''}"
     return Case(label, "norm", types, {"LATE": late, "BLOCK": width}, (), 4 if width <= 4096 else 8)
+
+
+def add_norm(dtype: str, width: int) -> Case:
+    """Return a sum and its norm."""
+    types = dict.fromkeys(("x", "y", "factors", "total", "out"), f"*{dtype}") | {"width": "i32"}
+    types |= {"eps": "fp32", "plus": "fp32"}
+    return Case(f"sum and norm {dtype} {width}", "add_norm", types, {"LATE": False, "BLOCK": width})
+
+
+def gated_silu(dtype: str) -> Case:
+    """Return an activation and its product."""
+    types = dict.fromkeys(("gate", "up", "out"), f"*{dtype}") | {"count": "i32"}
+    return Case(f"gated silu {dtype}", "gated_silu", types, {"BLOCK": pointwise_triton._SILU_BLOCK})
 
 
 def rotate(dtype: str, heads: int, kv_heads: int) -> Case:

@@ -18,6 +18,7 @@ from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.patches.pointwise_triton import TritonPointwise
+from rollout.models.patches.products_triton import product
 from rollout.models.sampling.gumbel_triton import TritonGumbelMax
 from rollout.models.sampling.top_p_triton import threshold
 
@@ -88,6 +89,9 @@ def others() -> None:
     kernels = TritonPointwise()
     hidden = torch.randn(5, 1536, device=DEVICE).bfloat16()
     kernels.rms_norm(hidden, kernels.norm_factors(hidden[0], torch.bfloat16), 1e-6, False)
+    kernels.add_norm(hidden, hidden, kernels.norm_factors(hidden[0], torch.bfloat16), 1e-6, False)
+    kernels.gated_silu(hidden, hidden)
+    product(hidden, hidden.T, hidden[0, :5])
     heads = torch.randn(5, 14, 128, device=DEVICE).bfloat16()
     angles = torch.randn(5, 128, device=DEVICE).bfloat16()
     kernels.rotate(heads[:, :12], heads[:, 12:], angles, angles)

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Model
@@ -24,12 +23,11 @@ from rollout.models.patches.linear_products import LinearProduct
 from rollout.models.patches.linears import PackedLinears
 from rollout.models.patches.llama_blocks import ATTENTIONS, HOOKS, MLPS, bytecode, plain_layers
 from rollout.models.patches.norms_and_rope import FusedModules, FusedNorm
+from rollout.models.patches.residual_blocks import ACTIVATIONS, LAYERS
 
 _MODELS = frozenset(bytecode(kind) for kind in (LlamaModel, MistralModel, Qwen2Model, Qwen3Model))
-_LAYERS = frozenset([bytecode(LlamaDecoderLayer)])
 _HEAD_NORMING = frozenset([bytecode(Qwen3Attention)])
 _CALLS = (nn.Module.__call__, GradientCheckpointingLayer.__call__)
-_ACTIVATIONS = (SiLUActivation, nn.SiLU)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +116,13 @@ def _are_alike(layers: Sequence[KnownLayer], last_norm: FusedNorm) -> bool:
 
 def _layer(layer: Any, fused: FusedModules, linears: PackedLinears) -> KnownLayer | None:
     """Return what a decoder layer computes with, None if any part of it is unknown."""
-    if bytecode(type(layer)) not in _LAYERS:
+    if bytecode(type(layer)) not in LAYERS:
         return None
     attention, mlp = layer.self_attn, layer.mlp
     norming = bytecode(type(attention)) in _HEAD_NORMING
     projections = plain_layers(attention, ATTENTIONS | _HEAD_NORMING, "q_proj", "k_proj", "v_proj", "o_proj")
     gated = plain_layers(mlp, MLPS, "gate_proj", "up_proj", "down_proj")
-    if projections is None or gated is None or type(mlp.act_fn) not in _ACTIVATIONS or not fused.rotates(attention):
+    if projections is None or gated is None or type(mlp.act_fn) not in ACTIVATIONS or not fused.rotates(attention):
         return None
     groups = (projections[:3], projections[3:], gated[:2], gated[2:])
     products = [linears.product_of(*group) for group in groups]

@@ -1,4 +1,4 @@
-"""Fuse norms and rotary embeddings, and on a CPU attention and MLP modules, in place of many small operations.
+"""Fuse norms and rotary embeddings, and blocks around them, in place of many small operations.
 
 Names alone do not decide: a norm or a family's rotary function is replaced only if it matches the kernel on a test
 input, an attention or MLP module only if its bytecode is known. Everything else stays as it is.
@@ -22,8 +22,9 @@ from torch import nn
 from rollout.models.module.shared_attribute import replaced
 from rollout.models.patches.llama_blocks import fast_attention, fast_mlp
 from rollout.models.patches.patching import patched
-from rollout.models.patches.pointwise import PointwiseKernel
+from rollout.models.patches.pointwise import BlockKernel, PointwiseKernel
 from rollout.models.patches.pointwise_cpu import Pointwise, pointwise
+from rollout.models.patches.residual_blocks import fused_layer, fused_mlp
 
 _ROTARY = "apply_rotary_pos_emb"
 _EPSILONS = ("variance_epsilon", "eps")
@@ -87,6 +88,8 @@ class FusedModules:
         self._rotary_kernels = {patch.own: kernel for patch in self._rotary}
         if isinstance(kernel, Pointwise):
             self._add_llama_blocks(model, kernel)
+        else:
+            self._add_residual_blocks(model, kernel)
 
     def norm(self, module: nn.Module) -> FusedNorm | None:
         """Return the forward that replaces a norm's, None if there is none."""
@@ -109,6 +112,15 @@ class FusedModules:
             if forward is not None:
                 self._forwards.append((module, forward))
 
+    def _add_residual_blocks(self, model: nn.Module, kernel: BlockKernel) -> None:
+        """Add forwards of MLP modules and decoder layers with fewer launches."""
+        for module in model.modules():
+            before_mlp = getattr(module, "post_attention_layernorm", None)
+            norm = self._norms.get(before_mlp) if isinstance(before_mlp, nn.Module) else None
+            forward = fused_layer(module, norm, kernel) or fused_mlp(module, kernel)
+            if forward is not None:
+                self._forwards.append((module, forward))
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Replace the model's forwards and rotary functions inside the block, for this thread only."""
@@ -122,7 +134,7 @@ class FusedModules:
             _rotary_kernels.reset(token)
 
 
-def _kernel(device: torch.device) -> PointwiseKernel | None:
+def _kernel(device: torch.device) -> Pointwise | BlockKernel | None:
     """Return the kernel for tensors on a device, None if there is none."""
     if device.type == "cpu":
         return pointwise()

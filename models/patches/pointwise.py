@@ -59,6 +59,45 @@ class PointwiseKernel(Protocol):
         ...
 
 
+class BlockKernel(PointwiseKernel, Protocol):
+    """A kernel that also computes what stands between the products of a decoder layer."""
+
+    def add_norm(
+        self, x: torch.Tensor, y: torch.Tensor, factors: NormFactors, eps: float, late: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``x + y``, rounded to the dtype, and the norm of that, see `PointwiseKernel.rms_norm`.
+
+        Args:
+            x, y: [..., width], of the dtype of the factors.
+            factors, eps, late: see `PointwiseKernel.rms_norm`.
+        """
+        ...
+
+    def gated_silu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return ``silu(gate) * up``, rounded to the dtype after each of the two; both of one shape and dtype."""
+        ...
+
+
+def blocks_disagree_with_torch(kernel: BlockKernel, device: torch.device) -> str | None:
+    """Return how the results of a `BlockKernel` differ from torch's, None if they agree up to rounding."""
+    width = 75  # no multiple of a vector
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        x, y = (
+            torch.arange(4 * width).mul(step).sin().mul(3).view(4, width).to(device, dtype) for step in (0.37, 0.61)
+        )
+        residual, normed = kernel.add_norm(x, y, kernel.norm_factors(y[0], dtype), 1e-6, late=False)
+        pairs = (
+            (residual, x + y),
+            (normed, F.rms_norm(x + y, (width,), y[0], 1e-6)),
+            (kernel.gated_silu(x, y), F.silu(x) * y),
+        )
+        for found, expected in pairs:
+            distance = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+            if not distance <= tolerance:
+                return f"it differs from torch in {dtype} by {distance:.2g} (tolerance {tolerance:g})"
+    return None
+
+
 def disagreement_with_torch(kernel: PointwiseKernel, device: torch.device) -> str | None:
     """Return how a kernel's results differ from torch's, None if they agree up to rounding."""
     width = 75  # no multiple of a vector

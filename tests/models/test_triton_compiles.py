@@ -36,6 +36,8 @@ _REPRESENTATIVES = (
     "sum_blocks bf16 filtered",
     "draw bf16 filtered",
     "norm bf16 2048",
+    "sum and norm bf16 2048",
+    "gated silu bf16",
     "rotate bf16 12/2",
     "product bf16 forward, 64x32",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,27 @@ def test_rotary_embeddings_match_transformers_bit_for_bit(
         assert torch.equal(found, own)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("late", [False, True])
+def test_sum_and_norm_are_those_of_two_launches_bit_for_bit(
+    dtype: torch.dtype, late: bool, device: torch.device
+) -> None:
+    x, y = (numbers(2, 3, 75, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    factors = KERNEL.norm_factors(numbers(75, dtype=dtype, device=device, seed=3), dtype, float(late))
+    residual, normed = KERNEL.add_norm(x, y, factors, 1e-6, late)
+    assert torch.equal(residual, x + y)
+    assert torch.equal(normed, KERNEL.rms_norm(x + y, factors, 1e-6, late))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_activation_rounds_where_torch_rounds(dtype: torch.dtype, device: torch.device) -> None:
+    gate, up = (numbers(3, 700, dtype=dtype, device=device, seed=seed) for seed in (4, 5))
+    found, wanted = KERNEL.gated_silu(gate, up), torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(found, wanted, rtol=ROUNDING[dtype], atol=1e-7)
+    if dtype != torch.float32:
+        assert (found == wanted).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_model_with_fused_parts_matches_its_own_logits(
@@ -73,27 +95,29 @@ def test_model_with_fused_parts_matches_its_own_logits(
     monkeypatch.setattr(norms_and_rope, "_kernel", lambda device: KERNEL)
     model = tiny(family, dtype, num_hidden_layers=2)
     ids = torch.arange(14, device=device).view(1, 14) * 5 % VOCABULARY
-    calls = {"norm": 0, "rotary": 0}
-    rms_norm, rotate = TritonPointwise.rms_norm, TritonPointwise.rotate
+    calls = dict.fromkeys(("rms_norm", "add_norm", "gated_silu", "rotate"), 0)
 
-    def counted_norm(self: TritonPointwise, *arguments: object) -> torch.Tensor:
-        calls["norm"] += 1
-        return rms_norm(self, *arguments)  # type: ignore[arg-type]
+    def counted(name: str) -> Any:
+        own = getattr(TritonPointwise, name)
 
-    def counted_rotate(self: TritonPointwise, *arguments: object) -> tuple[torch.Tensor, ...]:
-        calls["rotary"] += 1
-        return rotate(self, *arguments)  # type: ignore[arg-type]
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return own(*arguments)
+
+        return call
 
     parts = FusedModules(model)
-    monkeypatch.setattr(TritonPointwise, "rms_norm", counted_norm)
-    monkeypatch.setattr(TritonPointwise, "rotate", counted_rotate)
+    for name in calls:
+        monkeypatch.setattr(TritonPointwise, name, counted(name))
     with torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits.float()
-        assert calls == {"norm": 0, "rotary": 0}
+        assert not any(calls.values())
         with parts.applied():
             found = model(input_ids=ids, use_cache=False).logits.float()
     norms = sum("RMSNorm" in type(module).__name__ for module in model.modules())
-    assert calls == {"norm": norms, "rotary": 2}
+    # Gemma's layers norm what they add, and its activation is another.
+    layers = 0 if family == "gemma2" else 2
+    assert calls == {"rms_norm": norms - layers, "add_norm": layers, "gated_silu": layers, "rotate": 2}
     distance = (found - wanted).norm() / wanted.norm()
     assert distance < {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
 
