@@ -39,6 +39,8 @@ class ForwardBatch:
     @property
     def wanted(self) -> IntArray:
         """[K] indices among the T new tokens of those whose logits are wanted."""
+        if not len(self.logits_lens):
+            return np.cumsum(self.query_lens) - 1
         return np.repeat(self.offsets + self.query_lens, self.wanted_lens) - countdown(self.wanted_lens)
 
     @property
@@ -59,10 +61,16 @@ class ForwardBatch:
     @property
     def positions(self) -> IntArray:
         """[T] position of each new token in its sequence."""
+        if len(self.tokens) == len(self.query_lens):
+            return self.prefix_lens
         return np.arange(len(self.tokens)) + np.repeat(self.prefix_lens - self.offsets, self.query_lens)
 
     def slot_mapping(self, page_size: int) -> IntArray:
         """Return [T]: the slot of each new token's keys and values, ``page * page_size + offset in page``."""
+        if len(self.tokens) == len(self.query_lens):
+            pages = self.page_tables[np.arange(len(self.tokens)), self.prefix_lens // page_size]
+            slots: IntArray = pages * page_size + self.prefix_lens % page_size
+            return slots
         return token_slots(self.page_tables, self.prefix_lens, self.query_lens, page_size)
 
 

@@ -17,9 +17,9 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rollout.models.arrays import IntArray, ceil_div, upload
+from rollout.models.attention.page_entries import Int32Array, PageEntries
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import MaskKind
 from rollout.models.kv_cache.slab_table import SlabTable
@@ -33,7 +33,6 @@ ROW_FIELDS = 4
 _ALIGNMENT = 16
 """Elements; Triton compiles a kernel again for an argument that is not aligned to 16 bytes."""
 
-Int32Array = NDArray[np.int32]
 _Array = TypeVar("_Array", torch.Tensor, Int32Array)
 
 
@@ -132,7 +131,7 @@ class TritonMetadata:
         """Whether `tiles` may no longer allocate: a CUDA graph is being captured, or reads these buffers."""
         self._known_tile_kinds = tile_kinds
         layout, device = slabs.pool.layout, slabs.pool.device
-        self._page_size, self._slab_pages = layout.page_size, slabs.pool.slab_pages
+        self._page_size = layout.page_size
         mask_kinds = list(dict.fromkeys(layer.mask_kind for layer in layout.layers)) if capacity.decodes else []
         items = capacity.decodes + capacity.entries * self._page_size // SPLIT_TOKENS
         tile_counts = {kind: capacity.tiles(kind.queries) for kind in tile_kinds} if capacity.prefills else {}
@@ -155,7 +154,7 @@ class TritonMetadata:
         self.entries = views.counts[:1]
         """[1] int32: page table entries of all sequences."""
         self.pages = views.pages
-        """[entries] int32: the page tables of all sequences, concatenated."""
+        """[entries] int32: the page tables of all sequences, one after the other (`PageEntries`)."""
         self.slots = views.slots
         """[tokens] int32: slot of each new token's keys and values; -1 for padding."""
         self.slab_addresses = torch.zeros(capacity.entries, dtype=torch.int64, device=device)
@@ -183,6 +182,9 @@ class TritonMetadata:
         """Tiles that `fill` plans."""
         self._late_tiles: dict[TileKind, WorkItems] = {}
         """Tiles of the present forward whose kind was not known when the buffers were made."""
+        self._pages = PageEntries(slabs)
+        self._uploaded = False
+        """Whether the device has what the host had after the last `fill`."""
         self._batch: ForwardBatch | None = None
 
     @property
@@ -202,27 +204,22 @@ class TritonMetadata:
             raise ValueError(f"A forward of {needs} does not fit into {self.capacity}.")
         self.slabs.refresh()
         page_counts = _page_counts(batch, self._page_size)
-        used = batch.page_tables[np.arange(batch.page_tables.shape[1]) < page_counts[:, None]]
-        slabs, live = used // self._slab_pages, self.slabs.live
-        # A kernel that reads an invalid address breaks the CUDA context of the whole process.
-        if len(used) and (used.min() < 0 or slabs.max() >= len(live) or not live[slabs].all()):
-            raise IndexError("A sequence of the forward needs a page that is in no slab of the pool.")
         views = self._regions.of(self._host)
-        views.counts[0] = len(used)
+        other_pages = self._pages.fill(views.pages, batch.page_tables, page_counts) or not self._uploaded
+        self._uploaded = False
+        views.counts[0] = self._pages.used
         views.slots[: len(batch.tokens)] = batch.slot_mapping(self._page_size)
         views.slots[len(batch.tokens) :] = -1
-        views.pages[: len(used)] = used
         for i, mask_kind in enumerate(self.splits):
-            items, rows = _splits(batch, page_counts, mask_kind)
-            views.counts[1 + i] = len(items)
-            views.items[i][: items.size] = items.ravel()
-            views.rows[i][: rows.size] = rows.ravel()
-            views.rows[i][rows.size :] = 0
+            items, rows = views.items[i].reshape(-1, ITEM_FIELDS), views.rows[i].reshape(-1, ROW_FIELDS)
+            views.counts[1 + i] = _fill_splits(items, rows, batch, self._pages.starts, mask_kind)
         for i, kind in enumerate(self._tiles):
-            tiles = _tiles(batch, page_counts, kind)
+            tiles = _tiles(batch, self._pages.starts, kind)
             views.counts[1 + len(self.splits) + i] = len(tiles)
             views.tiles[i][: tiles.size] = tiles.ravel()
-        upload(self._host[: self._regions.pages.start + len(used)], self._device)
+        end = self._regions.pages.start + (self._pages.used if other_pages else 0)
+        upload(self._host[:end], self._device)
+        self._uploaded = True
         self._batch = batch
         self._late_tiles.clear()
 
@@ -243,7 +240,7 @@ class TritonMetadata:
             raise RuntimeError(f"a forward asks for tiles of {kind.queries} queries, which no earlier one has")
         assert self._batch is not None, "metadata must be filled before use"
         self._known_tile_kinds[kind] = None
-        items = _tiles(self._batch, _page_counts(self._batch, self._page_size), kind)
+        items = _tiles(self._batch, self._pages.starts, kind)
         device = self._device.new_empty(1 + len(items), ITEM_FIELDS)
         upload(np.concatenate([items, np.full((1, ITEM_FIELDS), len(items), np.int32)]), device)
         work = WorkItems(items=device[:-1], count=device[-1, :1], rows=device[:0, :ROW_FIELDS])
@@ -283,31 +280,37 @@ def _page_counts(batch: ForwardBatch, page_size: int) -> IntArray:
     return pages
 
 
-def _splits(batch: ForwardBatch, page_counts: IntArray, mask_kind: MaskKind) -> tuple[Int32Array, Int32Array]:
-    """Return items [n, ITEM_FIELDS] and rows [decodes, ROW_FIELDS] of the decoding rows."""
+def _fill_splits(
+    items: Int32Array, rows: Int32Array, batch: ForwardBatch, first_entries: IntArray, mask_kind: MaskKind
+) -> int:
+    """Write items [capacity, ITEM_FIELDS] and rows [capacity, ROW_FIELDS] of the decoding rows; return the items."""
     decodes = np.flatnonzero(batch.query_lens == 1)
     tokens, positions = batch.offsets[decodes], batch.prefix_lens[decodes]
     first_keys = mask_kind.first_keys(positions)
     first_splits = first_keys // SPLIT_TOKENS
     counts = positions // SPLIT_TOKENS - first_splits + 1
-    starts = np.cumsum(counts) - counts
+    ends = np.cumsum(counts)
+    starts = ends - counts
+    count = int(counts.sum())
     of = np.repeat(np.arange(len(decodes)), counts)
-    split = first_splits[of] + np.arange(len(of)) - starts[of]
-    items = np.zeros((len(of), ITEM_FIELDS), np.int32)
-    items[:, 0] = tokens[of]
-    items[:, 1] = 1
-    items[:, 2] = positions[of]
-    items[:, 3] = np.maximum(first_keys[of], split * SPLIT_TOKENS)
-    items[:, 4] = np.minimum(positions[of] + 1, (split + 1) * SPLIT_TOKENS)
-    items[:, 5] = (np.cumsum(page_counts) - page_counts)[decodes][of]
-    rows = np.zeros((len(decodes), ROW_FIELDS), np.int32)
-    rows[:, 0] = tokens
-    rows[:, 1] = starts
-    rows[:, 2] = counts
-    return items, rows
+    begins = np.repeat((first_splits - starts) * SPLIT_TOKENS, counts) + np.arange(count) * SPLIT_TOKENS
+    filled = items[:count]
+    filled[:, 0] = tokens[of]
+    filled[:, 1] = 1
+    filled[:, 2] = positions[of]
+    filled[:, 3] = begins
+    filled[starts, 3] = np.maximum(first_keys, begins[starts])
+    filled[:, 4] = begins + SPLIT_TOKENS
+    filled[ends - 1, 4] = positions + 1
+    filled[:, 5] = first_entries[decodes][of]
+    rows[: len(decodes), 0] = tokens
+    rows[: len(decodes), 1] = starts
+    rows[: len(decodes), 2] = counts
+    rows[len(decodes) :] = 0
+    return count
 
 
-def _tiles(batch: ForwardBatch, page_counts: IntArray, kind: TileKind) -> Int32Array:
+def _tiles(batch: ForwardBatch, first_entries: IntArray, kind: TileKind) -> Int32Array:
     """Return items [n, ITEM_FIELDS] of the prefills, those with the most keys first to balance the last programs."""
     prefills = np.flatnonzero(batch.query_lens > 1)
     lengths = batch.query_lens[prefills]
@@ -323,5 +326,5 @@ def _tiles(batch: ForwardBatch, page_counts: IntArray, kind: TileKind) -> Int32A
     items[:, 2] = positions
     items[:, 3] = kind.mask_kind.first_keys(positions)
     items[:, 4] = positions + queries
-    items[:, 5] = (np.cumsum(page_counts) - page_counts)[prefills][of]
+    items[:, 5] = first_entries[prefills][of]
     return items[np.argsort(items[:, 3] - items[:, 4], kind="stable")]

@@ -14,6 +14,8 @@ from rollout.models.runners.base import Runner
 from rollout.models.runners.cuda_graphs import CudaGraphRunner
 from rollout.models.runners.packed import PackedStrategy
 
+_MOST_ROWS = 1024
+
 
 class _EmptyGraph:
     """Replays nothing."""
@@ -67,10 +69,12 @@ class _EmptyRunner(Runner):
 def runner_of_empty_graphs(strategy: PackedStrategy, pool: PagePool) -> CudaGraphRunner:
     """Return what `PackedStrategy.runner` returns on a GPU, with forwards and graphs that compute nothing."""
     logits = torch.zeros(1, vocabulary_size(strategy.model))
-    return CudaGraphRunner(
+    runner = CudaGraphRunner(
         eager=_EmptyRunner(logits),
         model=strategy.model,
         backend=TritonBackend(pool),
         borrowed=strategy._borrowed,
         graphs=EmptyGraphs(logits),
     )
+    runner._logits = logits.expand(_MOST_ROWS, -1).clone()  # no graph writes to it
+    return runner
