@@ -25,7 +25,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     found = kernels_run_here(monkeypatch)
     if found.type == "cpu":
         monkeypatch.setattr(batch_invariant, "_runs_on", lambda device: True)
-        monkeypatch.setattr(products_triton, "tile_of", lambda columns, dtype: ProductTile(16, 16, 16))
+        monkeypatch.setattr(products_triton, "tile_of", lambda columns, dtype: ProductTile(64, 32, 16))
     return found
 
 
@@ -36,12 +36,12 @@ def numbers(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_have_the_same_bits_at_every_row_count(dtype: torch.dtype, device: torch.device) -> None:
-    x, weight = (numbers(count, 40, dtype=dtype, device=device, seed=count) for count in (256, 17))
+    x, weight = (numbers(count, 20, dtype=dtype, device=device, seed=count) for count in (256, 17))
     bias = numbers(17, dtype=dtype, device=device, seed=3)
     whole = product(x, weight.T, bias)
     expected = F.linear(x.float(), weight.float(), bias.float())
     assert float((whole.float() - expected).abs().max() / expected.abs().max()) < ROUNDING[dtype]
-    for count in range(1, 257) if GPU is not None else (1, 2, 15, 16, 17, 100):
+    for count in range(1, 257):
         # Another first row moves every row to another place of its tile.
         first = (7 * count) % (257 - count)
         assert torch.equal(product(x[first : first + count], weight.T, bias), whole[first : first + count]), count
