@@ -169,6 +169,7 @@ def cases() -> list[Case]:
         found += [add_norm(dtype, 2048), add_norm(dtype, 4096), gated_silu(dtype)]
         found += [rotate(dtype, heads, kv_heads) for heads, kv_heads in ((12, 2), (32, 8))]
     found += [multiply("bf16", 1536), multiply("bf16", 8960), multiply("fp32", 1536)]
+    found += [multiply_group("bf16"), multiply_group("fp32")]
     found += [multiply("bf16", 8960, f"{kind} gradient") for kind in ("input", "weight")]
     return found
 
@@ -326,6 +327,19 @@ def multiply(dtype: str, columns: int, kind: str = "forward") -> Case:
     }[kind]
     case = Case(label, "multiply", types, constants, ("rows",), tile.warps)
     return replace(case.with_ones(*ones), label=label)
+
+
+def multiply_group(dtype: str) -> Case:
+    """Return the batch-invariant products of three layers with one input."""
+    tile = products_triton.tile_of(1536, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    ordinals = ("first", "second", "third")
+    types = {f"{ordinal}{part}": f"*{dtype}" for part in ("", "_bias", "_out") for ordinal in ordinals}
+    types |= {"left": f"*{dtype}"} | {f"{ordinal}_columns": "i32" for ordinal in ordinals}
+    types |= dict.fromkeys(("rows", "inner", "left_row"), "i32")
+    constants: dict[str, Any] = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INNER": tile.inner, "STAGES": tile.stages}
+    constants |= {"PRECISION": "ieee" if dtype == "fp32" else None}
+    label = f"three products {dtype}, {tile.rows}x{tile.columns}x{tile.inner} w{tile.warps} s{tile.stages}"
+    return Case(label, "multiply_group", types, constants, ("rows",), tile.warps)
 
 
 def with_arguments_of_1() -> list[Case]:

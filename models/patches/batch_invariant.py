@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from rollout.models.device import failure_of
 from rollout.models.errors import UnsupportedDevice
 from rollout.models.module.shared_attribute import replaced
+from rollout.models.patches.patching import patched
+from rollout.models.patches.shared_inputs import LinearGroup, MergedProduct, Product, while_weight_stays
 
 Linear = Callable[..., torch.Tensor]
 
@@ -82,6 +85,46 @@ def _is_plain(given: list[torch.Tensor]) -> bool:
 
 def _runs_on(device: torch.device) -> bool:
     return device.type == "cuda"
+
+
+class GroupedProducts:
+    """Computes layers that receive the same input in one launch inside `applied`, without copies of their weights.
+
+    Args:
+        groups: layers of a model on a GPU that receive the same input.
+    """
+
+    def __init__(self, groups: Sequence[LinearGroup]) -> None:
+        self._merged: list[MergedProduct] = []
+        self._products: list[tuple[nn.Linear, Product]] = []
+        for group in groups:
+            merged = MergedProduct(partial(_products_of, group))
+            self._merged.append(merged)
+            self._products += [(layer, while_weight_stays(layer, merged.part(i))) for i, layer in enumerate(group)]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Make the layers compute so inside the block, which is inside `invariant_products`."""
+        try:
+            with patched(self._products):
+                yield
+        finally:
+            for merged in self._merged:
+                merged.clear()
+
+
+def _products_of(group: LinearGroup, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the outputs of all layers of a group for one input, each alone where they do not suit one launch."""
+    weights: list[torch.Tensor] = [layer.weight for layer in group]
+    biases: list[torch.Tensor | None] = [layer.bias for layer in group]
+    given = [x, *weights, *(bias for bias in biases if bias is not None)]
+    if _is_plain(given) and not torch.is_autocast_enabled(x.device.type) and x.dtype == weights[0].dtype:
+        from rollout.models.patches.products_triton import DTYPES, grouped_product
+
+        outs = grouped_product(x.reshape(-1, x.shape[-1]), weights, biases) if x.dtype in DTYPES else None
+        if outs is not None:
+            return [out.view(*x.shape[:-1], -1) for out in outs]
+    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from weakref import WeakSet
@@ -12,11 +12,10 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from rollout.models.arrays import version
 from rollout.models.module.weight_samples import Name
 from rollout.models.patches.linear_products import LinearProduct, Product, WeightForm
 from rollout.models.patches.patching import patched
-from rollout.models.patches.shared_inputs import LinearGroup
+from rollout.models.patches.shared_inputs import LinearGroup, MergedProduct, while_weight_stays
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ class PackedLinears:
         self._copies: list[_Copy] = []
         self._products: list[tuple[nn.Linear, Product]] = []
         self._products_of: dict[LinearGroup, LinearProduct] = {}
-        self._merged: list[_MergedProduct] = []
+        self._merged: list[MergedProduct] = []
         layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _is_plain(layer)]
         self._pack_groups(_mergeable(groups, layers))
         grouped = {id(layer) for layer, _ in self._products}
@@ -87,7 +86,7 @@ class PackedLinears:
             product = LinearProduct(form, *_joined(group))
             self._copies.append(_Copy(group, product))
             self._products_of[group] = product
-            merged = _MergedProduct(product, [layer.out_features for layer in group])
+            merged = MergedProduct(_split(product, [layer.out_features for layer in group]))
             self._merged.append(merged)
             self._products.extend((layer, merged.part(index)) for index, layer in enumerate(group))
 
@@ -142,27 +141,11 @@ class PackedLinears:
     def applied(self) -> Iterator[None]:
         """Make the layers compute from their copies inside the block."""
         try:
-            with patched((layer, _while_weight_stays(layer, product)) for layer, product in self._products):
+            with patched((layer, while_weight_stays(layer, product)) for layer, product in self._products):
                 yield
         finally:
             for merged in self._merged:
                 merged.clear()
-
-
-def _while_weight_stays(layer: nn.Linear, product: Product) -> Product:
-    """Return a forward that calls the layer's own forward instead of the product if the layer has another weight.
-
-    PEFT parametrizes the layers of its ``target_parameters`` only while it calls them, so no copy can be made then.
-    """
-    weight, parameters = layer.weight, layer._parameters
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if parameters.get("weight") is not weight:
-            out: torch.Tensor = type(layer).forward(layer, x)
-            return out
-        return product(x)
-
-    return forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,40 +162,13 @@ class _Copy:
         return _joined(self.layers[:1] if self.shared else self.layers)
 
 
-class _MergedProduct:
-    """Computes the products of several layers at once.
+def _split(product: LinearProduct, sizes: list[int]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    """Return a function that computes the layers of a joined product and splits it into their outputs."""
 
-    Args:
-        product: of the layers' weights, concatenated by rows.
-        sizes: outputs of each layer.
-    """
+    def parts(x: torch.Tensor) -> Sequence[torch.Tensor]:
+        return torch.split_with_sizes(product(x), sizes, -1)
 
-    def __init__(self, product: Product, sizes: list[int]) -> None:
-        self._product = product
-        self._sizes = sizes
-        self.clear()
-
-    def clear(self) -> None:
-        """Drop the input and the parts of layers that were not called."""
-        self._input: torch.Tensor | None = None
-        self._version = 0
-        self._parts: dict[int, torch.Tensor] = {}
-
-    def part(self, index: int) -> Product:
-        """Return the product of one layer."""
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            # Each part is handed out once: the caller may change it in place.
-            if x is not self._input or version(x) != self._version or index not in self._parts:
-                self._parts = dict(enumerate(torch.split_with_sizes(self._product(x), self._sizes, -1)))
-                self._input = x
-                self._version = version(x)
-            part = self._parts.pop(index)
-            if not self._parts:
-                self.clear()
-            return part
-
-        return forward
+    return parts
 
 
 def _mergeable(groups: Sequence[LinearGroup], layers: Sequence[nn.Linear]) -> list[LinearGroup]:

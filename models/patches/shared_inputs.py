@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from rollout.models.arrays import version
 from rollout.models.module.borrow import BorrowedModule
 from rollout.models.module.inspect import output_device, vocabulary_size
 
+Product = Callable[[torch.Tensor], torch.Tensor]
 LinearGroup = tuple[nn.Linear, ...]
 
 #: Tokens of the observed forward; their values do not matter.
@@ -34,12 +36,13 @@ class _Call:
         return self.x is other.x and self.version == other.version
 
 
-def layers_with_shared_inputs(model: nn.Module) -> list[LinearGroup]:
+def layers_with_shared_inputs(model: nn.Module, *, on_gpu: bool = False) -> list[LinearGroup]:
     """Return groups of linear layers, each in call order, observed in one forward of the model.
 
-    The layers of a group share input and dtype and are called once per forward. Returns no groups on a GPU.
+    The layers of a group share input and dtype and are called once per forward. On a GPU, returns no groups unless
+    asked to.
     """
-    if output_device(model).type != "cpu":
+    if output_device(model).type != "cpu" and not on_gpu:
         return []
     calls = _calls_in_forward(model)
     groups: list[list[nn.Linear]] = []
@@ -53,6 +56,56 @@ def layers_with_shared_inputs(model: nn.Module) -> list[LinearGroup]:
         previous = call
     counts = Counter(id(call.layer) for call in calls)
     return [tuple(group) for group in groups if len(group) > 1 and all(counts[id(layer)] == 1 for layer in group)]
+
+
+class MergedProduct:
+    """Computes the products of several layers at once, when the first of them is called.
+
+    Args:
+        products: returns the outputs of all layers for one input.
+    """
+
+    def __init__(self, products: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> None:
+        self._products = products
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop the input and the parts of layers that were not called."""
+        self._input: torch.Tensor | None = None
+        self._version = 0
+        self._parts: dict[int, torch.Tensor] = {}
+
+    def part(self, index: int) -> Product:
+        """Return the product of one layer."""
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            # Each part is handed out once: the caller may change it in place.
+            if x is not self._input or version(x) != self._version or index not in self._parts:
+                self._parts = dict(enumerate(self._products(x)))
+                self._input = x
+                self._version = version(x)
+            part = self._parts.pop(index)
+            if not self._parts:
+                self.clear()
+            return part
+
+        return forward
+
+
+def while_weight_stays(layer: nn.Linear, product: Product) -> Product:
+    """Return a forward that calls the layer's own forward instead of the product if the layer has another weight.
+
+    PEFT parametrizes the layers of its ``target_parameters`` only while it calls them, so no product can know it then.
+    """
+    weight, parameters = layer.weight, layer._parameters
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if parameters.get("weight") is not weight:
+            out: torch.Tensor = type(layer).forward(layer, x)
+            return out
+        return product(x)
+
+    return forward
 
 
 def _calls_in_forward(model: nn.Module) -> list[_Call]:

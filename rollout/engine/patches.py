@@ -13,7 +13,7 @@ from rollout.models.device import is_out_of_memory
 from rollout.models.errors import UnsupportedDevice, UnsupportedModel
 from rollout.models.module.changes import Change
 from rollout.models.module.inspect import output_device
-from rollout.models.patches.batch_invariant import check_kernel, invariant_products
+from rollout.models.patches.batch_invariant import GroupedProducts, check_kernel, invariant_products
 from rollout.models.patches.decoder_stack import DecoderStack, decoder_stack
 from rollout.models.patches.linears import PackedLinears
 from rollout.models.patches.norms_and_rope import FusedModules
@@ -41,7 +41,7 @@ class Patches:
 
     def __init__(self, model: nn.Module, *, has_states: bool, batch_invariant: bool = False) -> None:
         self._model = model
-        self._groups = layers_with_shared_inputs(model)
+        self._groups = layers_with_shared_inputs(model, on_gpu=batch_invariant)
         self._has_states = has_states
         self._batch_invariant = batch_invariant
         device = output_device(model)
@@ -51,6 +51,7 @@ class Patches:
                 check_kernel(device)
             except UnsupportedDevice as error:
                 raise UnsupportedModel(f"batch_invariant=true was requested, but {error}") from error
+            self._grouped = GroupedProducts(self._groups)
         self._fused = None if has_states else FusedModules(model)
         self._linears: PackedLinears | None = None
         self._autocast: object = None
@@ -123,6 +124,7 @@ class Patches:
         with ExitStack() as stack:
             if self._invariant_on_gpu:
                 stack.enter_context(invariant_products())
+                stack.enter_context(self._grouped.applied())
             for patch in patches:
                 if patch is not None:
                     stack.enter_context(patch.applied())

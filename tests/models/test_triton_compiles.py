@@ -40,6 +40,7 @@ _REPRESENTATIVES = (
     "gated silu bf16",
     "rotate bf16 12/2",
     "product bf16 forward, 64x32",
+    "three products bf16",
 )
 
 

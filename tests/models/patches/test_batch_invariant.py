@@ -10,8 +10,9 @@ from torch import nn
 from rollout import Engine, SamplingParams
 from rollout.models.errors import UnsupportedDevice, UnsupportedModel
 from rollout.models.patches import batch_invariant, products_triton
-from rollout.models.patches.batch_invariant import invariant_products
-from rollout.models.patches.products_triton import ProductTile, linear, product
+from rollout.models.patches.batch_invariant import GroupedProducts, invariant_products
+from rollout.models.patches.products_triton import ProductTile, grouped_product, linear, product
+from rollout.models.patches.shared_inputs import layers_with_shared_inputs
 from tests.support.devices import GPU
 from tests.support.tiny_models import tiny
 from tests.support.triton_interpreter import kernels_run_here
@@ -45,6 +46,27 @@ def test_rows_have_the_same_bits_at_every_row_count(dtype: torch.dtype, device: 
         # Another first row moves every row to another place of its tile.
         first = (7 * count) % (257 - count)
         assert torch.equal(product(x[first : first + count], weight.T, bias), whole[first : first + count]), count
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("biased", [False, True])
+def test_layers_of_one_launch_have_the_bits_of_their_own(count: int, biased: bool, device: torch.device) -> None:
+    x = numbers(70, 20, dtype=torch.bfloat16, device=device, seed=1)
+    sizes = (40, 8, 33)[:count]
+    weights = [numbers(size, 20, dtype=torch.bfloat16, device=device, seed=size) for size in sizes]
+    biases = [numbers(size, dtype=torch.bfloat16, device=device, seed=2) if biased else None for size in sizes]
+    found = grouped_product(x, weights, biases)
+    assert found is not None
+    for ours, weight, bias in zip(found, weights, biases, strict=True):
+        assert torch.equal(ours, product(x, weight.T, bias))
+
+
+def test_layers_that_differ_in_kind_are_not_computed_together(device: torch.device) -> None:
+    x, weight = (numbers(*shape, dtype=torch.float32, device=device, seed=1) for shape in ((3, 8), (4, 8)))
+    assert grouped_product(x, [weight, weight], [None, weight[:, 0]]) is None
+    assert grouped_product(x, [weight, weight.bfloat16()], [None, None]) is None
+    assert grouped_product(x, [weight] * 4, [None] * 4) is None
+    assert grouped_product(x[:0], [weight] * 2, [None] * 2) is None
 
 
 def test_gradients_are_those_of_torch(device: torch.device) -> None:
@@ -93,6 +115,34 @@ def test_block_replaces_the_products_of_modules_and_restores_them(
         layer.double()(x.double())
         assert len(dtypes) == 3, "torch computes other dtypes"
     assert F.linear is own
+
+
+def test_model_computes_layers_of_one_input_in_one_launch(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("qwen2", torch.bfloat16, num_hidden_layers=1)
+    ids = torch.arange(5, device=device)[None] + 3
+    groups = layers_with_shared_inputs(model, on_gpu=True)
+    names = {layer: name.rpartition(".")[2] for name, layer in model.named_modules()}
+    assert [[names[layer] for layer in group] for group in groups] == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["gate_proj", "up_proj"],
+    ]
+    launches: list[int] = []
+    grouped = products_triton.grouped_product
+
+    def counted(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> list[torch.Tensor] | None:
+        launches.append(len(weights))
+        return grouped(x, weights, biases)
+
+    monkeypatch.setattr(products_triton, "grouped_product", counted)
+    with torch.no_grad(), invariant_products():
+        alone = model(input_ids=ids, use_cache=False).logits
+        assert not launches
+        with GroupedProducts(groups).applied():
+            together = model(input_ids=ids, use_cache=False).logits
+    assert launches == [3, 2]
+    assert torch.equal(alone, together)
 
 
 def test_public_block_refuses_a_cpu() -> None:
