@@ -113,7 +113,7 @@ class DecoderStack:
         """Compute what the base model's own forward does.
 
         Raises:
-            RuntimeError: there is no working memory.
+            MemoryError: there is no working memory.
         """
         attention, model = current_attention(), self._decoder.model
         others = (attention_mask, past_key_values, use_cache or None, *kwargs.values())

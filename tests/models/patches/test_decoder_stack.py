@@ -290,7 +290,7 @@ def test_changed_weights_are_those_of_the_next_forward(family: str, runs: list[i
 def test_lack_of_working_memory_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     forwards = Forwards(tiny("llama"))
     monkeypatch.setattr(DecoderLibrary, "bytes_needed", lambda *_: 1 << 60)
-    with pytest.raises(RuntimeError, match="memory"):
+    with pytest.raises(MemoryError, match="bytes of memory are not there"):
         forwards.logits(prompts_of(5), whole(5))
 
 
