@@ -31,7 +31,7 @@ from rollout.models.attention.compiled_library import (
     Kernel,
 )
 from rollout.models.attention.interface import ScoreParams
-from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
+from rollout.models.attention.kernel_test import TOLERANCE, Attention, HeadShape, largest_error
 from rollout.models.csrc.build import KernelUnavailable, build, try_build
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import MaskKind
@@ -301,7 +301,7 @@ def _checked(library: ctypes.CDLL) -> Kernel:
         return _forward(loaded, pool, batch, threads=1)
 
     for dtype in loaded.dtypes:
-        error = largest_error(attention, dtype, ((64, 32), (13, 20)), torch.device("cpu"))
+        error = largest_error(attention, dtype, (HeadShape(64, 32), HeadShape(13, 20)), torch.device("cpu"))
         if not error <= TOLERANCE[dtype]:
             raise KernelUnavailable(
                 f"the compiled kernel differs from reference attention by {error:.2g} in {dtype} "

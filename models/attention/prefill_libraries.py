@@ -22,7 +22,7 @@ import torch
 
 from rollout.models.attention.gather import GatherAttention
 from rollout.models.attention.interface import ScoreParams
-from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
+from rollout.models.attention.kernel_test import TOLERANCE, Attention, HeadShape, largest_error
 from rollout.models.attention.prefill import PrefillAttention, VarlenFunction, VarlenMetadata
 from rollout.models.device import is_out_of_memory
 from rollout.models.errors import UnsupportedAttention, clause
@@ -190,8 +190,9 @@ def _failure(
         return GatherAttention(pool, batch, PrefillAttention(pool, batch, function)).compute
 
     mask_kinds = (MaskKind(), MaskKind("window", _TEST_WINDOW)) if windows else (MaskKind(),)
+    shapes = [HeadShape(*pair) for pair in sorted(dims)]
     try:
-        error = max(largest_error(attention, dtype, tuple(sorted(dims)), device, mask_kind) for mask_kind in mask_kinds)
+        error = max(largest_error(attention, dtype, shapes, device, mask_kind) for mask_kind in mask_kinds)
     except Exception as failure:
         if is_out_of_memory(failure):
             raise

@@ -95,6 +95,7 @@ class _Recorder:
                 value_dim=value.shape[-1],
                 mask_kind=mask_kind,
                 device=value.device,
+                group=query.shape[1] // key.shape[1],
             )
         )
         # Under autocast, rotary embeddings may return queries and keys in float32; values have the compute dtype.

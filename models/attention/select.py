@@ -11,6 +11,7 @@ from rollout.models.attention import prefill_libraries
 from rollout.models.attention.base import AttentionBackend
 from rollout.models.attention.compiled import CompiledBackend, kernel
 from rollout.models.attention.gather import GatherAttention, GatherBackend
+from rollout.models.attention.kernel_test import HeadShape
 from rollout.models.attention.multi_device import MultiDeviceBackend
 from rollout.models.attention.names import AUTO
 from rollout.models.attention.prefill import VarlenFunction
@@ -62,7 +63,7 @@ def select_backend(name: str, pool: PagePool) -> AttentionBackend:
         prefill_libraries.check(function, layout, device)
         return _triton_or_none(pool, function) or GatherBackend(function)
     if name == "triton":
-        if (reason := _triton_failure(_dims(layout), layout.dtype, device)) is not None:
+        if (reason := _triton_failure(_shapes(layout), layout.dtype, device, layout.page_size)) is not None:
             raise UnsupportedAttention(name, f"its kernels failed here ({reason})")
         return _triton_backend(pool, None)
     if name == "compiled":
@@ -89,7 +90,11 @@ def _compiled_or_none(pool: PagePool) -> AttentionBackend | None:
 def _triton_or_none(pool: PagePool, function: VarlenFunction | None = None) -> AttentionBackend | None:
     """Return the Triton backend, or None, with a warning on a GPU, if its kernels do not work."""
     layout, device = pool.layout, pool.device
-    if device.type != "cuda" or not layout.layers or not _triton_works(_dims(layout), layout.dtype, device):
+    if (
+        device.type != "cuda"
+        or not layout.layers
+        or not _triton_works(_shapes(layout), layout.dtype, device, layout.page_size)
+    ):
         return None
     return _triton_backend(pool, function)
 
@@ -101,18 +106,18 @@ def _triton_backend(pool: PagePool, function: VarlenFunction | None) -> Attentio
     return TritonBackend(pool, function)
 
 
-def _dims(layout: KVLayout) -> frozenset[tuple[int, int]]:
-    return frozenset((layer.key_dim, layer.value_dim) for layer in layout.layers)
+def _shapes(layout: KVLayout) -> frozenset[HeadShape]:
+    return frozenset(map(HeadShape.of, layout.layers))
 
 
 @cache
-def _triton_works(dims: frozenset[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> bool:
+def _triton_works(shapes: frozenset[HeadShape], dtype: torch.dtype, device: torch.device, page_size: int) -> bool:
     """Return whether the Triton kernels pass their self-test; warn once if they do not.
 
     Raises:
         torch.OutOfMemoryError: too little memory is left for the self-test.
     """
-    reason = _triton_failure(dims, dtype, device)
+    reason = _triton_failure(shapes, dtype, device, page_size)
     if reason is not None:
         logger.warning(
             "Triton attention is not used on %s; pages are gathered instead, which is slower: %s.",
@@ -123,7 +128,9 @@ def _triton_works(dims: frozenset[tuple[int, int]], dtype: torch.dtype, device: 
 
 
 @cache
-def _triton_failure(dims: frozenset[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> str | None:
+def _triton_failure(
+    shapes: frozenset[HeadShape], dtype: torch.dtype, device: torch.device, page_size: int
+) -> str | None:
     """Run the Triton kernels once and return why they failed, or None.
 
     Only a trial shows whether Triton can compile on this machine.
@@ -135,6 +142,6 @@ def _triton_failure(dims: frozenset[tuple[int, int]], dtype: torch.dtype, device
     def trial() -> None:
         from rollout.models.attention.triton import check
 
-        check(dims, dtype, device)
+        check(shapes, dtype, device, page_size)
 
     return failure_of(trial)

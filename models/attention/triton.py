@@ -18,7 +18,7 @@ from rollout.models.arrays import ceil_div, next_power_of_2
 from rollout.models.attention import triton_kernels
 from rollout.models.attention.base import PagedAttention
 from rollout.models.attention.interface import ScoreParams
-from rollout.models.attention.kernel_test import TOLERANCE, Attention, largest_error
+from rollout.models.attention.kernel_test import TOLERANCE, Attention, HeadShape, largest_error
 from rollout.models.attention.prefill import PrefillAttention, VarlenFunction
 from rollout.models.attention.triton_metadata import MetadataSizes, TileKind, TileKinds, TritonMetadata, WorkItems
 from rollout.models.device import launching_on
@@ -77,24 +77,27 @@ def tile_sizes(itemsize: int, dim: int, group: int, split: bool) -> TileSizes:
     return replace(sizes, queries=queries, warps=max(sizes.warps, min(8, queries // 16)))
 
 
-def check(dims: Collection[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
-    """Compile and run the kernels for these (key, value) head dims, and compare with reference attention.
+def check(shapes: Collection[HeadShape], dtype: torch.dtype, device: torch.device, page_size: int) -> None:
+    """Compile and run the kernels for these heads, and compare with reference attention.
+
+    With the heads and page size of a model, most of what is compiled here is what its forwards run.
 
     Raises:
-        ValueError: the dtype, dims or device are not supported, or results differ from reference attention.
+        ValueError: the dtype, head dims or device are not supported, or results differ from reference attention.
         Exception: Triton could not compile the kernels, or the device could not run them.
     """
     if dtype not in TOLERANCE:
         raise ValueError(f"the kernels do not support {dtype}")
-    if max(map(max, dims)) > LARGEST_DIM:
-        raise ValueError(f"the largest head dim is {max(map(max, dims))}, and the kernels support up to {LARGEST_DIM}")
+    largest = max(max(shape.key_dim, shape.value_dim) for shape in shapes)
+    if largest > LARGEST_DIM:
+        raise ValueError(f"the largest head dim is {largest}, and the kernels support up to {LARGEST_DIM}")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         raise ValueError(f"the GPU's compute capability is below {'.'.join(map(str, LEAST_CAPABILITY))}")
 
     def attention(pool: PagePool, batch: ForwardBatch) -> Attention:
         return TritonBackend(pool)(pool, batch).compute
 
-    error = largest_error(attention, dtype, tuple(sorted(dims)), device)
+    error = largest_error(attention, dtype, sorted(shapes), device, page_size=page_size)
     if not error <= TOLERANCE[dtype]:
         raise ValueError(
             f"the kernels differ from reference attention by {error:.2g} in {dtype} (tolerance {TOLERANCE[dtype]:g})"

@@ -46,6 +46,8 @@ class AttentionLayer:
     """Full if the model applies its own mask."""
     device: torch.device | None = None
     """Where its keys and values are computed and stored; None means the pool's device."""
+    group: int = 1
+    """Query heads that share a key head; 1 if that is not known."""
 
     @property
     def elements(self) -> int:

@@ -16,6 +16,7 @@ from rollout.models.attention.probe import classify, probe
 from rollout.models.errors import UnsupportedModel
 from rollout.models.kv_cache.layout import KVLayout, MaskKind
 from rollout.models.module.borrow import BorrowedModule
+from rollout.models.runners.packed import PackedStrategy
 from tests.support.tiny_models import PACKED, tiny
 
 FULL, WINDOW, CHUNK = MaskKind(), MaskKind("window", 12), MaskKind("chunk", 12)
@@ -242,3 +243,10 @@ def test_attention_call_outside_of_a_step_raises() -> None:
     model = tiny("llama")
     with BorrowedModule(model).borrow(interface.NAME), pytest.raises(RuntimeError, match="outside of an engine's step"):
         model(input_ids=torch.arange(4)[None])
+
+
+def test_probe_counts_the_query_heads_that_share_a_key_head() -> None:
+    model = tiny("llama")
+    config = model.config
+    layers = PackedStrategy(model).kv_layout().layers
+    assert {layer.group for layer in layers} == {config.num_attention_heads // config.num_key_value_heads} != {1}

@@ -12,6 +12,7 @@ import torch
 
 from rollout.models.attention import select, triton
 from rollout.models.attention.gather import GatherAttention
+from rollout.models.attention.kernel_test import HeadShape
 from rollout.models.errors import UnsupportedAttention
 from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 
@@ -38,7 +39,7 @@ def test_gpu_uses_triton_if_self_test_passes(gpu_pool: Any, monkeypatch: pytest.
     checked = []
     monkeypatch.setattr(triton, "check", lambda *about: checked.append(about))
     assert [select.fastest_backend(gpu_pool).name for _ in range(2)] == ["triton", "triton"]
-    assert checked == [(frozenset({(16, 16)}), torch.bfloat16, gpu_pool.device)]
+    assert checked == [(frozenset({HeadShape(16, 16, kv_heads=1, group=1)}), torch.bfloat16, gpu_pool.device, 16)]
 
 
 def test_gpu_gathers_and_warns_once_if_self_test_fails(

@@ -15,6 +15,7 @@ import torch
 from rollout.models.attention import triton, triton_metadata
 from rollout.models.attention.gather import GatherAttention
 from rollout.models.attention.interface import ScoreParams
+from rollout.models.attention.kernel_test import HeadShape
 from rollout.models.attention.triton import TritonAttention
 from rollout.models.kv_cache.layout import MaskKind
 from tests.support.paged_sequences import Kind, Parts, same_bits
@@ -223,7 +224,7 @@ def test_prefill_bits_do_not_depend_on_chunks_batch_or_pages(dtype: torch.dtype,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_self_test_passes(dtype: torch.dtype, device: torch.device) -> None:
-    triton.check({(16, 16), (12, 20)}, dtype, device)
+    triton.check({HeadShape(16, 16), HeadShape(12, 20, kv_heads=1, group=2)}, dtype, device, 16)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_unsupported_dtype_and_head_dim_are_refused(
     dims: tuple[int, int], dtype: torch.dtype, why: str, device: torch.device
 ) -> None:
     with pytest.raises(ValueError, match=why):
-        triton.check({dims}, dtype, device)
+        triton.check({HeadShape(*dims)}, dtype, device, 4)
 
 
 def test_self_test_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
@@ -250,4 +251,4 @@ def test_self_test_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch, device
 
     monkeypatch.setattr(TritonAttention, "compute", wrong)
     with pytest.raises(ValueError, match="differ from reference attention"):
-        triton.check({(16, 16)}, torch.float32, device)
+        triton.check({HeadShape(16, 16)}, torch.float32, device, 4)
