@@ -149,6 +149,7 @@ class TritonMetadata:
             tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=False)), len(mask_kinds)
         )
         self._host = np.zeros(starts[-1], np.int32)
+        self._host_views = self._regions.of(self._host)
         self._device = torch.zeros(len(self._host), dtype=torch.int32, device=device)
         views = self._regions.of(self._device)
         self.entries = views.counts[:1]
@@ -204,7 +205,7 @@ class TritonMetadata:
             raise ValueError(f"A forward of {needs} does not fit into {self.capacity}.")
         self.slabs.refresh()
         page_counts = _page_counts(batch, self._page_size)
-        views = self._regions.of(self._host)
+        views = self._host_views
         other_pages = self._pages.fill(views.pages, batch.page_tables, page_counts) or not self._uploaded
         self._uploaded = False
         views.counts[0] = self._pages.used

@@ -23,8 +23,8 @@ class StepInputs:
         self.metadata = metadata
         device = metadata.slabs.pool.device
         self._host = np.zeros(rung.tokens + rung.logits, np.int64)
+        self._host_positions, self._host_wanted = np.split(self._host, [rung.tokens])
         self._device = torch.zeros(len(self._host), dtype=torch.int64, device=device)
-        self._rung = rung
         self.tokens = torch.zeros((1, rung.tokens), dtype=torch.int64, device=device)
         """[1, tokens] token ids; 0 for padding."""
         self.positions = self._device[None, : rung.tokens]
@@ -41,11 +41,10 @@ class StepInputs:
         """Copy in a batch that fits."""
         self.metadata.fill(batch)
         tokens, sequences = len(batch.tokens), len(batch.query_lens)
-        positions, wanted = np.split(self._host, [self._rung.tokens])
-        positions[:tokens] = batch.positions
-        positions[tokens:] = 0
-        wanted[:sequences] = batch.wanted
-        wanted[sequences:] = 0
+        self._host_positions[:tokens] = batch.positions
+        self._host_positions[tokens:] = 0
+        self._host_wanted[:sequences] = batch.wanted
+        self._host_wanted[sequences:] = 0
         upload(self._host, self._device)
         # A copy on the device: the host may not know the token ids yet.
         self.tokens[0, :tokens] = batch.tokens
