@@ -57,12 +57,12 @@ class World:
         sequences = len(self.tables)
         lengths = np.full(sequences, queries)
         forward = CompiledForward(compiled, self.pool, self.tables, np.full(sequences, context) - lengths, lengths)
-        draws = [
+        query, key, value = (
             torch.randn(sequences * queries, heads, self.dim).to(self.dtype)
             for heads in (self.query_heads, self.kv_heads, self.kv_heads)
-        ]
+        )
         scores = ScoreParams(self.dim**-0.5)
-        return lambda: [forward(index, *draws, scores) for index in range(self.layers)]
+        return lambda: [forward(index, query, key, value, scores) for index in range(self.layers)]
 
 
 def decode_line(heads: str, sequences: int, context: int, dtype: torch.dtype, given: argparse.Namespace) -> list[str]:
@@ -102,9 +102,10 @@ def main() -> None:
     with torch.inference_mode():
         for heads in given.heads.split(","):
             for case in filter(None, given.decode.split(",")):
-                lines.append(decode_line(heads, *map(int, case.split("x")), dtype, given))
-            for tokens in filter(None, given.prefill.split(",")):
-                lines.append(prefill_line(heads, int(tokens), dtype, given))
+                sequences, tokens = map(int, case.split("x"))
+                lines.append(decode_line(heads, sequences, tokens, dtype, given))
+            for case in filter(None, given.prefill.split(",")):
+                lines.append(prefill_line(heads, int(case), dtype, given))
     print(tables.render([HEADER, *lines]))
 
 
