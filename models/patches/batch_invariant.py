@@ -61,7 +61,9 @@ class _Replacement:
     def __call__(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See ``torch.nn.functional.linear``."""
         given = [tensor for tensor in (input, weight, bias) if tensor is not None]
-        if not _is_plain(given) or torch.compiler.is_compiling():
+        # torch broadcasts other biases, and takes a vector as the weight of one output.
+        plain = weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
+        if not plain or not _is_plain(given) or torch.compiler.is_compiling():
             return self._own(input, weight, bias)
         kind = input.device.type
         if torch.is_autocast_enabled(kind):

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from rollout.models.arrays import ceil_div
 from rollout.models.device import launching_on
@@ -159,7 +160,7 @@ def product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None =
         multiply[(ceil_div(columns, tile.columns), ceil_div(rows, tile.rows))](
             left,
             right,
-            bias,
+            None if bias is None else bias.contiguous(),
             out,
             rows,
             columns,
@@ -198,6 +199,7 @@ def grouped_product(
         return None
     tile = tiles.pop()
     x = x if x.stride(1) == 1 else x.contiguous()
+    biases = [None if bias is None else bias.contiguous() for bias in biases]
     outs = [torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device) for weight in weights]
     # An absent layer has no tile, so what stands for it is not read.
     absent = _GROUP - len(weights)
@@ -232,6 +234,7 @@ class _Linear(torch.autograd.Function):
         return product(x.reshape(-1, x.shape[-1]), weight.T, bias).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Compute the gradients that are needed; a weight's is a sum over rows, in their order."""
         x, weight = ctx.saved_tensors

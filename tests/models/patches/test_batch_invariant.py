@@ -48,6 +48,35 @@ def test_rows_have_the_same_bits_at_every_row_count(dtype: torch.dtype, device: 
         assert torch.equal(product(x[first : first + count], weight.T, bias), whole[first : first + count]), count
 
 
+def test_the_kernel_passes_its_self_test(device: torch.device) -> None:
+    assert batch_invariant._self_test(device) is None
+
+
+def test_biases_have_any_stride(device: torch.device) -> None:
+    x, weight = (numbers(count, 20, dtype=torch.float32, device=device, seed=count) for count in (3, 17))
+    strided = weight[:, 3]
+    expected = product(x, weight.T, strided.clone())
+    assert torch.equal(product(x, weight.T, strided), expected)
+    grouped = grouped_product(x, [weight, weight], [strided, strided])
+    assert grouped is not None
+    assert all(torch.equal(ours, expected) for ours in grouped)
+
+
+def test_shapes_that_torch_broadcasts_are_left_to_it(device: torch.device) -> None:
+    x, weight = (numbers(count, 8, dtype=torch.float32, device=device, seed=count) for count in (3, 5))
+    for given in ((weight, weight[0, :1]), (weight[0], None)):
+        expected = F.linear(x, *given)
+        with invariant_products():
+            assert torch.equal(F.linear(x, *given), expected)
+
+
+def test_second_derivatives_are_refused(device: torch.device) -> None:
+    x, weight = (numbers(3, 8, dtype=torch.float32, device=device, seed=seed).requires_grad_() for seed in (1, 2))
+    (gradient,) = torch.autograd.grad(linear(x, weight, None).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("biased", [False, True])
 def test_layers_of_one_launch_have_the_bits_of_their_own(count: int, biased: bool, device: torch.device) -> None:
