@@ -130,10 +130,6 @@ class CudaGraphRunner(Runner):
         self._pool = backend.slabs.pool
         self._ladder = Ladder(most_mixed_tokens(model, len(self._pool.layout.layers)))
         self._captured: dict[Rung, _CapturedStep] = {}
-        self._logits: torch.Tensor | None = None
-        """[rows, V] the largest memory for logits so far. All graphs share it: only one's are in use at a time."""
-        self._logits_kind: tuple[int, torch.dtype] | None = None
-        """Vocabulary and dtype of the logits, as far as a forward has shown them."""
         self._weights: WeightAddresses | None = None
         self._times_borrowed = borrowed.times_borrowed
         self._paused = 0
@@ -159,11 +155,9 @@ class CudaGraphRunner(Runner):
         self._steps += 1
         captured = self._captured_step(batch) if self._can_replay(batch) else None
         if captured is None:
-            logits = self._eager.forward(batch)
-            self._logits_kind = logits.shape[1], logits.dtype
-            return logits
+            return self._eager.forward(batch)
         captured.graph.replay()
-        return captured.logits[: len(batch.query_lens)]
+        return captured.graph.output[: len(batch.query_lens)]
 
     def shed(self) -> bool:
         """See `Runner.shed`."""
@@ -177,7 +171,6 @@ class CudaGraphRunner(Runner):
     def rest(self, most_bytes: float) -> int:
         """See `Runner.rest`."""
         held = self._graphs.bytes_kept + sum(captured.inputs.bytes_held for captured in self._captured.values())
-        held += 0 if self._logits is None else self._logits.nbytes
         if held <= most_bytes:
             return held
         self.close()
@@ -266,7 +259,7 @@ class CudaGraphRunner(Runner):
         start, handled = time.perf_counter(), sys.exception()
         self._prepared = True
         tried = _tried.setdefault(self._model, set())
-        untried = rung.mixed not in tried or self._logits_kind is None
+        untried = rung.mixed not in tried
         try:
             captured = self._capture_once(rung, entries, batch, try_out=untried)
         except RuntimeError as error:
@@ -299,14 +292,11 @@ class CudaGraphRunner(Runner):
 
         if try_out:
             tried = self._filled_inputs(rung, entries, batch)
-            shown = self._graphs.warm_up(lambda: step(tried))
-            self._logits_kind = shown.shape[1], shown.dtype
+            self._graphs.warm_up(lambda: step(tried))
         # Only now does the backend know which tiles the model's prefills make up.
         inputs = self._filled_inputs(rung, entries, batch)
         inputs.metadata.sealed = True
-        logits = self._logits_memory(rung.logits)
-        graph = self._graphs.capture(lambda: logits.copy_(step(inputs)))
-        return _CapturedStep(inputs, graph, logits)
+        return _CapturedStep(inputs, self._graphs.capture(lambda: step(inputs)))
 
     def _filled_inputs(self, rung: Rung, entries: int, batch: ForwardBatch) -> StepInputs:
         """Return inputs of a rung, with room for at least twice ``entries`` pages, filled from a batch."""
@@ -316,14 +306,6 @@ class CudaGraphRunner(Runner):
         inputs = StepInputs(rung, self._backend.make_metadata(sizes))
         inputs.fill(batch)
         return inputs
-
-    def _logits_memory(self, rows: int) -> torch.Tensor:
-        """Return memory [rows, V] for logits."""
-        assert self._logits_kind is not None
-        if self._logits is None or len(self._logits) < rows:
-            vocabulary, dtype = self._logits_kind
-            self._logits = torch.empty(rows, vocabulary, dtype=dtype, device=self._pool.device)
-        return self._logits[:rows]
 
     def _handle_failure(self, error: BaseException) -> None:
         """Pause graphs if memory is short; otherwise run the model without graphs from now on."""
@@ -346,7 +328,6 @@ class CudaGraphRunner(Runner):
         for captured in self._captured.values():
             captured.graph.reset()
         self._captured.clear()
-        self._logits = None
         self._weights = None
         self._graphs.release()
 
@@ -355,8 +336,7 @@ class CudaGraphRunner(Runner):
 class _CapturedStep:
     inputs: StepInputs
     graph: Graph
-    logits: torch.Tensor
-    """[rows, V], written by a replay."""
+    """Its output is logits [rows, V]."""
 
 
 def _root_cause(error: BaseException, handled: BaseException | None) -> BaseException:

@@ -117,6 +117,20 @@ def test_captured_steps_with_prefills_give_what_eager_ones_do(dtype: torch.dtype
     world.runner.close()
 
 
+def test_graphs_share_the_memory_of_their_outputs() -> None:
+    graphs, numbers = CudaGraphs(DEVICE), torch.arange(1 << 24, dtype=torch.float32, device=DEVICE)
+    steps = [lambda factor=factor: numbers * factor for factor in (2.0, 3.0, 5.0)]
+    graphs.warm_up(steps[0])
+    captured = [graphs.capture(step) for step in steps]
+    assert graphs.bytes_kept < 2 * numbers.nbytes
+    for graph, step in zip(captured, steps, strict=True):
+        graph.replay()
+        assert torch.equal(graph.output, step())
+    for graph in captured:
+        graph.reset()
+    graphs.release()
+
+
 def test_memory_of_graphs_is_given_back() -> None:
     """Libraries allocate memory for the capture stream once, in the first round."""
     held = []

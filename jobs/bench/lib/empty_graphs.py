@@ -18,7 +18,14 @@ _MOST_ROWS = 1024
 
 
 class _EmptyGraph:
-    """Replays nothing."""
+    """Replays nothing.
+
+    Args:
+        output: what each replay is taken to compute.
+    """
+
+    def __init__(self, output: torch.Tensor) -> None:
+        self.output = output
 
     def replay(self) -> None:
         """See `Graph.replay`."""
@@ -31,7 +38,7 @@ class EmptyGraphs:
     """Implements `rollout.models.runners.graph_capture.Graphs`, without computing.
 
     Args:
-        logits: [1, V] what a step returns.
+        logits: [rows, V] what the largest step returns.
     """
 
     bytes_kept = 0
@@ -40,14 +47,13 @@ class EmptyGraphs:
         self._logits = logits
         self.captures = 0
 
-    def warm_up(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:  # noqa: ARG002 - it is not run
-        """See `Graphs.warm_up`."""
-        return self._logits
+    def warm_up(self, step: Callable[[], object]) -> None:
+        """See `Graphs.warm_up`; the step is not run."""
 
-    def capture(self, step: Callable[[], object]) -> _EmptyGraph:  # noqa: ARG002 - it is not run
+    def capture(self, step: Callable[[], torch.Tensor]) -> _EmptyGraph:  # noqa: ARG002 - it is not run
         """See `Graphs.capture`."""
         self.captures += 1
-        return _EmptyGraph()
+        return _EmptyGraph(self._logits)
 
     def release(self) -> None:
         """See `Graphs.release`."""
@@ -69,12 +75,10 @@ class _EmptyRunner(Runner):
 def runner_of_empty_graphs(strategy: PackedStrategy, pool: PagePool) -> CudaGraphRunner:
     """Return what `PackedStrategy.runner` returns on a GPU, with forwards and graphs that compute nothing."""
     logits = torch.zeros(1, vocabulary_size(strategy.model))
-    runner = CudaGraphRunner(
+    return CudaGraphRunner(
         eager=_EmptyRunner(logits),
         model=strategy.model,
         backend=TritonBackend(pool),
         borrowed=strategy._borrowed,
-        graphs=EmptyGraphs(logits),
+        graphs=EmptyGraphs(logits.expand(_MOST_ROWS, -1).clone()),
     )
-    runner._logits = logits.expand(_MOST_ROWS, -1).clone()  # no graph writes to it
-    return runner

@@ -23,7 +23,6 @@ from rollout.models.runners.packed import PackedRunner, PackedStrategy
 from tests.contract.test_long_sequences import long_model
 from tests.support.cuda_graph_world import FakeGraphs, World, llama
 from tests.support.devices import DEVICE
-from tests.support.tiny_models import VOCABULARY
 from tests.support.triton_interpreter import kernels_run_here
 
 _SMALL = TileSizes(16, 16, 4)
@@ -129,8 +128,6 @@ def test_only_the_first_step_of_each_kind_is_tried_out() -> None:
     model, kinds = llama(1), TileKinds()
     for tried in (2, 0):  # by a first runner, and by a second one of the same model
         world = World(model)
-        # As eager forwards show it.
-        world.runner._logits_kind = VOCABULARY, torch.float32
         world.runner._backend._tile_kinds = kinds
         for parts in ([(0, 70)], [(1, 4), (2, 2)], [(0, 1)], [(0, 1), (1, 1)], [(0, 1), (1, 1), (2, 1)]):
             world.same(parts)
@@ -148,15 +145,6 @@ def test_a_size_that_cannot_be_captured_untried_is_tried_out(caplog: pytest.LogC
         world.decode(0, 1)
     assert (world.sizes, world.fake.tried) == ([1, 2], tried + 1)
     assert not caplog.records
-
-
-def test_graphs_share_memory_for_logits() -> None:
-    runner = World().runner
-    runner._logits_kind = 5, torch.float32
-    memory = {rows: runner._logits_memory(rows) for rows in (32, 16, 64, 8)}
-    assert all(logits.shape == (rows, 5) for rows, logits in memory.items())
-    assert memory[16].data_ptr() == memory[32].data_ptr()
-    assert memory[8].data_ptr() == memory[64].data_ptr() != memory[32].data_ptr()
 
 
 def test_replays_are_right_while_the_pool_grows_and_shrinks() -> None:
@@ -265,7 +253,6 @@ def test_shed_frees_graphs_and_they_are_captured_again_after_a_pause(
         assert world.runner.shed()
     assert "Memory is short: the CUDA graphs are freed and the next 3 steps run eagerly." in caplog.text
     assert (world.runner.bytes_kept, world.fake.released) == (0, 1)
-    assert world.runner._logits is None
     assert not world.runner.shed()
     for _ in range(2):
         world.decode(0, 1)
@@ -285,7 +272,6 @@ def test_close_frees_all_memory_and_logs_the_captures(caplog: pytest.LogCaptureF
     assert "2 step(s) were captured in CUDA graphs" in caplog.text
     assert world.runner.bytes_kept == 0
     assert not world.runner._captured
-    assert world.runner._logits is None
     world.decode(0, 1)
     assert world.sizes == [2]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +73,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
         ("synchronize", lambda _: None),
     ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch, "as_tensor", as_tensor)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", called("end"), raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", called("release"), raising=False)
     monkeypatch.setattr(graph_capture, "_stream", lambda _: None)
@@ -76,7 +81,17 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return fake
 
 
-def fails() -> None:
+def as_tensor(memory: Any, device: torch.device) -> torch.Tensor:
+    """Read memory of the CPU as torch reads a GPU's: NumPy's interface differs in name and version alone."""
+    described = SimpleNamespace(__array_interface__=memory.__cuda_array_interface__ | {"version": 3})
+    return torch.from_numpy(np.asarray(described))
+
+
+def nothing() -> torch.Tensor:
+    return torch.zeros(0)
+
+
+def fails() -> torch.Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
@@ -119,10 +134,28 @@ def test_current_stream_waits_for_launches_of_a_failed_step(driver: Driver, monk
     assert driver.calls == ["capture waits for current", "step", "current waits for capture"]
 
 
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_is_the_memory_of_the_step_and_does_not_own_it(dtype: torch.dtype) -> None:
+    graphs, memory = CudaGraphs(torch.device("cuda", 0)), torch.arange(12).to(dtype)
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def step() -> torch.Tensor:
+        logits = memory.view(3, 4)[:, 1:]
+        made.append(weakref.ref(logits))
+        return logits
+
+    graph = graphs.capture(step)
+    assert made[0]() is None
+    assert (graph.output.dtype, graph.output.data_ptr()) == (dtype, memory[1:].data_ptr())
+    memory.add_(100)
+    assert graph.output.tolist() == [[101, 102, 103], [105, 106, 107], [109, 110, 111]]
+
+
 def test_captures_share_memory_until_release(driver: Driver) -> None:
     graphs = CudaGraphs(torch.device("cuda", 0))
     for _ in range(2):
-        graphs.capture(lambda: None)
+        graphs.capture(nothing)
     graphs.release()
-    graphs.capture(lambda: None)
+    graphs.capture(nothing)
     assert driver.calls == ["begin 1", "begin 1", "begin 2"]
