@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.forks import output_of_ranks
 
 pytestmark = pytest.mark.long
 
@@ -21,18 +19,7 @@ _ROUNDING = {"fsdp2 bf16": 0.5}
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks found."""
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [*command, "-m", "tests.support.sharded_world", str(folder)],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    output_of_ranks("tests.support.sharded_world", str(folder), ACCELERATE_USE_CPU="true")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

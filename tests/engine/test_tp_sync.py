@@ -34,8 +34,9 @@ from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import read_run
 from rollout.verify import verify
 from tests.rollout.test_cli import tiny as saved_tiny  # noqa: F401 - a fixture
+from tests.support.forks import output_of_ranks
 from tests.support.jobs import read_records, without_attempt
-from tests.support.tensor_parallel import assert_records_match_one_process, launch
+from tests.support.tensor_parallel import assert_records_match_one_process
 from tests.support.tiny_models import shallow, tiny
 from tests.support.toy_loop import LAYOUT, World, plain, refuse_at
 
@@ -51,7 +52,7 @@ def test_both_processes_have_the_records_of_a_single_one(tmp_path: Path) -> None
 def test_the_processes_of_a_job_are_one_worker(tmp_path: Path, saved_tiny: Path) -> None:  # noqa: F811
     keys = [f"model.path={saved_tiny}", "model.dtype=float32", "data.limit=12", "sampling.max_new_tokens=10"]
     keys += ["output.rows_per_shard=5", "sampling.n=2"]
-    told = launch("rollout", *keys, f"output.dir={tmp_path / 'two'}", "model.tensor_parallel=true")
+    told = output_of_ranks("rollout", *keys, f"output.dir={tmp_path / 'two'}", "model.tensor_parallel=true")
     assert told.count("12, 24 samples") == 1
     run_job(load_config([*keys, f"output.dir={tmp_path / 'one'}"]))
     assert verify(tmp_path / "two").complete

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,21 +16,13 @@ from rollout.run_dir.metrics import read_metrics
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import read_run
 from rollout.verify import verify
+from tests.support.forks import Forked, output_of_ranks, start
 from tests.support.jobs import EXPECTED, JOB, FakeEngine, config_of, load_fake, read_records, without_attempt
 
-ROOT = Path(__file__).parents[2]
 
-
-def start(folder: Path, delay: float, *overrides: str, **environment: str) -> subprocess.Popen[str]:
-    arguments = [f"model.path={folder / 'model'}", f"output.dir={folder / 'out'}", *JOB, *overrides]
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.jobs", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "ROLLOUT_TEST_DELAY": str(delay), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start_job(folder: Path, delay: float, **environment: str) -> Forked:
+    arguments = [f"model.path={folder / 'model'}", f"output.dir={folder / 'out'}", *JOB]
+    return start("tests.support.jobs", *arguments, ROLLOUT_TEST_DELAY=str(delay), **environment)
 
 
 def test_workers_on_one_folder_share_the_work(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
@@ -58,8 +47,8 @@ def test_workers_on_one_folder_share_the_work(tmp_path: Path, uninterrupted: lis
 def test_array_tasks_on_one_folder_share_the_work(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     config_of(tmp_path)
     array = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "0"}
-    workers = [start(tmp_path, 0.02, **array, SLURM_ARRAY_TASK_ID=str(task)) for task in range(2)]
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    workers = [start_job(tmp_path, 0.02, **array, SLURM_ARRAY_TASK_ID=str(task)) for task in range(2)]
+    outputs = [worker.communicate(timeout=300) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)
     assert verify(tmp_path / "out").complete
@@ -70,14 +59,14 @@ def test_array_tasks_on_one_folder_share_the_work(tmp_path: Path, uninterrupted:
 
 def test_survivor_finishes_the_shards_of_a_dead_worker(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     config_of(tmp_path)
-    doomed = start(tmp_path, 0.2)
+    doomed = start_job(tmp_path, 0.2)
     paths = RunPaths(tmp_path / "out")
     _until(lambda: _finished(paths) >= 2)
-    survivor = start(tmp_path, 0.0)
+    survivor = start_job(tmp_path, 0.0)
     _until(lambda: len(list(paths.shards.glob("*.json"))) >= 3)
     doomed.send_signal(signal.SIGKILL)
     assert doomed.wait() == -signal.SIGKILL
-    output = survivor.communicate(timeout=300)[0]
+    output = survivor.communicate(timeout=300)
     assert survivor.returncode == 0, output
     doomed.communicate()
     assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)
@@ -92,7 +81,7 @@ def test_job_killed_at_any_time_resumes(tmp_path: Path, uninterrupted: list[dict
     paths = RunPaths(tmp_path / "out")
     kept = 0
     for _ in range(4):
-        process = start(tmp_path, 0.02)
+        process = start_job(tmp_path, 0.02)
         wanted = min(kept + rng.randint(1, 15), 59)
         _until(lambda: _finished(paths) >= wanted)  # noqa: B023
         time.sleep(rng.random() * 0.05)
@@ -103,8 +92,8 @@ def test_job_killed_at_any_time_resumes(tmp_path: Path, uninterrupted: list[dict
         if rng.random() < 0.5:
             _tear(paths, rng)
             kept = _finished(paths)
-    process = start(tmp_path, 0.0)
-    output = process.communicate(timeout=300)[0]
+    process = start_job(tmp_path, 0.0)
+    output = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)
     assert verify(tmp_path / "out").complete
@@ -143,14 +132,13 @@ def _until(true: Any, seconds: float = 300) -> None:
 def test_ranks_of_one_launch_share_the_work(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     config_of(tmp_path)
     arguments = [f"model.path={tmp_path / 'model'}", f"output.dir={tmp_path / 'out'}", *JOB]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "tests.support.jobs", *arguments]
-    environment = {**os.environ, "ROLLOUT_TEST_DELAY": "0.05"}
-    for expected_workers in ({0, 1}, {0, 1}):
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("20, 60 samples") == 1
+    launch = ["--standalone", "--nproc_per_node", "2", "-m", "tests.support.jobs"]
+    launched = start("torch.distributed.run", *launch, *arguments, ROLLOUT_TEST_DELAY="0.05", OMP_NUM_THREADS="1")
+    told, errors = launched.communicate(timeout=300)
+    assert launched.returncode == 0, errors
+    # The second time there is nothing to do, and no line is added.
+    for said in (told, output_of_ranks("tests.support.jobs", *arguments)):
+        assert said.count("20, 60 samples") == 1
         assert without_attempt(read_records(tmp_path / "out")) == without_attempt(uninterrupted)
-        # The second time there is nothing to do, and no line is added.
-        assert {line["worker"] for line in read_metrics(RunPaths(tmp_path / "out"))} == expected_workers
+        assert {line["worker"] for line in read_metrics(RunPaths(tmp_path / "out"))} == {0, 1}
     assert read_run(RunPaths(tmp_path / "out")).attempt == 0

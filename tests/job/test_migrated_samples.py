@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from rollout.config.compose import load_config
 from rollout.job.job import run_job
 from rollout.verify import verify
+from tests.support.forks import Forked, start
 from tests.support.jobs import read_records, without_attempt
 
-ROOT = Path(__file__).parents[2]
 COUNT = 2
 
 
-def start(task: int, seconds: float, keys: list[str]) -> subprocess.Popen[str]:
+def start_task(task: int, seconds: float, keys: list[str]) -> Forked:
     array = {"SLURM_ARRAY_TASK_COUNT": str(COUNT), "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_ID": str(task)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.slowed_job", str(seconds), *keys],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **array},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return start("tests.support.slowed_job", str(seconds), *keys, **array)
 
 
 def test_samples_that_migrate_keep_their_tokens(tmp_path: Path, model: Path) -> None:
     keys = [f"model.path={model}", "model.dtype=float32", "data.limit=8", "sampling.n=2", "job.lease_seconds=8"]
     keys += ["sampling.max_new_tokens=200", "sampling.ignore_eos=true"]
     out = tmp_path / "out"
-    workers = [start(0, 0.1, [*keys, f"output.dir={out}"]), start(1, 0.0, [*keys, f"output.dir={out}"])]
+    workers = [start_task(0, 0.1, [*keys, f"output.dir={out}"]), start_task(1, 0.0, [*keys, f"output.dir={out}"])]
     outputs = [worker.communicate(timeout=150) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     handed = [int(count) for count in re.findall(r"Handing (\d+) samples", outputs[0][1])]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,20 +21,8 @@ from rollout.run_dir.part_file import ShardKey, read_parts
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import read_run
 from rollout.verify import verify
+from tests.support.forks import start
 from tests.support.jobs import JOB, FakeEngine, config_of, load_fake, read_records, without_attempt
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(module: str, *arguments: str, launch: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *launch, "-m", module, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def until(true: Callable[[], Any], seconds: float = 300) -> None:
@@ -139,8 +125,8 @@ def test_ranks_of_a_launch_stop_with_the_one_that_is_told(tmp_path: Path, uninte
     config_of(tmp_path)
     out = tmp_path / "out"
     arguments = (f"model.path={tmp_path / 'model'}", f"output.dir={out}", *JOB)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    process = start("tests.support.jobs", *arguments, launch=launch, ROLLOUT_TEST_DELAY="0.3")
+    launch = ("--standalone", "--nproc_per_node", "2", "-m", "tests.support.jobs")
+    process = start("torch.distributed.run", *launch, *arguments, ROLLOUT_TEST_DELAY="0.3", OMP_NUM_THREADS="1")
     until(lambda: len(list(out.glob("work/parts/*/*.jsonl"))) >= 2 and len(stored(out)) > 4)
     os.kill(_rank(process.pid, 1), signal.SIGTERM)
     told, errors = process.communicate(timeout=300)

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +19,13 @@ from rollout.run_dir.run import read_run
 from rollout.run_dir.workers import Heartbeat, Worker, Workers
 from rollout.verify import verify
 from tests.job.test_stopped_jobs import stored, until
+from tests.support.forks import Forked, ranks
 from tests.support.jobs import JOB, FakeEngine, config_of, load_fake, read_records, without_attempt
 
-ROOT = Path(__file__).parents[2]
 PARALLEL = "model.tensor_parallel=true"
 
 
-@contextmanager
-def ranks(module: str, *arguments: str, **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start two ranks as a script does that sets their variables itself: no launcher passes signals on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    place |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            cwd=ROOT,
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
-def ended(processes: list[subprocess.Popen[str]], seconds: float) -> list[str]:
+def ended(processes: list[Forked], seconds: float) -> list[str]:
     """Wait for all to end with status 75; return what each has said."""
     end = time.monotonic() + seconds
     said = []
@@ -76,7 +43,6 @@ def test_rank_that_is_stopped_while_it_loads(tmp_path: Path, keys: tuple[str, ..
     arguments = (f"model.path={tmp_path / 'model'}", f"output.dir={tmp_path / 'out'}", *JOB, *keys)
     with ranks("tests.support.jobs", *arguments, ROLLOUT_TEST_LOADING="5") as processes:
         for process in processes:
-            assert process.stdout is not None
             assert process.stdout.readline() == "loading\n"
         processes[1].send_signal(signal.SIGTERM)
         ended(processes, 60)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -25,7 +24,8 @@ from transformers import PreTrainedModel
 from rollout import Engine, SamplingParams
 from rollout.engine.loop import Loop
 from rollout.models.loading.load import ModelSource, load_model, resolve_device
-from tests.support.devices import DEVICE, GPU
+from tests.support.devices import DEVICE
+from tests.support.forks import output_of_ranks
 
 PROMPTS = [list(range(3, 3 + length)) for length in (5, 20, 33, 12)]
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24)
@@ -34,23 +34,11 @@ SAMPLED = SamplingParams(n=3, max_new_tokens=24, top_p=0.9)
 _PAGES = 10
 
 
-def launch(*arguments: str) -> str:
-    """Run a module in two processes and return their stdout."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if GPU is None:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def assert_records_match_one_process(models: dict[str, PreTrainedModel], folder: Path) -> None:
     """Generate with each model in two processes and in this one, and compare the records."""
     for name, model in models.items():
         model.save_pretrained(folder / name)
-    launch("tests.support.tensor_parallel", *(str(folder / name) for name in models))
+    output_of_ranks("tests.support.tensor_parallel", *(str(folder / name) for name in models))
     for name, model in models.items():
         reports: list[dict[str, Any]] = [json.loads((folder / name / f"{rank}.json").read_text()) for rank in (0, 1)]
         assert reports[0] == reports[1]
