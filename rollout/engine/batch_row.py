@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rollout.batcher.types import IntArray
-from rollout.models.kv_cache.prefix_cache import PendingPages, Waiter
+from rollout.models.kv_cache.prefix_cache import PendingPages
+from rollout.models.kv_cache.prefix_tree import Waiter
 from rollout.models.sampling.token_rules import TokenRules
 from rollout.requests import Request
 

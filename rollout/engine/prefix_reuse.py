@@ -57,12 +57,12 @@ class PrefixReuse:
 
     def waits(self, group: Group) -> None:
         """Count a prompt that rows wait with."""
-        group.waiter = self._cache.wait(group.prompt_ids)
+        group.waiter = self._cache.waiting.add(group.prompt_ids)
 
     def waits_no_more(self, group: Group) -> None:
         """Forget a prompt that no row waits with any more."""
         if group.waiter is not None:
-            self._cache.stop_waiting(group.waiter)
+            self._cache.waiting.remove(group.waiter)
             group.waiter = None
 
     @property
@@ -78,7 +78,9 @@ class PrefixReuse:
     def held_tokens(self, groups: Sequence[Group]) -> IntArray:
         """Return [groups] the leading tokens of prompts that rows wait with, in full pages, which live rows hold."""
         waiters = [group.waiter for group in groups]
-        return self._page_size * np.array([0 if w is None else self._cache.used_depth(w) for w in waiters], np.int64)
+        return self._page_size * np.array(
+            [0 if w is None else self._cache.waiting.used_depth(w) for w in waiters], np.int64
+        )
 
     @staticmethod
     def is_blocked(row: BatchRow) -> bool:
@@ -90,7 +92,7 @@ class PrefixReuse:
         """Forget the prompts of all rows that wait."""
         if self._shares:
             self._queue.watch(None)
-            self._cache.stop_all_waiting()
+            self._cache.waiting.clear()
 
     # -- rows that begin -------------------------------------------------------------------------------
 
