@@ -160,6 +160,7 @@ def cases() -> list[Case]:
         attend("fp32", (13, 24), 5, split=False, MASK="window", **variant),
     ]
     found += [locate(), write("bf16"), write("fp32"), reduce()]
+    found += [rotate_and_write("bf16", (12, 2)), rotate_and_write("bf16", (32, 8)), rotate_and_write("fp32", (32, 8))]
     for dtype in ("bf16", "fp16", "fp32"):
         found += [top_p_masses(dtype), top_p_find(dtype)]
         found += [sum_blocks(dtype, filtered=filtered) for filtered in (False, True)]
@@ -219,6 +220,19 @@ def write(dtype: str, heads: tuple[int, int] = (12, 2), dim: int = 128) -> Case:
     constants = {"KV_HEADS": heads[1], "HEADS": heads[0], "KEY_DIM": dim, "VALUE_DIM": dim}
     constants |= {"BLOCK_HEADS": heads[1], "BLOCK_KEY": dim, "BLOCK_VALUE": dim}
     return Case(f"write {dtype} {heads[0]}/{heads[1]} x {dim}", "write", types, constants)
+
+
+def rotate_and_write(dtype: str, heads: tuple[int, int], dim: int = 128) -> Case:
+    """Return the kernel that rotates a token's heads and writes its keys and values."""
+    names = ("query", "key", "value", "cosines", "sines", "rotated", "out")
+    types = dict.fromkeys(names, f"*{dtype}") | {"slots": "*i32", "slabs": "*i64"}
+    types |= dict.fromkeys(("keys_at", "values_at", "slab_tokens", "query_token", "query_head"), "i32")
+    types |= dict.fromkeys(("key_token", "key_head", "value_token", "value_head"), "i32")
+    constants = {"KV_HEADS": heads[1], "HEADS": heads[0], "HALF": dim // 2, "VALUE_DIM": dim}
+    constants |= {"BLOCK_KV_HEADS": next_power_of_2(heads[1]), "BLOCK_HEADS": next_power_of_2(heads[0])}
+    constants |= {"BLOCK_HALF": next_power_of_2(dim // 2), "BLOCK_VALUE": next_power_of_2(dim)}
+    label = f"rotate and write {dtype} {heads[0]}/{heads[1]} x {dim}"
+    return Case(label, "rotate_and_write", types, constants, fusion=False)
 
 
 def reduce() -> Case:
@@ -348,6 +362,7 @@ def with_arguments_of_1() -> list[Case]:
     vocabularies = (("blocks",), ("logits_row", "vocabulary", "blocks"))
     return [
         narrow.with_ones("query_head", "mask_size"),
+        rotate_and_write("fp32", (2, 1), 2).with_ones("key_token", "key_head", "value_token", "value_head"),
         write("fp32", (2, 1), 1).with_ones("key_token", "key_head", "value_token", "value_head"),
         top_p_masses("fp32").with_ones("logits_row", "vocabulary"),
         norm("fp32", 1, late=False).with_ones("x_row", "width"),

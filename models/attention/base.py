@@ -56,16 +56,21 @@ class PagedAttention(ABC):
         Raises:
             RuntimeError: the model's attention calls differ from those that the probe recorded.
         """
+        index = self._next_layer(module)
+        dtype = self.layout.dtype
+        if not query.dtype == key.dtype == value.dtype == dtype:
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        return self.compute(index, query, key, value, scores)
+
+    def _next_layer(self, module: nn.Module) -> int:
+        """Count a call; return the layer's index in the layout, see `attend_tokens`."""
         index, self._calls = self._calls, self._calls + 1
         if index >= len(self.layout.layers) or self.layout.layers[index].module is not module:
             raise RuntimeError(
                 f"Attention call {index} of this forward came from {type(module).__name__}, out of the order that the "
                 "probe recorded."
             )
-        dtype = self.layout.dtype
-        if not query.dtype == key.dtype == value.dtype == dtype:
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        return self.compute(index, query, key, value, scores)
+        return index
 
     @abstractmethod
     def compute(
@@ -75,6 +80,44 @@ class PagedAttention(ABC):
 
         Returns [T, heads, value_dim], in any dtype that the model accepts.
         """
+
+
+class RotatingAttention(PagedAttention):
+    """Paged attention that can rotate queries and keys by itself, in the launch that writes the keys to their pages."""
+
+    @property
+    @abstractmethod
+    def rotates(self) -> bool:
+        """Whether it can in this forward."""
+
+    def attend_rotating(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        scores: ScoreParams,
+    ) -> torch.Tensor:
+        """Attend like `attend_tokens` after rotating the halves of heads, as `PointwiseKernel.rotate` does.
+
+        Args:
+            module, query, key, value, scores: as for `attend_tokens`, all in the layout's dtype.
+            angles: cosines and sines [T, key_dim] in that dtype, contiguous.
+        """
+        return self.compute_rotating(self._next_layer(module), query, key, value, angles, scores)
+
+    @abstractmethod
+    def compute_rotating(
+        self,
+        index: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        scores: ScoreParams,
+    ) -> torch.Tensor:
+        """Implement `attend_rotating` in layer ``index``, like `compute`."""
 
 
 class AttentionBackend(Protocol):

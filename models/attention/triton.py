@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from rollout.models.arrays import ceil_div, next_power_of_2
 from rollout.models.attention import triton_kernels
-from rollout.models.attention.base import PagedAttention
+from rollout.models.attention.base import RotatingAttention
 from rollout.models.attention.interface import ScoreParams
 from rollout.models.attention.kernel_test import TOLERANCE, Attention, HeadShape, largest_error
 from rollout.models.attention.prefill import PrefillAttention, VarlenFunction
@@ -95,7 +96,9 @@ def check(shapes: Collection[HeadShape], dtype: torch.dtype, device: torch.devic
         raise ValueError(f"the GPU's compute capability is below {'.'.join(map(str, LEAST_CAPABILITY))}")
 
     def attention(pool: PagePool, batch: ForwardBatch) -> Attention:
-        return TritonBackend(pool)(pool, batch).compute
+        attention = TritonBackend(pool)(pool, batch)
+        # Both kernels that write: one for the first tokens, one for the others.
+        return partial(_turning, attention) if batch.prefix_lens[0] else attention.compute
 
     error = largest_error(attention, dtype, sorted(shapes), device, page_size=page_size)
     if not error <= TOLERANCE[dtype]:
@@ -104,7 +107,19 @@ def check(shapes: Collection[HeadShape], dtype: torch.dtype, device: torch.devic
         )
 
 
-class TritonAttention(PagedAttention):
+def _turning(
+    attention: TritonAttention, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
+) -> torch.Tensor:
+    """Attend like `TritonAttention.compute` with heads that a quarter turn, which is exact, makes those of q and k."""
+    half, odd = divmod(q.shape[-1], 2)
+    if odd:
+        return attention.compute(index, q, k, v, scores)
+    turned = (torch.cat((x[..., half:], -x[..., :half]), -1) for x in (q, k))
+    cosines = torch.zeros((len(q), 2 * half), dtype=q.dtype, device=q.device)
+    return attention.compute_rotating(index, *turned, v, (cosines, cosines + 1), scores)
+
+
+class TritonAttention(RotatingAttention):
     """Serves one forward by Triton kernels; the constructor launches the kernel that looks up its pages.
 
     Args:
@@ -137,32 +152,63 @@ class TritonAttention(PagedAttention):
                     BLOCK=_LOCATE_BLOCK,
                 )
 
+    @property
+    def rotates(self) -> bool:
+        """See `RotatingAttention.rotates`; other functions for prefills read rotated keys of their own."""
+        return self._prefills is None
+
     def compute(
         self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
     ) -> torch.Tensor:
         """See `PagedAttention.compute`."""
-        layer = self.layout.layers[index]
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out = self._results(index, q)
+        if len(out):
+            with launching_on(self.pool.device):
+                self._write(index, k, v, out)
+                self._attend_pages(index, q, out, scores)
+                if self._prefills is not None:
+                    self._prefills.attend(index, q, k, v, scores, out)
+        return out
+
+    def compute_rotating(
+        self,
+        index: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        scores: ScoreParams,
+    ) -> torch.Tensor:
+        """See `RotatingAttention.compute_rotating`."""
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out, rotated = self._results(index, q), torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if len(out):
+            with launching_on(self.pool.device):
+                self._rotate_and_write(index, q, k, v, angles, rotated, out)
+                self._attend_pages(index, rotated, out, scores)
+        return out
+
+    def _results(self, index: int, q: torch.Tensor) -> torch.Tensor:
+        """Allocate the results of a layer, for queries [T, heads, key_dim]."""
         tokens, heads, _ = q.shape
         if tokens != self._metadata.capacity.tokens:
             raise ValueError(f"Got {tokens} queries, but the metadata is for {self._metadata.capacity.tokens} tokens.")
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        out = torch.empty((tokens, heads, layer.value_dim), dtype=self.layout.dtype, device=q.device)
-        if not tokens:
-            return out
-        with launching_on(self.pool.device):
-            self._write(index, k, v, out)
-            splits = self._metadata.splits.get(layer.mask_kind)
-            if splits is not None:
-                self._attend_splits(index, q, out, scores, splits)
-            if self._prefills is not None:
-                self._prefills.attend(index, q, k, v, scores, out)
-                return out
+        layer = self.layout.layers[index]
+        return torch.empty((tokens, heads, layer.value_dim), dtype=self.layout.dtype, device=q.device)
+
+    def _attend_pages(self, index: int, q: torch.Tensor, out: torch.Tensor, scores: ScoreParams) -> None:
+        """Attend with queries whose keys and values are in their pages, where kernels do."""
+        layer, heads = self.layout.layers[index], q.shape[1]
+        splits = self._metadata.splits.get(layer.mask_kind)
+        if splits is not None:
+            self._attend_splits(index, q, out, scores, splits)
+        if self._prefills is None:
             group = heads // layer.kv_heads
             sizes = self._tile_sizes(index, group, split=False)
             tiles = self._metadata.tiles(TileKind(layer.mask_kind, sizes.queries // group))
             if tiles is not None:
                 self._attend(index, q, out, maxima=None, sums=None, scores=scores, work=tiles, sizes=sizes)
-        return out
 
     def _tile_sizes(self, index: int, group: int, split: bool) -> TileSizes:
         layer = self.layout.layers[index]
@@ -192,6 +238,46 @@ class TritonAttention(PagedAttention):
             BLOCK_HEADS=next_power_of_2(layer.kv_heads),
             BLOCK_KEY=next_power_of_2(layer.key_dim),
             BLOCK_VALUE=next_power_of_2(layer.value_dim),
+        )
+
+    def _rotate_and_write(
+        self,
+        index: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        rotated: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        layer, heads = self.layout.layers[index], q.shape[1]
+        triton_kernels.rotate_and_write[(len(out), 2)](
+            q,
+            k,
+            v,
+            *angles,
+            rotated,
+            out,
+            self._metadata.slots,
+            self._slabs.addresses,
+            self._slabs.keys_at[index],
+            self._slabs.values_at[index],
+            self.pool.slab_pages * self.layout.page_size,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            KV_HEADS=layer.kv_heads,
+            HEADS=heads,
+            HALF=layer.key_dim // 2,
+            VALUE_DIM=layer.value_dim,
+            BLOCK_KV_HEADS=next_power_of_2(layer.kv_heads),
+            BLOCK_HEADS=next_power_of_2(heads),
+            BLOCK_HALF=next_power_of_2(layer.key_dim // 2),
+            BLOCK_VALUE=next_power_of_2(layer.value_dim),
+            enable_fp_fusion=False,  # see `rotated_halves`
         )
 
     def _attend_splits(

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from rollout.models.attention import triton_metadata
+from rollout.models.attention.triton_rotary import rotated_halves, store_halves
 
 _ITEM_FIELDS = tl.constexpr(triton_metadata.ITEM_FIELDS)
 _ROW_FIELDS = tl.constexpr(triton_metadata.ROW_FIELDS)
@@ -35,6 +36,34 @@ def locate(pages, slabs, slab_addresses, first_tokens, count, slab_pages, PAGE_S
         slab = page // slab_pages
         tl.store(slab_addresses + at, tl.load(slabs + slab, mask=inside, other=0), mask=inside)
         tl.store(first_tokens + at, (page - slab * slab_pages) * PAGE_SIZE, mask=inside)
+
+
+@triton.jit
+def _slot_memory(slabs, slot, slab_tokens, like):
+    """Return the memory of a slot's slab, with elements of the type of ``like``, and the slot's place within it."""
+    slab = slot // slab_tokens
+    memory = tl.load(slabs + slab).to(tl.pointer_type(like.dtype.element_ty))
+    return tl.multiple_of(memory, 16), (slot - slab * slab_tokens).to(tl.int64)
+
+
+@triton.jit
+def _write_heads(x, target, head_stride, HEADS, DIM, BLOCK_HEADS, BLOCK_DIM):
+    """Copy one token's heads x [HEADS, DIM] to ``target``, where they are contiguous."""
+    heads = tl.arange(0, BLOCK_HEADS)[:, None]
+    dims = tl.arange(0, BLOCK_DIM)[None, :]
+    inside = (heads < HEADS) & (dims < DIM)
+    new = tl.load(x + heads * head_stride + dims, mask=inside, other=0)
+    tl.store(target + heads * DIM + dims, new, mask=inside)
+
+
+@triton.jit
+def _write_zeros(out, HEADS, DIM, BLOCK_HEADS, BLOCK_DIM):
+    """Write zeros to one token's results ``out`` [HEADS, DIM]."""
+    heads = tl.arange(0, BLOCK_HEADS)[:, None]
+    dims = tl.arange(0, BLOCK_DIM)[None, :]
+    for first in range(0, HEADS, BLOCK_HEADS):
+        zeros = tl.zeros([BLOCK_HEADS, BLOCK_DIM], out.dtype.element_ty)
+        tl.store(out + (first + heads) * DIM + dims, zeros, mask=(first + heads < HEADS) & (dims < DIM))
 
 
 @triton.jit
@@ -62,26 +91,70 @@ def write(
     """Write a new token's keys and values to its slot; write zeros to ``out`` for padding, whose slot is -1."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
-    heads = tl.arange(0, BLOCK_HEADS)[:, None]
-    value_dims = tl.arange(0, BLOCK_VALUE)[None, :]
     if slot < 0:
-        for first in range(0, HEADS, BLOCK_HEADS):
-            places = out + token * (HEADS * VALUE_DIM) + (first + heads) * VALUE_DIM + value_dims
-            zeros = tl.zeros([BLOCK_HEADS, BLOCK_VALUE], out.dtype.element_ty)
-            tl.store(places, zeros, mask=(first + heads < HEADS) & (value_dims < VALUE_DIM))
+        _write_zeros(out + token * (HEADS * VALUE_DIM), HEADS, VALUE_DIM, BLOCK_HEADS, BLOCK_VALUE)
     else:
-        slab = slot // slab_tokens
-        place = (slot - slab * slab_tokens).to(tl.int64)
-        memory = tl.load(slabs + slab).to(tl.pointer_type(key.dtype.element_ty))
-        memory = tl.multiple_of(memory, 16)
-        key_dims = tl.arange(0, BLOCK_KEY)[None, :]
-        some_keys = (heads < KV_HEADS) & (key_dims < KEY_DIM)
-        new = tl.load(key + token * key_token + heads * key_head + key_dims, mask=some_keys, other=0)
-        tl.store(memory + (keys_at + place * (KV_HEADS * KEY_DIM)) + heads * KEY_DIM + key_dims, new, mask=some_keys)
-        some_values = (heads < KV_HEADS) & (value_dims < VALUE_DIM)
-        new = tl.load(value + token * value_token + heads * value_head + value_dims, mask=some_values, other=0)
-        places = memory + (values_at + place * (KV_HEADS * VALUE_DIM)) + heads * VALUE_DIM + value_dims
-        tl.store(places, new, mask=some_values)
+        memory, place = _slot_memory(slabs, slot, slab_tokens, key)
+        keys = memory + (keys_at + place * (KV_HEADS * KEY_DIM))
+        _write_heads(key + token * key_token, keys, key_head, KV_HEADS, KEY_DIM, BLOCK_HEADS, BLOCK_KEY)
+        values = memory + (values_at + place * (KV_HEADS * VALUE_DIM))
+        _write_heads(value + token * value_token, values, value_head, KV_HEADS, VALUE_DIM, BLOCK_HEADS, BLOCK_VALUE)
+
+
+@triton.jit
+def rotate_and_write(
+    query,
+    key,
+    value,
+    cosines,
+    sines,
+    rotated,
+    out,
+    slots,
+    slabs,
+    keys_at,
+    values_at,
+    slab_tokens,
+    query_token,
+    query_head,
+    key_token,
+    key_head,
+    value_token,
+    value_head,
+    KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_KV_HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+):
+    """Rotate a new token's query into ``rotated`` [tokens, HEADS, 2 * HALF], and its keys into their slot; see `write`.
+
+    Two programs a token: one for the query, one for keys and values.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    if tl.program_id(1) == 0:
+        left, right = rotated_halves(
+            query + token * query_token, cosines, sines, token, query_head, HEADS, HALF, BLOCK_HEADS, BLOCK_HALF
+        )
+        store_halves(rotated + token * (HEADS * 2 * HALF), left, right, HEADS, HALF, BLOCK_HEADS, BLOCK_HALF)
+    else:
+        slot = tl.load(slots + token)
+        if slot < 0:
+            _write_zeros(out + token * (HEADS * VALUE_DIM), HEADS, VALUE_DIM, BLOCK_KV_HEADS, BLOCK_VALUE)
+        else:
+            memory, place = _slot_memory(slabs, slot, slab_tokens, key)
+            left, right = rotated_halves(
+                key + token * key_token, cosines, sines, token, key_head, KV_HEADS, HALF, BLOCK_KV_HEADS, BLOCK_HALF
+            )
+            keys = memory + (keys_at + place * (KV_HEADS * 2 * HALF))
+            store_halves(keys, left, right, KV_HEADS, HALF, BLOCK_KV_HEADS, BLOCK_HALF)
+            values = memory + (values_at + place * (KV_HEADS * VALUE_DIM))
+            _write_heads(
+                value + token * value_token, values, value_head, KV_HEADS, VALUE_DIM, BLOCK_KV_HEADS, BLOCK_VALUE
+            )
 
 
 @triton.jit

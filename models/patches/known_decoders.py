@@ -17,16 +17,23 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
+from rollout.models.patches.fused_blocks import ACTIVATIONS, LAYERS
+from rollout.models.patches.fused_norms import FusedNorm
 from rollout.models.patches.linear_products import LinearProduct
 from rollout.models.patches.linears import PackedLinears
-from rollout.models.patches.llama_blocks import ATTENTIONS, HOOKS, MLPS, bytecode, plain_layers
-from rollout.models.patches.norms_and_rope import FusedModules, FusedNorm
-from rollout.models.patches.residual_blocks import ACTIVATIONS, LAYERS
+from rollout.models.patches.llama_blocks import (
+    ATTENTIONS,
+    HEAD_NORMING_ATTENTIONS,
+    HOOKS,
+    MLPS,
+    bytecode,
+    plain_layers,
+)
+from rollout.models.patches.norms_and_rope import FusedModules
 
 _MODELS = frozenset(bytecode(kind) for kind in (LlamaModel, MistralModel, Qwen2Model, Qwen3Model))
-_HEAD_NORMING = frozenset([bytecode(Qwen3Attention)])
 _CALLS = (nn.Module.__call__, GradientCheckpointingLayer.__call__)
 
 
@@ -119,8 +126,8 @@ def _layer(layer: Any, fused: FusedModules, linears: PackedLinears) -> KnownLaye
     if bytecode(type(layer)) not in LAYERS:
         return None
     attention, mlp = layer.self_attn, layer.mlp
-    norming = bytecode(type(attention)) in _HEAD_NORMING
-    projections = plain_layers(attention, ATTENTIONS | _HEAD_NORMING, "q_proj", "k_proj", "v_proj", "o_proj")
+    norming = bytecode(type(attention)) in HEAD_NORMING_ATTENTIONS
+    projections = plain_layers(attention, ATTENTIONS | HEAD_NORMING_ATTENTIONS, "q_proj", "k_proj", "v_proj", "o_proj")
     gated = plain_layers(mlp, MLPS, "gate_proj", "up_proj", "down_proj")
     if projections is None or gated is None or type(mlp.act_fn) not in ACTIVATIONS or not fused.rotates(attention):
         return None

@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from rollout.models.attention.base import PagedAttention
 from rollout.models.attention.interface import ScoreParams, current_attention
@@ -98,4 +99,5 @@ def bytecode(kind: type[nn.Module]) -> object:
 
 
 ATTENTIONS = frozenset(bytecode(kind) for kind in (LlamaAttention, MistralAttention, Qwen2Attention))
+HEAD_NORMING_ATTENTIONS = frozenset([bytecode(Qwen3Attention)])
 MLPS = frozenset([bytecode(LlamaMLP)])

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from rollout.models.arrays import ceil_div
+from rollout.models.attention.triton_rotary import rotated_halves, store_halves
 from rollout.models.device import failure_of, launching_on
 from rollout.models.patches.pointwise import NormFactors, blocks_disagree_with_torch, disagreement_with_torch
 
@@ -69,23 +70,10 @@ def gated_silu(gate, up, out, count, BLOCK: tl.constexpr):
 @triton.jit
 def _rotate_heads(x, out, cosines, sines, x_token, x_head, HEADS, HALF, BLOCK_HEADS, BLOCK_HALF):
     token = tl.program_id(0).to(tl.int64)
-    head, at = tl.arange(0, BLOCK_HEADS)[:, None], tl.arange(0, BLOCK_HALF)[None]
-    inside = (head < HEADS) & (at < HALF)
-    dtype = out.dtype.element_ty
-    source = x + token * x_token + head * x_head + at
-    left = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
-    angles = token * 2 * HALF + at
-    left_cos = tl.load(cosines + angles, mask=at < HALF, other=0.0).to(tl.float32)
-    left_sin = tl.load(sines + angles, mask=at < HALF, other=0.0).to(tl.float32)
-    right_cos = tl.load(cosines + angles + HALF, mask=at < HALF, other=0.0).to(tl.float32)
-    right_sin = tl.load(sines + angles + HALF, mask=at < HALF, other=0.0).to(tl.float32)
-    # Round after each operation, as torch does.
-    rotated_left = (left * left_cos).to(dtype).to(tl.float32) + (-right * left_sin).to(dtype).to(tl.float32)
-    rotated_right = (right * right_cos).to(dtype).to(tl.float32) + (left * right_sin).to(dtype).to(tl.float32)
-    target = out + (token * HEADS + head) * 2 * HALF + at
-    tl.store(target, rotated_left.to(dtype), mask=inside)
-    tl.store(target + HALF, rotated_right.to(dtype), mask=inside)
+    left, right = rotated_halves(
+        x + token * x_token, cosines, sines, token, x_head, HEADS, HALF, BLOCK_HEADS, BLOCK_HALF
+    )
+    store_halves(out + token * (HEADS * 2 * HALF), left, right, HEADS, HALF, BLOCK_HEADS, BLOCK_HALF)
 
 
 @triton.jit
@@ -201,8 +189,7 @@ class TritonPointwise:
                     HALF=dim // 2,
                     BLOCK_HEADS=triton.next_power_of_2(max(heads, key.shape[1])),
                     BLOCK_HALF=triton.next_power_of_2(dim // 2),
-                    # A fused multiply-add rounds once, torch rounds twice.
-                    enable_fp_fusion=False,
+                    enable_fp_fusion=False,  # see `rotated_halves`
                 )
         return outs[0], outs[1]
 

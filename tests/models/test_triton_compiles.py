@@ -30,6 +30,7 @@ _REPRESENTATIVES = (
     "attend split fp32 128/128 group 4",
     "locate",
     "write bf16",
+    "rotate and write bf16 32/8",
     "reduce",
     "top-p pass bf16",
     "top-p threshold bf16",

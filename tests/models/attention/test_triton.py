@@ -241,14 +241,13 @@ def test_unsupported_dtype_and_head_dim_are_refused(
         triton.check({HeadShape(*dims)}, dtype, device, 4)
 
 
-def test_self_test_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    compute = TritonAttention.compute
+@pytest.mark.parametrize("name", ["compute", "compute_rotating"])
+def test_self_test_refuses_wrong_results(name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    own = getattr(TritonAttention, name)
 
-    def wrong(
-        self: TritonAttention, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: ScoreParams
-    ) -> Any:
-        return compute(self, index, q, k, v, scores) + 1e-3
+    def wrong(self: TritonAttention, *arguments: Any) -> Any:
+        return own(self, *arguments) + 1e-3
 
-    monkeypatch.setattr(TritonAttention, "compute", wrong)
+    monkeypatch.setattr(TritonAttention, name, wrong)
     with pytest.raises(ValueError, match="differ from reference attention"):
         triton.check({HeadShape(16, 16)}, torch.float32, device, 4)
