@@ -14,7 +14,6 @@ import torch
 
 from rollout.models.attention import triton, triton_metadata
 from rollout.models.attention.gather import GatherAttention
-from rollout.models.attention.interface import ScoreParams
 from rollout.models.attention.kernel_test import HeadShape
 from rollout.models.attention.triton import TritonAttention
 from rollout.models.kv_cache.layout import MaskKind
