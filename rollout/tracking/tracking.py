@@ -78,6 +78,7 @@ class Tracking:
         self.close()
 
     def _work(self) -> None:
+        lines = iter(self._lines.get, None)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             from accelerate import PartialState
@@ -87,14 +88,13 @@ class Tracking:
             tracker = STARTS[self._name](self._folder, self._run_name)
             tracker.start()
             tracker.store_init_configuration(dict(_flat(self._config)))
-            step = 0
-            while (line := self._lines.get()) is not None:
-                step += 1
+            for step, line in enumerate(lines, 1):
                 tracker.log(numbers_of(line), step=step)
             tracker.finish()
         except BaseException as error:  # noqa: BLE001  # whatever a tracker does, the work goes on
             logger.warning("tracker=%s failed, and the work goes on without it: %s.", self._name, clause(error))
-            while self._lines.get() is not None:
+            # Those to come; none where it failed at its end.
+            for _ in lines:
                 pass
 
 
