@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 
 from rollout.errors import Check
@@ -28,7 +29,7 @@ def argument_checks(
         Check(
             "latency_budget_ms",
             latency_budget_ms,
-            latency_budget_ms is None or (_is_a(Real, latency_budget_ms) and latency_budget_ms > 0),
+            latency_budget_ms is None or (_is_a(Real, latency_budget_ms) and 0 < latency_budget_ms < math.inf),
             f"a number above 0, or {none} for no budget",
         ),
         Check("min_rows", min_rows, _is_a(Integral, min_rows) and min_rows >= 1, "a whole number of at least 1"),

@@ -262,8 +262,8 @@ def _parse_costs(text: str) -> tuple[float, float, float, float]:
         c0, c1, c2, c3 = (float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not four numbers c0,c1,c2,c3 in milliseconds") from None
-    if min(c0, c1, c2, c3) < 0 or c0 + c1 <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} has a negative cost, or steps that cost nothing")
+    if not all(0 <= cost < math.inf for cost in (c0, c1, c2, c3)) or c0 + c1 <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} has a negative or endless cost, or steps that cost nothing")
     return c0, c1, c2, c3
 
 
@@ -278,7 +278,7 @@ def _parse_milliseconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of milliseconds above 0")
     return value
 

@@ -66,7 +66,7 @@ class SlaPolicy:
         parameters = parameters or SlaParameters()
         for name, minimum in (("alpha", 1), ("delta", 0), ("epsilon_d", 0), ("step_window", 1)):
             value = getattr(parameters, name)
-            if value is not None and value < minimum:
+            if value is not None and not value >= minimum:
                 raise ValueError(f"{name} must be at least {minimum}, not {value}.")
         self._bounds = bounds
         self._parameters = parameters

@@ -52,7 +52,7 @@ def parse_spec(text: str) -> Spec:
     if not colon:
         return Spec(text, name)
     rows = _parse_number(value)
-    if rows is None or rows != int(rows) or rows < 1:
+    if rows is None or not rows.is_integer() or rows < 1:
         raise ValueError(f"{text!r} is not a policy; write {name}:ROWS with the most live rows, at least 1.")
     return Spec(text, name, max_rows=int(rows))
 

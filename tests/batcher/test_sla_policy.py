@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -162,7 +164,9 @@ def test_over_budget_counts_from_the_budget_not_from_the_tolerance():
 
 
 @pytest.mark.parametrize(
-    "parameters", [{"alpha": 0}, {"delta": -1}, {"epsilon_d": -0.5}, {"step_window": 0}], ids=lambda p: next(iter(p))
+    "parameters",
+    [{"alpha": 0}, {"delta": -1}, {"epsilon_d": -0.5}, {"epsilon_d": math.nan}, {"step_window": 0}],
+    ids=str,
 )
 def test_parameters_out_of_range_are_refused(parameters: dict):
     with pytest.raises(ValueError, match=f"{next(iter(parameters))} must be at least"):

@@ -52,7 +52,7 @@ class NoTotal:
         ("add_special_tokens", ["yes", None, 5]),
         ("policy", [5, None, "x", object(), int]),
         ("tracker", [5, "x"]),
-        ("latency_budget_ms", ["a", True, math.nan]),
+        ("latency_budget_ms", ["a", True, math.nan, math.inf]),
         ("max_rows", ["x", None, 1.5]),
         ("max_kv_bytes", ["x", -1]),
         ("keep_prefixes_bytes", ["x", -1, 0.5, None, True]),
