@@ -15,36 +15,20 @@ from rollout.batcher.types import Bounds, Decision, Observation
 from rollout.headroom.fake import FakeHeadroom
 from rollout.models.runners.select import select_strategy
 from rollout.requests import Request, StepReport
-from tests.support.parity import random_prompts, worst_logprob
+from tests.support.parity import greedy_logprobs, random_prompts, rounding, worst_logprob
 from tests.support.tiny_models import RECURRENT, shallow, tiny
 
 _NEW_TOKENS = 20
-#: What rounding does to log-probabilities. The random states of some amplify it: ``generate`` itself differs by as
-#: much when it computes the same text three times side by side.
-_ROUNDING = {"mamba": 3e-4, "mamba2": 1e-4, "qwen3_next": 3e-5}
+#: Families whose random states amplify what the kernels of matrix products round: in Qwen3-Next, the norm behind the
+#: delta rule does.
+_AMPLIFYING = ("mamba", "mamba2", "qwen3_next")
 #: A convolution alone, a scan, chunks with attention in the same layer, a delta rule, attention in one module.
 _KINDS = ("lfm2", "mamba", "falcon_h1", "qwen3_next", "zamba2")
 
 
-def _rounding(family: str) -> float:
-    return _ROUNDING.get(family, 1e-5)
-
-
-def _own(model: PreTrainedModel, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
-    """The greedy completion that ``generate`` gives, and its log-probabilities."""
-    ids = torch.tensor([prompt], device=model.device)
-    out: Any = model.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=tokens,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    found = [int(i) for i in out.sequences[0, len(prompt) :]]
-    logprobs = torch.stack(out.logits)[:, 0].float().log_softmax(-1).cpu()
-    return found, [float(logprobs[i, token]) for i, token in enumerate(found)]
+def _rounding(model: PreTrainedModel, prompts: list[list[int]]) -> float:
+    """What rounding may do to log-probabilities: where states amplify it, what it does to the model's own."""
+    return rounding(model, prompts) if model.config.model_type in _AMPLIFYING else 1e-5
 
 
 @pytest.mark.parametrize("family", RECURRENT)
@@ -60,23 +44,24 @@ def test_own_numbers_with_rows_joining_late(family: str) -> None:
     assert [(record.row_id, record.sample) for record in batch] == [
         ("0", 0), ("1", 0), ("1", 1), ("2", 0), ("3", 0), ("4", 0)
     ]  # fmt: skip
-    own = [_own(model, prompt, one.max_new_tokens) for prompt, one in zip(prompts, params, strict=True)]
+    own = [greedy_logprobs(model, prompt, one.max_new_tokens) for prompt, one in zip(prompts, params, strict=True)]
+    atol = _rounding(model, prompts)
     for record in batch:
         tokens, logprobs = own[int(record.row_id)]
         assert record.completion_ids == tokens
-        assert record.logprobs == pytest.approx(logprobs, abs=_rounding(family))
-    assert worst_logprob(model, list(batch)) < max(3e-5, _rounding(family))
+        assert record.logprobs == pytest.approx(logprobs.tolist(), abs=atol)
+    assert worst_logprob(model, list(batch)) < max(3e-5, atol)
 
 
 # -- promise 1 -------------------------------------------------------------------------------------------
 
 
-def _assert_same(family: str, expected: Sequence[Record], found: Sequence[Record]) -> None:
+def _assert_same(expected: Sequence[Record], found: Sequence[Record], atol: float = 1e-5) -> None:
     assert len(found) == len(expected)
     for one, other in zip(expected, found, strict=True):
         assert (other.row_id, other.sample) == (one.row_id, one.sample)
         assert (other.completion_ids, other.finish_reason) == (one.completion_ids, one.finish_reason)
-        assert other.logprobs == pytest.approx(one.logprobs, abs=_rounding(family))
+        assert other.logprobs == pytest.approx(one.logprobs, abs=atol)
 
 
 @pytest.mark.parametrize("family", _KINDS)
@@ -93,11 +78,12 @@ def test_caps_order_company_and_small_prefills(family: str) -> None:
     back = Engine(model, None, max_rows=3).generate(prompts[::-1], params, seed=4, row_ids=ids[::-1])
     policy = StaticPolicy(Bounds(max_rows=4, prefill_tokens=13))  # fewer than most prompts have
     small = Engine(model, None, policy=policy).generate(prompts, params, seed=4, row_ids=ids)
+    atol = _rounding(model, prompts)
     for found, rows in ((alone, 1), (back, 3), (small, 4)):
         assert found.stats.live_rows_max == rows
         assert found.stats.preempted_rows == 0
         records = sorted(found, key=lambda record: (record.row_id, record.sample))
-        _assert_same(family, expected.records, records)
+        _assert_same(expected.records, records, atol)
 
 
 def test_a_prompt_is_computed_once_for_the_samples_admitted_with_it() -> None:
@@ -126,7 +112,7 @@ def test_too_little_memory_for_the_rows_let_in(family: str) -> None:
     batch = Engine(model, None, policy="static", max_rows=32, max_kv_bytes=cap).generate(prompts, params)
     assert [(record.row_id, record.sample) for record in batch] == [(str(i), s) for i in range(9) for s in range(2)]
     assert {(record.finish_reason, len(record.completion_ids)) for record in batch} == {("length", 24)}
-    assert worst_logprob(model, list(batch)) < max(3e-5, _rounding(family))
+    assert worst_logprob(model, list(batch)) < max(3e-5, _rounding(model, prompts))
     stats = batch.stats
     assert cap // 2 < stats.peak_kv_bytes <= cap
     assert stats.kv_bytes_held == 0
@@ -163,7 +149,7 @@ def test_squeezed_and_released_while_rows_live(family: str) -> None:
     records = list(engine.run(requests, on_step=on_step))
     assert {(record.row_id, record.sample) for record in records} == {(str(i), s) for i in range(8) for s in range(2)}
     assert {(record.finish_reason, len(record.completion_ids)) for record in records} == {("length", 24)}
-    assert worst_logprob(model, records) < max(3e-5, _rounding(family))
+    assert worst_logprob(model, records) < max(3e-5, _rounding(model, prompts))
     assert engine.stats is not None
     assert engine.stats.preempted_rows > 0
     assert engine.stats.kv_bytes_held == 0
@@ -203,7 +189,7 @@ def test_an_allocator_failure_costs_recomputation_alone(place: str, monkeypatch:
     found = engine.generate(prompts, params)
     assert found.stats.out_of_memory_events == 2
     assert found.stats.preempted_rows > 0
-    _assert_same("falcon_h1", expected.records, found.records)
+    _assert_same(expected.records, found.records)
 
 
 def test_policies_see_what_a_row_takes() -> None:
@@ -267,7 +253,7 @@ def test_a_module_in_training_with_checkpointing_is_served_and_left_alone(family
     attributes = [set(vars(module)) for module in model.modules()]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     found = Engine(model, None).generate(prompts, params)
-    _assert_same(family, expected.records, found.records)
+    _assert_same(expected.records, found.records, _rounding(model, prompts))
     assert all(module.training for module in model.modules())
     assert model.is_gradient_checkpointing
     assert model.config._attn_implementation == implementation

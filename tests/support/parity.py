@@ -29,18 +29,49 @@ def page_bytes(model: PreTrainedModel) -> int:
     return select_strategy(model).kv_layout().bytes_per_page
 
 
-def greedy(model: PreTrainedModel, prompt: list[int], tokens: int, use_cache: bool = True) -> list[int]:
-    """The completion that transformers' own generate gives; without a cache, each token from the whole text anew."""
-    ids = torch.tensor([prompt], device=model.device)
-    out: Any = model.generate(  # type: ignore[operator]
+def _generated(model: PreTrainedModel, prompt: list[int], tokens: int, copies: int, **options: Any) -> Any:
+    """What transformers' own generate returns for a prompt, computed so many times side by side."""
+    ids = torch.tensor([prompt] * copies, device=model.device)
+    return model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
         max_new_tokens=tokens,
         pad_token_id=0,
-        use_cache=use_cache,
+        return_dict_in_generate=True,
+        **options,
     )
-    return [int(i) for i in out[0, len(prompt) :]]
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], tokens: int, use_cache: bool = True) -> list[int]:
+    """The completion that transformers' own generate gives; without a cache, each token from the whole text anew."""
+    out = _generated(model, prompt, tokens, copies=1, use_cache=use_cache)
+    return [int(i) for i in out.sequences[0, len(prompt) :]]
+
+
+def greedy_logprobs(
+    model: PreTrainedModel, prompt: list[int], tokens: int, copies: int = 1
+) -> tuple[list[int], torch.Tensor]:
+    """The same completion, computed so many times side by side, and the first one's log-probabilities [tokens]."""
+    out = _generated(model, prompt, tokens, copies, output_logits=True)
+    found = out.sequences[0, len(prompt) :].cpu()
+    logprobs = torch.stack(out.logits)[:, 0].float().log_softmax(-1).cpu()
+    return found.tolist(), logprobs.gather(1, found[:, None])[:, 0]
+
+
+def rounding(model: PreTrainedModel, prompts: list[list[int]], tokens: int = 20) -> float:
+    """Twice the distance that generate's log-probabilities have from themselves between batch sizes; 1e-5 at least.
+
+    Matrix products run other kernels for one row than for four, so they round otherwise.
+    """
+    distances = []
+    for prompt in prompts:
+        expected, alone = greedy_logprobs(model, prompt, tokens)
+        for copies in (2, 4):
+            found, logprobs = greedy_logprobs(model, prompt, tokens, copies)
+            assert found == expected
+            distances.append(float((logprobs - alone).abs().max()))
+    return max(1e-5, 2 * max(distances))
 
 
 def teacher_forced(model: PreTrainedModel, record: Record, temperature: float = 1.0) -> torch.Tensor:
