@@ -17,7 +17,7 @@ from typing import Any
 from rollout.run_dir.file_system import FileSystem
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.record_lines import SampleKey
-from rollout.run_dir.run_folders import make_run_folder
+from rollout.run_dir.run_folders import put_unflushed
 from rollout.run_dir.sealed_json import seal, unseal
 
 logger = logging.getLogger(__name__)
@@ -108,14 +108,8 @@ class Handover:
         return self._files.exists(gift.path)
 
     def _write(self, path: Path, values: Mapping[str, Any]) -> None:
-        """Write a file that appears whole. A crash that loses it costs the time until a lease ends."""
-        temporary = self._paths.temporary(path, self._writer)
-        for folder in (path.parent, temporary.parent):
-            make_run_folder(self._files, self._paths, folder)
-        self._files.remove(temporary)
-        with self._files.open_new(temporary) as file:
-            file.write(seal(values))
-        self._files.rename(temporary, path)
+        """Write a file. A crash that loses it costs the time until a lease ends."""
+        put_unflushed(self._files, self._paths, path, seal(values), self._writer)
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         try:

@@ -1,4 +1,4 @@
-"""Folders inside of a run, which are made only where the run is."""
+"""Folders inside of a run, which are made only where the run is, and files there that a crash may lose."""
 
 from __future__ import annotations
 
@@ -20,3 +20,21 @@ def make_run_folder(files: FileSystem, paths: RunPaths, folder: Path) -> None:
     if not files.exists(paths.run):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(paths.run))
     files.make_folder(folder)
+
+
+def put_unflushed(files: FileSystem, paths: RunPaths, path: Path, data: bytes, writer: str) -> None:
+    """Write a file of a run that has begun, which appears whole; it replaces one that is there. A crash may lose it.
+
+    Args:
+        writer: names the temporary file; no other process has the same.
+
+    Raises:
+        FileNotFoundError: the run is gone.
+    """
+    temporary = paths.temporary(path, writer)
+    for folder in (path.parent, temporary.parent):
+        make_run_folder(files, paths, folder)
+    files.remove(temporary)
+    with files.open_new(temporary) as file:
+        file.write(data)
+    files.rename(temporary, path)

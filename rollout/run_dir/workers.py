@@ -13,7 +13,7 @@ from typing import Any
 
 from rollout.run_dir.file_system import FileSystem, contents, write_new
 from rollout.run_dir.paths import RunPaths
-from rollout.run_dir.run_folders import make_run_folder
+from rollout.run_dir.run_folders import put_unflushed
 from rollout.run_dir.sealed_json import seal, unseal
 
 BEATS_PER_LEASE = 8
@@ -116,23 +116,17 @@ class Heartbeat:
         self.worker = worker
         self._path = paths.heartbeat(worker.writer)
         self._beats = 0
-        self.load: dict[str, Any] = {}
-        """What the others may know of this worker's work."""
+        self._load: dict[str, Any] = {}
 
     def publish(self, load: dict[str, Any]) -> None:
         """Let the next beat say what the others may know of this worker's work."""
-        self.load = load
+        self._load = load
 
     def beat(self) -> None:
         """Change the file. Nothing is flushed: a heartbeat that a crash loses was none."""
         self._beats += 1
-        temporary = self._paths.temporary(self._path, self.worker.writer)
-        for folder in (self._path.parent, temporary.parent):
-            make_run_folder(self._files, self._paths, folder)
-        self._files.remove(temporary)
-        with self._files.open_new(temporary) as file:
-            file.write(seal({**asdict(self.worker), "beat": self._beats, "load": self.load}))
-        self._files.rename(temporary, self._path)
+        values = {**asdict(self.worker), "beat": self._beats, "load": self._load}
+        put_unflushed(self._files, self._paths, self._path, seal(values), self.worker.writer)
 
     def close(self) -> None:
         """Say that the worker has ended."""
