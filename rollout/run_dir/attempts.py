@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rollout.run_dir.file_system import FileSystem, contents, put, put_first
-from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.file_system import FileSystem, contents, names_in, put, put_first
+from rollout.run_dir.paths import RunPaths, numbers
 from rollout.run_dir.run_folders import make_run_folder
 from rollout.run_dir.sealed_json import seal, unseal
 from rollout.run_dir.versions import installed_versions
@@ -90,7 +90,4 @@ def _read_attempt(files: FileSystem, path: Path) -> dict[str, Any] | None:
 
 
 def _numbers(files: FileSystem, paths: RunPaths) -> list[int]:
-    if not files.exists(paths.attempts):
-        return []
-    stems = (name.removesuffix(".json") for name in files.names(paths.attempts) if name.endswith(".json"))
-    return sorted(int(stem) for stem in stems if stem.isdigit())
+    return sorted(numbers(names_in(files, paths.attempts), ".json"))

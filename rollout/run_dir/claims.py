@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 
 from rollout.closing import do_all
-from rollout.run_dir.file_system import FileSystem
-from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.file_system import FileSystem, names_in
+from rollout.run_dir.paths import RunPaths, numbers
 from rollout.run_dir.run_folders import make_run_folder
 from rollout.run_dir.workers import Workers, announce, attempt_of
 
@@ -196,23 +196,14 @@ class ShardClaims:
         """List the shards that nobody has claimed, and those that others have."""
         self._committed = committed(self._files, self._paths)
         # A claim that another run left here may be of a shard that this one does not have.
-        claimed = {
-            index
-            for index in (int(name) for name in self._names(self._paths.claims) if name.isdigit())
-            if index < self._shards
-        }
+        named = numbers(names_in(self._files, self._paths.claims))
+        claimed = {index for index in named if index < self._shards}
         for index in self.others.keys() - claimed:
             del self.others[index]
         # What is held is not free, even if its claim was taken over and given up: its samples are under way here.
         taken = claimed | self._committed | self.held
         free = [index for index in range(self._shards) if index not in taken]
         return free, sorted(claimed - self._committed - self.held)
-
-    def _names(self, folder: Path) -> list[str]:
-        try:
-            return self._files.names(folder)
-        except FileNotFoundError:
-            return []
 
     def _by_need(self, free: list[int]) -> Iterable[int]:
         """Yield free shards, from the middle of the part in which most are left: its worker comes there last."""
@@ -264,9 +255,4 @@ def part_starts(shards: int, workers: int) -> list[int]:
 
 def committed(files: FileSystem, paths: RunPaths) -> set[int]:
     """Return the shards that have a manifest."""
-    try:
-        names = files.names(paths.shards)
-    except FileNotFoundError:
-        return set()
-    stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
-    return {int(stem) for stem in stems if stem.isdigit()}
+    return numbers(names_in(files, paths.shards), ".json")

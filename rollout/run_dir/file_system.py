@@ -126,7 +126,7 @@ class LocalFileSystem:
 
     def remove_folder(self, path: Path) -> None:
         # Not rmtree: others may remove the same files, or add some, at this moment.
-        for name in _names_or_none(path):
+        for name in names_in(self, path):
             inner = path / name
             try:
                 inner.unlink(missing_ok=True)
@@ -139,16 +139,17 @@ class LocalFileSystem:
                 raise
 
 
-def _names_or_none(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
-
-
 LOCAL: FileSystem = LocalFileSystem()
 
 Write = Callable[[BinaryIO], object]
+
+
+def names_in(files: FileSystem, folder: Path) -> list[str]:
+    """Return the names in a folder, in no order; none if there is no such folder."""
+    try:
+        return files.names(folder)
+    except FileNotFoundError:
+        return []
 
 
 def contents(data: bytes) -> Write:

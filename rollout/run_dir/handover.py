@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from rollout.run_dir.file_system import FileSystem
+from rollout.run_dir.file_system import FileSystem, names_in
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.record_lines import SampleKey
 from rollout.run_dir.run_folders import put_unflushed
@@ -65,7 +65,7 @@ class Handover:
 
     def asks(self) -> dict[str, dict[str, Any]]:
         """Return what some of the workers say that ask this one, by writer."""
-        names = [name for name in self._names(self._paths.asks(self._writer)) if name.endswith(".json")]
+        names = [name for name in names_in(self._files, self._paths.asks(self._writer)) if name.endswith(".json")]
         found = {}
         for name in self._random.sample(names, min(len(names), _ASKS_READ)):
             taker = name.removesuffix(".json")
@@ -88,7 +88,7 @@ class Handover:
         """Return what this worker has been given and has not finished."""
         folder = self._paths.given(self._writer)
         gifts = []
-        for name in sorted(self._names(folder)):
+        for name in sorted(names_in(self._files, folder)):
             values = self._read(folder / name)
             try:
                 assert values is not None
@@ -117,9 +117,3 @@ class Handover:
         except (FileNotFoundError, ValueError) as error:
             logger.debug("%s cannot be read: %s", path, error)
             return None
-
-    def _names(self, folder: Path) -> list[str]:
-        try:
-            return self._files.names(folder)
-        except FileNotFoundError:
-            return []

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rollout.records import Record
-from rollout.run_dir.file_system import FileSystem
-from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.file_system import FileSystem, names_in
+from rollout.run_dir.paths import RunPaths, numbers
 from rollout.run_dir.record_lines import SampleKey, decode_record, encode_record
 from rollout.run_dir.run_folders import make_run_folder
 
@@ -266,21 +266,12 @@ def add_parts(parts: ShardParts, others: ShardParts) -> None:
 def part_paths(files: FileSystem, paths: RunPaths, shard: int) -> list[Path]:
     """Return the part files of a shard, the earliest writer's first."""
     folder = paths.parts(shard)
-    try:
-        names = files.names(folder)
-    except FileNotFoundError:
-        return []
-    return [folder / name for name in sorted(names) if name.endswith(".jsonl")]
+    return [folder / name for name in sorted(names_in(files, folder)) if name.endswith(".jsonl")]
 
 
 def begun_shards(files: FileSystem, paths: RunPaths) -> list[int]:
     """Return the shards that have part files."""
-    folder = paths.parts(0).parent
-    try:
-        names = files.names(folder)
-    except FileNotFoundError:
-        return []
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(numbers(names_in(files, paths.parts(0).parent)))
 
 
 def finished_records(files: FileSystem, paths: RunPaths, key: ShardKey) -> Iterator[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,3 +100,10 @@ class RunPaths:
     def report(self) -> Path:
         """The HTML report of the run."""
         return self.root / "report.html"
+
+
+def numbers(names: Iterable[str], suffix: str = "") -> set[int]:
+    """Return the numbers that name files, as those of shards, claims and attempts; other names are left out."""
+    stems = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
+    # Digits such as ² are none that `int` reads.
+    return {int(stem) for stem in stems if stem.isdecimal()}

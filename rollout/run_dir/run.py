@@ -18,11 +18,11 @@ from rollout.errors import InputError
 from rollout.record_columns import SCHEMA
 from rollout.run_dir.attempts import begin_attempt, this_launch
 from rollout.run_dir.claims import committed
-from rollout.run_dir.file_system import LOCAL, FileSystem, contents, put_first, see_afresh
+from rollout.run_dir.file_system import LOCAL, FileSystem, contents, names_in, put_first, see_afresh
 from rollout.run_dir.file_system_checks import check_file_system
 from rollout.run_dir.fingerprint import Fingerprint, describe, differences
 from rollout.run_dir.partition import rows_per_shard
-from rollout.run_dir.paths import RunPaths
+from rollout.run_dir.paths import RunPaths, numbers
 from rollout.run_dir.record_table import describe_columns
 from rollout.run_dir.row_ids_file import check_row_ids, write_row_ids
 from rollout.run_dir.sealed_json import seal, unseal
@@ -72,9 +72,7 @@ class RunDir:
 
     def begun(self) -> set[int]:
         """Return the shards that workers have claimed, killed ones among them."""
-        folder = self.paths.claims
-        names = self.files.names(folder) if self.files.exists(folder) else []
-        return {int(name) for name in names if name.isdigit()}
+        return numbers(names_in(self.files, self.paths.claims))
 
     def samples_of(self, shards: Iterable[int]) -> int:
         """Count the samples of some shards."""
@@ -109,7 +107,7 @@ def prepare_folder(folder: str, files: FileSystem = LOCAL) -> RunPaths:
             raise
         raise InputError(f"output.dir={folder} cannot be written ({error.strerror}): choose another folder.") from error
     # Check run.json last: another worker may begin the run between the two checks.
-    if files.exists(paths.shards) and files.names(paths.shards) and not files.exists(paths.run):
+    if names_in(files, paths.shards) and not files.exists(paths.run):
         # It may have begun the run just now, on another machine.
         see_afresh(files, paths.root)
         if not files.exists(paths.run):

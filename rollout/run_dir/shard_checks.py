@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rollout.errors import InputError
-from rollout.run_dir.file_system import see_afresh
+from rollout.run_dir.file_system import names_in, see_afresh
 from rollout.run_dir.run import RunDir
 from rollout.run_dir.run_folders import make_run_folder
 from rollout.run_dir.shards import file_sha256, read_manifest
@@ -91,11 +91,9 @@ def set_aside(run: RunDir, damaged: DamagedShard) -> None:
 def foreign_files(run: RunDir) -> list[str]:
     """Return the names in ``shards/`` that are not of this run, in order; a loader of ``shards/*`` would read them."""
     paths = run.paths
-    if not run.files.exists(paths.shards):
-        return []
     own = {path.name for shard in range(run.shards) for path in (paths.manifest(shard), paths.shard(shard, run.format))}
     # NFS gives a name such as .nfs01 to a file that is removed while a process has it open.
-    return sorted(name for name in run.files.names(paths.shards) if name not in own and not name.startswith(".nfs"))
+    return sorted(name for name in names_in(run.files, paths.shards) if name not in own and not name.startswith(".nfs"))
 
 
 def warn_of_foreign_files(run: RunDir) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rollout.run_dir.file_system import FileSystem, contents, write_new
+from rollout.run_dir.file_system import FileSystem, contents, names_in, write_new
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run_folders import put_unflushed
 from rollout.run_dir.sealed_json import seal, unseal
@@ -194,9 +194,8 @@ class Workers:
 
     def names(self) -> list[str]:
         """Return the writers that have a heartbeat, dead ones among them."""
-        if not self._files.exists(self._paths.workers):
-            return []
-        return sorted(n.removesuffix(".json") for n in self._files.names(self._paths.workers) if n.endswith(".json"))
+        names = names_in(self._files, self._paths.workers)
+        return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
     def _content(self, writer: str) -> bytes | None:
         try:

@@ -120,14 +120,14 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_slow_worker_hands_its_samples_to_faster_ones(
     job: ToyJob, undisturbed: list[dict[str, Any]], counts: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared = World(job, 1, [8.0, 1.0, 1.0], Conditions())
+    shared = World(job, 3, [8.0, 1.0, 1.0], Conditions())
     shared.go()
     with shared.schedule.disk.seen_at_once() as files:
         check_output(files, undisturbed)
     assert counts["gifts"]
     assert sum(engine.withdrawn for engine in shared.engines)
     monkeypatch.setattr(TimedEngine, "_named", lambda *_: [])
-    alone = World(job, 1, [8.0, 1.0, 1.0], Conditions())
+    alone = World(job, 3, [8.0, 1.0, 1.0], Conditions())
     alone.go()
     with alone.schedule.disk.seen_at_once() as files:
         check_output(files, undisturbed)
