@@ -10,7 +10,6 @@ from typing import Any
 
 from rollout.run_dir.attempts import read_attempts
 from rollout.run_dir.file_system import contents, put
-from rollout.run_dir.metrics import read_metrics
 from rollout.run_dir.run import RunDir, read_run_json
 from rollout.run_dir.sealed_json import seal
 from rollout.run_dir.shards import RecordCounts
@@ -49,14 +48,15 @@ class Cost:
     """Of these, more than the prompts have: of samples that went on after a stop or preemption, or were done twice."""
 
 
-def cost_of(run: RunDir, totals: RecordCounts) -> Cost | None:
+def cost_of(run: RunDir, totals: RecordCounts, metrics: Iterable[Mapping[str, Any]]) -> Cost | None:
     """Add up what all attempts of a run have cost; None if none has begun.
 
     Args:
         totals: counts of all records.
+        metrics: the lines of all workers (`rollout.run_dir.metrics.read_metrics`).
     """
-    lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for line in read_metrics(run.paths):
+    lines: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for line in metrics:
         lines[line["attempt"]].append(line)
     attempts = list(read_attempts(run.files, run.paths))
     if not attempts:

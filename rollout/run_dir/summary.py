@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
@@ -79,23 +79,27 @@ class Summary:
 def summarise(run: RunDir) -> Summary:
     """Summarise a complete run."""
     totals = read_totals(run)
+    metrics = list(read_metrics(run.paths))
     return Summary(
-        run=run, totals=totals, speed=_read_speed(run), first_errors=_first_errors(run), cost=cost_of(run, totals)
+        run=run,
+        totals=totals,
+        speed=_speed(metrics),
+        first_errors=_first_errors(run) if totals.errors else (),
+        cost=cost_of(run, totals, metrics),
     )
 
 
 def _first_errors(run: RunDir) -> tuple[str, ...]:
     """Describe the first input rows with an error, reading only the shards that have some."""
     described: dict[str, str] = {}
-    for shard in range(run.shards):
-        path = run.paths.manifest(shard)
-        if len(described) >= _FIRST_ERRORS or not path.exists() or not read_manifest(path).errors:
+    for shard in sorted(run.committed()):
+        if not read_manifest(run.paths.manifest(shard), run.files).errors:
             continue
         for row in _failed(run, shard):
             text = f"{row['row_id']} ({row['error_class']}: {shorten(' '.join(row['error'].split()), longest=80)})"
             described.setdefault(row["row_id"], text)
             if len(described) == _FIRST_ERRORS:
-                break
+                return tuple(described.values())
     return tuple(described.values())
 
 
@@ -142,13 +146,12 @@ def _shard_counts(run: RunDir, shard: int) -> RecordCounts | None:
     return read_manifest(manifest, run.files)
 
 
-def _read_speed(run: RunDir) -> Speed | None:
-    """Read the speed of the last attempt from the metrics; None if there are none."""
-    lines = list(read_metrics(run.paths))
-    if not lines:
+def _speed(metrics: Sequence[Mapping[str, Any]]) -> Speed | None:
+    """Return the speed of the last attempt by the metrics of all; None if there are none."""
+    if not metrics:
         return None
-    attempt = max(line["attempt"] for line in lines)
-    lines = [line for line in lines if line["attempt"] == attempt]
+    attempt = max(line["attempt"] for line in metrics)
+    lines = [line for line in metrics if line["attempt"] == attempt]
     start = min(line["time"] - line["seconds"] for line in lines)
     seconds = max(line["time"] for line in lines) - start
     most = max(line["live_rows_max"] for line in lines)

@@ -16,6 +16,7 @@ from rollout.job.retrying import Retry
 from rollout.run_dir.attempts import begin_attempt, end_attempt, read_attempts
 from rollout.run_dir.costs import cost_lines, cost_of, write_cost
 from rollout.run_dir.file_system import LOCAL, LocalFileSystem
+from rollout.run_dir.metrics import read_metrics
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import RunDir, read_run, read_run_json
 from rollout.run_dir.summary import read_totals, summarise
@@ -77,7 +78,7 @@ def test_killed_attempts_cost_what_their_metrics_say(run: RunDir) -> None:
         [line(0, 1, useful, prompts), line(0, 30, 7), line(1, 3610, useful, 11, steps=4, step_ms=250)],
         [line(0, 25, 5)],
     )
-    cost = cost_of(run, read_totals(run))
+    cost = cost_of(run, read_totals(run), read_metrics(run.paths))
     assert cost is not None
     assert (cost.attempts, cost.interrupted) == (2, 1)
     assert cost.device_seconds == {"gpu": 2 * 2 * (20 + 30) + 2 * (15 + 50)}
@@ -96,7 +97,7 @@ def test_killed_attempts_cost_what_their_metrics_say(run: RunDir) -> None:
 def test_an_attempt_without_a_sign_costs_its_loading(run: RunDir) -> None:
     began(run.paths, 0, loading=30)
     write_metrics(run.paths, [])
-    cost = cost_of(run, read_totals(run))
+    cost = cost_of(run, read_totals(run), read_metrics(run.paths))
     assert cost is not None
     assert (cost.device_seconds, cost.wall_seconds, cost.interrupted) == ({"unknown": 30.0}, 30.0, 1)
     # More tokens than the metrics know of are no loss.
