@@ -25,10 +25,11 @@ from rollout.errors import Exit, InputError
 from rollout.job.stop_signals import stop_signals
 from rollout.logs import say
 from rollout.run_dir.file_system import LOCAL, contents, put
+from rollout.run_dir.hashed_file import file_sha256
 from rollout.run_dir.model_digests import weights_digest
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import read_run, read_run_json
-from rollout.run_dir.shards import file_sha256, read_manifest, read_shard
+from rollout.run_dir.shards import read_manifest, read_shard
 
 if TYPE_CHECKING:
     from rollout.engine.engine import Engine

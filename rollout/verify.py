@@ -13,6 +13,7 @@ import numpy as np
 
 from rollout.argument_parser import SentenceParser
 from rollout.errors import Exit, InputError
+from rollout.run_dir.hashed_file import file_sha256
 from rollout.run_dir.missing_tasks import missing_tasks
 from rollout.run_dir.part_file import ShardKey, read_parts
 from rollout.run_dir.paths import RunPaths
@@ -21,13 +22,7 @@ from rollout.run_dir.row_ids_file import check_row_ids, read_row_ids
 from rollout.run_dir.run import RunDir, read_run
 from rollout.run_dir.shard_checks import foreign_files
 from rollout.run_dir.shard_comparison import SHOWN, Codes, Listed, ShardComparison, ShardRecords
-from rollout.run_dir.shards import (
-    Manifest,
-    RecordCounts,
-    file_sha256,
-    read_columns,
-    read_manifest,
-)
+from rollout.run_dir.shards import Manifest, RecordCounts, read_columns, read_manifest
 
 _EPILOG = "Exit status: 0 the run is complete; 1 it is not, and each finding is printed; 2 there is no run in DIR."
 

@@ -31,10 +31,11 @@ from rollout.config.schema import Config
 from rollout.data.prompts import read_prompts
 from rollout.records import Record
 from rollout.run_dir.fingerprint import Fingerprint
+from rollout.run_dir.hashed_file import file_sha256
 from rollout.run_dir.record_table import table_of
 from rollout.run_dir.run import RunDir, existing_run, open_run, prepare_folder
 from rollout.run_dir.sealed_json import seal
-from rollout.run_dir.shards import Manifest, count_table, file_sha256
+from rollout.run_dir.shards import Manifest, count_table
 from rollout.verify import verify
 
 _TOKENS = 16

@@ -23,8 +23,9 @@ from rollout.logs import say
 from rollout.records import REASONING, RECORD_COLUMNS, REF_LOGPROBS
 from rollout.run_dir.attempts import this_launch
 from rollout.run_dir.claims import Place, ShardClaims
-from rollout.run_dir.commit import Sink, commit_file
+from rollout.run_dir.commit import commit_file
 from rollout.run_dir.fingerprint import Fingerprint, describe, differences, reward_values, without_reward
+from rollout.run_dir.hashed_file import HashedFile
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.rewrite import rewrite
 from rollout.run_dir.run import RunDir, begin_run, prepare_folder, read_run, read_run_json, with_attempt
@@ -220,7 +221,7 @@ def _score_shard(source: RunDir, run: RunDir, shard: int, prompts: Prompts, scor
     rows = {row.row_id: row.columns for row in prompts.rows(indices.start, indices.stop)}
     rescorer = RecordRescorer(scorer, rows, referred=REF_LOGPROBS in source.columns)
 
-    def fill(file: Sink) -> RecordCounts:
+    def fill(file: HashedFile) -> RecordCounts:
         rewrite(source.paths.shard(shard, source.format), file, read=READ, change=rescorer.change)
         return rescorer.counts(read_manifest(source.paths.manifest(shard)))
 

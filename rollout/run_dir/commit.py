@@ -7,7 +7,6 @@ that the shard has, each read back with its checksum, and of several writers the
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import pyarrow as pa
 
 from rollout.records import Record
 from rollout.run_dir.file_system import FileSystem, contents, link_first, put, see_afresh, write_new
+from rollout.run_dir.hashed_file import HashedFile, file_sha256
 from rollout.run_dir.part_file import Location, checked
 from rollout.run_dir.record_lines import SampleKey, decode_record
 from rollout.run_dir.record_table import KeptRows
@@ -35,7 +35,6 @@ from rollout.run_dir.shards import (
     Manifest,
     RecordCounts,
     count_table,
-    file_sha256,
     read_manifest,
     read_shard,
 )
@@ -87,7 +86,7 @@ def commit(run: RunDir, content: ShardContent, schema: pa.Schema, writer: str) -
         DamagedPart: a record cannot be read back.
     """
 
-    def fill(file: Sink) -> RecordCounts:
+    def fill(file: HashedFile) -> RecordCounts:
         counted = CountedRecords()
         WRITERS[run.format](_blocks(run.files, content, counted), schema, file)
         return counted.counts()
@@ -96,7 +95,7 @@ def commit(run: RunDir, content: ShardContent, schema: pa.Schema, writer: str) -
 
 
 def commit_file(
-    run: RunDir, shard: int, fill: Callable[[Sink], RecordCounts], writer: str, compared: Sequence[str]
+    run: RunDir, shard: int, fill: Callable[[HashedFile], RecordCounts], writer: str, compared: Sequence[str]
 ) -> Manifest:
     """Commit a shard as `commit` does.
 
@@ -108,17 +107,15 @@ def commit_file(
     files, paths = run.files, run.paths
     path, manifest_path = paths.shard(shard, run.format), paths.manifest(shard)
     temporary = paths.temporary(path, writer)
-    written = Sink()
-    counts: list[RecordCounts] = []
 
-    def write(file: BinaryIO) -> None:
-        written.file = file
-        counts.append(fill(written))
+    def write(file: BinaryIO) -> tuple[HashedFile, RecordCounts]:
+        hashed = HashedFile(file)
+        return hashed, fill(hashed)
 
     make_run_folder(files, paths, paths.shards)
-    write_new(files, temporary, write)
+    written, counts = write_new(files, temporary, write)
     if _put_in_place(run, shard, path, temporary, compared):
-        manifest = _describe(run, shard, path, counts[0], written.bytes, written.hexdigest())
+        manifest = _describe(run, shard, path, counts, written.bytes, written.hexdigest())
     elif files.exists(manifest_path):
         files.remove(temporary)
         logger.info("Shard %d was committed by another worker meanwhile.", shard)
@@ -183,36 +180,6 @@ def _describe(run: RunDir, shard: int, path: Path, counts: RecordCounts, size: i
         sha256=sha256,
         fingerprint=run.fingerprint.digest,
     )
-
-
-class Sink:
-    """A file that is being written, with its size and its digest."""
-
-    def __init__(self) -> None:
-        self.file: BinaryIO | None = None
-        self.bytes = 0
-        self.closed = False
-        self._digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        assert self.file is not None
-        self.file.write(data)
-        self._digest.update(data)
-        size = len(memoryview(data).cast("B"))
-        self.bytes += size
-        return size
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
-
-    def tell(self) -> int:
-        return self.bytes
-
-    def flush(self) -> None:
-        """Do nothing: the whole file is flushed once."""
-
-    def close(self) -> None:
-        """Do nothing: whoever opened the file closes it."""
 
 
 def _blocks(files: FileSystem, content: ShardContent, counted: CountedRecords) -> Iterator[Block]:

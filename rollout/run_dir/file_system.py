@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeVar
 
 
 class FileSystem(Protocol):
@@ -141,7 +141,8 @@ class LocalFileSystem:
 
 LOCAL: FileSystem = LocalFileSystem()
 
-Write = Callable[[BinaryIO], object]
+T = TypeVar("T")
+Write = Callable[[BinaryIO], T]
 
 
 def names_in(files: FileSystem, folder: Path) -> list[str]:
@@ -152,36 +153,44 @@ def names_in(files: FileSystem, folder: Path) -> list[str]:
         return []
 
 
-def contents(data: bytes) -> Write:
+def contents(data: bytes) -> Write[int]:
     """Return what writes these bytes."""
     return lambda file: file.write(data)
 
 
-def write_new(files: FileSystem, path: Path, write: Write) -> None:
+def write_new(files: FileSystem, path: Path, write: Write[T]) -> T:
     """Let ``write`` fill a new file, and flush it to the disk. A file that an earlier life left there is replaced.
 
     Args:
         path: a name that no other process uses.
+
+    Returns:
+        What ``write`` returns.
     """
     files.make_folder(path.parent)
     files.remove(path)
     with files.open_new(path) as file:
-        write(file)
+        returned = write(file)
         files.sync(file)
+    return returned
 
 
-def put(files: FileSystem, path: Path, temporary: Path, write: Write) -> None:
+def put(files: FileSystem, path: Path, temporary: Path, write: Write[T]) -> T:
     """Write a file that appears complete or not at all, even after a power cut; it replaces one that is there.
 
     Args:
         temporary: a name on the same file system that no other process uses.
+
+    Returns:
+        What ``write`` returns.
     """
-    write_new(files, temporary, write)
+    returned = write_new(files, temporary, write)
     files.rename(temporary, path)
     files.sync_folder(path.parent)
+    return returned
 
 
-def put_first(files: FileSystem, path: Path, temporary: Path, write: Write) -> bool:
+def put_first(files: FileSystem, path: Path, temporary: Path, write: Write[object]) -> bool:
     """Write a file as `put` does, unless one is there: the first of several writers wins.
 
     Returns:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 
 from rollout.errors import InputError
 from rollout.models.errors import first_line
-from rollout.run_dir.file_system import LOCAL, FileSystem, write_new
+from rollout.run_dir.file_system import LOCAL, FileSystem, put
+from rollout.run_dir.hashed_file import HashedFile, file_sha256
 
 _SCHEMA = pa.schema([("row_id", pa.string())])
 _CHUNK = 1 << 16
 """Ids of a record batch; so many are held at a time."""
-_READ_BYTES = 1 << 20
 
 
 def write_row_ids(files: FileSystem, path: Path, temporary: Path, ids: Sequence[str]) -> str:
@@ -29,19 +27,16 @@ def write_row_ids(files: FileSystem, path: Path, temporary: Path, ids: Sequence[
     Returns:
         The SHA-256 digest of the file, in hexadecimal.
     """
-    digest = hashlib.sha256()
 
-    def write(file: BinaryIO) -> None:
-        hashed = _Hashed(file, digest)
+    def write(file: BinaryIO) -> str:
+        hashed = HashedFile(file)
         with pa.ipc.new_file(pa.PythonFile(hashed, mode="w"), _SCHEMA) as writer:
             for start in range(0, len(ids), _CHUNK):
                 chunk = pa.array(ids[start : start + _CHUNK], pa.string())
                 writer.write_batch(pa.record_batch([chunk], schema=_SCHEMA))
+        return hashed.hexdigest()
 
-    write_new(files, temporary, write)
-    files.rename(temporary, path)
-    files.sync_folder(path.parent)
-    return digest.hexdigest()
+    return put(files, path, temporary, write)
 
 
 def read_row_ids(path: Path) -> pa.ChunkedArray:
@@ -67,32 +62,11 @@ def check_row_ids(path: Path, sha256: str, files: FileSystem = LOCAL) -> None:
     Raises:
         InputError: it is missing or damaged.
     """
-    digest = hashlib.sha256()
     try:
-        with files.open_read(path) as file:
-            while block := file.read(_READ_BYTES):
-                digest.update(block)
+        found = file_sha256(path, files)
     except OSError as error:
         raise InputError(f"{path}, the ids of the input rows, cannot be read: {first_line(error)}.") from error
-    if digest.hexdigest() != sha256:
+    if found != sha256:
         raise InputError(
             f"{path}, the ids of the input rows, is damaged, and not the shards: its sha256 is not the one in run.json."
         )
-
-
-class _Hashed(io.RawIOBase):
-    """Passes bytes on to a file, which it leaves open, and hashes them."""
-
-    def __init__(self, file: BinaryIO, digest: hashlib._Hash) -> None:
-        super().__init__()
-        self._file = file
-        self._digest = digest
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._digest.update(view)
-        self._file.write(view)
-        return len(view)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from rollout.errors import InputError
 from rollout.run_dir.file_system import names_in, see_afresh
+from rollout.run_dir.hashed_file import file_sha256
 from rollout.run_dir.run import RunDir
 from rollout.run_dir.run_folders import make_run_folder
-from rollout.run_dir.shards import file_sha256, read_manifest
+from rollout.run_dir.shards import read_manifest
 
 logger = logging.getLogger(__name__)
 

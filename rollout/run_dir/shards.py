@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -22,8 +21,6 @@ from rollout.record_columns import SCHEMA
 from rollout.records import Record
 from rollout.run_dir.file_system import LOCAL, FileSystem
 from rollout.run_dir.sealed_json import unseal
-
-_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +142,6 @@ def _value_counts(values: pa.ChunkedArray) -> dict[str, int]:
 
 def _total(values: pa.ChunkedArray) -> Any:
     return pc.sum(values, min_count=0).as_py()
-
-
-def file_sha256(path: Path, files: FileSystem = LOCAL) -> str:
-    """Return the SHA-256 digest of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with files.open_read(path) as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_columns(path: Path) -> dict[str, str]:

@@ -19,12 +19,13 @@ import pytest
 from rollout.errors import Exit
 from rollout.job.job import run_job
 from rollout.run_dir import shard_batches
+from rollout.run_dir.hashed_file import file_sha256
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.row_ids_file import read_row_ids
 from rollout.run_dir.row_index import RowIndex
 from rollout.run_dir.run import read_run
 from rollout.run_dir.sealed_json import seal, unseal
-from rollout.run_dir.shards import Manifest, count_table, file_sha256, read_manifest, read_shard
+from rollout.run_dir.shards import Manifest, count_table, read_manifest, read_shard
 from rollout.verify import main, verify
 from tests.support.jobs import config_of, load_fake
 

@@ -22,13 +22,14 @@ from rollout.run_dir import commit as commit_module
 from rollout.run_dir.commit import DamagedPart, ShardContent
 from rollout.run_dir.file_system import LOCAL
 from rollout.run_dir.fingerprint import Fingerprint
+from rollout.run_dir.hashed_file import file_sha256
 from rollout.run_dir.part_file import PartFile, ShardKey
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.record_lines import SampleKey
 from rollout.run_dir.record_table import table_of
 from rollout.run_dir.run import RunDir
 from rollout.run_dir.sealed_json import seal
-from rollout.run_dir.shards import Manifest, file_sha256, read_manifest, read_shard
+from rollout.run_dir.shards import Manifest, read_manifest, read_shard
 from rollout.sampling_params import SamplingParams
 from tests.support.jobs import record_of
 
