@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from rollout.run_dir.record_lines import SampleKey
 from rollout.run_dir.row_index import RowIndex
 from rollout.run_dir.run import RunDir
 from rollout.run_dir.shard_batches import read_batches
-from rollout.run_dir.shards import COUNTED_COLUMNS, RecordCounts
+from rollout.run_dir.shards import COUNTED_COLUMNS, RecordCounts, total_length, value_counts
 
 Codes = npt.NDArray[np.int64]
 """Samples of the run as numbers: the input row's number times the samples of a row, plus the sample's."""
@@ -172,11 +172,11 @@ class _Tally:
         self.errors.extend(errors, len(in_error))
         self._rows.append(np.unique(rows))
         self._error_rows.append(np.unique(rows[in_error]))
-        self._classes.update(_value_counts(failed.column("error_class")))
-        self._reasons.update(_value_counts(table.column("finish_reason")))
+        self._classes.update(value_counts(failed.column("error_class")))
+        self._reasons.update(value_counts(table.column("finish_reason")))
         self._samples += table.num_rows
-        self._prompt_tokens += _total(pc.list_value_length(table.column("prompt_ids")))
-        self._completion_tokens += _total(pc.list_value_length(table.column("completion_ids")))
+        self._prompt_tokens += total_length(table.column("prompt_ids"))
+        self._completion_tokens += total_length(table.column("completion_ids"))
         self._rewards.append(table.column("reward").drop_null().cast(pa.float64()).to_numpy())
 
     def counts(self) -> RecordCounts:
@@ -193,11 +193,3 @@ class _Tally:
             rewards=len(rewards),
             reward_sum=math.fsum(rewards),
         )
-
-
-def _value_counts(values: pa.ChunkedArray) -> dict[str, int]:
-    return {entry["values"]: entry["counts"] for entry in values.value_counts().to_pylist()}
-
-
-def _total(values: pa.ChunkedArray) -> Any:
-    return pc.sum(values, min_count=0).as_py()

@@ -127,21 +127,23 @@ def count_table(table: pa.Table) -> RecordCounts:
         rows=pc.count_distinct(rows).as_py(),
         samples=table.num_rows,
         error_rows=pc.count_distinct(rows.filter(in_error)).as_py(),
-        errors=_value_counts(classes.filter(in_error)),
-        finish_reasons=_value_counts(table.column("finish_reason")),
-        prompt_tokens=_total(pc.list_value_length(table.column("prompt_ids"))),
-        completion_tokens=_total(pc.list_value_length(table.column("completion_ids"))),
+        errors=value_counts(classes.filter(in_error)),
+        finish_reasons=value_counts(table.column("finish_reason")),
+        prompt_tokens=total_length(table.column("prompt_ids")),
+        completion_tokens=total_length(table.column("completion_ids")),
         rewards=len(rewards) - rewards.null_count,
         reward_sum=math.fsum(rewards.drop_null().cast(pa.float64()).to_pylist()),
     )
 
 
-def _value_counts(values: pa.ChunkedArray) -> dict[str, int]:
+def value_counts(values: pa.ChunkedArray) -> dict[str, int]:
+    """Return how often each text occurs."""
     return {str(entry["values"]): entry["counts"] for entry in values.value_counts().to_pylist()}
 
 
-def _total(values: pa.ChunkedArray) -> Any:
-    return pc.sum(values, min_count=0).as_py()
+def total_length(lists: pa.ChunkedArray) -> int:
+    """Return the items of all lists together."""
+    return int(pc.sum(pc.list_value_length(lists), min_count=0).as_py())
 
 
 def read_columns(path: Path) -> dict[str, str]:
