@@ -104,6 +104,16 @@ RECORD_COLUMNS = tuple(f.name for f in fields(Record) if f.name not in _LIBRARY_
 """The columns that a run writes of a record, in their order; the input's columns stand after the first two."""
 
 
+def record_columns(split_reasoning: bool, reference: bool) -> tuple[str, ...]:
+    """Return the names of the columns that a run may write of a record, in no order.
+
+    Args:
+        split_reasoning: whether reasoning has a column of its own.
+        reference: whether the log-probabilities of a reference model have one.
+    """
+    return (*RECORD_COLUMNS, *([REASONING] if split_reasoning else ()), *([REF_LOGPROBS] if reference else ()))
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Batch:
     """The records of one call, in prompt order, then sample order."""

@@ -37,7 +37,7 @@ from rollout.length_history import LengthHistory
 from rollout.logs import say
 from rollout.progress.progress import Progress
 from rollout.record_columns import ABSENT_LOGPROBS
-from rollout.records import REASONING, RECORD_COLUMNS, REF_LOGPROBS
+from rollout.records import record_columns
 from rollout.requests import StepReport
 from rollout.run_dir.attempts import end_attempt
 from rollout.run_dir.claims import Place, ShardClaims
@@ -94,12 +94,8 @@ def _run(config: Config, load: Load, given: Collection[str], retry: Retry | None
     check_tracker(config.tracker)
     reward = load_reward(config.reward)
     refers = config.model.reference is not None
-    record_columns = (
-        *RECORD_COLUMNS,
-        *([REASONING] if config.output.split_reasoning else ()),
-        *([REF_LOGPROBS] if refers else ()),
-    )
-    prompts = read_prompts(config.data, with_columns=reward is not None, record_columns=record_columns)
+    own = record_columns(config.output.split_reasoning, refers)
+    prompts = read_prompts(config.data, with_columns=reward is not None, record_columns=own)
     logger.info("Read %s prompts.", f"{len(prompts):,}")
     previous_lengths = None if config.data.lengths_from is None else read_lengths(config.data.lengths_from)
     if previous_lengths is not None:

@@ -20,7 +20,7 @@ from rollout.job.reward_source import source_of
 from rollout.job.rewards import Reward, Scorer, load_reward
 from rollout.job.work_loop import LONGEST_POLL_SECONDS, POLL_SECONDS, mend
 from rollout.logs import say
-from rollout.records import REASONING, RECORD_COLUMNS, REF_LOGPROBS
+from rollout.records import REF_LOGPROBS, record_columns
 from rollout.run_dir.attempts import this_launch
 from rollout.run_dir.claims import Place, ShardClaims
 from rollout.run_dir.commit import commit_file
@@ -101,11 +101,7 @@ def _prompts_of(source: RunDir, asked: Rescoring) -> Prompts:
     data = DataConfig(**stored["data"])
     if asked.data_path is not None:
         data = replace(data, path=asked.data_path)
-    own = [
-        *RECORD_COLUMNS,
-        *([REASONING] if stored["output"]["split_reasoning"] else []),
-        *([REF_LOGPROBS] if stored["model"]["reference"] is not None else []),
-    ]
+    own = record_columns(stored["output"]["split_reasoning"], stored["model"]["reference"] is not None)
     logger.info("Reading the rows again that the reward gets, from %s.", data.path)
     # The digest of a run without a reward covers the columns that prompts are made of.
     rewarded = source.fingerprint.values["reward"] is not None
