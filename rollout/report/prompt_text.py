@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rollout.records import RECORD_COLUMNS
+from rollout.records import record_columns
 
-_OWN = frozenset(RECORD_COLUMNS) | {"reasoning"}
+_OWN = frozenset(record_columns(split_reasoning=True, reference=True))
 """Columns that are no input columns."""
 _LONGEST_FACT = 200
 

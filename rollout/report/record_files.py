@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from rollout import record_columns
 from rollout.models.errors import first_line
-from rollout.records import RECORD_COLUMNS, Record
+from rollout.records import REASONING, RECORD_COLUMNS, REF_LOGPROBS, Record
 from rollout.run_dir.file_system import LOCAL
 from rollout.run_dir.json_values import json_value
 from rollout.run_dir.part_file import ShardKey, finished_records
@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
     )
 )
 """The columns that statistics need. Others, above all log-probabilities, are most of a file and are skipped."""
-_LOGPROBS = frozenset({"logprobs", "sampler_logprobs"})
+_LOGPROBS = frozenset({"logprobs", "sampler_logprobs", REF_LOGPROBS})
 
 
 class UnreadableFile(ValueError):
@@ -112,7 +112,7 @@ def read_records(file: RecordFile, rows: Collection[int]) -> dict[int, dict[str,
     path = file.path
     try:
         if file.parts is not None:
-            names = [name for name in RECORD_COLUMNS if name not in _LOGPROBS]
+            names = [name for name in (*RECORD_COLUMNS, REASONING) if name not in _LOGPROBS]
             found = _at(file.part_records(file.parts), rows)
             return {row: {name: getattr(record, name) for name in names} for row, record in found}
         if path.suffix == ".parquet":

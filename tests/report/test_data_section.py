@@ -245,6 +245,7 @@ def test_prompt_text_is_found_among_kept_columns(values: dict[str, Any], column:
 
 def test_other_columns_leave_out_the_prompt_and_long_texts() -> None:
     values = record(0, 0) | {"prompt": "p", "answer": 42, "input_seed": 7, "essay": "x" * 999, "none": None}
+    values |= {"reasoning": "2 + 2", "ref_logprobs": [-0.5]}
     assert other_columns(values, "prompt") == {"answer": "42", "input_seed": "7"}
 
 

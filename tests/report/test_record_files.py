@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rollout.records import RECORD_COLUMNS, Record
 from rollout.report.record_files import RecordFile, UnreadableFile, read_batches, read_records
+from rollout.run_dir.file_system import LOCAL
+from rollout.run_dir.part_file import PartFile, ShardKey
+from rollout.run_dir.paths import RunPaths
 from tests.report.test_data_section import record
 
 MIXED: list[dict[str, Any]] = [
@@ -34,6 +39,17 @@ def test_other_columns_of_json_lines_may_have_any_type(tmp_path: Path) -> None:
     assert chosen[1]["meta"] == MIXED[1]["meta"]
     assert chosen[3]["prompt"] == MIXED[3]["prompt"]
     assert not {"logprobs", "sampler_logprobs"} & set(chosen[1])
+
+
+def test_part_files_have_the_reasoning(tmp_path: Path) -> None:
+    paths, key = RunPaths(tmp_path), ShardKey("digest", 0)
+    paths.run.touch()
+    part = PartFile(LOCAL, paths, key, "one")
+    values = {name: value for name, value in record(0, 0).items() if name in RECORD_COLUMNS}
+    part.append(replace(Record(**values), reasoning="because"))
+    part.close()
+    (found,) = read_records(RecordFile(paths.parts(0), key), [0]).values()
+    assert (found["reasoning"], found["text"]) == ("because", values["text"])
 
 
 def test_records_are_found_in_any_row_group(tmp_path: Path) -> None:
