@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -71,6 +72,13 @@ def test_imports_go_to_lower_levels() -> None:
             if here != there:
                 assert there[0] == here[0] or here[0] == "rollout", f"{name} imports {other}"
                 assert there[0] != here[0] or PLACES[there] < PLACES[here], f"{name} imports {other}"
+
+
+def test_the_page_has_the_same_levels() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    for package, levels in LEVELS.items():
+        (row,) = re.findall(rf"^\| `{package}` \| (.*) \|$", page, re.MULTILINE)
+        assert [level.replace("`", "").split(", ") for level in row.split(" · ")] == [level.split() for level in levels]
 
 
 def test_files_do_not_import_in_a_circle() -> None:
