@@ -292,6 +292,7 @@ def _key(source: Path, command: Iterable[str], version: str) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
+@cache
 def _cpu() -> str:
     """Return a text that identifies the CPU's instruction set."""
     system = [platform.system(), platform.machine(), platform.processor(), platform.libc_ver()[0]]
