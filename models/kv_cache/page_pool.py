@@ -95,6 +95,14 @@ class PagePool(Pool[Slab]):
         self._sync_device_pools()
         return shrunk
 
+    @property
+    def tensor_elements(self) -> list[int]:
+        """Elements of the tensors of a slab in their order in memory: each layer's keys, then its values."""
+        slots = self.slab_pages * self.layout.page_size
+        return [
+            slots * layer.kv_heads * dim for layer in self.layout.layers for dim in (layer.key_dim, layer.value_dim)
+        ]
+
     def _sync_device_pools(self) -> None:
         for number, pool in enumerate(self._device_pools):
             pool.slabs[:] = [None if slab is None else slab.device_slabs[number] for slab in self.slabs]
@@ -114,13 +122,7 @@ class PagePool(Pool[Slab]):
         size = self.slab_bytes
         memory = huge_empty(size) if on_host else torch.empty(size, dtype=torch.uint8, device=self.device)
         memory = memory.zero_().view(layout.dtype)
-        tensors = memory.split(
-            [
-                self.slab_pages * layout.page_size * layer.kv_heads * dim
-                for layer in layout.layers
-                for dim in (layer.key_dim, layer.value_dim)
-            ]
-        )
+        tensors = memory.split(self.tensor_elements)
         return Slab(
             keys=tuple(
                 keys.view(*shape, layer.kv_heads, layer.key_dim)

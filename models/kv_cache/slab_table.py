@@ -29,12 +29,7 @@ class SlabTable:
         self.live = np.zeros(0, np.bool_)
         """[slabs] True where the pool has a slab."""
         self._known: tuple[int, ...] = ()
-        sizes = [
-            pool.slab_pages * pool.layout.page_size * layer.kv_heads * dim
-            for layer in pool.layout.layers
-            for dim in (layer.key_dim, layer.value_dim)
-        ]
-        starts: IntArray = np.cumsum([0, *sizes], dtype=np.int64)
+        starts: IntArray = np.cumsum([0, *pool.tensor_elements], dtype=np.int64)
         self.keys_at: list[int] = starts[:-1:2].tolist()
         """Elements from a slab's address to the keys of each layer."""
         self.values_at: list[int] = starts[1::2].tolist()
