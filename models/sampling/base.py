@@ -48,7 +48,12 @@ class GumbelKernel(Protocol):
         ...
 
 
+def divisors(temperatures: torch.Tensor) -> torch.Tensor:
+    """Return what logits are divided by: the temperatures [B], 1 where a row is greedy."""
+    return torch.where(temperatures > 0, temperatures, 1.0)
+
+
 def scores_above(logits: torch.Tensor, temperatures: torch.Tensor, floors: torch.Tensor) -> torch.Tensor:
     """Return the float32 scores [B, V] of logits at temperatures [B]; -inf where they are below the floors [B]."""
-    scores = logits.float() / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
+    scores = logits.float() / divisors(temperatures)[:, None]
     return scores.masked_fill_(scores < floors[:, None], -torch.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from rollout.models.sampling.base import BLOCK, Draws, scores_above
+from rollout.models.sampling.base import BLOCK, Draws, divisors, scores_above
 from rollout.models.sampling.philox import gumbel
 
 _CPU_ROWS = 16
@@ -45,7 +45,7 @@ def _draw(
     samples: torch.Tensor,
     positions: torch.Tensor,
 ) -> Draws:
-    scores = logits.float() / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
+    scores = logits.float() / divisors(temperatures)[:, None]
     blocks = F.pad(scores, (0, -scores.shape[1] % BLOCK), value=-torch.inf).unflatten(1, (-1, BLOCK))
     sums = blocks.logsumexp(-1)
     noise = gumbel(sums.shape[1] + BLOCK, keys, samples, positions)

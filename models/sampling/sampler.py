@@ -20,7 +20,7 @@ from importlib.util import find_spec
 import torch
 
 from rollout.models.device import failure_of
-from rollout.models.sampling.base import GumbelKernel
+from rollout.models.sampling.base import GumbelKernel, divisors
 from rollout.models.sampling.gumbel_cpu import gumbel_max
 from rollout.models.sampling.gumbel_tensor import TensorGumbelMax
 from rollout.models.sampling.logit_edits import LogitEdits
@@ -192,7 +192,7 @@ def _draw_filtered(
 
 def _scores(logits: torch.Tensor, rows: RowSampling) -> torch.Tensor:
     """Return one logit of each row [B] as float32 over the temperature; unscaled where greedy."""
-    return logits.float() / torch.where(rows.temperature > 0, rows.temperature, 1.0)
+    return logits.float() / divisors(rows.temperature)
 
 
 def filter_thresholds(logits: torch.Tensor, rows: RowSampling) -> torch.Tensor | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from rollout.models.sampling.base import divisors
+
 #: Most bytes of a block of logits in float32.
 _BLOCK_BYTES = 32 << 20
 
@@ -16,7 +18,7 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperatures: tor
         tokens: int64 [K], below V.
         temperatures: float32 [K].
     """
-    scales = torch.where(temperatures > 0, temperatures, 1.0)[:, None]
+    scales = divisors(temperatures)[:, None]
     rows = max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
     logprobs = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     for start in range(0, len(logits), rows):
