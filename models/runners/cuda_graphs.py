@@ -34,7 +34,7 @@ from rollout.models.module.inspect import family_name
 from rollout.models.module.rope import Rotary
 from rollout.models.module.tensor_parallel import tensor_parallel_group
 from rollout.models.runners.base import Runner
-from rollout.models.runners.graph_capture import CudaGraphs, Graph, Graphs
+from rollout.models.runners.graph_capture import CudaGraphs, Graph, Graphs, root_cause
 from rollout.models.runners.graph_rungs import Ladder, Rung, most_mixed_tokens
 from rollout.models.runners.step_inputs import StepInputs
 from rollout.models.runners.weight_addresses import WeightAddresses
@@ -222,7 +222,7 @@ class CudaGraphRunner(Runner):
                 captured.inputs.fill(batch)
         except RuntimeError as error:
             # The eager forward writes everything again that the failed attempt may have written.
-            self._handle_failure(_root_cause(error, handled))
+            self._handle_failure(root_cause(error, handled))
             return None
         return captured
 
@@ -263,7 +263,7 @@ class CudaGraphRunner(Runner):
         try:
             captured = self._capture_once(rung, entries, batch, try_out=untried)
         except RuntimeError as error:
-            if untried or is_out_of_memory(_root_cause(error, handled)):
+            if untried or is_out_of_memory(root_cause(error, handled)):
                 raise
             if not self._captured:
                 self._graphs.release()
@@ -337,18 +337,3 @@ class _CapturedStep:
     inputs: StepInputs
     graph: Graph
     """Its output is logits [rows, V]."""
-
-
-def _root_cause(error: BaseException, handled: BaseException | None) -> BaseException:
-    """Return the first error of a chain, out-of-memory errors before all others.
-
-    Ending a failed capture raises a second error.
-
-    Args:
-        handled: what the caller was handling before the capture began; it and what led to it are no cause.
-    """
-    chain = [error]
-    while (context := chain[-1].__context__) not in (None, handled):
-        assert context is not None
-        chain.append(context)
-    return next(filter(is_out_of_memory, chain), chain[-1])

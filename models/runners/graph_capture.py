@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +12,8 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
+
+from rollout.models.device import is_out_of_memory
 
 #: Graphs whose captures the driver aborted, kept alive for the rest of the process; see `CudaGraphs._discard`.
 _aborted: list[torch.cuda.CUDAGraph] = []
@@ -31,11 +35,11 @@ class Graph(Protocol):
 
 
 class Graphs(Protocol):
-    """Captures steps in graphs that share one memory pool for intermediate tensors and outputs."""
+    """Captures steps in graphs that share memory for intermediate tensors and outputs."""
 
     @property
     def bytes_kept(self) -> int:
-        """Size of the shared memory pool."""
+        """Size of the shared memory."""
         ...
 
     def warm_up(self, step: Callable[[], object]) -> None:
@@ -55,14 +59,14 @@ class Graphs(Protocol):
         ...
 
     def release(self) -> None:
-        """Free the shared memory pool, after all graphs were reset; later captures create a new pool.
-
-        To be called whenever no graph is left, since torch lets no new graph join a pool that no graph is left in.
-        """
+        """Free the shared memory, after all graphs were reset; later captures create a new pool."""
 
 
 class CudaGraphs:
     """Implements `Graphs` on a GPU.
+
+    Captures begin and end on the graph itself: `torch.cuda.graph` waits for the device and empties the allocators'
+    caches first, so that the next eager steps would have to allocate from the driver again.
 
     A capture that the driver aborts leaks its graph and needs the repair in `_discard`. Calls that synchronize are
     what aborts captures, so the warm-up runs under torch's synchronization debug mode to find them first.
@@ -73,7 +77,7 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._memory: Any = None
+        self._pools: list[_Pool] = []
         self.bytes_kept = 0
 
     def warm_up(self, step: Callable[[], object]) -> None:
@@ -94,54 +98,93 @@ class CudaGraphs:
 
     def capture(self, step: Callable[[], torch.Tensor]) -> _CudaGraph:
         """See `Graphs.capture`."""
-        graph = torch.cuda.CUDAGraph()
-        # After a failed capture torch leaves the capture stream current; this restores the caller's.
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
-            if self._memory is None:
-                self._memory = torch.cuda.graph_pool_handle()
-            # torch empties the cache when a capture begins; do so first, so that the two readings compare.
-            torch.cuda.empty_cache()
-            reserved = torch.cuda.memory_reserved(self._device)
+        handled = sys.exception()
+        try:
+            return self._capture(step)
+        except RuntimeError as error:
+            if not is_out_of_memory(root_cause(error, handled)):
+                raise
+        # When the driver has no memory left, the allocator frees what it has cached, but not during a capture. Only
+        # now is the error gone, whose traceback held the tensors of the failed step.
+        torch.cuda.empty_cache()
+        return self._capture(step)
+
+    def _capture(self, step: Callable[[], torch.Tensor]) -> _CudaGraph:
+        graph, pool = torch.cuda.CUDAGraph(), self._pool_to_join()
+        # Nothing runs in a capture, so it need not wait for the current stream, where the step's inputs are filled.
+        with torch.cuda.stream(_stream(self._device)), _without_collections():
             try:
                 # thread_local: other threads, such as a trainer's, may keep using the device.
-                with torch.cuda.graph(
-                    graph, pool=self._memory, stream=_stream(self._device), capture_error_mode="thread_local"
-                ):
+                graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
+                try:
                     output = step()
+                finally:
+                    graph.capture_end()
             except BaseException:
-                self._discard(graph)
+                self._discard(graph, pool)
                 raise
         unowned = _unowned(output)
         del output  # its memory is the next capture's, and is not freed while a graph is left in the pool
-        self.bytes_kept += torch.cuda.memory_reserved(self._device) - reserved
-        return _CudaGraph(graph, self._device, unowned)
+        pool.graphs += 1
+        self.bytes_kept = sum(shared.bytes_held for shared in self._pools)
+        return _CudaGraph(graph, self._device, unowned, pool)
 
-    def _discard(self, graph: torch.cuda.CUDAGraph) -> None:
+    def _pool_to_join(self) -> _Pool:
+        """Return the pool of earlier captures, or a new one where torch lets no capture join that."""
+        self._pools = [pool for pool in self._pools if pool.graphs]  # the allocator may free the others
+        if not self._pools or self._pools[-1].aborted:
+            self._pools.append(_Pool(torch.cuda.graph_pool_handle()))
+        return self._pools[-1]
+
+    def _discard(self, graph: torch.cuda.CUDAGraph, pool: _Pool) -> None:
         """Discard a graph whose capture failed, on the current device.
 
-        torch does not tell its allocator that an aborted capture has ended (torch 2.11 to 2.13,
-        ``CUDAGraph::capture_end``). For the rest of the process the allocator would neither free cached memory nor
-        reuse memory that other streams have used, so this ends the capture in the allocator by hand.
+        Where the driver aborts a capture, ``CUDAGraph::capture_end`` raises before it tells the rest of torch that the
+        capture has ended (torch 2.11 to 2.13). For the rest of the process the allocator would neither free cached
+        memory nor reuse memory that other streams have used, so this ends the capture there by hand.
         """
         try:
             graph.pool()
         except RuntimeError:  # only a graph whose capture ended has a pool
-            device = torch.cuda.current_device()
-            torch._C._cuda_endAllocateToPool(device, self._memory)
-            torch._C._cuda_releasePool(device, self._memory)
             # The allocator of pinned memory keeps querying the graph and cannot be told to stop.
             _aborted.append(graph)
+            pool.aborted = True
+            device = torch.cuda.current_device()
+            torch._C._cuda_endAllocateToPool(device, pool.handle)
+            torch._C._cuda_releasePool(device, pool.handle)
+            if torch.__version__ < "2.12":
+                # The default generator too would refuse to draw; the copy has its seed and offset.
+                generator = torch.cuda.default_generators[device]
+                generator.graphsafe_set_state(generator.clone_state())
         else:
             graph.reset()
 
     def release(self) -> None:
         """See `Graphs.release`."""
-        if self._memory is not None:
-            self._memory = None
+        if self._pools:
+            self._pools.clear()
             self.bytes_kept = 0
             # The allocator reuses blocks of a pool without graphs only after its cache was emptied.
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
+
+
+@dataclass(slots=True)
+class _Pool:
+    """Memory that captures share."""
+
+    handle: Any
+    """Torch's name of it."""
+    graphs: int = 0
+    """Graphs that use it; torch lets no capture join a pool that its last graph has left."""
+    aborted: bool = False
+    """A capture was aborted in it. torch's allocator of pinned memory holds that to last, and refuses another."""
+
+    @property
+    def bytes_held(self) -> int:
+        """Size of what the allocator got from the driver for it."""
+        segments = torch.cuda.memory_snapshot(self.handle, include_traces=False)
+        return sum(segment["total_size"] for segment in segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +192,7 @@ class _CudaGraph:
     graph: torch.cuda.CUDAGraph
     device: torch.device
     output: torch.Tensor
+    pool: _Pool
 
     def replay(self) -> None:
         """See `Graph.replay`."""
@@ -158,6 +202,7 @@ class _CudaGraph:
         """See `Graph.reset`."""
         torch.cuda.synchronize(self.device)
         self.graph.reset()
+        self.pool.graphs -= 1
 
 
 class _Memory:
@@ -191,6 +236,23 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextmanager
+def _without_collections() -> Iterator[None]:
+    """Keep Python's garbage collector from running.
+
+    It may finalize anything: a Triton kernel, for one, unloads its code then, and the driver aborts the capture of a
+    thread that does so. vLLM and SGLang, which capture all sizes at once, collect before that and freeze what is left.
+    Here captures come one by one, and a collection takes longer than one.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
 def _recording_syncs() -> Iterator[list[str]]:
     """Collect the source lines of calls that synchronize, as warnings: errors would also hit other threads."""
     syncs: list[str] = []
@@ -203,3 +265,18 @@ def _recording_syncs() -> Iterator[list[str]]:
         finally:
             torch.cuda.set_sync_debug_mode(mode)
     syncs += [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
+
+
+def root_cause(error: BaseException, handled: BaseException | None) -> BaseException:
+    """Return the first error of a chain, out-of-memory errors before all others.
+
+    Ending a failed capture raises a second error.
+
+    Args:
+        handled: what the caller was handling before the capture began; it and what led to it are no cause.
+    """
+    chain = [error]
+    while (context := chain[-1].__context__) not in (None, handled):
+        assert context is not None
+        chain.append(context)
+    return next(filter(is_out_of_memory, chain), chain[-1])
