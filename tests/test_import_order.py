@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 #: From the lowest level up. Names on one level do not import each other.
 LEVELS = {
     "models": [
-        "errors arrays cache_dir",
+        "errors arrays cache_dir garbage",
         "device huge_pages",
         "kv_cache forward_batch csrc module",
         "loading sampling attention",

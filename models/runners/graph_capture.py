@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from rollout.models.device import is_out_of_memory
+from rollout.models.garbage import without_collections
 
 #: Graphs whose captures the driver aborted, kept alive for the rest of the process; see `CudaGraphs._discard`.
 _aborted: list[torch.cuda.CUDAGraph] = []
@@ -112,7 +112,10 @@ class CudaGraphs:
     def _capture(self, step: Callable[[], torch.Tensor]) -> _CudaGraph:
         graph, pool = torch.cuda.CUDAGraph(), self._pool_to_join()
         # Nothing runs in a capture, so it need not wait for the current stream, where the step's inputs are filled.
-        with torch.cuda.stream(_stream(self._device)), _without_collections():
+        # A collection may finalize anything: a Triton kernel, for one, unloads its code then, and the driver aborts the
+        # capture of a thread that does so. vLLM and SGLang, which capture all sizes at once, collect before that and
+        # freeze what is left. Here captures come one by one, and a collection would take longer than one.
+        with torch.cuda.stream(_stream(self._device)), without_collections():
             try:
                 # thread_local: other threads, such as a trainer's, may keep using the device.
                 graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
@@ -233,23 +236,6 @@ def _unowned(tensor: torch.Tensor) -> torch.Tensor:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """Return the device's only capture stream; libraries keep a workspace for every stream that they ran on."""
     return torch.cuda.Stream(device)
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Keep Python's garbage collector from running.
-
-    It may finalize anything: a Triton kernel, for one, unloads its code then, and the driver aborts the capture of a
-    thread that does so. vLLM and SGLang, which capture all sizes at once, collect before that and freeze what is left.
-    Here captures come one by one, and a collection takes longer than one.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from rollout.config.escapes import warn_about_escapes
 from rollout.errors import Exit
 from rollout.job.stop_signals import stop_signals
 from rollout.logs import say
+from rollout.models.garbage import without_collections
 from rollout.sampling_params import PARAMETER_NAMES
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,9 @@ def _run_job(composed: DictConfig, job: Job, overrides: tuple[str, ...]) -> Outc
         folder = config.output.dir
         # Said before the imports, whose seconds would otherwise pass in silence.
         logger.info("Reading prompts from %s.", config.data.path)
-        from rollout.job.job import run_job
-        from rollout.job.retrying import Retry
+        with without_collections():  # as in load_engine
+            from rollout.job.job import run_job
+            from rollout.job.retrying import Retry
 
         if job.again is not None:
             # All parameters are given, since those that the model recommends stand in run.json.

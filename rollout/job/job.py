@@ -102,7 +102,7 @@ def _run(config: Config, load: Load, given: Collection[str], retry: Retry | None
         logger.info("Read the lengths of %d prompts from %s.", len(previous_lengths), config.data.lengths_from)
     paths = prepare_folder(config.output.dir)
     kept = prompts.kept
-    logger.info("Loading PyTorch, and looking for the model %s.", config.model.path)
+    logger.info("Looking for the model %s.", config.model.path)
     model, adapter = model_files(config)
     config = replace(config, sampling=with_model_defaults(config.sampling, model, given))
     fingerprint = fingerprint_of(

@@ -19,6 +19,7 @@ from rollout.job.hints import hint_at_length, hint_at_prompts
 from rollout.job.prompt_encoding import Encoder, make_encoder
 from rollout.job.ranks import Topology
 from rollout.job.reference import Reference, load_reference, naming_reference
+from rollout.models.garbage import without_collections
 from rollout.records import Record
 from rollout.requests import Request, StepReport
 from rollout.run_dir.run import RunDir
@@ -67,23 +68,25 @@ def load_engine(config: Config, prompts: Prompts, topology: Topology) -> Loaded:
         InputError: the model cannot be loaded or served, or lacks the chat template that the prompts need.
     """
     start = time.monotonic()
-    logger.info("Loading the model.")
-    # Imported here because bad input is refused without them, and they take seconds.
-    import torch
+    logger.info("Loading PyTorch and the model.")
+    # Imported here because bad input is refused without them, and they take seconds. They make half a million objects
+    # that stay: to look for garbage among these again and again would take a sixth of the time.
+    with without_collections():
+        import torch
 
-    from rollout.models.csrc.build import begin as begin_compiling
+        from rollout.models.csrc.build import begin as begin_compiling
 
-    # Before the imports below, which take as long as the compiler; the device is checked after them.
-    if config.model.device == "cpu" or (config.model.device == "auto" and not torch.cuda.is_available()):
-        begin_compiling()
-    import transformers
+        # Before the imports below, which take as long as the compiler; the device is checked after them.
+        if config.model.device == "cpu" or (config.model.device == "auto" and not torch.cuda.is_available()):
+            begin_compiling()
+        import transformers
 
-    from rollout.engine.engine import Engine
-    from rollout.headroom.headroom import headroom_for
-    from rollout.headroom.kept_free import KeptFree
-    from rollout.models.attention.select import check_available
-    from rollout.models.errors import UnsupportedModel
-    from rollout.models.loading.load import ModelSource, load_model, load_tokenizer, resolve_device
+        from rollout.engine.engine import Engine
+        from rollout.headroom.headroom import headroom_for
+        from rollout.headroom.kept_free import KeptFree
+        from rollout.models.attention.select import check_available
+        from rollout.models.errors import UnsupportedModel
+        from rollout.models.loading.load import ModelSource, load_model, load_tokenizer, resolve_device
 
     transformers.utils.logging.disable_progress_bar()
     named = asdict(config.model)
@@ -161,7 +164,7 @@ Load = Callable[[Config, Prompts, Topology], Loaded]
 
 def model_files(config: Config) -> tuple[Path, Path | None]:
     """Return the local folder or file of the model, and the folder of its adapter."""
-    # Imports torch, so it runs after the other input is checked.
+    # Imported here because it is slow; to convert the packaged model it also loads torch.
     from rollout.models.loading.checkpoint import locate
 
     model = config.model
