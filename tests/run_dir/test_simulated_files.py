@@ -12,7 +12,8 @@ import pytest
 
 from rollout.run_dir.file_system import FileSystem, LocalFileSystem, contents, put, put_first
 from tests.support.faulty_files import Fault, FaultyFiles
-from tests.support.simulated_files import ProcessDied, SimulatedDisk, SimulatedFiles
+from tests.support.simulated_disk import SimulatedDisk
+from tests.support.simulated_files import ProcessDied, SimulatedFiles
 
 NAMES = ("a", "b", "c")
 FOLDER = Path("/run")

@@ -9,7 +9,8 @@ from typing import Any
 
 from rollout.errors import InputError
 from tests.support.faulty_files import Fault, FaultyFiles
-from tests.support.simulated_files import ProcessDied, SimulatedDisk
+from tests.support.simulated_disk import SimulatedDisk
+from tests.support.simulated_files import ProcessDied
 from tests.support.toy_run import Stopped, ToyEngine, ToyJob, ToyWorker, check_output, read_output
 
 STOP_AT = 3

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rollout.run_dir.workers import BEATS_PER_LEASE, Heartbeat
-from tests.support.simulated_files import ProcessDied, SimulatedDisk, SimulatedFiles
+from tests.support.simulated_disk import SimulatedDisk
+from tests.support.simulated_files import ProcessDied, SimulatedFiles
 
 T = TypeVar("T")
 

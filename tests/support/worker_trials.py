@@ -13,7 +13,7 @@ from typing import Any
 from rollout.run_dir.claims import Place
 from rollout.run_dir.paths import RunPaths
 from rollout.run_dir.run import read_run
-from tests.support.simulated_files import SimulatedDisk
+from tests.support.simulated_disk import SimulatedDisk
 from tests.support.simulated_workers import Beside, Conditions, Process, Schedule
 from tests.support.toy_run import OUT, Stopped, ToyEngine, ToyJob, ToyWorker, check_output, read_output
 
