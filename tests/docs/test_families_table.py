@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from jobs.bench import families_table
-from jobs.bench.families_table import Result, table, tiny_config, tried, write
+from jobs.bench.families_table import Result, table, tried, write
+from jobs.bench.lib.family_configs import tiny_config
 from tests.support.parity import greedy
 from tests.support.tiny_models import REFUSED, SERVED
 
