@@ -23,6 +23,8 @@ from torch import nn
 
 from jobs.bench.lib import cli, tables
 from rollout import Engine, SamplingParams
+from rollout.batcher.policies.static import StaticPolicy
+from rollout.batcher.types import Bounds
 from rollout.models.runners.select import select_strategy
 from rollout.requests import Request, StepReport
 
@@ -30,6 +32,8 @@ STEPS = 64
 """Decode steps that are measured for one number of rows."""
 WARM_UP = 8
 """Decode steps before them: first calls allocate, compile and capture."""
+PREFILL_TOKENS = 1 << 17
+"""Most prompt tokens of a step."""
 PROFILED = 16
 """Steps that are profiled."""
 COPY_BYTES = {"cuda": 1 << 31, "cpu": 1 << 28}
@@ -63,6 +67,8 @@ class Profile:
     """Seconds per step in which any kernel ran."""
     kernels: tuple[tuple[str, float], ...]
     """Seconds per step and kernel, the longest first."""
+    launches: float
+    """Kernels per step; copies and fills are none."""
 
 
 class Decoding:
@@ -73,10 +79,17 @@ class Decoding:
         rows, context: how many rows, of how many tokens halfway through the measured steps.
         steps: how many are measured.
         around: called with the number of each measured step, before it, and once after the last.
+        options: further ones of the engine.
     """
 
     def __init__(
-        self, model: Any, rows: int, context: int, steps: int, around: Callable[[int], None] = lambda _: None
+        self,
+        model: Any,
+        rows: int,
+        context: int,
+        steps: int,
+        around: Callable[[int], None] = lambda _: None,
+        **options: Any,
     ) -> None:
         self._rows, self._steps, self._around = rows, steps, around
         self._alone = 0
@@ -90,8 +103,9 @@ class Decoding:
         length = max(1, context - WARM_UP - steps // 2)
         prompts = torch.randint(vocabulary, (rows, length), generator=draws).tolist()
         params = SamplingParams(max_new_tokens=new, ignore_eos=True)
-        # Rows join at once, so that they decode together.
-        engine = Engine(model, None, policy="static", max_rows=rows)
+        # Rows join in few steps, or the first would end before the last join.
+        policy = StaticPolicy(Bounds(max_rows=rows, prefill_tokens=PREFILL_TOKENS))
+        engine = Engine(model, None, policy=policy, max_rows=rows, **options)
         self._began = time.perf_counter()
         self.first_seconds = 0.0
         for _ in engine.run([Request(str(i), ids, params) for i, ids in enumerate(prompts)], on_step=self._step):
@@ -160,8 +174,8 @@ def measure(model: Any, rows: int, context: int, bandwidth: float, steps: int = 
     )
 
 
-def profile(model: Any, rows: int, context: int) -> Profile:
-    """Profile the kernels of a step on a GPU."""
+def profile(model: Any, rows: int, context: int, **options: Any) -> Profile:
+    """Profile the kernels of a step on a GPU; ``options`` are the engine's."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -173,7 +187,7 @@ def profile(model: Any, rows: int, context: int) -> Profile:
         elif step == PROFILED:
             recorder.stop()
 
-    Decoding(model, rows, context, PROFILED, around)
+    Decoding(model, rows, context, PROFILED, around, **options)
     spans = [
         (event.name, event.time_range.start / 1e6, event.time_range.end / 1e6)
         for event in recorder.events()
@@ -184,13 +198,15 @@ def profile(model: Any, rows: int, context: int) -> Profile:
 
 def busy(spans: Sequence[tuple[str, float, float]], steps: int) -> Profile:
     """Sum (kernel, start, end) over ``steps`` steps; overlapping time counts once."""
-    total, reached = 0.0, float("-inf")
+    total, reached, launches = 0.0, float("-inf"), 0
     by_name = Counter[str]()
     for name, start, end in sorted(spans, key=lambda span: span[1]):
+        launches += not name.startswith(("Memcpy", "Memset"))
         by_name[name] += end - start  # type: ignore[assignment]
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    return Profile(total / steps, tuple((name, seconds / steps) for name, seconds in by_name.most_common()))
+    kernels = tuple((name, seconds / steps) for name, seconds in by_name.most_common())
+    return Profile(total / steps, kernels, launches / steps)
 
 
 HEADER = (

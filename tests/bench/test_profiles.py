@@ -123,6 +123,11 @@ class TestDecode:
         cells = decode_bandwidth.line(found, None)
         assert len(cells) == len(decode_bandwidth.HEADER)
 
+    def test_rows_whose_prompts_are_long_decode_together(self) -> None:
+        """With the engine's own limit of tokens prefilled per step, the first would end before the last join."""
+        run_ = decode_bandwidth.Decoding(tiny("llama", max_position_embeddings=512), 48, 500, 3)
+        assert len(run_.times) == 4
+
     def test_what_is_around_a_step_is_called_once_for_each(self) -> None:
         seen: list[int] = []
         run_ = decode_bandwidth.Decoding(tiny("llama"), 2, 40, 5, seen.append)
@@ -131,9 +136,11 @@ class TestDecode:
         assert len(run_.tokens) == 5
 
     def test_kernels_that_overlap_count_once(self) -> None:
-        found = decode_bandwidth.busy([("b", 2.0, 5.0), ("a", 0.0, 1.0), ("a", 4.0, 6.0), ("c", 4.5, 5.0)], 2)
+        spans = [("b", 2.0, 5.0), ("a", 0.0, 1.0), ("a", 4.0, 6.0), ("Memcpy HtoD", 4.5, 5.0)]
+        found = decode_bandwidth.busy(spans, 2)
         assert found.busy == 2.5
-        assert found.kernels == (("a", 1.5), ("b", 1.5), ("c", 0.25))
+        assert found.kernels == (("a", 1.5), ("b", 1.5), ("Memcpy HtoD", 0.25))
+        assert found.launches == 1.5
         measured = decode_bandwidth.Measured(64, 1024.0, 2.6, 3.0, 1.0, 2.0, 5.2e9)
         assert decode_bandwidth.line(measured, found)[5:9] == ("76.9 %", "2.0", "2500.000", "3.8 %")
 
