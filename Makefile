@@ -51,11 +51,7 @@ unit: setup
 # only a GPU has.
 test-gpu: setup
 	ROLLOUT_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest \
-	  tests/gpu tests/models/attention/test_triton.py tests/models/attention/test_triton_buffers.py \
-	  tests/models/attention/test_select.py tests/models/sampling/test_top_p.py \
-	  tests/models/sampling/test_gumbel.py tests/models/patches/test_pointwise_triton.py \
-	  tests/models/patches/test_batch_invariant.py \
-	  tests/models/test_triton_compiles.py tests/contract $(ARGS)
+	  $(shell cat tests/gpu/kernel_tests.txt) tests/models/test_triton_compiles.py tests/contract $(ARGS)
 
 # Tests that take minutes, because what they wait for does.
 chaos: setup
