@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import statistics
@@ -26,8 +27,6 @@ BEGAN = time.perf_counter()
 _FLUSH_BYTES = 96 << 20
 """More than a GPU's L2 cache holds."""
 
-OUT.mkdir(parents=True, exist_ok=True)
-
 
 def say(*words: object) -> None:
     """Print a line, and append it to the part's file."""
@@ -35,6 +34,13 @@ def say(*words: object) -> None:
     print(line, flush=True)
     with (OUT / f"{PART}.txt").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def start(*words: object) -> None:
+    """Begin the part's file with a line, and report warnings of the product from now on."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("rollout").addHandler(Warnings())
+    say(f"# {PART}:", *words)
 
 
 def ended() -> None:
@@ -49,25 +55,17 @@ def synchronize() -> None:
 
 
 class Warnings(logging.Handler):
-    """Report every warning of the product once, and keep what it logs about captures."""
+    """Report every warning of the product once."""
 
     def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.captured: list[str] = []
+        super().__init__(logging.WARNING)
         self._seen = set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if "captured in CUDA graphs, in" in text:
-            self.captured.append(text)
-        if record.levelno >= logging.WARNING and text not in self._seen:
+        if text not in self._seen:
             self._seen.add(text)
             say("  WARN", text[:300])
-
-
-watch = Warnings()
-logging.getLogger("rollout").addHandler(watch)
-logging.getLogger("rollout").setLevel(logging.INFO)
 
 
 def guarded(name: str, check: Callable[[], object]) -> None:
@@ -122,6 +120,14 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def random_model(shape: str, dtype: torch.dtype = torch.bfloat16) -> Any:

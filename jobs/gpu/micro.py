@@ -1,4 +1,4 @@
-"""Measure kernels alone: attention and its cuts, matrix products alone and merged, sampling, norms, bits by rows.
+"""Measure kernels alone: attention, sampling, norms, matrix products alone and merged, bits by rows.
 
 python -m jobs.gpu.micro
 """
@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from jobs.bench.decode_bandwidth import copy_bandwidth
-from jobs.gpu.common import CUDA, DEVICE, TINY, ended, graphed, guarded, say, synchronize, timed
+from jobs.gpu.common import CUDA, DEVICE, TINY, ended, graphed, guarded, say, start, synchronize, timed
 from rollout.models.arrays import ceil_div
 from rollout.models.attention import triton as kernels
-from rollout.models.attention import triton_metadata
 from rollout.models.attention.interface import ScoreParams
-from rollout.models.attention.triton import TileSizes
 from rollout.models.attention.triton_metadata import MetadataSizes
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import AttentionLayer, KVLayout, MaskKind
 from rollout.models.kv_cache.page_pool import PagePool
+from rollout.models.patches.pointwise_triton import TritonPointwise
+from rollout.models.patches.products_triton import grouped_product, product
 from rollout.models.sampling.sampler import RowSampling, sample
 
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -35,17 +33,6 @@ PAGE_SIZE = 16
 HEADS = {"tiny": (1, 2, 16)} if TINY else {"qwen1.5b": (2, 6, 128), "llama8b": (8, 4, 128)}
 #: Rows, tokens of each
 DECODES = ((3, 40),) if TINY else ((64, 1024), (256, 1024), (16, 8192), (1, 32768), (1024, 512))
-SPLIT_CUTS = (
-    (TileSizes(16, 64, 4, 3), 256),
-    (TileSizes(16, 64, 4, 3), 512),
-    (TileSizes(16, 64, 4, 5), 256),
-    (TileSizes(16, 64, 2, 3), 256),
-    (TileSizes(16, 32, 4, 5), 256),
-    (TileSizes(16, 128, 4, 3), 256),
-    (TileSizes(16, 128, 8, 3), 512),
-    (TileSizes(16, 64, 8, 3), 256),
-)
-TILE_CUTS = (TileSizes(64, 32, 4, 5), TileSizes(64, 32, 4), TileSizes(64, 64, 4), TileSizes(128, 64, 8))
 #: Hidden size, sizes of query, key and value, intermediate size
 PRODUCTS = (
     {"tiny": (64, (64, 32, 32), 96)}
@@ -58,26 +45,9 @@ LINEARS = (
     if TINY
     else {"qkv": (256, 1536), "o": (1536, 1536), "up": (8960, 1536), "down": (1536, 8960), "head": (151_936, 1536)}
 )
-LAUNCHES = 64
+#: Launches of one graph, and calls that the host is timed over
+LAUNCHES, CALLS = (2, 2) if TINY else (64, 200)
 ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
-
-
-@contextmanager
-def cut(
-    split: TileSizes | None = None, tiles: TileSizes | None = None, split_tokens: int | None = None
-) -> Iterator[None]:
-    """Cut the attention kernel otherwise, for heads of any size."""
-    blocks: dict[tuple[int, int], tuple[TileSizes, TileSizes]] = kernels._TILE_SIZES
-    metadata: Any = triton_metadata
-    saved, saved_tokens = dict(blocks), metadata.SPLIT_TOKENS
-    try:
-        for key, (one, many) in saved.items():
-            blocks[key] = (split or one, tiles or many)
-        metadata.SPLIT_TOKENS = split_tokens or saved_tokens
-        yield
-    finally:
-        blocks.update(saved)
-        metadata.SPLIT_TOKENS = saved_tokens
 
 
 def randoms(*shape: int) -> torch.Tensor:
@@ -113,17 +83,18 @@ def decode_seconds(rows: int, context: int, heads: tuple[int, int, int], sites: 
     buffers = kernels.TritonBackend(pool).make_metadata(MetadataSizes(rows, 0, rows, tables.size))
     buffers.fill(packed)
     query, key, value = (randoms(rows, count, dim) for count in (kv_heads * group, kv_heads, kv_heads))
+    angles = randoms(rows, dim), randoms(rows, dim)
 
     def call() -> None:
         step = kernels.TritonAttention(pool, packed, buffers)
         for site in range(sites):
-            step.compute(site, query, key, value, ScoreParams(dim**-0.5))
+            step.compute_rotating(site, query, key, value, angles, ScoreParams(dim**-0.5))
 
     return timed(graphed(call)) / sites, rows * context * kv_heads * dim * 2 * DTYPE.itemsize
 
 
 def decodes(bandwidth: float) -> None:
-    """Report attention of rows that decode: write, attend and reduce, of one layer."""
+    """Report attention of rows that decode: rotate and write, attend and reduce, of one layer."""
     for (name, heads), (rows, context) in itertools.product(HEADS.items(), DECODES):
         seconds, read = decode_seconds(rows, context, heads)
         share = 100 * read / seconds / bandwidth
@@ -133,51 +104,23 @@ def decodes(bandwidth: float) -> None:
         )
 
 
-def decode_cuts() -> None:
-    """Compare cuts of the kernel for one query."""
-    for blocks, split_tokens in SPLIT_CUTS:
-        found = []
-        for (name, heads), rows in itertools.product(HEADS.items(), (64, 256)):
-            try:
-                with cut(split=blocks, split_tokens=split_tokens):
-                    seconds, read = decode_seconds(rows, 1024, heads)
-                found.append(f"{name} {rows}: {read / seconds / 1e9:5.0f}")
-            except Exception as error:  # noqa: BLE001 - a cut may need more than the device has
-                found.append(f"{name} {rows}: {type(error).__name__}")
-        about = f"keys {blocks.keys:3d} warps {blocks.warps} stages {blocks.stages} split {split_tokens}"
-        say(f"  {about}:  " + "   ".join(found), "GB/s")
-
-
-def prefill_cuts() -> None:
-    """Compare cuts of the kernel for tiles of queries."""
-    for blocks in TILE_CUTS:
-        found = []
-        for (name, heads), (count, length) in itertools.product(HEADS.items(), ((16, 1024), (2, 8192))):
-            kv_heads, group, dim = heads
-            pages = count * length // PAGE_SIZE
-            pool = pool_for(
-                pages, KVLayout((AttentionLayer(None, kv_heads, dim, dim, MaskKind()),), DTYPE, PAGE_SIZE), 4096
-            )
-            tokens = torch.zeros(count * length, dtype=torch.int64, device=DEVICE)
-            tables = pool.allocate(pages).reshape(count, -1)
-            packed = ForwardBatch(tokens, tables, np.zeros(count, np.int64), np.full(count, length))
-            query, key, value = (randoms(count * length, n, dim) for n in (kv_heads * group, kv_heads, kv_heads))
-            with cut(tiles=blocks):
-                step = kernels.TritonBackend(pool)(pool, packed)
-                seconds = timed(partial(step.compute, 0, query, key, value, ScoreParams(dim**-0.5)), repeat=5)
-            rate = 2 * count * length * length * kv_heads * group * dim / seconds
-            found.append(f"{name} {count}x{length}: {rate / 1e12:.0f}")
-        say(f"  tiles {blocks.queries}x{blocks.keys} warps {blocks.warps}: " + "   ".join(found), "TFLOP/s")
-
-
 def multiply(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
     """Multiply one input by each of the weights."""
     for weight in weights:
         F.linear(x, weight)
 
 
+def multiply_invariantly(x: torch.Tensor, sets: Sequence[list[torch.Tensor]]) -> None:
+    """Multiply one input by each set of weights, as with ``batch_invariant``."""
+    for weights in sets:
+        if len(weights) == 1:
+            product(x, weights[0].T)
+        else:
+            assert grouped_product(x, weights, [None] * len(weights)) is not None
+
+
 def products(bandwidth: float) -> None:
-    """Compare products of one input that run alone with the same merged, and with the bandwidth."""
+    """Compare products of one input that run alone with merged and batch-invariant ones, and with the bandwidth."""
     for (name, (hidden, qkv, inter)), rows in itertools.product(PRODUCTS.items(), (4,) if TINY else (16, 64, 256)):
         found = []
         groups = {"qkv": (hidden, qkv), "gate+up": (hidden, (inter, inter)), "o": (hidden, (hidden,))}
@@ -185,13 +128,16 @@ def products(bandwidth: float) -> None:
             # So many that none is in the cache when it comes again.
             copies = 1 if TINY else max(2, min(8, int(120e6 / (sum(sizes) * into * 2)) + 1))
             sets = [[randoms(size, into) for size in sizes] for _ in range(copies)]
-            whole = [torch.cat(weights) for weights in sets]
             x = randoms(rows, into)
-            alone = timed(graphed(partial(multiply, x, [weight for weights in sets for weight in weights]))) / copies
-            merged = timed(graphed(partial(multiply, x, whole))) / copies
-            bound = sum(sizes) * into * DTYPE.itemsize / bandwidth
-            found.append(f"{label} {1e6 * alone:.1f} / {1e6 * merged:.1f} / {1e6 * bound:.1f}")
-        say(f"  {name} rows {rows:3d}, us alone / merged / bound: " + "; ".join(found))
+            calls: tuple[Callable[[], object], ...] = (
+                partial(multiply, x, [weight for weights in sets for weight in weights]),
+                partial(multiply, x, [torch.cat(weights) for weights in sets]),
+                partial(multiply_invariantly, x, sets),
+            )
+            times = [1e6 * timed(graphed(call)) / copies for call in calls]
+            times.append(1e6 * sum(sizes) * into * DTYPE.itemsize / bandwidth)
+            found.append(f"{label} {' / '.join(f'{us:.1f}' for us in times)}")
+        say(f"  {name} rows {rows:3d}, us alone / merged / invariant / bound: " + "; ".join(found))
 
 
 def sampling() -> None:
@@ -221,27 +167,30 @@ def repeated(call: Callable[[], object], times: int) -> None:
 
 
 def launches() -> None:
-    """Measure norms and rotary embeddings, and what a launch costs in a graph and on the host."""
-    from rollout.models.patches.pointwise_triton import TritonPointwise
-
+    """Measure what stands between products, and what a launch costs in a graph and on the host."""
     pointwise = TritonPointwise()
-    x = torch.randn(64, 1536, device=DEVICE).bfloat16()
+    rows, width, inter = (2, 64, 96) if TINY else (64, 1536, 8960)
+    x = torch.randn(rows, width, device=DEVICE).bfloat16()
+    gate = torch.randn(rows, inter, device=DEVICE).bfloat16()
     factors = pointwise.norm_factors(x[0].contiguous(), torch.bfloat16)
-    query, key, angles = (torch.randn(64, heads, 128, device=DEVICE).bfloat16() for heads in (12, 2, 1))
+    query, key, angles = (torch.randn(rows, heads, 128, device=DEVICE).bfloat16() for heads in (12, 2, 1))
     angles = angles[:, 0].contiguous()
     calls: dict[str, Callable[[], object]] = {
         "norm": partial(pointwise.rms_norm, x, factors, 1e-6, False),
+        "add_norm": partial(pointwise.add_norm, x, x, factors, 1e-6, False),
+        "gated_silu": partial(pointwise.gated_silu, gate, gate),
         "rotate": partial(pointwise.rotate, query, key, angles, angles),
-        "add": lambda: x + x,
-        "silu*": lambda: F.silu(x) * x,
+        "torch add": lambda: x + x,
     }
+    found = []
     for name, call in calls.items():
         many = timed(graphed(partial(repeated, call, LAUNCHES))) / LAUNCHES
         began = time.perf_counter()
-        repeated(call, 200)
-        host = (time.perf_counter() - began) / 200
+        repeated(call, CALLS)
+        host = (time.perf_counter() - began) / CALLS
         synchronize()
-        say(f"  {name:7s}: {1e6 * many:.2f} us each in a graph of {LAUNCHES}; host {1e6 * host:.1f} us per call")
+        found.append(f"{name} {1e6 * many:.2f} / {1e6 * host:.1f}")
+    say(f"  launches at {rows} rows, us in a graph / host: " + "; ".join(found))
 
 
 def row_counts() -> None:
@@ -259,17 +208,13 @@ def row_counts() -> None:
 
 
 def main() -> None:
-    """Measure everything; cuts and launches on a GPU alone."""
+    """Measure in the order of value."""
     bandwidth = copy_bandwidth(DEVICE)
-    say(f"# micro: copies at {bandwidth / 1e9:.0f} GB/s")
+    start(f"copies at {bandwidth / 1e9:.0f} GB/s")
     guarded("attention of rows that decode", lambda: decodes(bandwidth))
-    if CUDA:
-        guarded("cuts for one query", decode_cuts)
-        guarded("cuts for tiles of queries", prefill_cuts)
-    guarded("products alone and merged", lambda: products(bandwidth))
     guarded("sampling", sampling)
-    if CUDA:
-        guarded("norm, rotary, and what a launch costs in a graph", launches)
+    guarded("launches", launches)
+    guarded("products", lambda: products(bandwidth))
     guarded("bits of a row by the number of rows", row_counts)
     ended()
 

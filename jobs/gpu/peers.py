@@ -1,12 +1,14 @@
 """Generate one workload with this engine, ``generate_batch`` and static ``generate``: tokens a second, steps by kind.
 
-python -m jobs.gpu.peers qwen2.5-1.5b [--requests 512] [--max-new 512] [--engines ours,ours:128,continuous,static]
+    python -m jobs.gpu.peers qwen2.5-1.5b [--requests 512] [--max-new 256] [--engines ours,continuous:own,static:64]
+
+``continuous:own`` is ``generate_batch`` as it comes, ``continuous`` with CUDA graphs and asynchronous batches always.
+``static`` runs the first batch of the workload alone: others of the same size take as long.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import random
 import time
 from functools import partial
@@ -17,43 +19,43 @@ import torch
 
 from jobs.bench.engines.transformers_continuous import Continuous
 from jobs.bench.lib import workload
-from jobs.gpu.common import CUDA, DEVICE, TINY, ended, guarded, random_model, say, synchronize, watch
+from jobs.gpu.common import CUDA, DEVICE, TINY, ended, free_memory, guarded, random_model, say, start, synchronize
+from jobs.gpu.spies import Spies, watched
 from rollout import Engine, SamplingParams
 from rollout.requests import Request, StepReport
 
 ALL_ROWS = 1024
 STATIC_ROWS = 256
-
-
-def free_memory() -> None:
-    """Give back what the engine before has left."""
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+LONG_TURN = 12.0
+"""Seconds of a turn of a peer after which there is no second one."""
 
 
 class Comparison:
-    """One model and one workload."""
+    """One model and one workload.
 
-    def __init__(self, model: Any, requests: list[workload.Request]) -> None:
-        self._model, self._requests = model, requests
+    Args:
+        model: on the device.
+        spies: watch this engine.
+    """
+
+    def __init__(self, model: Any, requests: list[workload.Request], spies: Spies) -> None:
+        self._model, self._requests, self._spies = model, requests, spies
         self.tokens = sum(request.n for request in requests)
 
     def run(self, name: str) -> None:
         """Generate with an engine, ``NAME[:ROWS]``."""
-        kind, _, rows = name.partition(":")
+        kind, _, setting = name.partition(":")
         free_memory()
         if kind == "ours":
-            self._ours(name, int(rows or ALL_ROWS))
+            self._ours(name, int(setting or ALL_ROWS))
         elif kind == "continuous":
-            self._continuous()
+            self._continuous(name, graphs=None if setting == "own" else True)
         else:
-            self._static(name, int(rows or STATIC_ROWS))
+            self._static(name, int(setting or STATIC_ROWS))
 
-    def _report(self, name: str, seconds: float) -> None:
+    def _report(self, name: str, tokens: int, seconds: float) -> None:
         peak = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA else ""
-        say(f"  {name:22s} {self.tokens / seconds:8.0f} tok/s ({seconds:.2f} s{peak})")
+        say(f"  {name:22s} {tokens / seconds:8.0f} tok/s ({seconds:.2f} s{peak})")
 
     def _ours(self, name: str, cap: int) -> None:
         """With a cap rows join all the time, so most steps have a prefill."""
@@ -68,12 +70,13 @@ class Comparison:
                 Request(str(index), list(one.ids), SamplingParams(max_new_tokens=one.n, ignore_eos=True), 0)
                 for index, one in enumerate(self._requests)
             ]
+            self._spies.clear()
             began = time.perf_counter()
             tokens = sum(len(record.completion_ids) for record in engine.run(requests, on_step=on_step))
             synchronize()
             seconds = time.perf_counter() - began
             assert tokens == self.tokens, (tokens, self.tokens)
-            self._report(f"{name}, turn {turn + 1}", seconds)
+            self._report(f"{name}, turn {turn + 1}", tokens, seconds)
             for prefills, label in ((False, "decode only"), (True, "with prefill")):
                 found = np.array([(ms, rows) for kind, ms, rows in steps if kind == prefills] or [(0, 0)])
                 say(
@@ -81,11 +84,11 @@ class Comparison:
                     f" {found[:, 0].sum() / 1e3:.2f} s, median {np.median(found[:, 0]):.2f} ms,"
                     f" p95 {np.quantile(found[:, 0], 0.95):.2f} ms, rows {found[:, 1].mean():.0f}"
                 )
-            for line in watch.captured[-1:]:
-                say("   ", line)
+            if CUDA:
+                say(f"    {self._spies}")
 
-    def _continuous(self) -> None:
-        run = Continuous(self._model, DEVICE, do_sample=True, top_k=0)
+    def _continuous(self, name: str, graphs: bool | None) -> None:
+        run = Continuous(self._model, DEVICE, graphs=graphs, do_sample=True, top_k=0)
         for turn in range(2):
             began = time.perf_counter()
             done = run(self._requests)
@@ -93,31 +96,32 @@ class Comparison:
             seconds = time.perf_counter() - began
             tokens = sum(map(len, done))
             assert tokens >= 0.99 * self.tokens, (tokens, self.tokens)
-            self._report(f"generate_batch, turn {turn + 1}", seconds)
+            self._report(f"{name}, turn {turn + 1}", tokens, seconds)
+            if seconds > LONG_TURN:
+                break
 
     def _static(self, name: str, rows: int) -> None:
         self._model.set_attn_implementation("sdpa")
+        batch = self._requests[:rows]
+        width, new = max(len(one.ids) for one in batch), max(one.n for one in batch)
+        pads = [width - len(one.ids) for one in batch]
+        ids = [[0] * pad + list(one.ids) for pad, one in zip(pads, batch, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
         began = time.perf_counter()
         with torch.inference_mode():
-            for start in range(0, len(self._requests), rows):
-                batch = self._requests[start : start + rows]
-                width, new = max(len(one.ids) for one in batch), max(one.n for one in batch)
-                pads = [width - len(one.ids) for one in batch]
-                ids = [[0] * pad + list(one.ids) for pad, one in zip(pads, batch, strict=True)]
-                mask = [[0] * pad + [1] * (width - pad) for pad in pads]
-                self._model.generate(
-                    input_ids=torch.tensor(ids, device=DEVICE),
-                    attention_mask=torch.tensor(mask, device=DEVICE),
-                    max_new_tokens=new,
-                    min_new_tokens=new,
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    pad_token_id=0,
-                )
+            self._model.generate(
+                input_ids=torch.tensor(ids, device=DEVICE),
+                attention_mask=torch.tensor(mask, device=DEVICE),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=0,
+            )
         synchronize()
-        self._report(name, time.perf_counter() - began)
+        self._report(f"{name}, {len(batch)} rows", sum(one.n for one in batch), time.perf_counter() - began)
 
 
 def main() -> None:
@@ -125,18 +129,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Generates one workload with several engines.")
     parser.add_argument("shape")
     parser.add_argument("--requests", type=int, default=512)
-    parser.add_argument("--max-new", type=int, default=512)
-    parser.add_argument("--engines", default="ours,ours:128,continuous,static")
+    parser.add_argument("--max-new", type=int, default=256)
+    parser.add_argument("--engines", default="ours,ours:128,continuous:own,static,continuous")
     given = parser.parse_args()
     draws = random.Random(7)
     lengths = [9 if TINY else draws.randint(40, 160) for _ in range(given.requests)]
     prompts = [[draws.randrange(3, 190 if TINY else 120_000) for _ in range(length)] for length in lengths]
     requests = workload.build(prompts, workload.Shape(requests=given.requests, max_new=given.max_new))
-    comparison = Comparison(random_model(given.shape), requests)
-    longest = max(request.n for request in requests)
-    say(f"# peers {given.shape}: {given.requests} requests, {comparison.tokens} tokens, longest {longest}")
-    for name in given.engines.split(","):
-        guarded(name, partial(comparison.run, name))
+    with watched() as spies:
+        comparison = Comparison(random_model(given.shape), requests, spies)
+        longest = max(request.n for request in requests)
+        start(f"{given.shape}, {given.requests} requests, {comparison.tokens} tokens, longest {longest}")
+        for name in given.engines.split(","):
+            guarded(name, partial(comparison.run, name))
     ended()
 
 

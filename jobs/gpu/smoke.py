@@ -1,8 +1,9 @@
 """Check that tiny models run on the device and give the model's own numbers: dtypes, graphs, sampling, memory, caps.
 
-    python -m jobs.gpu.smoke [FAMILY ...] [rest]
+    python -m jobs.gpu.smoke [FAMILY ...] [rest] [invariant] [calls]
 
-``rest`` is everything that does not depend on the family; without arguments all of it runs.
+``rest`` is what does not depend on the family, ``invariant`` is ``batch_invariant``, and ``calls`` is what later calls
+reuse: sessions, kept prefixes, resumed records, scores. Without arguments all of it runs.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 import transformers
 import triton
 
-from jobs.gpu.common import CUDA, DEVICE, TINY, ended, guarded, say, synchronize, watch
-from rollout import Engine, Record, SamplingParams
+from jobs.gpu.common import CUDA, DEVICE, TINY, ended, guarded, say, start, synchronize
+from jobs.gpu.spies import Spies, watched
+from rollout import Engine, FinishedPerPrompt, Record, SamplingParams
 
 _BASE: dict[str, Any] = {
     "vocab_size": 1999,
@@ -46,6 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 64, "sliding_window": 48, "num_experts": 4, "num_local_experts": 4}
     | {"num_experts_per_tok": 2},
 }
+OTHERS = ("rest", "invariant", "calls")
 _NEW_TOKENS = 24
 _LENGTHS = (1, 7, 15, 16, 17, 60, 130, 300)
 _draws = random.Random(3)
@@ -89,14 +92,14 @@ def own_numbers(model: Any, prompt: list[int], record: Record) -> tuple[list[int
     return generated[0, len(prompt) :].tolist(), gap
 
 
-def parity(family: str, dtype: torch.dtype) -> None:
+def parity(family: str, dtype: torch.dtype, spies: Spies) -> None:
     """Compare greedy tokens and log-probabilities with transformers', and a second call with the first."""
     model = tiny_model(family, dtype)
     params = SamplingParams(temperature=0.0, max_new_tokens=_NEW_TOKENS, ignore_eos=True)
     times = [time.perf_counter()]
     engine = Engine(model, None)
     times.append(time.perf_counter())
-    watch.captured.clear()
+    spies.clear()
     batches = []
     for _ in range(2):
         batches.append(engine.generate(PROMPTS, params))
@@ -104,11 +107,11 @@ def parity(family: str, dtype: torch.dtype) -> None:
     made, first, second = (after - before for before, after in pairwise(times))
     found = [own_numbers(model, prompt, record) for prompt, record in zip(PROMPTS, batches[0], strict=True)]
     equal = sum(tokens == ours for (tokens, _), ours in zip(found, completions(batches[0]), strict=True))
-    graphs = watch.captured[-1][:60] if watch.captured else "no graphs"
     say(
         f"  {family:12s} {str(dtype)[6:]:9s} attention {engine.attention:8s} greedy == generate {equal}/{len(PROMPTS)}"
         f"  |dlogp| {max(gap for _, gap in found):.1e}  repeats {same(*batches) == len(PROMPTS)}"
-        f"  engine {made:.1f} s, calls {first:.2f} and {second:.2f} s  {graphs}"
+        f"  engine {made:.1f} s, calls {first:.2f} and {second:.2f} s"
+        f"  {spies if CUDA else ''}"
     )
 
 
@@ -158,6 +161,51 @@ def caps_and_filters(dtype: torch.dtype) -> None:
     say(f"  {str(dtype)[6:]}: filters run; sampler_logprobs >= logprobs: {right}")
 
 
+def invariant(dtype: torch.dtype) -> None:
+    """Compare samples at different caps with ``batch_invariant``; all must be identical, log-probabilities too."""
+    model = tiny_model("qwen2", dtype)
+    prompts = PROMPTS[1:7] * 2
+    params = [SamplingParams(n=2, temperature=0.7 * (i % 2), max_new_tokens=48, ignore_eos=True) for i in range(12)]
+    base = Engine(model, None, max_rows=64, batch_invariant=True).generate(prompts, params, seed=5)
+    for cap in (5,) if TINY else (1, 7, 24):
+        other = Engine(model, None, max_rows=cap, batch_invariant=True).generate(prompts, params, seed=5)
+        bits = sum(a.logprobs == b.logprobs for a, b in zip(base, other, strict=True))
+        say(
+            f"  {str(dtype)[6:]}: batch_invariant, cap {cap} against 64: identical {same(base, other)}/{len(base)},"
+            f" log-probabilities {bits}/{len(base)}"
+        )
+
+
+def reuse(dtype: torch.dtype) -> None:
+    """Compare what reuses memory or results with what computes anew."""
+    model = tiny_model("qwen3", dtype)
+    params = SamplingParams(n=2, max_new_tokens=40, ignore_eos=True)
+    engine = Engine(model, None)
+    wanted = engine.generate(PROMPTS, params, seed=2)
+
+    scored = engine.score(wanted).logprobs
+    gaps = (abs(x - y) for r, s in zip(wanted, scored, strict=True) for x, y in zip(r.logprobs, s or [], strict=True))
+    say(f"  {str(dtype)[6:]}: scores of records: |dlogp| {max(gaps):.1e}")
+
+    few = Engine(model, None, max_rows=3)  # so that samples do not end in the same step
+    stopped = few.generate(PROMPTS, params, seed=2, stop_when=FinishedPerPrompt(1))
+    resumed = engine.generate(resume=stopped, params=params, seed=2)
+    say(f"  resumed {len(stopped.aborted)} aborted records: same {same(wanted, resumed)}/{len(wanted)}")
+
+    longer = [record.prompt_ids + record.completion_ids + [7, 8, 9] for record in wanted]
+    plain = engine.generate(longer, params, seed=3)
+    with engine.session() as session:
+        session.generate(PROMPTS, params, seed=2)
+        turn = session.generate(longer, params, seed=3)
+        held = session.kv_bytes_held
+    say(f"  second turn in a session ({held >> 10} KiB held): same {same(plain, turn)}/{len(plain)}")
+
+    keeping = Engine(model, None, keep_prefixes_bytes=1 << 28)
+    for _ in range(2):
+        again = keeping.generate(longer, params, seed=3)
+    say(f"  second call with kept prefixes: same {same(plain, again)}/{len(plain)}")
+
+
 def little_memory() -> None:
     """Compare samples under many preemptions with those of an engine that has room."""
     model = tiny_model("llama", torch.float32)
@@ -189,21 +237,23 @@ def main() -> None:
     """Run the checks that were asked for."""
     where = f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_capability()}" if CUDA else "CPU"
     versions = (torch.__version__, transformers.__version__, triton.__version__, platform.python_version())
-    say("# smoke: torch, transformers, triton, Python", *versions, where)
-    asked = sys.argv[1:] or [*(["qwen2"] if TINY else FAMILIES), "rest"]
+    start("torch, transformers, triton, Python", *versions, where)
+    asked = sys.argv[1:] or [*(["qwen2"] if TINY else FAMILIES), *OTHERS]
+    both = (torch.float32, torch.bfloat16)
     if CUDA and "rest" in asked:
         guarded("kernels that were chosen", chosen_kernels)
-    for family in asked:
-        if family == "rest":
-            continue
-        dtypes = [torch.float32, torch.bfloat16]
-        if family == "qwen2" and not TINY:
-            dtypes.append(torch.float16)
-        for dtype in dtypes:
-            guarded(f"{family} {dtype}", partial(parity, family, dtype))
-    if "rest" in asked:
-        for dtype in (torch.float32, torch.bfloat16):
+    with watched() as spies:
+        for family in (name for name in asked if name not in OTHERS):
+            for dtype in (*both, torch.float16) if family == "qwen2" and not TINY else both:
+                guarded(f"{family} {dtype}", partial(parity, family, dtype, spies))
+    for dtype in both:
+        if "rest" in asked:
             guarded(f"caps, seeds, filters {dtype}", partial(caps_and_filters, dtype))
+        if "invariant" in asked:
+            guarded(f"batch_invariant {dtype}", partial(invariant, dtype))
+        if "calls" in asked:
+            guarded(f"sessions, prefixes, resumed, scores {dtype}", partial(reuse, dtype))
+    if "rest" in asked:
         guarded("little memory, many preemptions", little_memory)
         if CUDA:
             guarded("memory given back", memory_given_back)

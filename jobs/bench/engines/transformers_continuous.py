@@ -41,22 +41,29 @@ class Continuous:
         device: of the model.
         rows: most that live; None is its own choice.
         blocks: of keys and values, of `PAGE_TOKENS` each; None is its own choice, most of the memory that is free.
+        graphs: whether to use CUDA graphs and asynchronous batches on a GPU; None is its own choice.
         sampling: for the generation's configuration.
     """
 
     def __init__(
-        self, model: Any, device: torch.device, rows: int | None = None, blocks: int | None = None, **sampling: Any
+        self,
+        model: Any,
+        device: torch.device,
+        rows: int | None = None,
+        blocks: int | None = None,
+        graphs: bool | None = True,
+        **sampling: Any,
     ) -> None:
         self._model = model
         # Rows end by length, not by a token.
         self._config = GenerationConfig(eos_token_id=-1, pad_token_id=0, **sampling)
-        # The fastest setting on a GPU; a CPU has neither.
-        cuda = device.type == "cuda"
+        # A CPU has neither.
+        cuda = graphs if device.type == "cuda" else None
         self._batching = ContinuousBatchingConfig(
             num_blocks=blocks,
             max_requests_per_batch=rows,
-            use_cuda_graph=cuda or None,
-            use_async_batching=cuda or None,
+            use_cuda_graph=cuda,
+            use_async_batching=cuda,
         )
 
     def __call__(self, requests: Sequence[Request]) -> list[list[int]]:
