@@ -133,24 +133,24 @@ run_b() {
   [ -n "$tiny" ] && shape=tiny
   part 65 steps "$python" -m jobs.gpu.steps $shape
   report show steps
-  part 35 invariant "$python" -m jobs.gpu.invariant $shape
+  part 40 invariant "$python" -m jobs.gpu.invariant $shape
   report show invariant
-  part 60 peers "$python" -m jobs.gpu.peers $shape ${tiny:+--requests 6 --max-new 12 --engines ours,ours:3,static:4}
+  part 58 peers "$python" -m jobs.gpu.peers $shape ${tiny:+--requests 6 --max-new 12 --engines ours,ours:3,static:4}
   report show peers 30
   part 30 micro "$python" -m jobs.gpu.micro
   report show micro
   if [ "$device" = cuda ]; then
     # So much that the engine must give way: nearly all that is free, but for the model and 8 GB.
     take=$("$python" -c 'import torch; print(int((0.95 * torch.cuda.mem_get_info()[0] - 12e9) / 1e9))')
-    part 25 take_memory "$python" -m jobs.bench.memory_pressure random:qwen2.5-1.5b --rows 256 --context 256 \
+    part 24 take_memory "$python" -m jobs.bench.memory_pressure random:qwen2.5-1.5b --rows 256 --context 256 \
       --new 400 --steps 60 --take "$take"
   else
-    part 25 take_memory "$python" -m jobs.bench.memory_pressure random:tiny --device cpu --dtype float32 --rows 4 \
+    part 24 take_memory "$python" -m jobs.bench.memory_pressure random:tiny --device cpu --dtype float32 --rows 4 \
       --context 40 --new 40 --steps 10 --take 0.3
   fi
   report echo "=== ${take:-0.3} GB taken"
   report tail -n 9 "$logs/take_memory.log"
-  part 25 cuts "$python" -m jobs.gpu.cuts
+  part 23 cuts "$python" -m jobs.gpu.cuts
   report show cuts 20
 }
 
