@@ -24,6 +24,8 @@ class Spies:
         self.replayed = Counter[bool]()
         """Forwards without and with prefills."""
         self.eager = Counter[bool]()
+        self.graph_bytes = 0
+        """That graphs shared at most."""
         self.waits: list[float] = []
         """Seconds of each read of a step's tokens."""
 
@@ -31,6 +33,7 @@ class Spies:
         """Forget everything."""
         for found in (self.captures, self.replayed, self.eager, self.waits):
             found.clear()
+        self.graph_bytes = 0
 
     def __str__(self) -> str:
         """Describe forwards and captures."""
@@ -38,7 +41,9 @@ class Spies:
         spent = sum(seconds for _, seconds in self.captures)
         kinds = (f"{self.replayed[mixed]} of {self.replayed[mixed] + self.eager[mixed]}" for mixed in (False, True))
         return "replayed {} decodes, {} with prefills".format(*kinds) + (
-            f"; {len(self.captures)} captures {spent:.2f} s ({sizes})" if self.captures else ""
+            f"; {len(self.captures)} captures {spent:.2f} s {self.graph_bytes / 1e6:.0f} MB ({sizes})"
+            if self.captures
+            else ""
         )
 
 
@@ -55,6 +60,7 @@ def watched() -> Iterator[Spies]:
         captured = capture(graphs, rung, *rest)
         synchronize()
         spies.captures.append((rung, time.perf_counter() - began))
+        spies.graph_bytes = max(spies.graph_bytes, graphs.bytes_kept)
         return captured
 
     def noted_step(*args: Any) -> Any:

@@ -55,6 +55,7 @@ def test_spies_see_captures_replays_and_eager_steps(monkeypatch: pytest.MonkeyPa
     assert (found.eager[True], found.eager[False] + found.replayed[False]) == (1, 6)
     assert found.replayed[False] >= 1
     assert "1 captures" in str(found)
+    assert found.graph_bytes == world.fake.bytes_kept
     found.clear()
     world.decode(0, 1)
     assert not found.captures + found.waits
