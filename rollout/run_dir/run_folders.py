@@ -32,8 +32,8 @@ def put_unflushed(files: FileSystem, paths: RunPaths, path: Path, data: bytes, w
         FileNotFoundError: the run is gone.
     """
     temporary = paths.temporary(path, writer)
-    for folder in (path.parent, temporary.parent):
-        make_run_folder(files, paths, folder)
+    make_run_folder(files, paths, path.parent)
+    files.make_folder(temporary.parent)
     files.remove(temporary)
     with files.open_new(temporary) as file:
         file.write(data)

@@ -97,6 +97,16 @@ def test_polls_are_bounded_and_cheap_once_all_is_known(large: RunPaths) -> None:
     assert polls[-1] <= 2 + 16
 
 
+def test_heartbeats_take_as_many_operations_as_the_page_says(large: RunPaths) -> None:
+    counting = CountingFiles()
+    heartbeat = Heartbeat(counting, large, Worker("00500-00000-me", "here", "", 1, ""))
+    heartbeat.beat()
+    counting.taken()
+    heartbeat.beat()
+    page = (Path(__file__).parents[2] / "docs/slurm.md").read_text(encoding="utf-8")
+    assert f"| heartbeat | {counting.taken()}, " in page
+
+
 def test_looks_for_asks_take_one_operation(large: RunPaths) -> None:
     counting = CountingFiles()
     handover = Handover(counting, large, "00500-00000-me")
