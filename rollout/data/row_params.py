@@ -8,10 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from rollout.errors import InputError, PromptError
-from rollout.sampling_params import PARAMETER_NAMES, SamplingParams
+from rollout.sampling_params import SamplingParams
 
-#: Parameters that a column may give; the number of samples is the same for all rows.
-COLUMN_PARAMETERS = tuple(name for name in PARAMETER_NAMES if name != "n")
 _TEXTS = ("stop", "bad_words")
 """Parameters that a text itself may be a value of."""
 
