@@ -33,6 +33,7 @@ VERSION_BASE = "1.3"
 _PATHS = (
     ("model", "path"),
     ("model", "adapter"),
+    ("model", "reference"),
     ("data", "path"),
     ("data", "lengths_from"),
     ("data", "chat_template"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, fields
 
 import pytest
@@ -147,6 +148,16 @@ def test_values_out_of_range_are_refused(override: str, key: str, wanted: str) -
 def test_added_keys_are_refused(override: str) -> None:
     with pytest.raises(InputError, match=rf"There is no key {override[1:].split('=')[0]}; (the|`python)"):
         load_config([OUT, override])
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["model.path", "model.adapter", "model.reference", "data.path", "data.lengths_from", "data.tools", "output.dir"],
+)
+def test_home_is_expanded_in_every_path(key: str) -> None:
+    config = load_config([OUT, f"{key}='~/mine'"])
+    group, _, name = key.partition(".")
+    assert getattr(getattr(config, group), name) == os.path.expanduser("~/mine")
 
 
 def test_reward_accepts_further_keys() -> None:
