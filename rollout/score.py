@@ -42,6 +42,8 @@ _EPILOG = (
 )
 _PIECE_ROWS = 1024
 """Rows of a file that are scored and written together."""
+_DESCRIPTION = "score.json"
+"""The file that says what an output folder holds."""
 
 
 class Rows(NamedTuple):
@@ -208,25 +210,41 @@ def score_source(source: Source, engine: Engine, folder: Path, column: str) -> I
         yield pq.read_table(path, columns=list(_added(column)))
 
 
-def open_output(folder: Path, description: dict[str, Any]) -> None:
-    """Create the output folder, or check that it holds the same work.
+def check_output(folder: Path, description: dict[str, Any]) -> bool:
+    """Return whether the output folder holds this work already.
 
     Raises:
-        InputError: it cannot be written, or holds something else.
+        InputError: it holds something else, or cannot be read.
     """
-    path = folder / "score.json"
+    path = folder / _DESCRIPTION
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
             if json.loads(path.read_text(encoding="utf-8")) != description:
                 raise InputError(f"{folder} holds the scores of another model or source: choose another --output.")
-        elif any(not file.name.startswith(".") for file in folder.iterdir()):
-            raise InputError(f"{folder} has files, but no score.json: choose another --output.")
-        else:
-            text = json.dumps(description, indent=2) + "\n"
-            put(LOCAL, path, folder / ".score.json.tmp", contents(text.encode()))
+            return True
+        if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+            raise InputError(f"{folder} has files, but no {_DESCRIPTION}: choose another --output.")
     except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}): choose another --output.") from error
+        raise _unwritable(folder, error) from error
+    return False
+
+
+def begin_output(folder: Path, description: dict[str, Any]) -> None:
+    """Create the output folder, and say there what it is going to hold.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    text = json.dumps(description, indent=2) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        put(LOCAL, folder / _DESCRIPTION, folder / f".{_DESCRIPTION}.tmp", contents(text.encode()))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"{folder} cannot be written ({error.strerror}): choose another --output.")
 
 
 def weights_of(model: ModelSource) -> str:
@@ -292,17 +310,18 @@ def score(options: Any) -> Exit:
     from rollout.models.loading.load import ModelSource
 
     model = ModelSource(path=options.model, dtype=options.dtype, device=options.device)
-    weights, engine = weights_of(model), load(model)
-    open_output(
-        options.output,
-        {
-            "source": source.digest,
-            "weights": weights,
-            "dtype": options.dtype,
-            "temperature": source.temperature,
-            "columns": [*source.columns, options.column],
-        },
-    )
+    description = {
+        "source": source.digest,
+        "weights": weights_of(model),
+        "dtype": options.dtype,
+        "temperature": source.temperature,
+        "columns": [*source.columns, options.column],
+    }
+    # Before the model is loaded, which takes minutes; what cannot be loaded is not written down.
+    begun = check_output(options.output, description)
+    engine = load(model)
+    if not begun:
+        begin_output(options.output, description)
     rows = errors = tokens = 0
     total = 0.0
     for table in score_source(source, engine, options.output, options.column):

@@ -81,6 +81,15 @@ def test_the_same_command_scores_only_what_is_missing(folder: Path, monkeypatch:
     assert rows_of(folder / "resumed") == before
 
 
+def test_a_folder_of_other_scores_is_refused_before_the_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(folder, folder / "out", "--dtype", "float99", output="mine") == Exit.BAD_INPUT
+    assert run(folder, folder / "out", output="mine") == Exit.ERROR_ROWS
+    monkeypatch.setattr("rollout.score.load", lambda _: pytest.fail("the model is loaded"))
+    assert run(folder, folder / "out", "--temperature", "2", output="mine") == Exit.BAD_INPUT
+
+
 def test_a_file_of_texts_and_ids(folder: Path) -> None:
     path = folder / "pairs.jsonl"
     rows = [("one two", "three"), ("one", "two three one"), ("three", "")]
