@@ -114,9 +114,9 @@ def _turning(
     half, odd = divmod(q.shape[-1], 2)
     if odd:
         return attention.compute(index, q, k, v, scores)
-    turned = (torch.cat((x[..., half:], -x[..., :half]), -1) for x in (q, k))
+    q, k = (torch.cat((x[..., half:], -x[..., :half]), -1) for x in (q, k))
     cosines = torch.zeros((len(q), 2 * half), dtype=q.dtype, device=q.device)
-    return attention.compute_rotating(index, *turned, v, (cosines, cosines + 1), scores)
+    return attention.compute_rotating(index, q, k, v, (cosines, cosines + 1), scores)
 
 
 class TritonAttention(RotatingAttention):
