@@ -69,7 +69,9 @@ class LiveBatch:
         self._tokens_at_join: IntArray = np.zeros(0, np.int64)
         self._sampling = SamplingArrays(device)
         self._last = torch.zeros(0, dtype=torch.int64, device=device)
-        """[slots] the most recently sampled token, on the device."""
+        """[slots] the most recently sampled token, on the device, but for those in `_drawn`."""
+        self._drawn = self.active, self._last
+        """Slots of the last step and their tokens: while the same rows decode, no step copies them."""
         self._uploaded = self.active, uploaded(self.active, device)
         """Slots, which nobody changes in place, and their copy on the device."""
         self._tokens: IntArray = np.zeros((0, _GROWTH), np.int64)
@@ -93,7 +95,17 @@ class LiveBatch:
 
     def last_tokens(self, slots: IntArray) -> torch.Tensor:
         """Return [slots] int64 on the device: the token that each row decodes from."""
-        return self._last.index_select(0, self._on_device(slots))
+        if self._drawn[0] is not slots:
+            self._store_drawn()
+            return self._last.index_select(0, self._on_device(slots))
+        return self._drawn[1]
+
+    def _store_drawn(self) -> None:
+        """Store the tokens of the last step by slot."""
+        slots, tokens = self._drawn
+        if len(slots):
+            self._last.index_copy_(0, self._on_device(slots), tokens)
+            self._drawn = slots[:0], tokens[:0]
 
     def _on_device(self, slots: IntArray) -> torch.Tensor:
         """Return ``slots`` on the device; those of the step before are there already if they are the same array."""
@@ -251,7 +263,9 @@ class LiveBatch:
 
     def advance(self, slots: IntArray, tokens: torch.Tensor) -> None:
         """Count one sampled token, still on the device, per slot; rows at their limit stop being active."""
-        self._last.index_copy_(0, self._on_device(slots), tokens)
+        if self._drawn[0] is not slots:
+            self._store_drawn()
+        self._drawn = slots, tokens
         for part in self.sampling(slots).edited:
             part.edits.append(tokens)
         self.generated[slots] += 1

@@ -127,13 +127,16 @@ class Model:
             assert self.live.ended[slot]
 
     def draw(self) -> None:
-        """Draw a token for some of the rows, in any order."""
-        slots = self.random.sample(list(self.active), self.random.randint(0, len(self.active)))
+        """Draw a token for all rows, as most steps do, or for some, in any order."""
+        everyone = self.random.random() < 0.5
+        slots = list(self.active)
+        if not everyone:
+            slots = self.random.sample(slots, self.random.randint(0, len(slots)))
         if not slots:
             return
         tokens = [self.random.randrange(1000) for _ in slots]
         self.pending.append((slots, [self.plain[slot].drawn for slot in slots], tokens))
-        self.live.advance(np.array(slots), torch.tensor(tokens))
+        self.live.advance(self.live.active if everyone else np.array(slots), torch.tensor(tokens))
         for slot, token in zip(slots, tokens, strict=True):
             plain = self.plain[slot]
             plain.drawn, plain.last = plain.drawn + 1, token
