@@ -242,7 +242,9 @@ class LiveBatch:
 
     def ends_at(self, slots: IntArray, tokens: IntArray) -> NDArray[np.bool_]:
         """Return [slots] whether each token is one of the row's own ids that end it."""
-        ends: NDArray[np.bool_] = (self.end_ids[slots] == tokens[:, None]).any(axis=1)
+        ends = np.zeros(len(slots), np.bool_)
+        for ids in self.end_ids.T:
+            ends |= ids[slots] == tokens
         return ends
 
     def without_page(self, slots: IntArray) -> IntArray:
@@ -284,10 +286,12 @@ class LiveBatch:
     ) -> None:
         """Store the next token of each slot, at ``positions`` of its completion."""
         self._widen(tokens=int(positions.max(initial=-1)) + 1)
-        self._tokens[slots, positions] = tokens
-        self._logprobs[slots, positions] = logprobs
-        self._sampler_logprobs[slots, positions] = sampler_logprobs
-        self._weight_versions[slots, positions] = weight_version
+        # Flat indices, made once: numpy takes three times as long for pairs of them.
+        at = slots * self._tokens.shape[1] + positions
+        self._tokens.reshape(-1)[at] = tokens
+        self._logprobs.reshape(-1)[at] = logprobs
+        self._sampler_logprobs.reshape(-1)[at] = sampler_logprobs
+        self._weight_versions.reshape(-1)[at] = weight_version
         self.received[slots] = positions + 1
 
     def end(self, slot: int) -> None:

@@ -31,7 +31,7 @@ class OutputProcessor:
         self._queue = queue
         self._records = records
         self._detokenizer = detokenizer
-        self._eos_ids = np.array(eos_ids, np.int64)
+        self._eos_ids = tuple(eos_ids)
         self.pending: PendingTokens | None = None
         """Sampled tokens that have not been read yet."""
         self.unchecked: IntArray = np.zeros(0, np.int64)
@@ -50,9 +50,13 @@ class OutputProcessor:
             return False
         live, slots, positions = scheduler.live, pending.slots, pending.positions
         read = pending.read()
-        live.non_finite[slots] = non_finite = live.non_finite[slots] | ~np.isfinite(read.logprobs)
+        non_finite = ~np.isfinite(read.logprobs)
         # Of a row whose tokens are all banned, only the sampler's log-probability is not finite.
-        live.no_token[slots] = no_token = np.isnan(read.sampler_logprobs) & ~non_finite
+        no_token = np.isnan(read.sampler_logprobs) & ~non_finite
+        failed = non_finite | no_token
+        if failed.any():
+            live.non_finite[slots[non_finite]] = True
+            live.no_token[slots[no_token]] = True
         wanted = ~live.ended[slots]
         # Arrays stay as they are where all tokens are wanted, as in most steps.
         kept = slice(None) if wanted.all() else wanted
@@ -65,14 +69,16 @@ class OutputProcessor:
             sampler_logprobs=read.sampler_logprobs[kept],
             weight_version=self._records.weight_version,
         )
-        # Not np.isin, which takes longer for the few ids that there are.
-        stopped = (read.tokens[:, None] == self._eos_ids).any(1) & ~live.ignore_eos[slots]
-        stopped |= live.ends_at(slots, read.tokens)
+        stopped = live.ends_at(slots, read.tokens)
+        heeds_eos = ~live.ignore_eos[slots]
+        # One id at a time: there are few, and numpy takes longer to reduce [rows, ids].
+        for eos_id in self._eos_ids:
+            stopped |= (read.tokens == eos_id) & heeds_eos
         stopped &= ~no_token
-        for i in np.flatnonzero(live.has_stops[slots] & wanted & ~(stopped | no_token)).tolist():
+        for i in (live.has_stops[slots] & wanted & ~(stopped | no_token)).nonzero()[0].tolist():
             stopped[i] = self._hits_stop(live, int(slots[i]))
-        ended = stopped | non_finite | no_token | (positions + 1 >= live.limits[slots])
-        for i in np.flatnonzero(wanted & ended).tolist():
+        ended = stopped | failed | (positions + 1 >= live.limits[slots])
+        for i in (wanted & ended).nonzero()[0].tolist():
             self._finish(live, int(slots[i]), bool(stopped[i]))
         self.unchecked = self.unchecked[:0]
         # Other ended rows keep their pages: a step in flight still writes to them, possibly non-finite numbers.

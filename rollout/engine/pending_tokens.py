@@ -35,10 +35,13 @@ class PendingTokens:
     @classmethod
     def of(cls, slots: IntArray, positions: IntArray, sampled: Sampled) -> PendingTokens:
         """Start the copy to the host, without waiting for the device."""
+        logprobs = sampled.logprobs.to("cpu", non_blocking=True)
+        # Without filters and rules they are the same tensor.
+        same = sampled.sampler_logprobs is sampled.logprobs
         on_host = Sampled(
             tokens=sampled.tokens.to("cpu", non_blocking=True),
-            logprobs=sampled.logprobs.to("cpu", non_blocking=True),
-            sampler_logprobs=sampled.sampler_logprobs.to("cpu", non_blocking=True),
+            logprobs=logprobs,
+            sampler_logprobs=logprobs if same else sampled.sampler_logprobs.to("cpu", non_blocking=True),
         )
         if not sampled.tokens.is_cuda:
             return cls(slots=slots, positions=positions, _sampled=on_host, _copied=None)

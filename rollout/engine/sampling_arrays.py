@@ -79,7 +79,7 @@ class SamplingArrays:
         """Return the sampling parameters of ``slots``, cached until the slots change."""
         if self._cached is None or not (self._cached_slots is slots or np.array_equal(self._cached_slots, slots)):
             self._cached = self._make_sampling(slots)
-            self._cached_slots = slots
+        self._cached_slots = slots  # the same array next time, which needs no comparison
         return self._cached
 
     def _make_sampling(self, slots: IntArray) -> RowSampling:
