@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ class MaskKind:
             return np.maximum(queries - self.size + 1, 0)
         if self.kind == "chunk":
             return queries // self.size * self.size
-        return np.zeros_like(queries)
+        return np.zeros(len(queries), np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class StateTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class KVLayout:
     """All that a model stores: attention layers, the dtype of their keys and values, and recurrent states."""
 
@@ -91,7 +92,8 @@ class KVLayout:
         """Return whether sequences of ``tokens`` and ``others`` tokens can share the pages of a common prefix."""
         return self.boundary is None or (tokens > self.boundary) == (others > self.boundary)
 
-    @property
+    # Read in each step, and a large model has many layers.
+    @cached_property
     def bytes_per_token(self) -> int:
         """Bytes of one token's keys and values in all layers."""
         return sum(layer.elements for layer in self.layers) * self.dtype.itemsize
@@ -109,7 +111,7 @@ class KVLayout:
         """Bytes of one page's keys and values in all layers."""
         return self.bytes_per_token * self.page_size
 
-    @property
+    @cached_property
     def bytes_per_row(self) -> int:
         """Bytes of one row's recurrent states."""
         return sum(state.bytes for state in self.states)

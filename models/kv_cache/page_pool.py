@@ -106,6 +106,7 @@ class PagePool(Pool[Slab]):
     def _sync_device_pools(self) -> None:
         for number, pool in enumerate(self._device_pools):
             pool.slabs[:] = [None if slab is None else slab.device_slabs[number] for slab in self.slabs]
+            pool.live_slabs, pool.slab_changes = self.live_slabs, self.slab_changes
 
     def _allocate_slab(self) -> Slab:
         """Allocate a slab of zeros: a masked key has weight 0, and 0 times an uninitialised NaN is NaN."""

@@ -48,6 +48,9 @@ class Pool(ABC, Generic[_S]):
         self.slab_pages = slab_pages
         self.device = device
         self.slabs: list[_S | None] = []
+        self.live_slabs = 0
+        self.slab_changes = 0
+        """Counts up whenever a slab is added or dropped."""
         self._references: IntArray = np.zeros(0, np.int64)
         self.reference_changes = 0
         """Counts up whenever pages in use gain or lose references."""
@@ -67,10 +70,6 @@ class Pool(ABC, Generic[_S]):
     @property
     def bytes_held(self) -> int:
         return self.live_slabs * self.slab_bytes
-
-    @property
-    def live_slabs(self) -> int:
-        return sum(slab is not None for slab in self.slabs)
 
     @property
     def free_pages(self) -> int:
@@ -104,6 +103,8 @@ class Pool(ABC, Generic[_S]):
             self._free.append([])
             self._references = np.concatenate([self._references, np.zeros(self.slab_pages, np.int64)])
         self.slabs[index] = slab
+        self.live_slabs += 1
+        self.slab_changes += 1
         first = index * self.slab_pages
         self._free[index] = list(range(first + self.slab_pages - 1, first - 1, -1))
         self._free_count += self.slab_pages
@@ -144,6 +145,8 @@ class Pool(ABC, Generic[_S]):
             for table in tables:
                 table[:] = moved[table]
         self.slabs[victim] = None
+        self.live_slabs -= 1
+        self.slab_changes += 1
         while self.slabs and self.slabs[-1] is None:
             self.slabs.pop()
             self._free.pop()
@@ -208,6 +211,8 @@ class Pool(ABC, Generic[_S]):
         Pages are copied in batches, since a launch per page and tensor would leave a GPU idle. Batches are small,
         since pages move when memory is short.
         """
+        if not len(source):
+            return
         slabs = np.stack([source, target]) // self.slab_pages
         for from_slab, to_slab in np.unique(slabs, axis=1).T.tolist():
             pairs = np.flatnonzero((slabs[0] == from_slab) & (slabs[1] == to_slab))
@@ -236,6 +241,8 @@ class Pool(ABC, Generic[_S]):
         Raises:
             AssertionError: counts, free lists or their sizes are wrong.
         """
+        if self.live_slabs != sum(slab is not None for slab in self.slabs):
+            raise AssertionError(f"{self.live_slabs} slabs are counted, but there are others")
         if len(self._free) != len(self.slabs) or len(self._references) != len(self.slabs) * self.slab_pages:
             raise AssertionError(
                 f"{len(self.slabs)} slabs of {self.slab_pages} pages have {len(self._free)} free lists and "

@@ -28,7 +28,8 @@ class SlabTable:
         """[capacity] int64, 0 where there is no slab."""
         self.live = np.zeros(0, np.bool_)
         """[slabs] True where the pool has a slab."""
-        self._known: tuple[int, ...] = ()
+        self._known_changes = 0
+        """`Pool.slab_changes` at the last refresh."""
         starts: IntArray = np.cumsum([0, *pool.tensor_elements], dtype=np.int64)
         self.keys_at: list[int] = starts[:-1:2].tolist()
         """Elements from a slab's address to the keys of each layer."""
@@ -41,9 +42,9 @@ class SlabTable:
         Raises:
             ValueError: the pool has more slabs than the table holds, or a slab is not aligned.
         """
-        addresses = tuple(0 if slab is None else slab.keys[0].data_ptr() for slab in self.pool.slabs)
-        if addresses == self._known:
+        if self.pool.slab_changes == self._known_changes:
             return
+        addresses = tuple(0 if slab is None else slab.keys[0].data_ptr() for slab in self.pool.slabs)
         if len(addresses) > len(self.addresses):
             raise ValueError(
                 f"The pool has {len(addresses)} slabs, but the table of their addresses holds {len(self.addresses)}: "
@@ -52,5 +53,6 @@ class SlabTable:
         if any(address % ALIGNMENT for address in addresses):
             raise ValueError(f"A slab of the pool is not aligned to {ALIGNMENT} bytes.")
         # Entries of dropped slabs beyond the new end are zeroed too.
-        upload(np.array(addresses + (0,) * (len(self._known) - len(addresses)), np.int64), self.addresses)
-        self._known, self.live = addresses, np.array(addresses, np.int64) != 0
+        upload(np.array(addresses + (0,) * (len(self.live) - len(addresses)), np.int64), self.addresses)
+        self.live = np.array(addresses, np.int64) != 0
+        self._known_changes = self.pool.slab_changes

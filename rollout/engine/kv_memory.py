@@ -150,7 +150,7 @@ class KVMemory:
     @property
     def obtainable_bytes(self) -> int:
         """Bytes of free pages and states, and of slabs that may be added, for which idle memory makes way."""
-        slab_bytes = max(pool.slab_bytes for pool in self._pools)
+        slab_bytes = max(self.pool.slab_bytes, self.pool.states.slab_bytes)
         return self._free_bytes + self._growable_bytes(self._idle.bytes_held) // slab_bytes * slab_bytes
 
     @property
@@ -166,7 +166,8 @@ class KVMemory:
     @property
     def must_evict(self) -> bool:
         """Whether `excess_bytes` exceeds the free pages, so that rows must be preempted."""
-        return self.excess_bytes > self._free_bytes
+        excess = self.excess_bytes
+        return excess > 0 and excess > self._free_bytes
 
     def could_hold(self, pages: int, states: int = 0) -> bool:
         """Return whether the pages and states would fit if no other process used the device."""
@@ -190,8 +191,9 @@ class KVMemory:
     @property
     def _free_bytes(self) -> int:
         """Bytes of free pages and states, evictable pages included."""
-        free = sum(pool.free_pages * pool.page_bytes for pool in self._pools)
-        return free + self.cache.evictable_pages * self.pool.page_bytes
+        pages, states = self.pool, self.pool.states
+        free_pages = pages.free_pages + self.cache.evictable_pages
+        return free_pages * pages.page_bytes + states.free_pages * states.page_bytes
 
     def _growable_bytes(self, freed_idle: int = 0) -> int:
         """Return by how many bytes the pools may grow once so much idle memory has been freed."""

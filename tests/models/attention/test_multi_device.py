@@ -111,6 +111,7 @@ def test_layers_lie_on_their_devices_and_share_page_ids() -> None:
         assert [float(tensor[1].flatten()[0]) for tensor in kept.tensors] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
         for number, part in enumerate(pool.device_pools):
             assert part.slabs == [None, kept.device_slabs[number]], "a dropped slab must not live on in a part"
+            assert (part.live_slabs, part.slab_changes) == (1, 3)
         assert pool.device_pools[1].slab(1).keys[1] is kept.keys[2]
 
 

@@ -176,6 +176,7 @@ def test_moved_slab_is_seen_without_a_refill(device: torch.device) -> None:
         new.copy_(old)
         old.fill_(torch.nan)
     world.pool.slabs[0] = copied
+    world.pool.slab_changes += 1
     world.steps.slabs.refresh()
     step = TritonAttention(world.pool, world.forward(row), metadata)
     for index, out in enumerate(world.attend(step.compute, row)):
@@ -189,6 +190,7 @@ def test_page_in_no_slab_raises_index_error(device: torch.device) -> None:
         world.step([(0, range(20))])
     world.tables[0][1] = 0
     world.pool.slabs[0] = None
+    world.pool.slab_changes += 1  # as where a pool drops one
     with pytest.raises(IndexError, match="in no slab"):
         world.step([(0, range(20))])
 
