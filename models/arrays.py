@@ -34,7 +34,7 @@ def upload(values: NDArray[Any], tensor: torch.Tensor) -> None:
     if tensor.is_cuda:
         # Pinned memory, which torch reuses only after the copy has finished.
         source = source.pin_memory()
-    tensor[: len(source)].copy_(source, non_blocking=True)
+    (tensor if source.shape == tensor.shape else tensor[: len(source)]).copy_(source, non_blocking=True)
 
 
 def uploaded(values: NDArray[Any], device: torch.device) -> torch.Tensor:

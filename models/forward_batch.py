@@ -40,7 +40,7 @@ class ForwardBatch:
     def wanted(self) -> IntArray:
         """[K] indices among the T new tokens of those whose logits are wanted."""
         if not len(self.logits_lens):
-            return np.cumsum(self.query_lens) - 1
+            return self.query_lens.cumsum() - 1
         return np.repeat(self.offsets + self.query_lens, self.wanted_lens) - countdown(self.wanted_lens)
 
     @property
@@ -56,7 +56,7 @@ class ForwardBatch:
     @property
     def offsets(self) -> IntArray:
         """[S] index of each sequence's first new token among the T."""
-        return np.cumsum(self.query_lens) - self.query_lens
+        return self.query_lens.cumsum() - self.query_lens
 
     @property
     def positions(self) -> IntArray:

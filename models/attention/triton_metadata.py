@@ -53,9 +53,9 @@ class MetadataSizes:
     def of(cls, batch: ForwardBatch, page_size: int) -> MetadataSizes:
         """Return the exact size of one forward."""
         return cls(
-            decodes=int((batch.query_lens == 1).sum()),
-            prefills=int((batch.query_lens > 1).sum()),
-            tokens=len(batch.tokens),
+            decodes=int(np.count_nonzero(batch.query_lens == 1)),
+            prefills=int(np.count_nonzero(batch.query_lens > 1)),
+            tokens=batch.tokens.shape[0],
             entries=int(_page_counts(batch, page_size).sum()),
         )
 
@@ -209,8 +209,8 @@ class TritonMetadata:
         other_pages = self._pages.fill(views.pages, batch.page_tables, page_counts) or not self._uploaded
         self._uploaded = False
         views.counts[0] = self._pages.used
-        views.slots[: len(batch.tokens)] = batch.slot_mapping(self._page_size)
-        views.slots[len(batch.tokens) :] = -1
+        views.slots[: needs.tokens] = batch.slot_mapping(self._page_size)
+        views.slots[needs.tokens :] = -1
         for i, mask_kind in enumerate(self.splits):
             items, rows = views.items[i].reshape(-1, ITEM_FIELDS), views.rows[i].reshape(-1, ROW_FIELDS)
             views.counts[1 + i] = _fill_splits(items, rows, batch, self._pages.starts, mask_kind)
@@ -285,16 +285,16 @@ def _fill_splits(
     items: Int32Array, rows: Int32Array, batch: ForwardBatch, first_entries: IntArray, mask_kind: MaskKind
 ) -> int:
     """Write items [capacity, ITEM_FIELDS] and rows [capacity, ROW_FIELDS] of the decoding rows; return the items."""
-    decodes = np.flatnonzero(batch.query_lens == 1)
+    decodes = (batch.query_lens == 1).nonzero()[0]
     tokens, positions = batch.offsets[decodes], batch.prefix_lens[decodes]
     first_keys = mask_kind.first_keys(positions)
     first_splits = first_keys // SPLIT_TOKENS
     counts = positions // SPLIT_TOKENS - first_splits + 1
-    ends = np.cumsum(counts)
+    ends = counts.cumsum()
     starts = ends - counts
-    count = int(counts.sum())
-    of = np.repeat(np.arange(len(decodes)), counts)
-    begins = np.repeat((first_splits - starts) * SPLIT_TOKENS, counts) + np.arange(count) * SPLIT_TOKENS
+    count = int(ends[-1]) if len(ends) else 0
+    of = np.arange(len(decodes)).repeat(counts)
+    begins = ((first_splits - starts).repeat(counts) + np.arange(count)) * SPLIT_TOKENS
     filled = items[:count]
     filled[:, 0] = tokens[of]
     filled[:, 1] = 1

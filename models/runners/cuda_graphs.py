@@ -191,7 +191,7 @@ class CudaGraphRunner(Runner):
     def _can_replay(self, batch: ForwardBatch) -> bool:
         if self._model in _refused or len(batch.logits_lens) or not len(batch.query_lens):
             return False
-        if len(batch.tokens) > len(batch.query_lens) and not self._backend.prefills_in_kernels:
+        if not self._backend.prefills_in_kernels and len(batch.tokens) > len(batch.query_lens):
             return False
         if torch.is_autocast_enabled(self._pool.device.type):
             return False
@@ -240,7 +240,9 @@ class CudaGraphRunner(Runner):
     def _serving(self, rung: Rung, needed: MetadataSizes) -> _CapturedStep | None:
         """Return the smallest captured step that serves a batch of this size; drop its own rung's if outgrown."""
         own = self._captured.get(rung)
-        if own is not None and not own.inputs.metadata.capacity.holds(needed):
+        if own is not None:
+            if own.inputs.metadata.capacity.holds(needed):
+                return own
             self._drop(rung)
         served = [
             captured

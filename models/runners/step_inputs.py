@@ -27,6 +27,7 @@ class StepInputs:
         self._device = torch.zeros(len(self._host), dtype=torch.int64, device=device)
         self.tokens = torch.zeros((1, rung.tokens), dtype=torch.int64, device=device)
         """[1, tokens] token ids; 0 for padding."""
+        self._tokens = self.tokens[0]
         self.positions = self._device[None, : rung.tokens]
         """[1, tokens] position ids; 0 for padding."""
         self.wanted = self._device[rung.tokens :]
@@ -40,12 +41,13 @@ class StepInputs:
     def fill(self, batch: ForwardBatch) -> None:
         """Copy in a batch that fits."""
         self.metadata.fill(batch)
-        tokens, sequences = len(batch.tokens), len(batch.query_lens)
+        tokens, sequences = batch.tokens.shape[0], len(batch.query_lens)
         self._host_positions[:tokens] = batch.positions
         self._host_positions[tokens:] = 0
         self._host_wanted[:sequences] = batch.wanted
         self._host_wanted[sequences:] = 0
         upload(self._host, self._device)
         # A copy on the device: the host may not know the token ids yet.
-        self.tokens[0, :tokens] = batch.tokens
-        self.tokens[0, tokens:] = 0
+        self._tokens[:tokens].copy_(batch.tokens)
+        if tokens < self._tokens.shape[0]:
+            self._tokens[tokens:].zero_()
