@@ -15,6 +15,7 @@ from rollout.batcher.types import FloatArray, StepSample
 _ROWS, _KV_TOKENS, _PREFILL = 1e-2, 1e-5, 1e-3
 _SCALES = np.array([1.0, _ROWS, _KV_TOKENS, _PREFILL])
 _RIDGE = 1e-6
+_IDENTITY = np.eye(4)
 _REGIMES = 12
 _RECENT_STEPS = 16
 # Beyond 64 steps a single step hardly moves the solution, so the equations are solved once per 8 steps.
@@ -180,13 +181,15 @@ def _products(step: StepSample) -> FloatArray:
 
 def _solve_non_negative(left: FloatArray, right: FloatArray) -> FloatArray:
     """Solve the normal equations, fixing negative terms at zero one by one, the most negative first."""
-    left = left + _RIDGE * max(float(left.trace()), 1e-12) * np.eye(4)
-    free = [0, 1, 2, 3]
+    left = left + _RIDGE * max(float(left.trace()), 1e-12) * _IDENTITY
+    free = np.arange(4)
     solution = np.zeros(4)
-    while free:
-        candidate = np.linalg.solve(left[free][:, free], right[free])
-        if candidate.min() >= 0:
+    while len(free):
+        candidate = np.linalg.solve(left, right)
+        lowest = candidate.argmin()
+        if candidate[lowest] >= 0:
             solution[free] = candidate
             break
-        del free[int(np.argmin(candidate))]
+        kept = np.arange(len(free)) != lowest
+        free, left, right = free[kept], left[kept][:, kept], right[kept]
     return solution
