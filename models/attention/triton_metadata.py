@@ -277,7 +277,7 @@ class _Regions:
 
 def _page_counts(batch: ForwardBatch, page_size: int) -> IntArray:
     """Return [S]: pages of each sequence, 0 for padding."""
-    pages: IntArray = np.where(batch.query_lens > 0, ceil_div(batch.seq_lens, page_size), 0)
+    pages: IntArray = ceil_div(batch.seq_lens, page_size) * (batch.query_lens > 0)
     return pages
 
 
