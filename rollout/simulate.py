@@ -22,6 +22,7 @@ from rollout.batcher.simulation.workloads import WORKLOADS, Workload, named_work
 from rollout.batcher.suggestions import describe_names
 from rollout.batcher.types import IntArray
 from rollout.errors import Exit, InputError
+from rollout.logs import say
 
 _DEFAULT_POLICIES = "static:256,memory,sla,paper,watermark:0.02,predictive,oracle"
 # Names of length columns, in lower case; the first of each is that of Azure's traces.
@@ -333,12 +334,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.json is not None:
             given.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        print(f"--json {given.json} cannot be written: {error.strerror}.", file=sys.stderr)
+        say(f"--json {given.json} cannot be written: {error.strerror}.", sys.stderr)
         return Exit.BAD_INPUT
     except ValueError as error:
-        print(error, file=sys.stderr)
+        say(str(error), sys.stderr)
         return Exit.BAD_INPUT
-    print(_report(results, best_static))
+    say(_report(results, best_static))
     return Exit.COMPLETE
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from rollout.argument_parser import SentenceParser
 from rollout.errors import Exit, InputError
+from rollout.logs import say
 from rollout.run_dir.hashed_file import file_sha256
 from rollout.run_dir.missing_tasks import missing_tasks
 from rollout.run_dir.part_file import ShardKey, read_parts
@@ -236,9 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _print_missing_array(asked.dir)
         findings = verify(asked.dir)
     except (InputError, OSError) as error:
-        print(error, file=sys.stderr)
+        say(str(error), sys.stderr)
         return Exit.BAD_INPUT
-    print("\n".join(report(findings)))
+    say("\n".join(report(findings)))
     return Exit.COMPLETE if findings.complete else Exit.CRASHED
 
 
@@ -246,8 +247,8 @@ def _print_missing_array(folder: Path) -> Exit:
     missing = missing_tasks(read_run(RunPaths(folder)))
     if not missing.tasks:
         return Exit.COMPLETE
-    print(missing.array)
-    print(missing.sentence(), file=sys.stderr)
+    say(missing.array)
+    say(missing.sentence(), sys.stderr)
     return Exit.CRASHED
 
 

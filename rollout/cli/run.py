@@ -34,7 +34,7 @@ def run(command: CommandLine) -> int:
         try:
             ended = application.run(run_composed)
         except LaunchFailed as error:
-            print(error, file=sys.stderr)
+            say(str(error), sys.stderr)
             return Exit.CRASHED
     for line in describe(ended):
         say(line, sys.stderr)

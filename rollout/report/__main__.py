@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rollout.argument_parser import SentenceParser
 from rollout.errors import Exit, InputError
+from rollout.logs import say
 from rollout.report.data_statistics import read_statistics
 from rollout.report.history import read_history
 from rollout.report.page import Subject, page
@@ -70,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{path} cannot be written ({error.strerror}): choose another file with --output."
             ) from error
     except InputError as error:
-        print(error, file=sys.stderr)
+        say(str(error), sys.stderr)
         return Exit.BAD_INPUT
-    print(path)
+    say(str(path))
     return Exit.COMPLETE
 
 
