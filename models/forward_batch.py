@@ -31,6 +31,16 @@ class ForwardBatch:
     logits_lens: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     """[S] last new tokens of each sequence whose logits are wanted; [0] if only each sequence's last token's are."""
 
+    decode_lens: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[S] last new tokens of each sequence that are attended one by one, as in rows that decode; [0] if those are the
+    only new tokens of their sequences. Kernels for one token and for several round differently, so a token that is
+    computed again gets the same bits only in the way it was computed first."""
+
+    @property
+    def decodes(self) -> IntArray:
+        """[S] last new tokens of each sequence that are attended one by one; the tokens before them are its prefill."""
+        return self.decode_lens if len(self.decode_lens) else (self.query_lens == 1).astype(np.int64)
+
     @property
     def wanted_lens(self) -> IntArray:
         """[S] last new tokens of each sequence whose logits are wanted; K is their sum."""

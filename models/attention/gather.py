@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -268,4 +268,6 @@ class GatherBackend:
         return f"{self.function.name}+{GatherAttention.name}"
 
     def __call__(self, pool: PagePool, batch: ForwardBatch) -> GatherAttention:
-        return GatherAttention(pool, batch, PrefillAttention(pool, batch, self.function))
+        # Pages are gathered for sequences with one new token, and the function attends in all others.
+        whole = replace(batch, decode_lens=np.zeros(0, np.int64))
+        return GatherAttention(pool, batch, PrefillAttention(pool, whole, self.function))

@@ -15,7 +15,7 @@ import torch
 
 from rollout.models.arrays import uploaded
 from rollout.models.attention.interface import ScoreParams
-from rollout.models.forward_batch import ForwardBatch, token_slots
+from rollout.models.forward_batch import ForwardBatch, countdown, token_slots
 from rollout.models.kv_cache.layout import MaskKind
 from rollout.models.kv_cache.page_pool import PagePool, Slots
 
@@ -29,7 +29,7 @@ class VarlenMetadata:
     cu_seqlens_k: torch.Tensor
     """[n + 1] int32 on the device: 0, then the end of each sequence's keys."""
     max_seqlen_q: int
-    """Most queries of one sequence; at least 2."""
+    """Most queries of one sequence."""
     max_seqlen_k: int
     """Most keys of one sequence."""
 
@@ -74,13 +74,15 @@ class PrefillAttention:
         self._pool = pool
         self._function = function
         self._tokens: slice | torch.Tensor | None = None
-        prefills = batch.query_lens > 1
-        query_lens, seq_lens = batch.query_lens[prefills], batch.seq_lens[prefills]
+        prefill_lens = batch.query_lens - batch.decodes
+        prefills = prefill_lens > 0
+        query_lens = prefill_lens[prefills]
+        seq_lens = batch.prefix_lens[prefills] + query_lens
         if not len(query_lens):
             return
-        tokens = np.flatnonzero(np.repeat(prefills, batch.query_lens))
+        tokens = np.repeat(batch.offsets[prefills] + query_lens, query_lens) - countdown(query_lens)
         first, last = int(tokens[0]), int(tokens[-1])
-        # The engine puts prefills side by side, unless one of a single token lies between them.
+        # The engine puts prefills side by side; tokens that are attended one by one may lie between them.
         contiguous = last - first + 1 == len(tokens)
         self._tokens = slice(first, last + 1) if contiguous else uploaded(tokens, pool.device)
         self._stored: Slots | None = None

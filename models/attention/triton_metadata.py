@@ -3,11 +3,11 @@
 Kernels read sequences and work items from fixed addresses, so a CUDA graph serves every forward that fits. What the
 host plans depends on lengths alone, and serves every layer.
 
-A work item is either one query over a split of its keys, or a tile of queries over all of theirs. Splits begin at
-multiples of `SPLIT_TOKENS`, so their number depends only on the query's position in its own sequence, not on the batch
-composition. How many queries a tile holds depends on the heads that share keys, which only the model's forward tells.
-So the kinds of tiles that forwards have asked for are listed once per backend (`TileKinds`), and all later metadata
-plan them when they are filled.
+A work item is either one query over a split of its keys (`ForwardBatch.decodes`), or a tile of queries over all of
+theirs. Splits begin at multiples of `SPLIT_TOKENS`, so their number depends only on the query's position in its own
+sequence, not on the batch composition. How many queries a tile holds depends on the heads that share keys, which only
+the model's forward tells. So the kinds of tiles that forwards have asked for are listed once per backend (`TileKinds`),
+and all later metadata plan them when they are filled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from rollout.models.arrays import IntArray, ceil_div, upload
 from rollout.models.attention.page_entries import Int32Array, PageEntries
-from rollout.models.forward_batch import ForwardBatch
+from rollout.models.forward_batch import ForwardBatch, countdown
 from rollout.models.kv_cache.layout import MaskKind
 from rollout.models.kv_cache.slab_table import SlabTable
 
@@ -41,27 +41,32 @@ class MetadataSizes:
     """Size of a forward, or the largest size that metadata has room for."""
 
     decodes: int
-    """Sequences with one new token."""
+    """Tokens that are attended one by one."""
     prefills: int
-    """Sequences with several new tokens."""
+    """Sequences with tokens that are attended together."""
     tokens: int
     """New tokens in total, including padding."""
     entries: int
     """Page table entries in total; a shared page counts once per sequence."""
+    splits: int = 0
+    """Splits of the keys of the decoded tokens; 0 for at most one such token per sequence, which entries limit."""
 
     @classmethod
     def of(cls, batch: ForwardBatch, page_size: int) -> MetadataSizes:
         """Return the exact size of one forward."""
+        decodes = batch.decodes
+        several = bool((batch.decode_lens > 1).any())
         return cls(
-            decodes=int(np.count_nonzero(batch.query_lens == 1)),
-            prefills=int(np.count_nonzero(batch.query_lens > 1)),
+            decodes=int(decodes.sum()),
+            prefills=int(np.count_nonzero(batch.query_lens > decodes)),
             tokens=batch.tokens.shape[0],
             entries=int(_page_counts(batch, page_size).sum()),
+            splits=int((_decoded(batch).positions // SPLIT_TOKENS + 1).sum()) if several else 0,
         )
 
     def tiles(self, queries: int) -> int:
         """Return the most tiles of so many queries that the prefills may make up; each may end with a partial one."""
-        return self.tokens // queries + min(self.prefills, self.tokens // 2)
+        return self.tokens // queries + min(self.prefills, self.tokens)
 
     def holds(self, other: MetadataSizes) -> bool:
         """Return whether a forward of size ``other`` fits."""
@@ -70,6 +75,7 @@ class MetadataSizes:
             and other.prefills <= self.prefills
             and other.tokens <= self.tokens
             and other.entries <= self.entries
+            and other.splits <= self.splits
         )
 
 
@@ -133,7 +139,7 @@ class TritonMetadata:
         layout, device = slabs.pool.layout, slabs.pool.device
         self._page_size = layout.page_size
         mask_kinds = list(dict.fromkeys(layer.mask_kind for layer in layout.layers)) if capacity.decodes else []
-        items = capacity.decodes + capacity.entries * self._page_size // SPLIT_TOKENS
+        items = max(capacity.splits, capacity.decodes + capacity.entries * self._page_size // SPLIT_TOKENS)
         tile_counts = {kind: capacity.tiles(kind.queries) for kind in tile_kinds} if capacity.prefills else {}
         # Pages come last, so that unused entries need not be copied.
         sizes = [
@@ -281,19 +287,37 @@ def _page_counts(batch: ForwardBatch, page_size: int) -> IntArray:
     return pages
 
 
+class _Decoded(NamedTuple):
+    """Tokens that are attended one by one."""
+
+    sequences: IntArray
+    tokens: IntArray
+    """Their indices among the new tokens."""
+    positions: IntArray
+
+
+def _decoded(batch: ForwardBatch) -> _Decoded:
+    """Return the tokens of a batch that are attended one by one, sequence by sequence."""
+    if not len(batch.decode_lens):
+        sequences = (batch.query_lens == 1).nonzero()[0]
+        return _Decoded(sequences, batch.offsets[sequences], batch.prefix_lens[sequences])
+    sequences, back = np.arange(len(batch.decode_lens)).repeat(batch.decode_lens), countdown(batch.decode_lens)
+    ends = (batch.offsets + batch.query_lens)[sequences]
+    return _Decoded(sequences, ends - back, batch.seq_lens[sequences] - back)
+
+
 def _fill_splits(
     items: Int32Array, rows: Int32Array, batch: ForwardBatch, first_entries: IntArray, mask_kind: MaskKind
 ) -> int:
-    """Write items [capacity, ITEM_FIELDS] and rows [capacity, ROW_FIELDS] of the decoding rows; return the items."""
-    decodes = (batch.query_lens == 1).nonzero()[0]
-    tokens, positions = batch.offsets[decodes], batch.prefix_lens[decodes]
+    """Write items [capacity, ITEM_FIELDS] and rows [capacity, ROW_FIELDS] of the decoded tokens; return the items."""
+    sequences, tokens, positions = _decoded(batch)
     first_keys = mask_kind.first_keys(positions)
     first_splits = first_keys // SPLIT_TOKENS
     counts = positions // SPLIT_TOKENS - first_splits + 1
     ends = counts.cumsum()
     starts = ends - counts
     count = int(ends[-1]) if len(ends) else 0
-    of = np.arange(len(decodes)).repeat(counts)
+    of = np.arange(len(tokens)).repeat(counts)
     begins = ((first_splits - starts).repeat(counts) + np.arange(count)) * SPLIT_TOKENS
     filled = items[:count]
     filled[:, 0] = tokens[of]
@@ -303,18 +327,19 @@ def _fill_splits(
     filled[starts, 3] = np.maximum(first_keys, begins[starts])
     filled[:, 4] = begins + SPLIT_TOKENS
     filled[ends - 1, 4] = positions + 1
-    filled[:, 5] = first_entries[decodes][of]
-    rows[: len(decodes), 0] = tokens
-    rows[: len(decodes), 1] = starts
-    rows[: len(decodes), 2] = counts
-    rows[len(decodes) :] = 0
+    filled[:, 5] = first_entries[sequences][of]
+    rows[: len(tokens), 0] = tokens
+    rows[: len(tokens), 1] = starts
+    rows[: len(tokens), 2] = counts
+    rows[len(tokens) :] = 0
     return count
 
 
 def _tiles(batch: ForwardBatch, first_entries: IntArray, kind: TileKind) -> Int32Array:
     """Return items [n, ITEM_FIELDS] of the prefills, those with the most keys first to balance the last programs."""
-    prefills = np.flatnonzero(batch.query_lens > 1)
-    lengths = batch.query_lens[prefills]
+    prefill_lens = batch.query_lens - batch.decodes
+    prefills = np.flatnonzero(prefill_lens)
+    lengths = prefill_lens[prefills]
     counts = ceil_div(lengths, kind.queries)
     starts = np.cumsum(counts) - counts
     of = np.repeat(np.arange(len(prefills)), counts)

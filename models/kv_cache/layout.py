@@ -88,6 +88,10 @@ class KVLayout:
     boundary: int | None = None
     """Sequence length above which rotary frequencies switch for all tokens (longrope); None if they never do."""
 
+    decodes_apart: bool = False
+    """Whether tokens that a row has generated are to be computed again as they were at first, one by one, and not taken
+    for those of a prompt: the bits of their keys and values differ."""
+
     def alike(self, tokens: int, others: int) -> bool:
         """Return whether sequences of ``tokens`` and ``others`` tokens can share the pages of a common prefix."""
         return self.boundary is None or (tokens > self.boundary) == (others > self.boundary)

@@ -191,7 +191,9 @@ class CudaGraphRunner(Runner):
     def _can_replay(self, batch: ForwardBatch) -> bool:
         if self._model in _refused or len(batch.logits_lens) or not len(batch.query_lens):
             return False
-        if not self._backend.prefills_in_kernels and len(batch.tokens) > len(batch.query_lens):
+        if not self._backend.prefills_in_kernels and Rung.of(batch).mixed:
+            return False
+        if (batch.decode_lens > 1).any():  # graphs have room for the splits of one token per sequence
             return False
         if torch.is_autocast_enabled(self._pool.device.type):
             return False

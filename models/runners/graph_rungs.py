@@ -32,7 +32,7 @@ class Rung(NamedTuple):
     logits: int
     """Sequences, including padding: rows of the logits."""
     mixed: bool
-    """Whether sequences may have several new tokens."""
+    """Whether sequences may have new tokens that are attended together."""
 
     @classmethod
     def of(cls, batch: ForwardBatch) -> Self:
@@ -42,7 +42,7 @@ class Rung(NamedTuple):
         each is at least what costs as much as a single one.
         """
         tokens, sequences = len(batch.tokens), len(batch.query_lens)
-        if tokens == sequences:
+        if tokens == sequences and not len(batch.decode_lens):
             return cls(next_power_of_2(tokens), next_power_of_2(tokens), mixed=False)
         return cls(
             max(_LEAST_MIXED_TOKENS, next_power_of_2(tokens)),

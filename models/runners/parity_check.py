@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,8 +39,8 @@ class _Sequence:
     """[tokens] token ids."""
     pages: IntArray
     """[pages] page ids."""
-    ends: tuple[int, int, int]
-    """Tokens computed after each of the three forwards."""
+    ends: tuple[int, ...]
+    """Tokens computed after each of its forwards."""
 
 
 def check_parity(
@@ -77,7 +77,7 @@ def check_invariance(
     layout: KVLayout,
     applied: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
-    """Compare the logits of one sequence alone and in company, bit for bit.
+    """Compare the logits of one sequence alone, in company, and computed again after it was decoded, bit for bit.
 
     Args:
         strategy, layout, applied: as in `check_parity`.
@@ -93,6 +93,19 @@ def check_invariance(
         raise UnsupportedModel(
             f"batch_invariant=true was requested, but logits of {family_name(model)} in {layout.dtype} on "
             f"{output_device(model)} depend on the other rows of a step (by up to {distance:.2g})."
+        )
+    if strategy.prefills_whole_context:  # no such row is preempted
+        return
+    row, end = sequences[0], len(sequences[0].ids)
+    stepwise = replace(row, ends=tuple(range(end - _LATER_TOKENS[0], end + 1)))
+    decoded = _paged_logits(strategy, [stepwise], layout, applied)[-1, 0]
+    whole = replace(row, ends=(end,))
+    again = _paged_logits(strategy, [whole], layout, applied, decode_lens=np.array(_LATER_TOKENS[:1]))[-1, 0]
+    if not torch.equal(decoded, again):
+        distance = float((decoded - again).abs().max())
+        raise UnsupportedModel(
+            f"batch_invariant=true was requested, but logits of {family_name(model)} in {layout.dtype} on "
+            f"{output_device(model)} depend on how tokens are divided over steps (by up to {distance:.2g})."
         )
 
 
@@ -115,8 +128,9 @@ def _paged_logits(
     sequences: list[_Sequence],
     layout: KVLayout,
     applied: Callable[[], AbstractContextManager[None]],
+    decode_lens: IntArray | None = None,
 ) -> torch.Tensor:
-    """Return logits [forwards, sequences, V] of the last token of each forward."""
+    """Return logits [forwards, sequences, V] of the last token of each forward; see `ForwardBatch.decode_lens`."""
     pages = sum(len(sequence.pages) for sequence in sequences)
     pool = PagePool(layout, pages, output_device(strategy.model), len(sequences))
     states = np.zeros(0, np.int64)
@@ -142,6 +156,7 @@ def _paged_logits(
                     prefix_lens=starts,
                     query_lens=ends - starts,
                     states=states,
+                    decode_lens=np.zeros(0, np.int64) if decode_lens is None else decode_lens,
                 )
                 # The next forward may overwrite the logits.
                 logits.append(runner.forward(batch).float().clone())

@@ -14,6 +14,8 @@ from rollout.models.arrays import uploaded
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import KVLayout
 
+_NONE: IntArray = np.zeros(0, np.int64)
+
 
 def build_forward_batch(
     live: LiveBatch, slots: IntArray, chunks: Sequence[PrefillChunk], layout: KVLayout
@@ -41,8 +43,16 @@ def build_forward_batch(
         prefix_lens=np.concatenate([lengths - 1, computed]),
         query_lens=np.concatenate([np.ones(rows, np.int64), chunk_tokens]),
         known_lens=np.concatenate([lengths, contexts]),
+        decode_lens=_decode_lens(rows, chunks) if layout.decodes_apart else _NONE,
         states=np.concatenate([live.states[slots].ravel(), *(chunk.prefill.states[:1] for chunk in chunks)]),
     )
+
+
+def _decode_lens(rows: int, chunks: Sequence[PrefillChunk]) -> IntArray:
+    """Return [S] the generated tokens of each sequence: one of each row, and those that chunks compute again."""
+    ends = [prefill.computed + tokens - len(prefill.group.prompt_ids) for prefill, tokens in chunks]
+    generated = [min(max(0, end), chunk.tokens) for end, chunk in zip(ends, chunks, strict=True)]
+    return np.array([1] * rows + generated, np.int64)
 
 
 def _decoding(live: LiveBatch, slots: IntArray) -> ForwardBatch:

@@ -116,7 +116,7 @@ class LiveModule:
             UnsupportedModel: the strategy fails without patches too.
         """
         deliver_signals()
-        layout = strategy.kv_layout()
+        layout = self._layout_of(strategy)
         self._patches = Patches(self.model, has_states=bool(layout.states), batch_invariant=self._batch_invariant)
         self._patches.fit(self._free_bytes())
         try:
@@ -141,8 +141,11 @@ class LiveModule:
     def layout(self) -> KVLayout:
         """Return what the module stores per token and per row."""
         if self.autocast not in self._layouts:
-            self._layouts[self.autocast] = self.strategy.kv_layout()
+            self._layouts[self.autocast] = self._layout_of(self.strategy)
         return self._layouts[self.autocast]
+
+    def _layout_of(self, strategy: RunStrategy) -> KVLayout:
+        return replace(strategy.kv_layout(), decodes_apart=self._batch_invariant and self.device.type == "cuda")
 
     def declare_changed(self) -> None:
         """Take it that all weights differ when they are next looked at."""

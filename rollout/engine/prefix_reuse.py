@@ -49,6 +49,7 @@ class PrefixReuse:
         self._keeps_rows = kv.keeps_rows
         self._shares = not kv.pool.layout.states
         self._page_size = kv.pool.layout.page_size
+        self._decodes_apart = kv.pool.layout.decodes_apart
         self._copies: list[PartialCopy] = []
         if self._shares:
             queue.watch(self)
@@ -96,9 +97,16 @@ class PrefixReuse:
 
     # -- rows that begin -------------------------------------------------------------------------------
 
-    def take(self, context: IntArray) -> CachedPrefix:
-        """Take references to the longest beginning of ``context`` in memory; its last token's logits are needed."""
-        return self._cache.match(context) if self._shares else NO_PREFIX
+    def take(self, context: IntArray, prompt: int) -> CachedPrefix:
+        """Take references to the longest beginning of ``context`` in memory; its last token's logits are needed.
+
+        Args:
+            context: of a row.
+            prompt: how many of its tokens are the prompt's.
+        """
+        if not self._shares:
+            return NO_PREFIX
+        return self._cache.match(context[: prompt + 1] if self._decodes_apart else context)
 
     def drop(self, prefix: CachedPrefix) -> None:
         """Give the references back."""
@@ -165,14 +173,14 @@ class PrefixReuse:
     # -- rows that end ---------------------------------------------------------------------------------
 
     def keep(self, group: Group, generated: IntArray, pages: IntArray) -> None:
-        """Leave the pages of a row that ends in the cache, if this call keeps them.
+        """Leave the pages of a row that ends in the cache, if this call keeps them; else only the prompt's stay.
 
         Args:
             group: of the row.
             generated: [tokens] of its completion; the last one has not been computed.
             pages: of the row.
         """
-        if self._keeps_rows:
+        if self._keeps_rows and not self._decodes_apart:
             self._cache.insert(np.concatenate([group.prompt_ids, generated])[:-1], pages)
 
     def discard(self, group: Group) -> None:

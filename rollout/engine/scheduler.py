@@ -121,7 +121,7 @@ class Scheduler:
             context = row.context
             # One token more than the context, so that every admitted row can add at least one.
             needed = self._pages_for(len(context) + 1)
-            prefix = self._prefixes.take(context)
+            prefix = self._prefixes.take(context, len(group.prompt_ids))
             keep_free = self._admission_reserve(alive)
             if not self._reserve(needed - len(prefix.full), self._states_per_row, keep_free):
                 self._prefixes.drop(prefix)

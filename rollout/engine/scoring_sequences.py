@@ -81,6 +81,11 @@ class Chunk(NamedTuple):
         """Index in the completion of the first token whose log-probability these logits give."""
         return self.end - self.wanted - self.sequence.first_wanted
 
+    @property
+    def decoded(self) -> int:
+        """Of how many of its last tokens belong to the completion."""
+        return max(0, self.end - max(self.start, self.sequence.first_wanted + 1))
+
 
 def make_sequences(pairs: Sequence[Pair], layout: KVLayout, *, share: bool) -> list[ScoredSequence]:
     """Return the sequences of valid pairs with a completion, long ones first, each after its prefix.
@@ -178,5 +183,6 @@ def build_batch(chunks: Sequence[Chunk], layout: KVLayout, device: torch.device)
         query_lens=ends - starts,
         known_lens=np.array([chunk.sequence.known for chunk in chunks], np.int64),
         logits_lens=np.array([chunk.wanted for chunk in chunks], np.int64),
+        decode_lens=np.array([chunk.decoded for chunk in chunks], np.int64) if layout.decodes_apart else _NONE,
         states=np.concatenate([chunk.sequence.states for chunk in chunks]),
     )

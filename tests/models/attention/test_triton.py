@@ -6,6 +6,7 @@ small, and keys are split more finely than on a GPU.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,48 @@ def test_prefill_bits_do_not_depend_on_chunks_batch_or_pages(dtype: torch.dtype,
     world = World(lengths, dtype, 13, device, place=1, page_size=7, slab_pages=3)
     for parts in [*forwards, [(0, range(19, 39))]]:
         same_bits(alone, world.run(parts), parts, KINDS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_generated_tokens_that_are_computed_again_have_the_same_bits(dtype: torch.dtype, device: torch.device) -> None:
+    """In one forward and in two, beside a prompt of one token, and in layers of every mask."""
+    prompt, length = 26, triton_metadata.SPLIT_TOKENS + 9
+    first = World([length, 1], dtype, 14, device)
+    steps = [first.run([(0, range(prompt))]), *(first.run([(0, range(n, n + 1))]) for n in range(prompt, length))]
+    generated = [torch.cat([step[index] for step in steps]) for index in range(len(KINDS))]
+
+    def again(*forwards: tuple[Parts, list[int]]) -> list[torch.Tensor]:
+        """[layer][tokens of the first sequence]"""
+        world = World([length, 1], dtype, 14, device, place=1, page_size=7)
+        outputs = []
+        for parts, decode_lens in forwards:
+            batch = replace(world.forward(parts), decode_lens=np.array(decode_lens))
+            own = len(parts[0][1])
+            outputs.append([out[:own] for out in world.attend(world.steps(world.pool, batch).compute, parts)])
+        return [torch.cat(layer) for layer in zip(*outputs, strict=True)]
+
+    whole, one = (0, range(length)), (1, range(1))
+    for found in (
+        again(([whole, one], [length - prompt, 0])),
+        again(([(0, range(25))], [0]), ([(0, range(25, 30)), one], [4, 0]), ([(0, range(30, length))], [length - 30])),
+    ):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, generated, strict=True))
+    together = again(([whole], [0]))
+    assert not all(torch.equal(ours, theirs) for ours, theirs in zip(together, generated, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_a_prompt_s_last_token_has_the_same_bits_in_a_chunk_of_its_own(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    length = triton_metadata.SPLIT_TOKENS + 9
+    whole = World([length], dtype, 15, device).run([(0, range(length))])
+    world = World([length], dtype, 15, device, place=1)
+    world.run([(0, range(length - 1))])
+    parts: Parts = [(0, range(length - 1, length))]
+    batch = replace(world.forward(parts), decode_lens=np.array([0]))
+    alone = world.attend(world.steps(world.pool, batch).compute, parts)
+    assert all(torch.equal(ours[0], theirs[-1]) for ours, theirs in zip(alone, whole, strict=True))
 
 
 # -- which is chosen ------------------------------------------------------------------------------------
