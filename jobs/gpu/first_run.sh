@@ -121,7 +121,7 @@ run_a() {
     part 30 memory_pressure "${pytest[@]}" --durations 3 tests/gpu/test_memory_pressure.py
     report tests memory_pressure
   fi
-  local contract=(model_parity batch_independence long_sequences scoring sessions untouched_trainer async_tokens)
+  local contract=(model_parity batch_independence batch_invariance_on_gpu long_sequences scoring sessions untouched_trainer async_tokens)
   [ -n "$tiny" ] && contract=(batch_independence)
   contract=("${contract[@]/#/tests/contract/test_}")
   part 40 contract "${pytest[@]}" "${parallel[@]}" --maxfail 15 "${contract[@]/%/.py}"

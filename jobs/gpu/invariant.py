@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from jobs.bench.lib.spies import watched
 from jobs.gpu.common import TINY, ended, guarded, random_model, say, start
-from jobs.gpu.spies import watched
 from jobs.gpu.steps import ROWS, Steps, prefill
 from rollout import Engine, Record, SamplingParams
 

@@ -19,8 +19,8 @@ import torch
 
 from jobs.bench.engines.transformers_continuous import Continuous
 from jobs.bench.lib import workload
+from jobs.bench.lib.spies import Spies, watched
 from jobs.gpu.common import CUDA, DEVICE, TINY, ended, free_memory, guarded, random_model, say, start, synchronize
-from jobs.gpu.spies import Spies, watched
 from rollout import Engine, SamplingParams
 from rollout.requests import Request, StepReport
 

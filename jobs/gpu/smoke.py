@@ -21,8 +21,8 @@ import torch
 import transformers
 import triton
 
+from jobs.bench.lib.spies import Spies, watched
 from jobs.gpu.common import CUDA, DEVICE, TINY, ended, guarded, say, start, synchronize
-from jobs.gpu.spies import Spies, watched
 from rollout import Engine, FinishedPerPrompt, Record, SamplingParams
 
 _BASE: dict[str, Any] = {

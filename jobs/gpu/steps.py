@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from jobs.bench import decode_bandwidth as bench
+from jobs.bench.lib.spies import Spies, watched
 from jobs.gpu.common import CUDA, DEVICE, OUT, TINY, ended, guarded, random_model, say, start, synchronize
-from jobs.gpu.spies import Spies, watched
 from rollout import Engine, SamplingParams
 from rollout.models.runners import cuda_graphs
 from rollout.models.runners.select import select_strategy

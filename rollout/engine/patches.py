@@ -42,7 +42,6 @@ class Patches:
     def __init__(self, model: nn.Module, *, has_states: bool, batch_invariant: bool = False) -> None:
         self._model = model
         self._groups = layers_with_shared_inputs(model, on_gpu=batch_invariant)
-        self._has_states = has_states
         self._batch_invariant = batch_invariant
         device = output_device(model)
         self._invariant_on_gpu = batch_invariant and device.type == "cuda"
