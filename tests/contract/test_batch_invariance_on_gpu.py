@@ -34,10 +34,10 @@ PROMPTS = [[5, 6] * 23, [9, 10] * 23, [3]]
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's attention, with small cuts in the interpreter, and layouts of a GPU's batch-invariant engine."""
+    """Triton's attention with short splits; without a GPU small cuts, and layouts of a batch-invariant engine on one."""
+    monkeypatch.setattr(triton_metadata, "SPLIT_TOKENS", 16)
     if kernels_run_here(monkeypatch).type == "cuda":
         return
-    monkeypatch.setattr(triton_metadata, "SPLIT_TOKENS", 16)
     small = TileSizes(16, 16, 4), TileSizes(16, 32, 4)
     monkeypatch.setattr(triton, "_TILE_SIZES", dict.fromkeys(triton._TILE_SIZES, small))
     monkeypatch.setattr(parity_check, "_COMPANY", 1)
