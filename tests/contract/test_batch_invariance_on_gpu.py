@@ -34,7 +34,7 @@ PROMPTS = [[5, 6] * 23, [9, 10] * 23, [3]]
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's attention with short splits; without a GPU small cuts, and layouts of a batch-invariant engine on one."""
+    """Triton's attention with short splits, small cuts where there is no GPU, and a batch-invariant GPU's layouts."""
     monkeypatch.setattr(triton_metadata, "SPLIT_TOKENS", 16)
     if kernels_run_here(monkeypatch).type == "cuda":
         return
