@@ -2,9 +2,9 @@
 
     python -m jobs.bench.captures random:tiny --rows 256,1024
 
-Prompts of 16 tokens with outputs of 1 to 512 tokens, drawn evenly, begin together; rows end and none join. Two calls of
-one engine are measured, and three of a session, which keeps its graphs. Forwards and graphs compute nothing, so no GPU
-is needed: what is captured depends on the sizes of steps alone.
+Prompts of 16 tokens with outputs of 1 to 512 tokens, drawn evenly, begin together; rows end and none join. Three calls
+of one engine are measured, then three of a session. Forwards and graphs compute nothing, so no GPU is needed: what is
+captured depends on the sizes of steps alone.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import random
 import sys
 from functools import partial
 from typing import Any
+from unittest import mock
 
 from jobs.bench.lib import cli, tables
 from jobs.bench.lib.empty_graphs import runner_of_empty_graphs
 from jobs.bench.lib.spies import Spies, watched
 from rollout import Engine, SamplingParams
+from rollout.engine.live_module import LiveModule
 
 HEADER = ("rows", "call", "steps", "captures", "replayed", "eager", "sizes captured, in tokens")
 LONGEST = 512
@@ -26,7 +28,8 @@ PROMPT = 16
 
 def lines(model: Any, rows: int, spies: Spies) -> list[tuple[str, ...]]:
     """Return rows under `HEADER`."""
-    engine = Engine(model, None, max_rows=rows)
+    with mock.patch.object(LiveModule, "may_keep_graphs", True):
+        engine = Engine(model, None, max_rows=rows)
     strategy: Any = engine._module.strategy
     strategy.runner = partial(runner_of_empty_graphs, strategy)
     rng = random.Random(0)
@@ -35,7 +38,7 @@ def lines(model: Any, rows: int, spies: Spies) -> list[tuple[str, ...]]:
     params = [SamplingParams(max_new_tokens=rng.randint(1, LONGEST), ignore_eos=True) for _ in range(rows)]
     found = []
     with engine.session() as session:
-        calls = [("engine", engine)] * 2 + [("session", session)] * 3
+        calls = [("engine", engine)] * 3 + [("session", session)] * 3
         for number, (name, each) in enumerate(calls):
             spies.clear()
             batch = each.generate(prompts, params, seed=number)

@@ -40,6 +40,11 @@ class ShardedWeights:
         for module in self._fsdp2:
             _refuse_unknown_state(module._get_fsdp_state())
 
+    @property
+    def gathers(self) -> bool:
+        """Whether there is anything to gather."""
+        return bool(self._fsdp1 or self._fsdp2)
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Gather all weights inside the block. Every rank must enter it; each may leave it when it likes.

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Most of a GPU's memory that captured graphs hold between calls, as a share: 0.3 GB of 80.
+_GRAPHS_SHARE = 1 / 256
+
 
 class Engine:
     """Generates with a live module: uses its weights without a copy and leaves the module unchanged.
@@ -170,8 +173,9 @@ class Engine:
             split_reasoning=split_reasoning,
         )
         sessions = self._generation.sessions
-        if keep_prefixes_bytes:
-            self._kept = KeptMemory(keep_prefixes_bytes)
+        graph_bytes = int(_GRAPHS_SHARE * headroom.total_bytes) if self._module.may_keep_graphs else 0
+        if keep_prefixes_bytes or graph_bytes:
+            self._kept = KeptMemory(keep_prefixes_bytes, graph_bytes)
             sessions.add(self._kept)
         self._scoring = Scoring(
             self._module, headroom, sessions, max_kv_bytes=max_kv_bytes, reserve_fraction=reserve_fraction

@@ -37,8 +37,6 @@ OnRecord = Callable[[Request, Record], None]
 _FIRST_ROWS = 64
 #: Prompts whose completion lengths are remembered between calls.
 _REMEMBERED_PROMPTS = 1 << 16
-#: Tokens that a slab of a session has at least, memory permitting: its first call may be its smallest.
-_SESSION_SLAB_TOKENS = 2048
 
 
 class Generation:
@@ -248,7 +246,7 @@ class Generation:
             self._module.device,
             max_kv_bytes=self._max_kv_bytes,
             reserve_fraction=self._reserve_fraction,
-            expected_tokens=max(queue.max_tokens, 0 if kept is None else _SESSION_SLAB_TOKENS),
+            expected_tokens=max(queue.max_tokens, 0 if kept is None else kept.slab_tokens),
             expected_rows=max(1, len(queue)),
             sync=self._module.sync,
             idle=self.sessions,

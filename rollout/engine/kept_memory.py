@@ -1,9 +1,10 @@
-"""Memory that sessions keep between their calls: KV, and the CUDA graphs that read it."""
+"""Memory that is kept between calls: KV of sessions, and the CUDA graphs of any engine."""
 
 from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.runners.base import Runner
 
 logger = logging.getLogger(__name__)
+
+_SESSION_SLAB_TOKENS = 2048
 
 
 class KVKey(NamedTuple):
@@ -43,20 +46,30 @@ class _Held(NamedTuple):
 
 
 class KeptMemory:
-    """The KV memory of one session, or of an engine that keeps prefixes, and the runner on it.
+    """The KV memory of one session or engine, and the runner on it.
 
     A call takes it and puts it back; if the call fails, it is lost. Threads may use it at the same time: of two calls,
     the second finds nothing.
 
     Args:
         limit: most bytes to keep between calls.
+        runner_limit: if that is more, most bytes to keep of what a runner has prepared; it stays with an empty pool.
     """
 
-    def __init__(self, limit: float = math.inf) -> None:
+    def __init__(self, limit: float = math.inf, runner_limit: float = 0) -> None:
         self.limit = limit
+        self._runner_limit = max(limit, runner_limit)
         self._lock = threading.Lock()
         self._held: _Held | None = None
         self.closed = False
+
+    @property
+    def slab_tokens(self) -> int:
+        """Tokens that a slab has at least, memory permitting: the first call may be the smallest.
+
+        A slab that a session keeps should not be much larger than what is in it.
+        """
+        return _SESSION_SLAB_TOKENS if self.limit else sys.maxsize
 
     @property
     def bytes_held(self) -> int:
@@ -74,7 +87,7 @@ class KeptMemory:
         """Return what the session keeps that is of use under ``key``, or None.
 
         Keys and values of other weights are dropped. A runner stays with their empty pool, unless the module's
-        structure has changed.
+        structure has changed, or the pool would grow too coarsely in the memory that is left by now.
 
         Raises:
             InputError: the session is closed.
@@ -95,6 +108,9 @@ class KeptMemory:
             kv.cache.clear()
             kv.shrink_to(0)
         kv.begin_call(0 if runner is None else runner.bytes_kept)
+        if not kv.bytes_held and kv.is_coarse:
+            _free(held)
+            return None
         return Kept(kv, runner)
 
     def put(self, kv: KVMemory, key: KVKey, runner: Runner, moves: int) -> None:
@@ -102,8 +118,8 @@ class KeptMemory:
         if self.closed:
             runner.close()
             return
-        prepared = runner.rest(self.limit)
-        kv.shrink_to(self.limit - prepared)
+        prepared = runner.rest(self._runner_limit)
+        kv.shrink_to(max(0, self.limit - prepared))
         _free(self._swap(_Held(Kept(kv, runner if prepared else None), key, moves)))
 
     def release(self) -> None:

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 _MAX_SLAB_BYTES = 1 << 30
 #: The pool grows to about this many slabs, so it follows the headroom in steps of a sixteenth.
 _SLABS = 16
+#: The least slabs that a pool should have room for.
+_FEW_SLABS = 4
 #: What is kept between calls may take this many slabs, so that little of it is lost to whole slabs.
 _KEPT_SLABS = 4
 
@@ -157,6 +159,11 @@ class KVMemory:
     def attainable_pages(self) -> int:
         """KV pages that rows use, that are free, and of slabs that may be added if no new row needs a state."""
         return self.pool.used_pages + self.pool.free_pages + self._growable_slabs() * self.pool.slab_pages
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether the pool has room for few slabs, since they were made when there was more memory."""
+        return self.pool.slab_pages > 1 and self._growable_bytes() < _FEW_SLABS * self.pool.slab_bytes
 
     @property
     def excess_bytes(self) -> int:

@@ -147,6 +147,11 @@ class LiveModule:
     def _layout_of(self, strategy: RunStrategy) -> KVLayout:
         return replace(strategy.kv_layout(), decodes_apart=self._batch_invariant and self.device.type == "cuda")
 
+    @property
+    def may_keep_graphs(self) -> bool:
+        """Whether CUDA graphs of one call may serve the next: on a GPU, unless each call gathers the weights anew."""
+        return self.device.type == "cuda" and not self._weights.gathers
+
     def declare_changed(self) -> None:
         """Take it that all weights differ when they are next looked at."""
         self._declared = True
