@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from rollout.models.arrays import version
-from rollout.models.module.borrow import BorrowedModule
-from rollout.models.module.inspect import output_device, vocabulary_size
+from rollout.models.module.inspect import output_device
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 LinearGroup = tuple[nn.Linear, ...]
-
-#: Tokens of the observed forward; their values do not matter.
-_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,26 +32,21 @@ class _Call:
         return self.x is other.x and self.version == other.version
 
 
-def layers_with_shared_inputs(model: nn.Module, *, on_gpu: bool = False) -> list[LinearGroup]:
-    """Return groups of linear layers, each in call order, observed in one forward of the model.
+@contextmanager
+def shared_inputs(model: nn.Module, *, on_gpu: bool = False) -> Iterator[list[LinearGroup]]:
+    """Observe the forward that runs inside the block, which may be another probe's.
 
-    The layers of a group share input and dtype and are called once per forward. On a GPU, returns no groups unless
+    After the block the list has the groups of linear layers, each in call order. The layers of a group share input and
+    dtype and are called once per forward; the values of the forward do not matter. On a GPU, finds no groups unless
     asked to.
     """
+    groups: list[LinearGroup] = []
     if output_device(model).type != "cpu" and not on_gpu:
-        return []
-    calls = _calls_in_forward(model)
-    groups: list[list[nn.Linear]] = []
-    previous: _Call | None = None
-    for call in calls:
-        shared = previous is not None and call.shares_input(previous)
-        if shared and call.layer.weight.dtype == groups[-1][0].weight.dtype:
-            groups[-1].append(call.layer)
-        else:
-            groups.append([call.layer])
-        previous = call
-    counts = Counter(id(call.layer) for call in calls)
-    return [tuple(group) for group in groups if len(group) > 1 and all(counts[id(layer)] == 1 for layer in group)]
+        yield groups
+        return
+    with _recorded_calls(model) as calls:
+        yield groups
+    groups += _grouped(calls)
 
 
 class MergedProduct:
@@ -108,8 +99,9 @@ def while_weight_stays(layer: nn.Linear, product: Product) -> Product:
     return forward
 
 
-def _calls_in_forward(model: nn.Module) -> list[_Call]:
-    """Return the calls of linear layers in one forward of the model."""
+@contextmanager
+def _recorded_calls(model: nn.Module) -> Iterator[list[_Call]]:
+    """Record this thread's calls of linear layers inside the block."""
     calls: list[_Call] = []
     thread = threading.get_ident()  # others may call the layers meanwhile
 
@@ -119,10 +111,23 @@ def _calls_in_forward(model: nn.Module) -> list[_Call]:
             calls.append(_Call(layer=layer, x=inputs[0], version=version(inputs[0])))
 
     # Tensors of a caller's inference mode would not count changes in place.
-    with torch.inference_mode(False), BorrowedModule(model).borrow(), ExitStack() as stack:
+    with torch.inference_mode(False), ExitStack() as stack:
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
                 stack.callback(layer.register_forward_pre_hook(record).remove)
-        ids = torch.arange(_TOKENS, device=output_device(model))[None] % vocabulary_size(model)
-        model(input_ids=ids, use_cache=False)
-    return calls
+        yield calls
+
+
+def _grouped(calls: Sequence[_Call]) -> list[LinearGroup]:
+    """Group successive calls with the same input."""
+    groups: list[list[nn.Linear]] = []
+    previous: _Call | None = None
+    for call in calls:
+        shared = previous is not None and call.shares_input(previous)
+        if shared and call.layer.weight.dtype == groups[-1][0].weight.dtype:
+            groups[-1].append(call.layer)
+        else:
+            groups.append([call.layer])
+        previous = call
+    counts = Counter(id(call.layer) for call in calls)
+    return [tuple(group) for group in groups if len(group) > 1 and all(counts[id(layer)] == 1 for layer in group)]

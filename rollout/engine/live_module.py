@@ -26,6 +26,7 @@ from rollout.models.module.changes import Change, ModuleWatch
 from rollout.models.module.inspect import output_device, refuse_other_models
 from rollout.models.module.sharding import ShardedWeights, refuse_missing_weights, without_wrappers
 from rollout.models.module.signals import deliver_signals
+from rollout.models.patches.shared_inputs import shared_inputs
 from rollout.models.runners.base import RunStrategy
 from rollout.models.runners.parity_check import check_invariance, check_parity
 from rollout.models.runners.select import select_strategy
@@ -116,8 +117,11 @@ class LiveModule:
             UnsupportedModel: the strategy fails without patches too.
         """
         deliver_signals()
-        layout = self._layout_of(strategy)
-        self._patches = Patches(self.model, has_states=bool(layout.states), batch_invariant=self._batch_invariant)
+        with shared_inputs(self.model, on_gpu=self._batch_invariant) as groups:
+            layout = self._layout_of(strategy)
+        self._patches = Patches(
+            self.model, groups, has_states=bool(layout.states), batch_invariant=self._batch_invariant
+        )
         self._patches.fit(self._free_bytes())
         try:
             check_parity(strategy, layout, self._patches.applied)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
@@ -18,7 +18,7 @@ from rollout.models.patches.decoder_stack import DecoderStack, decoder_stack
 from rollout.models.patches.linears import PackedLinears
 from rollout.models.patches.norms_and_rope import FusedModules
 from rollout.models.patches.patching import in_force
-from rollout.models.patches.shared_inputs import layers_with_shared_inputs
+from rollout.models.patches.shared_inputs import LinearGroup
 
 #: Share of the free memory for packed copies of linear weights; the rest is left to the KV cache.
 _COPIES_SHARE = 0.5
@@ -31,6 +31,7 @@ class Patches:
 
     Args:
         model: the module.
+        groups: linear layers that may run as one, see `rollout.models.patches.shared_inputs`.
         has_states: whether the model has recurrent states. They accumulate rounding differences, so such models keep
             their own kernels.
         batch_invariant: whether a row must have the same bits in any batch.
@@ -39,9 +40,11 @@ class Patches:
         UnsupportedModel: the kernel that a GPU needs for that does not work there.
     """
 
-    def __init__(self, model: nn.Module, *, has_states: bool, batch_invariant: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, groups: Sequence[LinearGroup], *, has_states: bool, batch_invariant: bool = False
+    ) -> None:
         self._model = model
-        self._groups = layers_with_shared_inputs(model, on_gpu=batch_invariant)
+        self._groups = groups
         self._batch_invariant = batch_invariant
         device = output_device(model)
         self._invariant_on_gpu = batch_invariant and device.type == "cuda"

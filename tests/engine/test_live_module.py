@@ -28,6 +28,16 @@ def _used(model: Any) -> Engine:
     return engine
 
 
+def test_start_costs_a_probe_two_references_and_three_steps() -> None:
+    model = tiny("llama").cpu()
+    tokens: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, given: tokens.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    Engine(model, None)
+    assert tokens == [4, 24, 17, 31, 8, 2]
+
+
 def test_refused_adapter_is_refused_until_it_is_gone() -> None:
     model: Any = get_peft_model(tiny("llama"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     engine = _used(model)

@@ -12,8 +12,8 @@ from rollout.models.errors import UnsupportedDevice, UnsupportedModel
 from rollout.models.patches import batch_invariant, products_triton
 from rollout.models.patches.batch_invariant import GroupedProducts, invariant_products
 from rollout.models.patches.products_triton import ProductTile, grouped_product, linear, product
-from rollout.models.patches.shared_inputs import layers_with_shared_inputs
 from tests.support.devices import GPU
+from tests.support.linear_groups import groups_in_probe
 from tests.support.tiny_models import tiny
 from tests.support.triton_interpreter import kernels_run_here
 
@@ -151,7 +151,7 @@ def test_model_computes_layers_of_one_input_in_one_launch(
 ) -> None:
     model = tiny("qwen2", torch.bfloat16, num_hidden_layers=1)
     ids = torch.arange(5, device=device)[None] + 3
-    groups = layers_with_shared_inputs(model, on_gpu=True)
+    groups = groups_in_probe(model, on_gpu=True)
     names = {layer: name.rpartition(".")[2] for name, layer in model.named_modules()}
     assert [[names[layer] for layer in group] for group in groups] == [
         ["q_proj", "k_proj", "v_proj"],

@@ -21,6 +21,7 @@ from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.page_pool import PagePool
 from rollout.models.module.changes import ModuleWatch
 from rollout.models.patches.decoder_library import DecoderLibrary, decoder_library
+from rollout.models.patches.shared_inputs import shared_inputs
 from rollout.models.runners.packed import PackedRunner, PackedStrategy
 from tests.support.tiny_models import VOCABULARY, tiny
 
@@ -61,8 +62,9 @@ class Forwards:
     def __init__(self, model: nn.Module, *, layerwise: bool = False) -> None:
         self.model = model
         self.strategy = PackedStrategy(model)
-        self.layout = self.strategy.kv_layout()
-        self.patches = Patches(model, has_states=False)
+        with shared_inputs(model) as groups:
+            self.layout = self.strategy.kv_layout()
+        self.patches = Patches(model, groups, has_states=False)
         self.patches.fit(PLENTY)
         self.layerwise = layerwise
 

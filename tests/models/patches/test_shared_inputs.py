@@ -15,17 +15,22 @@ from transformers import PreTrainedModel
 from rollout.models.arrays import version
 from rollout.models.errors import UnsupportedModel
 from rollout.models.patches.linears import PackedLinears
-from rollout.models.patches.shared_inputs import layers_with_shared_inputs
+from rollout.models.patches.shared_inputs import shared_inputs
+from rollout.models.runners.base import RunStrategy
+from rollout.models.runners.packed import PackedStrategy
+from rollout.models.runners.padded import PaddedStrategy
+from rollout.models.runners.recurrent import RecurrentStrategy
+from tests.support.linear_groups import groups_in_probe
 from tests.support.tiny_models import VOCABULARY, tiny
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 MLP = ("gate_proj", "up_proj")
 
 
-def groups_of(model: nn.Module) -> list[tuple[str, ...]]:
+def groups_of(model: nn.Module, strategy: type[RunStrategy] = PackedStrategy) -> list[tuple[str, ...]]:
     """Return the names of each group's layers, in order."""
     names = {id(module): name for name, module in model.named_modules()}
-    return [tuple(names[id(layer)] for layer in group) for group in layers_with_shared_inputs(model)]
+    return [tuple(names[id(layer)] for layer in group) for group in groups_in_probe(model, strategy)]
 
 
 def in_layers(groups: dict[str, Iterable[str]], layers: int = 4, prefix: str = "model.layers") -> list[tuple[str, ...]]:
@@ -66,9 +71,21 @@ def test_attention_and_gated_mlp_form_groups(family: str) -> None:
     assert groups_of(tiny(family)) == in_layers({"self_attn": ATTENTION, "mlp": MLP})
 
 
-@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "falcon", "gpt2", "mamba2"])
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "gpt2"])
 def test_families_with_merged_layers_have_no_groups(family: str) -> None:
     assert groups_of(tiny(family)) == []
+
+
+def test_groups_are_found_in_the_probe_of_every_strategy() -> None:
+    assert groups_of(tiny("llama"), PaddedStrategy) == in_layers({"self_attn": ATTENTION, "mlp": MLP})
+    assert groups_of(tiny("gpt_neo"), PaddedStrategy) == in_layers(
+        {"attn.attention": ATTENTION}, prefix="transformer.h"
+    )
+    assert groups_of(tiny("falcon"), PaddedStrategy) == []
+    assert groups_of(tiny("falcon_h1"), RecurrentStrategy) == in_layers(
+        {"self_attn": ATTENTION, "feed_forward": ("up_proj", "gate_proj")}
+    )
+    assert groups_of(tiny("mamba2"), RecurrentStrategy) == []
 
 
 def test_shared_experts_form_groups() -> None:
@@ -85,10 +102,10 @@ def test_shared_experts_form_groups() -> None:
 def test_group_includes_a_router_of_another_class() -> None:
     """`PackedLinears` decides which layers it can merge."""
     model = tiny("llama4_text")
-    (_, first, *_) = layers_with_shared_inputs(model)
+    (_, first, *_) = groups_in_probe(model)
     assert type(first[0]) is not nn.Linear
     own = logits_of(model)
-    with PackedLinears(model, 1 << 40, layers_with_shared_inputs(model)).applied():
+    with PackedLinears(model, 1 << 40, groups_in_probe(model)).applied():
         assert torch.allclose(logits_of(model), own, atol=1e-5)
 
 
@@ -113,7 +130,7 @@ def test_adapter_layers_form_groups() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapted_models_compute_the_same_with_groups(targets: Any, dtype: torch.dtype) -> None:
     model = adapted(tiny("llama", dtype), targets).eval()
-    own, groups = logits_of(model), layers_with_shared_inputs(model)
+    own, groups = logits_of(model), groups_in_probe(model)
     assert groups
     with PackedLinears(model, 1 << 40, groups).applied():
         packed = logits_of(model)
@@ -180,13 +197,16 @@ def test_equal_but_distinct_inputs_are_not_shared() -> None:
 
 def test_models_on_other_devices_have_no_groups() -> None:
     model = tiny("llama").to("meta")
-    model.forward = None
-    assert layers_with_shared_inputs(model) == []
+    x = torch.empty(4, model.config.hidden_size, device="meta")
+    with shared_inputs(model) as groups:
+        for name in ATTENTION:
+            model.model.layers[0].self_attn.get_submodule(name)(x)
+    assert groups == []
 
 
 def test_module_without_a_transformers_model_is_refused() -> None:
-    with pytest.raises(UnsupportedModel):
-        layers_with_shared_inputs(nn.Linear(2, 2))
+    with pytest.raises(UnsupportedModel), shared_inputs(nn.Linear(2, 2)):
+        pass
 
 
 def test_version_counts_in_place_changes_outside_inference_mode() -> None:
@@ -208,7 +228,7 @@ def test_search_leaves_the_module_unchanged(wrap: Any, training: bool) -> None:
     model = wrap(inner).train(training)
     inner.model.layers[1].train(not training)
     before, generator = everything(model), torch.get_rng_state()
-    assert layers_with_shared_inputs(model)
+    assert groups_in_probe(model)
     assert everything(model) == before
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -229,11 +249,11 @@ def test_hooks_are_removed_after_an_exception() -> None:
     handle = model.model.layers[2].register_forward_pre_hook(stop)
     before = everything(model)
     with pytest.raises(KeyError, match="in the middle"):
-        layers_with_shared_inputs(model)
+        groups_in_probe(model)
     assert everything(model) == before
     handle.remove()
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert len(layers_with_shared_inputs(model)) == 8
+    assert len(groups_in_probe(model)) == 8
 
 
 def test_search_holds_no_tensors() -> None:
@@ -242,7 +262,7 @@ def test_search_holds_no_tensors() -> None:
     handle = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
         lambda module, given: seen.append(weakref.ref(given[0]))
     )
-    groups = layers_with_shared_inputs(model)
+    groups = groups_in_probe(model)
     handle.remove()
     assert groups
     assert [reference() for reference in seen] == [None]
@@ -252,5 +272,5 @@ def test_search_records_no_gradients() -> None:
     model = tiny("llama")
     recorded: list[bool] = []
     model.model.layers[0].register_forward_hook(lambda module, given, out: recorded.append(torch.is_grad_enabled()))
-    layers_with_shared_inputs(model)
+    groups_in_probe(model)
     assert recorded == [False]
