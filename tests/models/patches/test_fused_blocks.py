@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,14 @@ from rollout.models.attention import interface, triton, triton_kernels
 from rollout.models.attention.triton import TileSizes, TritonAttention, TritonBackend
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.patches import norms_and_rope
+from rollout.models.patches import batch_invariant, norms_and_rope, products_triton
+from rollout.models.patches.batch_invariant import GroupedProducts, invariant_products
 from rollout.models.patches.fused_norms import FusedNorm
 from rollout.models.patches.norms_and_rope import FusedModules
 from rollout.models.patches.pointwise_triton import TritonPointwise
+from rollout.models.patches.products_triton import ProductTile
 from rollout.models.runners.packed import PackedStrategy
+from tests.support.linear_groups import groups_in_probe
 from tests.support.paged_sequences import Kind
 from tests.support.tiny_models import VOCABULARY, tiny
 from tests.support.triton_interpreter import kernels_run_here
@@ -169,14 +172,34 @@ def test_a_layer_that_decodes_takes_few_launches(
     family: str, launches: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """Products 7; rotation with pages, attention, its reduction; sums with norms 2, SiLU; Qwen3 norms heads too."""
+    assert launches_of_a_layer(family, monkeypatch, device) == launches
+
+
+def test_a_batch_invariant_layer_takes_fewer(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Query, key and value are one launch, and so are gate and up."""
+    monkeypatch.setattr(batch_invariant, "_runs_on", lambda device: True)
+    if device.type == "cpu":
+        monkeypatch.setattr(products_triton, "tile_of", lambda columns, dtype: ProductTile(16, 32, 16))
+    assert launches_of_a_layer("llama", monkeypatch, device, grouped=True) == 10
+
+
+def launches_of_a_layer(
+    family: str, monkeypatch: pytest.MonkeyPatch, device: torch.device, grouped: bool = False
+) -> int:
+    """What a second layer adds to a step of two rows."""
     counts = []
     for layers in (1, 2):
         paged = Paged(tiny(family, torch.bfloat16, num_hidden_layers=layers), device)
-        paged.logits([0, 0], [3, 5])
-        with launches_counted(monkeypatch) as count:
+        with ExitStack() as stack:
+            if grouped:
+                groups = groups_in_probe(paged.model, on_gpu=True)
+                stack.enter_context(invariant_products())
+                stack.enter_context(GroupedProducts(groups).applied())
+            paged.logits([0, 0], [3, 5])
+            count = stack.enter_context(launches_counted(monkeypatch))
             paged.logits([3, 5], [1, 1])
         counts.append(count.total)
-    assert counts[1] - counts[0] == launches
+    return counts[1] - counts[0]
 
 
 @contextmanager
