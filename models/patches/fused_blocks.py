@@ -64,6 +64,7 @@ def fused_attention(module: Any) -> Forward | None:
         if (
             not isinstance(attention, RotatingAttention)
             or not attention.rotates
+            or len(hidden_states) != 1
             or past_key_values is not None
             or position_embeddings is None
             or any(x.shape != (1, tokens, dim) or x.dtype != attention.layout.dtype for x in position_embeddings)
