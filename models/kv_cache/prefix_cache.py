@@ -90,13 +90,18 @@ class PrefixCache:
 
     # -- matching and inserting ------------------------------------------------------------------------
 
-    def match(self, tokens: IntArray) -> CachedPrefix:
-        """Return the longest cached prefix of a sequence, without its last token, whose logits must be computed."""
+    def match(self, tokens: IntArray, length: int | None = None) -> CachedPrefix:
+        """Return the longest cached prefix of a sequence, without its last token, whose logits must be computed.
+
+        Args:
+            tokens: [tokens] the sequence, or its beginning if no more may be shared than that without its last token.
+            length: tokens of the whole sequence; None: as many.
+        """
         tree = self._tree
         if not tree.nodes:
             return NO_PREFIX
         whole = (len(tokens) - 1) // self.page_size * self.page_size
-        root = tree.root(len(tokens))
+        root = tree.root(len(tokens) if length is None else length)
         path = tree.walk(tokens[:whole], root)
         while path and path[-1].pending:
             path.pop()

@@ -106,7 +106,7 @@ class PrefixReuse:
         """
         if not self._shares:
             return NO_PREFIX
-        return self._cache.match(context[: prompt + 1] if self._decodes_apart else context)
+        return self._cache.match(context[: prompt + 1] if self._decodes_apart else context, len(context))
 
     def drop(self, prefix: CachedPrefix) -> None:
         """Give the references back."""

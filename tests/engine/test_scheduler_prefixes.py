@@ -187,6 +187,19 @@ def test_prompts_on_two_sides_of_the_longrope_boundary_neither_share_nor_wait() 
     assert world.all_ends() == ["a0", "b0"]
 
 
+@pytest.mark.parametrize("decodes_apart", [False, True])
+def test_a_row_that_crosses_the_longrope_boundary_takes_no_pages_of_its_shorter_self(decodes_apart: bool) -> None:
+    layout = replace(LAYOUT, boundary=16, decodes_apart=decodes_apart)
+    world = World([prompt("a", list(range(12)))], layout=layout)
+    world.admit()
+    world.prefill()
+    while not world.tally.preempted_rows:
+        world.decode()
+        world.admit()
+    assert len(world.scheduler.prefills[0].context) == 17
+    assert computed(world) == {"a": 0}
+
+
 # -- memory ----------------------------------------------------------------------------------------------
 
 
