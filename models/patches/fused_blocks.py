@@ -73,10 +73,10 @@ def fused_attention(module: Any) -> Forward | None:
             return own(module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         cosines, sines = position_embeddings
         layers = (module.q_proj, module.k_proj, module.v_proj)
-        q, k, v = (layer(hidden_states).view(tokens, -1, dim) for layer in layers)
+        q, k, v = (layer(hidden_states).view(1, tokens, -1, dim) for layer in layers)
         if norms_heads:
             q, k = module.q_norm(q), module.k_norm(k)
-        q, k, v = (x.to(attention.layout.dtype) for x in (q, k, v))
+        q, k, v = (x[0].to(attention.layout.dtype) for x in (q, k, v))
         angles = cosines[0].contiguous(), sines[0].contiguous()
         attended = attention.attend_rotating(module, q, k, v, angles, scores)
         return module.o_proj(attended.view(1, tokens, -1)), None
@@ -127,6 +127,11 @@ def fused_layer(module: Any, norm: Norm | None, next_norm: Norm | None, kernel: 
         return summed
 
     return forward
+
+
+def hands_on(layer: nn.Module, following: nn.Module) -> bool:
+    """Return whether the next layer gets a layer's output untouched: hooks may write to it unseen by torch."""
+    return not (_has_any_global_hook() or layer._forward_hooks or following._forward_pre_hooks)
 
 
 def _fits(norm: Norm, x: torch.Tensor, y: torch.Tensor) -> bool:

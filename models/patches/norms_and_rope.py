@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
+from itertools import pairwise
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from rollout.models.module.shared_attribute import replaced
-from rollout.models.patches.fused_blocks import fused_attention, fused_layer, fused_mlp
+from rollout.models.patches.fused_blocks import fused_attention, fused_layer, fused_mlp, hands_on
 from rollout.models.patches.fused_norms import FusedNorm, NormForm, NormKind, norm_form, probe_input
 from rollout.models.patches.llama_blocks import fast_attention, fast_mlp
 from rollout.models.patches.patching import patched
@@ -128,10 +129,10 @@ class FusedModules:
             layers = getattr(module, "layers", None)
             if not isinstance(layers, nn.ModuleList):
                 continue
-            after = [*(getattr(layer, "input_layernorm", None) for layer in layers), getattr(module, "norm", None)]
-            for layer, following in zip(layers, after[1:], strict=True):
+            for layer, after in pairwise([*layers, getattr(module, "norm", None)]):
+                following = getattr(after, "input_layernorm", after)
                 norm = self._norms.get(following) if isinstance(following, nn.Module) else None
-                if norm is not None:
+                if norm is not None and hands_on(layer, after):
                     found[layer] = norm
         return found
 

@@ -138,20 +138,43 @@ def test_padding_gets_zeros_and_writes_nothing(
                 assert torch.equal(mine.nan_to_num(9.0), other.nan_to_num(9.0))
 
 
-def test_hook_that_changes_hidden_states_in_place_is_seen(device: torch.device) -> None:
+def _counted_by_torch(module: torch.nn.Module, inputs: Any, output: torch.Tensor | None = None) -> None:
+    (inputs[0] if output is None else output).add_(1.0)
+
+
+def _uncounted(module: torch.nn.Module, inputs: Any, output: torch.Tensor | None = None) -> None:
+    """Write as kernels of others and ``.data`` do: torch takes the tensor for the same."""
+    (inputs[0] if output is None else output).data.add_(1.0)
+
+
+@pytest.mark.parametrize("place", ["after", "before", "before the last norm"])
+@pytest.mark.parametrize("steer", [_counted_by_torch, _uncounted])
+def test_hook_that_changes_hidden_states_in_place_is_seen(steer: Any, place: str, device: torch.device) -> None:
     model = tiny("llama", torch.float32, num_hidden_layers=3)
-
-    def steer(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        output.add_(1.0)
-
-    layer: Any = model.model.layers[1]
     with torch.no_grad():
         plain = model(input_ids=torch.arange(5, device=device)[None] * 7, use_cache=False).logits[0]
-    layer.register_forward_hook(steer)
+    if place == "after":
+        model.model.layers[1].register_forward_hook(steer)
+    else:
+        (model.model.layers[2] if place == "before" else model.model.norm).register_forward_pre_hook(steer)
     with torch.no_grad():
         wanted = model(input_ids=torch.arange(5, device=device)[None] * 7, use_cache=False).logits[0]
     found = Paged(model, device).logits([0], [5])
     assert not torch.allclose(wanted, plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+def test_hooks_of_head_norms_get_the_shapes_of_their_family(name: str, device: torch.device) -> None:
+    model = tiny("qwen3", torch.float32, num_hidden_layers=2)
+
+    def ablate(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        output[:, :, 0] = 0.0  # the first head's
+
+    getattr(model.model.layers[1].self_attn, name).register_forward_hook(ablate)
+    with torch.no_grad():
+        wanted = model(input_ids=torch.arange(5, device=device)[None] * 7, use_cache=False).logits[0]
+    found = Paged(model, device).logits([0], [5])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
