@@ -181,6 +181,8 @@ class Pool(ABC, Generic[_S]):
 
     def share(self, pages: IntArray) -> None:
         """Add one reference to each of ``pages``."""
+        if not len(pages):
+            return
         self._references[pages] += 1
         self.reference_changes += 1
 
@@ -190,6 +192,8 @@ class Pool(ABC, Generic[_S]):
         With ``scrub``, freed pages are zeroed: a row left non-finite values in them, and 0 times NaN is NaN, so a
         masked key of a later row would spoil its output.
         """
+        if not len(pages):
+            return
         self._references[pages] -= 1
         self.reference_changes += 1
         freed = pages[self._references[pages] == 0]

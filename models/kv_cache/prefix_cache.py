@@ -190,11 +190,15 @@ class PrefixCache:
         order = np.lexsort((tree.page_ids[leaves], tree.last_used[leaves], tree.waiting[leaves]))
         queue = [self._eviction_order(tree.nodes[index]) for index in leaves[order[:left]].tolist()]
         heapq.heapify(queue)
+        evicted: list[int] = []
         while left > 0 and queue and (needed or not queue[0][1]):
             left -= 1
-            parent = self._remove(heapq.heappop(queue)[-1])
+            *_, page, node = heapq.heappop(queue)
+            evicted.append(page)
+            parent = self._take_out(node)
             if parent.index >= 0 and not parent.children and not (entry := self._eviction_order(parent))[0]:
                 heapq.heappush(queue, entry)
+        self._pool.release(np.array(evicted, np.int64))  # at once: there are many
         if left > 0 and needed:
             self._evict_from_under_rows(left)
 
@@ -235,7 +239,14 @@ class PrefixCache:
             self._remove(node)
 
     def _remove(self, node: Node) -> Node:
-        """Drop a node without children; return its parent, where those who waited there wait now."""
+        """Drop a node without children and its reference; return its parent."""
+        page = self._tree.page_ids[[node.index]]
+        parent = self._take_out(node)
+        self._pool.release(page)
+        return parent
+
+    def _take_out(self, node: Node) -> Node:
+        """Drop a node without children, but not its reference; return its parent, where those who waited wait now."""
         self.waiting.leave(node)
         return self._tree.remove(node)
 

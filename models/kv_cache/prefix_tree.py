@@ -225,7 +225,7 @@ class PrefixTree:
         return added
 
     def remove(self, node: Node) -> Node:
-        """Drop a node without children where nobody waits, and its reference; return its parent."""
+        """Drop a node without children where nobody waits; return its parent. The reference to its page stays."""
         parent, index = node.parent, node.index
         assert parent is not None
         parent.remove(node)
@@ -236,7 +236,6 @@ class PrefixTree:
                 del parent.starts[start]
         if parent.index >= 0:
             self.fanouts[parent.index] -= 1
-        self._pool.release(self.page_ids[[index]])
         last = self.nodes.pop()
         if last is not node:
             self.nodes[index] = last

@@ -50,6 +50,17 @@ def test_a_shared_page_is_free_when_the_last_holder_leaves() -> None:
     assert (pool.free_pages, pool.used_pages) == (4, 0)
 
 
+def test_no_page_is_no_change_of_references() -> None:
+    pool, none = pool_of(1), np.zeros(0, np.int64)
+    table = pool.allocate(2)
+    pool.share(none)
+    pool.release(none, scrub=True)
+    assert pool.reference_changes == 0
+    pool.share(table)
+    pool.release(table)
+    assert pool.reference_changes == 2
+
+
 def test_scrubbing_zeroes_what_becomes_free_and_nothing_else() -> None:
     pool = pool_of(2)
     table = pool.allocate(6)

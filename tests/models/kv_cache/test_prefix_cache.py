@@ -149,6 +149,18 @@ def test_the_least_recently_used_goes_first_and_from_its_end() -> None:
     assert len(world.cache) == world.pool.used_pages == 0
 
 
+def test_evicted_pages_are_released_together() -> None:
+    world = World()
+    world.keep(text(1, 2, 3))
+    changes = world.pool.reference_changes
+    world.cache.evict(3)
+    world.check()
+    assert len(world.cache) == 1
+    assert world.pool.reference_changes == changes + 1
+    world.cache.evict(0)
+    assert world.pool.reference_changes == changes + 1
+
+
 def test_a_page_in_use_is_evicted_only_where_it_stands_in_the_way() -> None:
     world = World()
     world.keep(text(1, 2))
