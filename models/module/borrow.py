@@ -20,23 +20,18 @@ from rollout.models.module.signals import signals_held
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 """One for each innermost module, held while it is borrowed."""
-_locks_lock = threading.Lock()
 
 
 @contextmanager
 def exclusive(model: nn.Module) -> Iterator[None]:
     """Keep other threads from borrowing a module inside the block, and hold back signals that would interrupt it."""
-    with signals_held():
-        lock = _lock_of(model)
-    with lock, signals_held():
+    with _lock_of(model), signals_held():
         yield
 
 
 def _new_locks() -> None:
     """Replace the locks in a forked process: threads that hold them do not exist there."""
-    global _locks_lock
     _locks.clear()
-    _locks_lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_new_locks)
@@ -45,8 +40,7 @@ os.register_at_fork(after_in_child=_new_locks)
 def _lock_of(model: nn.Module) -> threading.RLock:
     """Return the lock of a module."""
     *_, inner = wrappers(model)
-    with _locks_lock:
-        return _locks.setdefault(inner, threading.RLock())
+    return _locks.setdefault(inner, threading.RLock())  # atomic, so that all threads get the same
 
 
 class BorrowedModule:

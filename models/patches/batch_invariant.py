@@ -14,8 +14,7 @@ from torch import nn
 from rollout.models.device import failure_of
 from rollout.models.errors import UnsupportedDevice
 from rollout.models.module.shared_attribute import replaced
-from rollout.models.patches.patching import patched
-from rollout.models.patches.shared_inputs import LinearGroup, MergedProduct, Product, while_weight_stays
+from rollout.models.patches.shared_inputs import LayerProducts, LinearGroup, MergedProduct, Product
 
 Linear = Callable[..., torch.Tensor]
 
@@ -98,17 +97,18 @@ class GroupedProducts:
 
     def __init__(self, groups: Sequence[LinearGroup]) -> None:
         self._merged: list[MergedProduct] = []
-        self._products: list[tuple[nn.Linear, Product]] = []
+        products: list[tuple[nn.Linear, Product]] = []
         for group in groups:
             merged = MergedProduct(partial(_products_of, group))
             self._merged.append(merged)
-            self._products += [(layer, while_weight_stays(layer, merged.part(i))) for i, layer in enumerate(group)]
+            products += [(layer, merged.part(i)) for i, layer in enumerate(group)]
+        self._layers = LayerProducts(products)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Make the layers compute so inside the block, which is inside `invariant_products`."""
         try:
-            with patched(self._products):
+            with self._layers.applied():
                 yield
         finally:
             for merged in self._merged:

@@ -27,7 +27,7 @@ from rollout.models.patches.decoder_library import CDecoderLayer, CStack, Decode
 from rollout.models.patches.known_decoders import KnownDecoder, known_decoder
 from rollout.models.patches.linears import PackedLinears
 from rollout.models.patches.norms_and_rope import FusedModules
-from rollout.models.patches.patching import patched
+from rollout.models.patches.patching import PatchedForward, patched
 
 #: Settings with which a model also returns what is computed between its layers, or no dictionary.
 _WANTED = ("output_hidden_states", "output_attentions")
@@ -93,7 +93,7 @@ class DecoderStack:
         """Replace the base model's forward inside the block, for this thread only."""
         # PEFT parametrizes some layers only while it calls them; such a weight is not the one that was packed.
         self._weights = [own.get("weight") for own in self._parameters]
-        with patched([(self._decoder.model, self.forward)]):
+        with patched([PatchedForward.of(self._decoder.model, self.forward)]):
             yield
 
     def release(self) -> None:

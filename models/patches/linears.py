@@ -14,8 +14,7 @@ from torch import nn
 
 from rollout.models.module.weight_samples import Name
 from rollout.models.patches.linear_products import LinearProduct, Product, WeightForm
-from rollout.models.patches.patching import patched
-from rollout.models.patches.shared_inputs import LinearGroup, MergedProduct, while_weight_stays
+from rollout.models.patches.shared_inputs import LayerProducts, LinearGroup, MergedProduct
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +58,7 @@ class PackedLinears:
         self._pack_groups(_mergeable(groups, layers))
         grouped = {id(layer) for layer, _ in self._products}
         self._pack_single([layer for layer in layers if id(layer) not in grouped])
+        self._layers = LayerProducts(self._products)
         if self._products:
             logger.info("Copied the model's weights into a faster layout, which takes %.2f GB.", self.bytes_held / 1e9)
         if self.left_out:
@@ -141,7 +141,7 @@ class PackedLinears:
     def applied(self) -> Iterator[None]:
         """Make the layers compute from their copies inside the block."""
         try:
-            with patched((layer, while_weight_stays(layer, product)) for layer, product in self._products):
+            with self._layers.applied():
                 yield
         finally:
             for merged in self._merged:

@@ -23,7 +23,7 @@ from rollout.models.module.shared_attribute import replaced
 from rollout.models.patches.fused_blocks import fused_attention, fused_layer, fused_mlp, hands_on
 from rollout.models.patches.fused_norms import FusedNorm, NormForm, NormKind, norm_form, probe_input
 from rollout.models.patches.llama_blocks import fast_attention, fast_mlp
-from rollout.models.patches.patching import patched
+from rollout.models.patches.patching import PatchedForward, patched
 from rollout.models.patches.pointwise import BlockKernel, PointwiseKernel
 from rollout.models.patches.pointwise_cpu import Pointwise, pointwise
 
@@ -54,7 +54,7 @@ class FusedModules:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._forwards: list[PatchedForward] = []
         self._norms: dict[nn.Module, FusedNorm] = {}
         self._rotary: list[_RotaryPatch] = []
         self._rotary_kernels: dict[Callable[..., Any], PointwiseKernel] = {}
@@ -75,7 +75,7 @@ class FusedModules:
             form = kinds[kind]
             if form is not None:
                 self._norms[module] = FusedNorm(module, kind.eps, kernel, form)
-        self._forwards.extend(self._norms.items())
+        self._forwards.extend(PatchedForward.of(module, norm) for module, norm in self._norms.items())
         for name in {type(module).__module__ for module in model.modules()}:
             source = sys.modules.get(name)
             own = getattr(source, _ROTARY, None)
@@ -108,7 +108,7 @@ class FusedModules:
             attention = fast_attention(module, kernel) if self.rotates(module) else None
             forward = attention or fast_mlp(module)
             if forward is not None:
-                self._forwards.append((module, forward))
+                self._forwards.append(PatchedForward.of(module, forward))
 
     def _add_fused_blocks(self, model: nn.Module, kernel: BlockKernel) -> None:
         """Add forwards of attention and MLP modules and decoder layers with fewer launches."""
@@ -120,7 +120,7 @@ class FusedModules:
             layer = fused_layer(module, norm, next_norms.get(module), kernel)
             forward = attention or layer or fused_mlp(module, kernel)
             if forward is not None:
-                self._forwards.append((module, forward))
+                self._forwards.append(PatchedForward.of(module, forward))
 
     def _next_norms(self, model: nn.Module) -> dict[nn.Module, FusedNorm]:
         """Return the norm that follows each decoder layer, as far as they are fused."""

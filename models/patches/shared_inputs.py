@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from rollout.models.arrays import version
 from rollout.models.module.inspect import output_device
+from rollout.models.patches.patching import PatchedForward, patched
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 LinearGroup = tuple[nn.Linear, ...]
@@ -83,20 +84,49 @@ class MergedProduct:
         return forward
 
 
-def while_weight_stays(layer: nn.Linear, product: Product) -> Product:
-    """Return a forward that calls the layer's own forward instead of the product if the layer has another weight.
+class LayerProducts:
+    """Products that replace the forwards of linear layers inside `applied`.
+
+    Args:
+        products: layers, and what computes them.
+    """
+
+    def __init__(self, products: Iterable[tuple[nn.Linear, Product]]) -> None:
+        self._forwards = [_WhileWeightStays(layer, product) for layer, product in products]
+        self._patches = [PatchedForward.of(forward.layer, forward) for forward in self._forwards]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the products compute the layers inside the block, with the weights that the layers have now."""
+        before = [forward.weight for forward in self._forwards]  # a callback inside a step may generate
+        try:
+            for forward in self._forwards:
+                forward.weight = forward.layer.weight
+            with patched(self._patches):
+                yield
+        finally:
+            for forward, weight in zip(self._forwards, before, strict=True):
+                forward.weight = weight
+
+
+class _WhileWeightStays:
+    """A forward that calls the layer's own forward instead of the product if the layer has another weight.
 
     PEFT parametrizes the layers of its ``target_parameters`` only while it calls them, so no product can know it then.
     """
-    weight, parameters = layer.weight, layer._parameters
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if parameters.get("weight") is not weight:
-            out: torch.Tensor = type(layer).forward(layer, x)
+    def __init__(self, layer: nn.Linear, product: Product) -> None:
+        self.layer = layer
+        self._parameters = layer._parameters
+        self._product = product
+        self.weight: torch.Tensor | None = None
+        """What the product computes with; None outside of the block, so that a replaced weight can be freed."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._parameters.get("weight") is not self.weight:
+            out: torch.Tensor = type(self.layer).forward(self.layer, x)
             return out
-        return product(x)
-
-    return forward
+        return self._product(x)
 
 
 @contextmanager

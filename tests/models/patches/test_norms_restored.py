@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers.models.llama import modeling_llama
 
 from rollout.models.patches.norms_and_rope import FusedModules
-from rollout.models.patches.patching import patched
+from rollout.models.patches.patching import PatchedForward, patched
 from rollout.models.patches.pointwise_cpu import pointwise
 from tests.support.norms_and_rope import heads, logits_of, model_of, traces
 from tests.support.tiny_models import tiny
@@ -59,8 +58,8 @@ def test_modules_and_namespaces_are_restored(family: str) -> None:
 def test_everything_is_restored_when_applied_fails_on_entry() -> None:
     model = tiny("llama")
 
-    def forwards() -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-        yield model.model.norm, abs
+    def forwards() -> Iterator[PatchedForward]:
+        yield PatchedForward.of(model.model.norm, abs)
         raise AttributeError("sealed")
 
     before = traces(model)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rollout import Engine, SamplingParams
-from rollout.models.patches.patching import patched
+from rollout.models.patches.patching import PatchedForward, patched
 from tests.support.tiny_models import tiny
 
 ONE = torch.ones(1)
@@ -15,7 +15,7 @@ ONE = torch.ones(1)
 
 def test_forwards_are_replaced_only_inside_the_block() -> None:
     first, second = nn.Identity(), nn.Identity()
-    with patched([(first, lambda x: 2 * x), (second, lambda x: 3 * x)]):
+    with patched([PatchedForward.of(first, lambda x: 2 * x), PatchedForward.of(second, lambda x: 3 * x)]):
         assert (first(ONE).item(), second(ONE).item()) == (2, 3)
     assert first(ONE).item() == second(ONE).item() == 1
     assert "forward" not in vars(first) | vars(second)
@@ -24,21 +24,21 @@ def test_forwards_are_replaced_only_inside_the_block() -> None:
 def test_forward_patched_before_the_block_is_used_and_kept() -> None:
     module = nn.Identity()
     module.forward = lambda x: 5 * x  # type: ignore[method-assign]
-    with patched([(module, lambda x: 2 * x)]):
+    with patched([PatchedForward.of(module, lambda x: 2 * x)]):
         assert module(ONE).item() == 5
     assert module(ONE).item() == 5
 
 
 def test_forward_patched_inside_the_block_is_kept() -> None:
     module = nn.Identity()
-    with patched([(module, lambda x: 2 * x)]):
+    with patched([PatchedForward.of(module, lambda x: 2 * x)]):
         module.forward = lambda x: 7 * x  # type: ignore[method-assign]
     assert module(ONE).item() == 7
 
 
 def test_forwards_are_restored_after_an_exception() -> None:
     module = nn.Identity()
-    with pytest.raises(ZeroDivisionError), patched([(module, lambda x: 2 * x)]):
+    with pytest.raises(ZeroDivisionError), patched([PatchedForward.of(module, lambda x: 2 * x)]):
         raise ZeroDivisionError
     assert module(ONE).item() == 1
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rollout.models.arrays import version
 from rollout.models.errors import UnsupportedModel
 from rollout.models.patches.linears import PackedLinears
-from rollout.models.patches.shared_inputs import shared_inputs
+from rollout.models.patches.shared_inputs import LayerProducts, shared_inputs
 from rollout.models.runners.base import RunStrategy
 from rollout.models.runners.packed import PackedStrategy
 from rollout.models.runners.padded import PaddedStrategy
@@ -274,3 +274,21 @@ def test_search_records_no_gradients() -> None:
     model.model.layers[0].register_forward_hook(lambda module, given, out: recorded.append(torch.is_grad_enabled()))
     groups_in_probe(model)
     assert recorded == [False]
+
+
+def test_products_replace_layers_with_the_weights_of_each_time() -> None:
+    layer, x = nn.Linear(2, 2, bias=False), torch.ones(1, 2)
+    layers = LayerProducts([(layer, torch.zeros_like)])
+    with layers.applied():
+        assert not layer(x).any()
+    weight = weakref.ref(layer.weight)
+    layer.weight = nn.Parameter(torch.eye(2))
+    assert weight() is None
+    with layers.applied():
+        assert not layer(x).any()
+        with layers.applied():
+            assert not layer(x).any()
+        assert not layer(x).any()
+        layer.weight = nn.Parameter(2 * torch.eye(2))
+        assert torch.equal(layer(x), 2 * x)
+    assert torch.equal(layer(x), 2 * x)
