@@ -63,7 +63,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for rule in _RULES:
-            object.__setattr__(self, rule.name, _converted(rule, getattr(self, rule.name)))
+            given = getattr(self, rule.name)
+            if given is not _DEFAULTS[rule.name]:  # most are, in the parameters of each of many prompts
+                object.__setattr__(self, rule.name, _converted(rule, given))
         if self.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"min_new_tokens is {self.min_new_tokens}, but must be at most max_new_tokens={self.max_new_tokens}."
@@ -79,8 +81,10 @@ class SamplingParams:
         return cls(**recommended_sampling(generation_config) | overrides)
 
 
+#: Defaults by name, as the rules leave them.
+_DEFAULTS = {field.name: field.default for field in fields(SamplingParams)}
 #: Names of the parameters, in order.
-PARAMETER_NAMES = tuple(field.name for field in fields(SamplingParams))
+PARAMETER_NAMES = tuple(_DEFAULTS)
 
 
 def unapplied_recommendations(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from transformers import GenerationConfig
 
+from rollout import sampling_params
 from rollout.errors import InputError
 from rollout.sampling_params import SamplingParams
 
@@ -167,3 +168,10 @@ def test_single_stop_string_is_not_split() -> None:
 def test_sampling_params_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         SamplingParams().n = 2  # type: ignore[misc]
+
+
+def test_defaults_are_as_their_rules_leave_them() -> None:
+    """They are not converted when parameters are made."""
+    for rule in sampling_params._RULES:
+        default = getattr(SamplingParams(), rule.name)
+        assert sampling_params._converted(rule, default) == default
