@@ -108,6 +108,10 @@ class SharedPages:
         return np.bincount(self.rows, np.repeat(self.tokens, self.holders), rows).astype(np.int64)
 
 
+_NOTHING = np.zeros(0, np.int64)
+NO_SHARED_PAGES = SharedPages(tokens=_NOTHING, rows=_NOTHING, starts=_NOTHING)
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """State of one worker between two steps.

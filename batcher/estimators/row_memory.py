@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rollout.batcher.types import BoolArray, FloatArray, IntArray, Observation, SharedPages
+from rollout.batcher.types import NO_SHARED_PAGES, BoolArray, FloatArray, IntArray, Observation, SharedPages
 
 TYPICAL_MAX_NEW = 256
 """Assumed ``max_new_tokens`` where no row is known."""
@@ -45,8 +45,6 @@ class RowMemory:
         )
 
 
-_NOTHING = np.zeros(0, np.int64)
-_NOTHING_SHARED = SharedPages(tokens=_NOTHING, rows=_NOTHING, starts=_NOTHING)
 _NO_ROWS = RowMemory(
     own_tokens=np.zeros(0), ages=np.zeros(0, np.int64), limits=np.zeros(0, np.int64), ends_at_limit=np.zeros(0, bool)
 )
@@ -61,11 +59,12 @@ def live_rows(observation: Observation) -> tuple[RowMemory, SharedPages]:
     if ends_at_limit is None:
         ends_at_limit = np.zeros(observation.live_rows, bool)
     tokens = observation.prompt_tokens + observation.generated_tokens
-    shared, own_tokens = _NOTHING_SHARED, _tokens_held(tokens, observation)
+    shared, own_tokens = NO_SHARED_PAGES, _tokens_held(tokens, observation)
     groups = observation.groups
     if observation.shared is not None:
         shared = observation.shared
-        own_tokens = own_tokens - shared.tokens_per_row(observation.live_rows)
+        if len(shared):
+            own_tokens = own_tokens - shared.tokens_per_row(observation.live_rows)
     elif groups is not None and (groups[1:] == groups[:-1]).any():
         prompts = _full_page_tokens(observation.prompt_tokens, observation)
         own_tokens = own_tokens - prompts

@@ -164,6 +164,8 @@ class PredictivePolicy:
         # Usually not even one more row fits, so the first is checked before all others are forecast.
         if not self._fits(held + forecaster.per_row(waiting.select(_FIRST_ROW)), eta)[0]:
             return 0
+        if max_rows == 1:
+            return 1
         admitted = forecaster.per_row(waiting)
         fits = self._fits(held + admitted.cumulative(), eta)
         if not fits.all():

@@ -32,6 +32,8 @@ def forks(prefill: Prefill, kv: KVMemory, queue: WaitingQueue) -> list[Fork]:
         kv: the page pool, which may grow.
         queue: where rows return to.
     """
+    if len(prefill.rows) == 1:
+        return [Fork(prefill.rows[0], prefill.pages, prefill.states, prefill.taken_pages)]
     pool, states = kv.pool, kv.pool.states
     full = len(prefill.context) // pool.layout.page_size
     shared, partial = prefill.pages[:full], prefill.pages[full:]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from rollout.batcher.preemption import Victim, cheapest, youngest
 from rollout.batcher.shared_pages import find_shared
-from rollout.batcher.types import IntArray, SharedPages
+from rollout.batcher.types import NO_SHARED_PAGES, IntArray, SharedPages
 from rollout.engine.batch_row import NO_ROWS, BatchRow, JoinedRows, Prefill, PrefillChunk
 from rollout.engine.forks import forks
 from rollout.engine.kv_memory import KVMemory
@@ -72,11 +72,13 @@ class Scheduler:
 
     def _find_shared(self, in_prefill: Sequence[Prefill]) -> SharedPages:
         slots = self.live.active
-        prompts = [len(prefill.group.prompt_ids) for prefill in in_prefill]
-        full = np.concatenate([self.live.prompt_lengths[slots], np.array(prompts, np.int64)]) // self._page_size
         # No page is shared beyond what any row has taken from others.
         taken = [len(p.group.prompt_ids) // self._page_size if len(p.rows) > 1 else p.taken_pages for p in in_prefill]
         width = max([int(self.live.shared_pages[slots].max(initial=0)), *taken])
+        if not width:
+            return NO_SHARED_PAGES
+        prompts = [len(prefill.group.prompt_ids) for prefill in in_prefill]
+        full = np.concatenate([self.live.prompt_lengths[slots], np.array(prompts, np.int64)]) // self._page_size
         tables = np.zeros((len(full), width), np.int64)
         decoding = self.live.page_tables[slots, :width]
         tables[: len(slots), : decoding.shape[1]] = decoding
