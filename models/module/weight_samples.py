@@ -136,14 +136,13 @@ class WeightSamples:
 
     def _sampled(self, tensors: list[_Tensor]) -> list[torch.Tensor]:
         """Return the pieces of the tensors of each group as [pieces, bytes]."""
-        pieces = self._pieces
+        pieces, samples = self._pieces, []
         with torch.no_grad():
-            return [
-                torch.cat([_numbers(tensors[index].values).as_strided(*pieces[index]) for index in group]).view(
-                    torch.uint8
-                )
-                for group in self._groups
-            ]
+            for group in self._groups:
+                values = _numbers([tensors[index].values for index in group])
+                parts = [tensor.as_strided(*pieces[index]) for tensor, index in zip(values, group, strict=True)]
+                samples.append(torch.cat(parts).view(torch.uint8))
+        return samples
 
     def _differing(self, before: list[torch.Tensor]) -> set[Name]:
         """Return the parameters and buffers whose samples are not those of ``before``."""
@@ -215,7 +214,7 @@ def _plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _has_values(tensor: torch.Tensor) -> bool:
     """Return whether a plain tensor has elements in memory."""
-    return tensor.layout == torch.strided and tensor.device.type != "meta" and tensor.numel() > 0
+    return tensor.numel() > 0 and not tensor.is_meta and tensor.layout is torch.strided
 
 
 def _pieces(tensor: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -230,9 +229,12 @@ def _pieces(tensor: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
     return (count, width), (distance, 1)
 
 
-def _numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor in a dtype that torch can concatenate: 8-bit floats are none."""
-    return tensor.view(torch.uint8) if tensor.element_size() == 1 and tensor.dtype != torch.uint8 else tensor
+def _numbers(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors of one dtype in a dtype that torch can concatenate: 8-bit floats are none."""
+    first = tensors[0]
+    if first.element_size() > 1 or first.dtype == torch.uint8:
+        return tensors
+    return [tensor.view(torch.uint8) for tensor in tensors]
 
 
 def _words(sample: torch.Tensor) -> torch.Tensor:

@@ -101,7 +101,7 @@ class LayerProducts:
         before = [forward.weight for forward in self._forwards]  # a callback inside a step may generate
         try:
             for forward in self._forwards:
-                forward.weight = forward.layer.weight
+                forward.weight = forward.parameters.get("weight")
             with patched(self._patches):
                 yield
         finally:
@@ -117,13 +117,14 @@ class _WhileWeightStays:
 
     def __init__(self, layer: nn.Linear, product: Product) -> None:
         self.layer = layer
-        self._parameters = layer._parameters
+        self.parameters = layer._parameters
         self._product = product
         self.weight: torch.Tensor | None = None
         """What the product computes with; None outside of the block, so that a replaced weight can be freed."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._parameters.get("weight") is not self.weight:
+        weight = self.parameters.get("weight")
+        if weight is None or weight is not self.weight:
             out: torch.Tensor = type(self.layer).forward(self.layer, x)
             return out
         return self._product(x)

@@ -67,7 +67,7 @@ class ParitySample:
         before = request.resumed.get(record.sample)
         if before is not None and before.completion_ids:
             return  # versions count anew in each process, so equal ones may be of other weights
-        if any(version != record.weight_version for version in record.weight_versions):
+        if record.weight_versions.count(record.weight_version) != len(record.weight_versions):
             return
         if record.weight_version != self._version:
             self._rows.clear()
