@@ -176,10 +176,11 @@ class LiveBatch:
         self.has_stops[slot] = bool(params.stop)
         self._set_end_ids(slot, [*params.stop_token_ids, *row.request.end_ids])
         self._sampling.set(slot, row)
-        self._tokens[slot, :done] = row.completion.tokens
-        self._logprobs[slot, :done] = row.completion.logprobs
-        self._sampler_logprobs[slot, :done] = row.completion.sampler_logprobs
-        self._weight_versions[slot, :done] = row.completion.weight_versions
+        if done:
+            self._tokens[slot, :done] = row.completion.tokens
+            self._logprobs[slot, :done] = row.completion.logprobs
+            self._sampler_logprobs[slot, :done] = row.completion.sampler_logprobs
+            self._weight_versions[slot, :done] = row.completion.weight_versions
         self.active = np.append(self.active, slot)
         self.occupied = np.append(self.occupied, slot)
         return slot

@@ -272,14 +272,16 @@ class Loop:
             self._settle()
             return ForwardSize(rows=0, kv_tokens=0, prefill_tokens=0)
         logits = self._runner.forward(batch)
-        rows = len(slots)
+        rows, live = len(slots), self._scheduler.live
         joined = self._scheduler.finish_chunks(chunks)
         if len(joined.slots):
-            slots = np.concatenate([slots, joined.slots])
+            # The array itself where all decode, as in `Scheduler.make_room`.
+            together = rows + len(joined.slots) == len(live)
+            slots = live.active if together else np.concatenate([slots, joined.slots])
         pending = None
         if len(slots):
-            if chunks:
-                # Sequences of the batch: one per decoding slot, then one per chunk.
+            # Sequences of the batch: one per decoding slot, then one per chunk, mostly of one row each.
+            if not np.array_equal(joined.chunks, np.arange(len(chunks))):
                 sequences = np.concatenate([np.arange(rows), rows + joined.chunks])
                 logits = logits[uploaded(sequences, logits.device)]
             pending = self._sample(slots, logits)

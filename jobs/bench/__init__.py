@@ -1,1 +1,0 @@
-"""Benchmarks: each script runs from the repository's root as ``python -m jobs.bench.NAME``."""
