@@ -29,7 +29,7 @@ class VarlenMetadata:
     cu_seqlens_k: torch.Tensor
     """[n + 1] int32 on the device: 0, then the end of each sequence's keys."""
     max_seqlen_q: int
-    """Most queries of one sequence."""
+    """Most queries of one sequence; at least 2, since libraries take other kernels where no sequence has more than one."""
     max_seqlen_k: int
     """Most keys of one sequence."""
 
@@ -100,7 +100,7 @@ class PrefillAttention:
         self._metadata = VarlenMetadata(
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=int(query_lens.max()),
+            max_seqlen_q=max(2, int(query_lens.max())),
             max_seqlen_k=int(seq_lens.max()),
         )
 

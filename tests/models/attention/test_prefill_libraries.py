@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -113,6 +114,21 @@ def test_window_uses_the_same_kernel_for_any_batch(other: int) -> None:
     parts = whole(world)
     world.attend(gather_with(world, world.forward(parts), FlashAttn(watching)).compute, parts)
     assert asked == [True]
+
+
+def test_a_prompt_s_last_token_alone_uses_the_kernel_of_several() -> None:
+    asked: list[int] = []
+
+    def watching(*arguments: Any, **named: Any) -> torch.Tensor:
+        asked.append(named["max_seqlen_q"])
+        return fakes.flash_attn_varlen_func(*arguments, **named)
+
+    world = PagedWorld([5], torch.bfloat16, 4, (KINDS[0],), 2e-2)
+    for tokens in (range(4), range(4, 5)):
+        batch = replace(world.forward([(0, tokens)]), decode_lens=np.zeros(1, np.int64))
+        function = PrefillAttention(world.pool, batch, FlashAttn(watching))
+        world.attend(GatherAttention(world.pool, batch, function).compute, [(0, tokens)])
+    assert asked == [4, 2]
 
 
 def test_engine_with_library_agrees_with_gather(
