@@ -29,7 +29,7 @@ class VarlenMetadata:
     cu_seqlens_k: torch.Tensor
     """[n + 1] int32 on the device: 0, then the end of each sequence's keys."""
     max_seqlen_q: int
-    """Most queries of one sequence; at least 2, since libraries take other kernels where no sequence has more than one."""
+    """Most queries of one sequence; at least 2, since libraries may take another kernel where all have one."""
     max_seqlen_k: int
     """Most keys of one sequence."""
 

@@ -15,6 +15,7 @@ from rollout.engine.forks import forks
 from rollout.engine.kv_memory import KVMemory
 from rollout.engine.live_batch import LiveBatch
 from rollout.engine.prefix_reuse import PrefixReuse
+from rollout.engine.recomputation import Recomputation
 from rollout.engine.waiting_queue import WaitingQueue
 from rollout.models.kv_cache.prefix_cache import NO_PREFIX
 from rollout.stats import Tally
@@ -179,10 +180,13 @@ class Scheduler:
         A recurrent model computes contexts whole, so there the oldest prefill is taken whatever its length.
         """
         chunks: list[PrefillChunk] = []
+        recomputation = Recomputation(self._pool.layout)
         for prefill in self.prefills:
             length = min(prefill.remaining, tokens)
             if self.recurrent and length < prefill.remaining:
                 length = 0 if chunks else prefill.remaining
+            if not self.recurrent:
+                length = recomputation.take(prefill.computed, length, len(prefill.group.prompt_ids))
             if not length:
                 break
             tokens = max(0, tokens - length)

@@ -12,6 +12,7 @@ import torch
 
 from rollout.batcher.types import IntArray
 from rollout.engine.kv_memory import KVMemory
+from rollout.engine.recomputation import Recomputation
 from rollout.engine.scoring_schedule import ScoringSchedule
 from rollout.engine.scoring_sequences import Chunk, Pair, ScoredSequence, build_batch, plan_chunks
 from rollout.engine.tp_sync import SingleProcess
@@ -141,6 +142,7 @@ class ScoringLoop:
             self._schedule.live,
             self._limits.tokens,
             self._limits.logits,
+            Recomputation(self._kv.pool.layout),
             whole_context=self._whole_context,
             prefix_first=self._prefix_first,
         )

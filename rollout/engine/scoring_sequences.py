@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rollout.batcher.types import IntArray
+from rollout.engine.recomputation import Recomputation
 from rollout.models.arrays import uploaded
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import KVLayout
@@ -129,13 +130,20 @@ def make_sequences(pairs: Sequence[Pair], layout: KVLayout, *, share: bool) -> l
 
 
 def plan_chunks(
-    sequences: Iterable[ScoredSequence], tokens: int, logits: int, *, whole_context: bool, prefix_first: bool
+    sequences: Iterable[ScoredSequence],
+    tokens: int,
+    logits: int,
+    recomputation: Recomputation,
+    *,
+    whole_context: bool,
+    prefix_first: bool,
 ) -> list[Chunk]:
     """Return the chunks of the next forward, oldest sequence first.
 
     Args:
         sequences: in order of admission.
         tokens, logits: most tokens, and most of them whose logits are wanted; at least 1.
+        recomputation: limits the tokens of completions, unless contexts are computed whole.
         whole_context: every forward of a sequence begins with its first token, and the first chunk is taken whatever
             its length.
         prefix_first: a prefix must be in its pages before the forward.
@@ -156,6 +164,7 @@ def plan_chunks(
         else:
             start = sequence.computed
             end = min(len(sequence.ids), start + tokens, first + logits)
+            end = start + recomputation.take(start, end - start, sequence.first_wanted + 1)
         if end <= (first if whole_context else start):
             break
         wanted = max(0, end - first)
