@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_lock = threading.Lock()
+_users = 0
+"""Blocks that threads are inside of."""
+_enabled = False
+"""Whether the collector ran before the first of them."""
 
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """Keep Python's garbage collector from running inside the block, in all threads."""
-    enabled = gc.isenabled()
-    gc.disable()
+    """Keep Python's garbage collector from running inside the block, in all threads; blocks may overlap."""
+    global _users, _enabled
+    with _lock:
+        if not _users:
+            _enabled = gc.isenabled()
+            gc.disable()
+        _users += 1
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        with _lock:
+            _users -= 1
+            if not _users and _enabled:
+                gc.enable()
