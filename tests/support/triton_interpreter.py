@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 
 from tests.support.devices import GPU
+from tests.support.interpreter_shortcuts import take_shortcuts
 
 
 def kernels_run_here(patch: pytest.MonkeyPatch) -> torch.device:
@@ -44,23 +43,15 @@ def kernels_run_here(patch: pytest.MonkeyPatch) -> torch.device:
     cast = interpreter.InterpreterBuilder.cast_impl
 
     def rounding(builder: Any, source: Any, target: Any) -> Any:
-        if (source.dtype.scalar, target.scalar) != (float32, bfloat16):
+        kinds = source.dtype.scalar, target.scalar
+        if kinds == (bfloat16, float32):
+            return handle(numbers(source), float32)
+        if kinds != (float32, bfloat16):
             return cast(builder, source, target)
         rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16).view(torch.int16).numpy()
         return handle(rounded.view(np.uint16), bfloat16)
 
-    @cache
-    def builtins_of(package: Any) -> list[str]:
-        return [name for name, member in inspect.getmembers(package) if interpreter.tl.core.is_builtin(member)]
-
-    def patch_builtins(package: Any, *how: Any) -> None:
-        for name in builtins_of(package):
-            member = getattr(package, name)
-            if interpreter.tl.core.is_builtin(member):
-                interpreter._patch_attr(package, name, member, *how)
-
-    # Called for each call of a kernel's function: to list all members each time takes a fifth of the time.
-    patch.setattr(interpreter, "_patch_builtin", patch_builtins)
     patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
     patch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounding)
+    take_shortcuts(patch)
     return torch.device("cpu")
