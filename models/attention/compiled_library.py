@@ -6,10 +6,10 @@ The structures mirror those of ``csrc/attention_call.h``, field by field.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from ctypes import Structure, c_double, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -119,7 +119,9 @@ class Kernel:
             dtype for dtype in DTYPES if dtype != torch.float16 or bool(library.rollout_has_float16())
         )
         self.parallel = parallel()
-        self._addresses: WeakKeyDictionary[PagePool, Addresses] = WeakKeyDictionary()
+        # By the pool's id, with a reference that runs no code when the pool dies. That of a WeakKeyDictionary does, and
+        # Python drops an interrupt that arrives there.
+        self._addresses: dict[int, tuple[weakref.ref[PagePool], Addresses]] = {}
 
     def supports(self, layout: KVLayout, device: torch.device) -> bool:
         """Return whether the kernel supports this layout on this device."""
@@ -128,12 +130,14 @@ class Kernel:
     def addresses(self, pool: PagePool) -> Addresses:
         """Return the addresses of the pool's slabs, looked up again after it grew or shrank."""
         slabs = tuple(0 if slab is None else slab.keys[0].data_ptr() for slab in pool.slabs)
-        known = self._addresses.get(pool)
-        if known is None or known.slabs != slabs:
+        reference, known = self._addresses.get(id(pool), (None, None))
+        if reference is None or known is None or reference() is not pool or known.slabs != slabs:
             bases = np.zeros((len(pool.layout.layers), 2, len(slabs)), np.int64)
             for number, slab in enumerate(pool.slabs):
                 if slab is not None:
                     bases[:, 0, number] = [keys.data_ptr() for keys in slab.keys]
                     bases[:, 1, number] = [values.data_ptr() for values in slab.values]
-            known = self._addresses[pool] = Addresses(slabs=slabs, bases=bases, layers={}, calls={})
+            known = Addresses(slabs=slabs, bases=bases, layers={}, calls={})
+            alive = {number: held for number, held in self._addresses.items() if held[0]() is not None}
+            self._addresses = {**alive, id(pool): (weakref.ref(pool), known)}
         return known

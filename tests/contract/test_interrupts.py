@@ -66,6 +66,7 @@ def test_random_interrupts_leave_the_module_as_it_was() -> None:
         assert module_state(model) == before
         if i % 5 == 0:
             assert [(r.completion_ids, r.logprobs) for r in engine.generate(prompts, _PARAMS)] == wanted
+    assert [(r.completion_ids, r.logprobs) for r in engine.generate(prompts, _PARAMS)] == wanted
     assert engine.stats is not None
     assert engine.stats.kv_bytes_held == 0
     assert [(r.completion_ids, r.logprobs) for r in Engine(model, None).generate(prompts, _PARAMS)] == wanted
