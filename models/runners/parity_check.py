@@ -14,7 +14,7 @@ from rollout.models.errors import UnsupportedModel
 from rollout.models.forward_batch import ForwardBatch
 from rollout.models.kv_cache.layout import KVLayout
 from rollout.models.kv_cache.page_pool import PagePool
-from rollout.models.module.inspect import family_name, output_device, vocabulary_size
+from rollout.models.module.inspect import context_limit, family_name, output_device, unwrap_model, vocabulary_size
 from rollout.models.runners.base import RunStrategy
 
 #: Tokens of each of the two sequences of the check, which run side by side.
@@ -27,6 +27,8 @@ _LATER_TOKENS_WHOLE_CONTEXT = (2, 2)
 #: norm; a mixture of experts in half precision can route a token differently.
 _TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}
 _HALF_TOLERANCE = 0.3
+#: Tokens of the sequence that is computed again: kernels that split the keys of one token make several splits.
+_DECODED_LENGTH = 600
 #: Sequences beside the one that `check_invariance` compares: 17 rows of a decode, 306 tokens of a prefill.
 _COMPANY = 17
 
@@ -96,7 +98,8 @@ def check_invariance(
         )
     if strategy.prefills_whole_context:  # no such row is preempted
         return
-    row, end = sequences[0], len(sequences[0].ids)
+    end = min(_DECODED_LENGTH, context_limit(unwrap_model(model).config) or _DECODED_LENGTH)
+    row = _sequence(end, 0, layout, vocabulary_size(model))
     stepwise = replace(row, ends=tuple(range(end - _LATER_TOKENS[0], end + 1)))
     decoded = _paged_logits(strategy, [stepwise], layout, applied)[-1, 0]
     whole = replace(row, ends=(end,))
@@ -116,11 +119,16 @@ def _sequences(layout: KVLayout, vocabulary: int, prefills_whole_context: bool, 
     later_tokens = _LATER_TOKENS_WHOLE_CONTEXT if prefills_whole_context else _LATER_TOKENS
     kinds = list(zip(_LENGTHS, later_tokens, strict=True))
     for number, (length, later) in enumerate(kinds[:1] + kinds[1:] * company):
-        pages = np.arange(first_page, first_page + layout.pages_for(length))
-        ids = np.arange(3, 3 + length) * (7 + 4 * number) % vocabulary
-        sequences.append(_Sequence(ids=ids, pages=pages, ends=(length - later, length - 1, length)))
-        first_page += len(pages)
+        sequence = _sequence(length, number, layout, vocabulary, first_page)
+        sequences.append(replace(sequence, ends=(length - later, length - 1, length)))
+        first_page += len(sequence.pages)
     return sequences
+
+
+def _sequence(length: int, number: int, layout: KVLayout, vocabulary: int, first_page: int = 0) -> _Sequence:
+    """Return a sequence that runs in one forward, with consecutive pages."""
+    pages = np.arange(first_page, first_page + layout.pages_for(length))
+    return _Sequence(ids=np.arange(3, 3 + length) * (7 + 4 * number) % vocabulary, pages=pages, ends=(length,))
 
 
 def _paged_logits(

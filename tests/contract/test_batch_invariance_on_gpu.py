@@ -41,6 +41,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     monkeypatch.setattr(triton, "_TILE_SIZES", dict.fromkeys(triton._TILE_SIZES, SMALL))
     monkeypatch.setattr(parity_check, "_COMPANY", 1)
+    monkeypatch.setattr(parity_check, "_DECODED_LENGTH", 40)
     monkeypatch.setattr(packed, "select_backend", lambda choice, pool: TritonBackend(pool))
     plain = LiveModule._layout_of
     monkeypatch.setattr(
